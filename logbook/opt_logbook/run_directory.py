@@ -1,0 +1,83 @@
+"""Where everything of a run lies (docs/journal.md). Paths only: nothing here opens a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The folder of one run, and the names in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The newest lineage's resolved configuration, YAML, for people."""
+        return self.path / "config.yaml"
+
+    @property
+    def config_json(self) -> Path:
+        """The same as JSON, for ranks: the file that `Begin.config_path` names."""
+        return self.path / "config.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def head(self) -> Path:
+        """`seq hash` of the newest line, replaced by rename after each append."""
+        return self.path / "journal.head"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "journal.lock"
+
+    @property
+    def inbox(self) -> Path:
+        return self.path / "inbox"
+
+    @property
+    def secret(self) -> Path:
+        """32 random bytes in hex, mode 0600: what agents and supervisor prove to each other."""
+        return self.path / "secret"
+
+    @property
+    def supervisor_address(self) -> Path:
+        """JSON `{"address", "leader"}`, replaced by rename whenever a supervisor starts."""
+        return self.path / "supervisor.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def chronicle(self) -> Path:
+        return self.path / "chronicle"
+
+    @property
+    def faults(self) -> Path:
+        """What the fault plan did; read by tests alone, never by diagnosis or chronicle."""
+        return self.path / "faults.jsonl"
+
+    @property
+    def nodes(self) -> Path:
+        """Local cluster: one folder a node, with its agent's pid and log."""
+        return self.path / "nodes"
+
+    def metrics_of(self, attempt: str) -> Path:
+        return self.metrics / f"{attempt}.jsonl"
+
+    def rank_log(self, attempt: str, node: str, rank: int) -> Path:
+        return self.logs / attempt / node / f"rank{rank}.log"
+
+    def checkpoint(self, attempt: str, step: int) -> Path:
+        return self.checkpoints / attempt / f"step-{step:08d}"

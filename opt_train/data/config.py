@@ -1,0 +1,32 @@
+"""What a run reads."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """A corpus, made into token shards once by `opt-train prepare`."""
+
+    name: str = "stdlib"
+    corpus: str = "stdlib"
+    """``stdlib`` (the sources of the running Python's standard library), or a file, folder or glob of ``.txt``,
+    ``.py``, ``.md`` (a document a file) or ``.jsonl`` (a document a line, key ``text``)."""
+    directory: str = ""
+    """Where the shards lie; empty: ``prepared/<name>-<tokenizer>``."""
+    max_bytes: int = 0
+    """Take documents up to this many bytes of text in all; 0: all of them."""
+    validation_fraction: float = 0.02
+    """Part of the documents, chosen by a hash of each one's text, that is held out."""
+    sequence_length: int = 2048
+    shard_tokens: int = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """Byte-level BPE: trained on the corpus, or read from GPT-2's two files."""
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+    """Entries to train, specials included; ignored when files are given."""
+    vocab_file: str = ""
+    merges_file: str = ""

@@ -1,0 +1,76 @@
+"""Commands: what the supervisor tells an agent, and an agent its warm rank. They travel down and are obeyed at once.
+
+Every command is safe to receive twice: a generation that runs is not begun again, one that is gone is not killed.
+"""
+
+from dataclasses import dataclass
+
+from opt_train.protocol.framing import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Begin(Message, kind="begin"):
+    """Turn the warm process of `slot` into rank `rank`. The agent passes this line on to the rank as it is.
+
+    Rank 0 gets it first, with `store_port` 0: it binds its rendezvous store on a free port and tells it as a fact;
+    the others get host and port here.
+    """
+
+    generation: int
+    attempt: str
+    node: str
+    slot: int
+    rank: int
+    world_size: int
+    local_rank: int
+    store_host: str
+    store_port: int
+    config_path: str
+    """The resolved configuration, JSON, inside the run directory."""
+    config_sha256: str
+    run_directory: str
+    log_path: str
+    checkpoint: str | None
+    """Absolute path of the checkpoint to restore; None only for a run that has none."""
+    manifest_sha256: str | None
+    order_number: int
+    """The newest order already obeyed or withdrawn; only higher numbers are news."""
+    journal_head: str = ""
+    """Hash of the newest journal line at the start: goes into the attempt's first metrics line and its manifests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kill(Message, kind="kill"):
+    """Kill every rank of generations up to `generation`: stacks first if asked, then SIGKILL. Answer `GenerationGone`."""
+
+    generation: int
+    stacks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Relay(Message, kind="relay"):
+    """Pass `order` to the control pipe of rank 0 of `generation`."""
+
+    generation: int
+    order: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Leave(Message, kind="leave"):
+    """Kill what still runs, end the agent, give the node back."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge(Message, kind="acknowledge"):
+    """Facts up to `number` are durable: forget them."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lead(Message, kind="lead"):
+    """The supervisor's pulse, every second: the lease. `leader` is its own generation; older ones are not obeyed."""
+
+    leader: int

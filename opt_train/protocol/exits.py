@@ -1,0 +1,15 @@
+"""Exit codes of a rank and of the command line, and the one exception that becomes a sentence."""
+
+DONE = 0
+NO = 1
+BAD_INPUT = 2
+PERSON_MUST_DECIDE = 3
+STOPPED = 75
+"""Asked to stop, state saved (EX_TEMPFAIL: start me again)."""
+RANK_BAD_CONFIG = 78
+RANK_UNSTABLE = 81
+"""Non-finite or unstable; the supervisor decides."""
+
+
+class BadInput(Exception):
+    """What a user gave cannot work. The message is one sentence that names the key or file and the mend; exit 2."""

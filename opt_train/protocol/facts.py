@@ -1,0 +1,231 @@
+"""Facts: what ranks and agents say about themselves. They travel up; nobody waits for an answer.
+
+A rank tells its agent over a pipe; the agent adds who said it and relays it to the supervisor. An agent keeps each
+numbered fact until the supervisor acknowledges it, and tells its whole state on every new connection.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opt_train.protocol.framing import Message
+
+PHASES = ("start", "data", "step", "waiting", "checkpoint", "evaluation")
+"""What a rank can be busy with: start (rendezvous, build, restore), data, step, waiting (for the word or an order),
+checkpoint, evaluation."""
+
+
+# What a rank says ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Warm(Message, kind="warm"):
+    """The process has imported everything a rank needs and waits for `Begin`."""
+
+    pid: int
+    import_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Store(Message, kind="store"):
+    """Rank 0 has bound the rendezvous store of its generation."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Phase(Message, kind="phase"):
+    """The rank has entered `phase` (one of `PHASES`) of training step `step`. The agent's clock does the timing."""
+
+    phase: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Message, kind="progress"):
+    """A long phase moves: `done` of `total` units. It restarts the phase's clock."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class InForce(Message, kind="in_force"):
+    """What is really in effect after a start, read back from the optimizer, scaler and cursor."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics(Message, kind="metrics"):
+    """One step's metrics line (docs/journal.md). The only fact that may be dropped; drops are counted."""
+
+    line: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation(Message, kind="validation"):
+    """Loss in nats per token over the whole named validation set, at `step`."""
+
+    name: str
+    step: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """One fsynced file of a checkpoint; `path` is relative to the checkpoint's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsSaved(Message, kind="shards_saved"):
+    """This rank's files of the checkpoint at `step` lie fsynced in `folder`. Rank 0 reports `state.json` too."""
+
+    step: int
+    folder: str
+    files: tuple[SavedFile, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed(Message, kind="save_failed"):
+    """The save at `step` failed on this rank, for example on a full disk; training goes on."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderObeyed(Message, kind="order_obeyed"):
+    """Order `number` took effect at the boundary before `step`, on every rank alike."""
+
+    number: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving(Message, kind="leaving"):
+    """The rank's last fact: the exit code that will follow and why. An exit code is believed only with this."""
+
+    code: int
+    step: int
+    reason: str
+    dropped_metrics: int = 0
+    cause: str = ""
+    """A cause label where the rank itself knows it (`config`, `data`, `corrupt_checkpoint`, `stopped`), else empty."""
+
+
+# What an agent says -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """One rank slot of a node as its agent sees it now."""
+
+    slot: int
+    stage: str
+    """``empty``, ``warming``, ``warm`` (a spare waits for `Begin`) or ``running``."""
+    spare: bool = False
+    """A warm spare waits beside the running rank (or is the warm process itself)."""
+    pid: int = 0
+    generation: int = 0
+    attempt: str = ""
+    rank: int = -1
+    phase: str = ""
+    step: int = -1
+    phase_seconds: float = 0.0
+    """Seconds in this phase since its start or its last `Progress`."""
+    process_state: str = ""
+    """The kernel's letter from /proc: R, S, D, T (stopped), Z."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState(Message, kind="agent_state"):
+    """The agent's whole state, told first on every connection."""
+
+    node: str
+    pid: int
+    slots: tuple[SlotState, ...]
+    leader_generation: int = 0
+    """The highest supervisor generation this agent has obeyed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse(Message, kind="pulse"):
+    """Sent every second, never numbered: the agent is there, and this is where its ranks are."""
+
+    slots: tuple[SlotState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of a rank's log: evidence. `file` is relative to the run directory, `line` counts from 1."""
+
+    file: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankFact(Message, kind="rank_fact"):
+    """A rank's own fact, relayed."""
+
+    generation: int
+    attempt: str
+    rank: int
+    fact: Message
+
+
+@dataclass(frozen=True, slots=True)
+class RankExited(Message, kind="rank_exited"):
+    """A rank's process is gone and reaped. Exactly one of `code` and `signal` is set."""
+
+    generation: int
+    rank: int
+    slot: int
+    pid: int
+    code: int | None
+    signal: int | None
+    killed_by_agent: bool
+    """The agent sent the signal itself, on command."""
+    leaving: Leaving | None
+    phase: str
+    step: int
+    log_tail: tuple[LogLine, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks(Message, kind="stacks"):
+    """What each rank of a generation was doing when it was asked, before it was killed."""
+
+    generation: int
+    rank: int
+    answered: bool
+    process_state: str
+    tail: tuple[LogLine, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationGone(Message, kind="generation_gone"):
+    """No rank of any generation up to this one lives on the node any more."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Message, kind="told"):
+    """A numbered fact: kept and told again until acknowledged."""
+
+    number: int
+    fact: Message
+
+
+FACTS_OF_A_RANK: tuple[type[Message], ...] = (
+    Warm, Store, Phase, Progress, InForce, Metrics, Validation, ShardsSaved, SaveFailed, OrderObeyed, Leaving,
+)  # fmt: skip

@@ -1,0 +1,126 @@
+"""Everything the supervisor's core can ask of the shell. The shell carries them out in the order given.
+
+`Append` is a barrier: nothing behind it happens before the entry is durable. So the world never sees a decision that a
+crash could make the journal forget.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opt_logbook.events import Entry
+
+from opt_train.protocol.framing import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Journal the entry (seq and hash are the journal's to give). The core has folded it already."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a command to the node's agent; forgotten if it is not connected (the core repeats itself on connection)."""
+
+    node: str
+    command: Message
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgeFact:
+    """Facts of the node up to `number` are durable or need not be."""
+
+    node: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartAgent:
+    """Have the cluster start the node's agent, if it does not run."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class FenceNode:
+    """Make sure nothing of the run lives on the node any more; `ClusterObserved` will tell."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteMetrics:
+    """Append the line to `metrics/<attempt>.jsonl`. Not a barrier; a line may be lost in a crash."""
+
+    attempt: str
+    line: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyCheckpoint:
+    """Check every file of the checkpoint (path relative to the run) by its manifest; answer `CheckpointVerified`."""
+
+    path: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitManifest:
+    """All ranks have reported: write and rename the manifest, after re-reading the lock; answer `ManifestCommitted`.
+
+    `files` maps the path inside `folder` (absolute, as the ranks reported it) to (bytes, sha256).
+    """
+
+    path: str
+    folder: str
+    attempt: str
+    step: int
+    files: Mapping[str, tuple[int, str]]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetireCheckpoint:
+    """Remove the checkpoint's folder, manifest first. The core has journalled it."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What a person at the terminal may want to know now."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float | None
+    active_nodes: int
+    buffer_nodes: int
+    attempt: str
+    last_incident: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The supervisor is done: release the cluster, render the chronicle, exit with `code` and say `message`."""
+
+    code: int
+    message: str
+
+
+Effect = (
+    Append
+    | Send
+    | AcknowledgeFact
+    | StartAgent
+    | FenceNode
+    | WriteMetrics
+    | VerifyCheckpoint
+    | CommitManifest
+    | RetireCheckpoint
+    | Show
+    | Finish
+)

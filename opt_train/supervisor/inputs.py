@@ -1,0 +1,156 @@
+"""Everything the supervisor's core can be told. The shell makes these; nothing else enters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from opt_logbook.events import RunCreated
+
+from opt_train.protocol.facts import AgentState, Pulse
+from opt_train.protocol.framing import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """`wall`: Unix seconds, for the journal. `monotonic`: seconds, for every timeout and interval."""
+
+    wall: float
+    monotonic: float
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a supervisor knows of itself and of its run when it starts; constant for its life."""
+
+    leader: int
+    """Its fencing number: one more than the newest in the journal."""
+    host: str
+    pid: int
+    version: str
+    run_directory: str
+    config_path: str
+    config_sha256: str
+    nodes: tuple[str, ...]
+    """Every node of the allocation, those meant to train first."""
+    created: RunCreated
+    """Journalled if the journal is empty."""
+    opens_lineage: bool = False
+    """Training keys changed and the user said `lineage=new` (a first run always opens lineage 1)."""
+    lineage_difference: tuple[str, ...] = ()
+    operational_difference: tuple[str, ...] = ()
+    git_commit: str = ""
+    git_dirty: bool = False
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConnected:
+    """An authenticated agent dialled in and told its state. A newer connection of a node replaces the older."""
+
+    node: str
+    state: AgentState
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDisconnected:
+    """The node's current connection ended. By itself this means nothing: silence is unknown."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class FactTold:
+    """A numbered fact of an agent (`RankFact`, `RankExited`, `Stacks`, `GenerationGone`). May come twice."""
+
+    node: str
+    number: int
+    fact: Message
+
+
+@dataclass(frozen=True, slots=True)
+class PulseTold:
+    node: str
+    pulse: Pulse
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsTold:
+    """One step's metrics line from rank 0, decoded. May come twice."""
+
+    node: str
+    generation: int
+    line: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterObserved:
+    """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Told every second."""
+
+    nodes: Mapping[str, str]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointVerified:
+    """The answer to `VerifyCheckpoint`. `why` is empty when it is good."""
+
+    path: str
+    why: str
+    manifest_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestCommitted:
+    """The answer to `CommitManifest`. `why` is empty when the manifest is in place."""
+
+    path: str
+    attempt: str
+    step: int
+    why: str
+    manifest_sha256: str = ""
+    bytes: int = 0
+    files: int = 0
+    seconds: float = 0.0
+    healthy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWasStalled:
+    """An append took `seconds` on a sick file system; it is durable now."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class InboxTold:
+    """Somebody dropped a message into `inbox/`: `{"kind": "note", "author", "text"}` or `{"kind": "stop", "by"}`."""
+
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """SIGINT or SIGTERM reached the supervisor, or the scheduler's limit is near."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes: several times a second."""
+
+
+Input = (
+    AgentConnected
+    | AgentDisconnected
+    | FactTold
+    | PulseTold
+    | MetricsTold
+    | ClusterObserved
+    | CheckpointVerified
+    | ManifestCommitted
+    | JournalWasStalled
+    | InboxTold
+    | StopAsked
+    | Tick
+)

@@ -1,0 +1,22 @@
+"""How long and in what portions a run trains."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The step loop. Batches are counted in sequences."""
+
+    steps: int = 1000
+    global_batch: int = 256
+    """Sequences a step, over the world."""
+    micro_batch: int = 8
+    """Sequences a forward pass on one data-parallel rank."""
+    validate_every: int = 0
+    """Steps; 0: at the end alone."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
+    threads: int = 0
+    """Threads a rank on a CPU; 0: cores divided by ranks on the node."""
+    collective_timeout_seconds: float = 600.0
+    """After which a collective raises."""
