@@ -33,7 +33,7 @@ class Unknown(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A line that supports a diagnosis: of a log (file, line) or an observation of the supervisor (file empty, line 0)."""
+    """A line that supports a diagnosis: of a log, or what the supervisor itself observed (file empty, line 0)."""
 
     file: str
     line: int

@@ -41,7 +41,7 @@ class Begin(Message, kind="begin"):
 
 @dataclass(frozen=True, slots=True)
 class Kill(Message, kind="kill"):
-    """Kill every rank of generations up to `generation`: stacks first if asked, then SIGKILL. Answer `GenerationGone`."""
+    """Kill every rank of generations up to `generation`, after stacks if asked; the answer is `GenerationGone`."""
 
     generation: int
     stacks: bool
