@@ -378,3 +378,5 @@ class Entry:
     event: Event
     seq: int = 0
     hash: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Fields of the line that a newer version wrote and this one does not know: kept."""
