@@ -1,0 +1,186 @@
+"""What must hold between the rooms of one configuration. Every failure is a sentence with the key and the mend."""
+
+import re
+from typing import TYPE_CHECKING
+
+from opt_train.protocol.exits import BadInput
+
+if TYPE_CHECKING:
+    from opt_train.config import RunConfig
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "lineage": ("", "new"),
+    "precision.compute": ("fp32", "bf16"),
+    "cluster.kind": ("local",),
+    "train.device": ("auto", "cpu", "cuda"),
+}
+
+POSITIVE = (
+    "model.layers", "model.heads", "model.d_model", "model.ffn", "model.vocab_size", "model.positions",
+    "model.init_std",
+    "data.sequence_length", "data.shard_tokens", "tokenizer.vocab_size",
+    "parallel.replicate", "parallel.tensor",
+    "optim.lr", "optim.eps", "optim.clip", "optim.final_fraction",
+    "train.steps", "train.global_batch", "train.micro_batch", "train.collective_timeout_seconds",
+    "checkpoint.every_steps", "checkpoint.keep",
+    "cluster.nodes", "cluster.slots_per_node",
+    "supervisor.start_seconds", "supervisor.step_seconds", "supervisor.checkpoint_seconds",
+    "supervisor.evaluation_seconds", "supervisor.minimum_seconds", "supervisor.orphan_seconds",
+    "supervisor.join_seconds", "supervisor.restarts_without_progress", "supervisor.status_seconds",
+)  # fmt: skip
+
+NOT_NEGATIVE = (
+    "seed", "data.max_bytes", "parallel.shard", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
+    "train.validate_every", "train.threads", "cluster.buffer_nodes", "supervisor.settle_seconds", "faults.seed",
+)  # fmt: skip
+
+BELOW_ONE = ("model.dropout", "data.validation_fraction", "optim.beta1", "optim.beta2")
+"""From 0 to 1, 1 itself excluded."""
+
+SMALLEST_BPE = 260
+"""The 256 bytes and OPT's four special tokens."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check(config: "RunConfig") -> None:
+    """Refuse what cannot run.
+
+    Raises:
+        BadInput: the first rule that does not hold.
+    """
+    _values(config)
+    _model_and_data(config)
+    _batches(config)
+    _layout(config)
+    if config.optim.warmup_steps >= config.train.steps:
+        raise BadInput(
+            f"optim.warmup_steps={config.optim.warmup_steps} must be smaller than train.steps={config.train.steps}; "
+            "warm up for less or train for longer"
+        )
+    if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
+        raise BadInput(
+            f"optim.decay_steps={config.optim.decay_steps} must be larger than "
+            f"optim.warmup_steps={config.optim.warmup_steps}, which it includes; 0 means train.steps"
+        )
+
+
+def _value(config: "RunConfig", key: str) -> object:
+    room, _, name = key.rpartition(".")
+    return getattr(getattr(config, room) if room else config, name)
+
+
+def _number(config: "RunConfig", key: str) -> float:
+    value = _value(config, key)
+    assert isinstance(value, int | float)
+    return value
+
+
+def _values(config: "RunConfig") -> None:
+    """Each key by itself."""
+    if not _NAME.fullmatch(config.name):
+        raise BadInput(
+            f'name="{config.name}" names no folder; use letters, digits, dots, dashes and underscores, no dot first'
+        )
+    if not config.runs:
+        raise BadInput('runs="" is no folder; give one like runs=runs')
+    for key, choices in CHOICES.items():
+        if _value(config, key) not in choices:
+            named = [choice for choice in choices if choice]
+            allowed = f"use {' or '.join(named)}" if len(named) > 1 else f"only {named[0]} is known"
+            raise BadInput(f"{key}={_value(config, key)} is not possible; {allowed}")
+    for key in POSITIVE:
+        if _number(config, key) <= 0:
+            raise BadInput(f"{key}={_value(config, key)} must be larger than 0")
+    for key in NOT_NEGATIVE:
+        if _number(config, key) < 0:
+            raise BadInput(f"{key}={_value(config, key)} must not be negative")
+    for key in BELOW_ONE:
+        if not 0 <= _number(config, key) < 1:
+            raise BadInput(f"{key}={_value(config, key)} must be at least 0 and below 1")
+    if config.optim.final_fraction > 1:
+        raise BadInput(f"optim.final_fraction={config.optim.final_fraction} must be at most 1, a part of the peak")
+
+
+def _model_and_data(config: "RunConfig") -> None:
+    model, data, tokenizer = config.model, config.data, config.tokenizer
+    if model.d_model % model.heads:
+        near = _nearest_divisors(model.d_model, model.heads)
+        raise BadInput(f"model.heads={model.heads} must divide model.d_model={model.d_model}; use {near}")
+    if data.sequence_length > model.positions:
+        raise BadInput(
+            f"data.sequence_length={data.sequence_length} is longer than model.positions={model.positions}; "
+            f"use data.sequence_length={model.positions} or fewer, or more positions"
+        )
+    if not data.corpus:
+        raise BadInput("data.corpus has no value; give a file, a folder or a glob, as data.corpus=texts")
+    files = (tokenizer.vocab_file, tokenizer.merges_file)
+    if (tokenizer.name == "gpt2" or any(files)) and not all(files):
+        missing = "merges_file" if tokenizer.vocab_file else "vocab_file"
+        raise BadInput(f"tokenizer.{missing} has no value; GPT-2's vocabulary needs both files, vocab and merges")
+    if tokenizer.vocab_file:
+        return
+    if tokenizer.vocab_size < SMALLEST_BPE:
+        raise BadInput(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} is too small for a byte-level vocabulary; "
+            f"use {SMALLEST_BPE} or more"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise BadInput(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
+            f"train fewer entries or set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def _batches(config: "RunConfig") -> None:
+    ranks = max(1, config.world_size // config.parallel.tensor)
+    if config.train.global_batch < ranks:
+        raise BadInput(
+            f"train.global_batch={config.train.global_batch} leaves some of {ranks} data-parallel ranks without a "
+            f"sequence; use {ranks} or more, or fewer nodes"
+        )
+    share = -(-config.train.global_batch // ranks)
+    if config.train.micro_batch > share:
+        raise BadInput(
+            f"train.micro_batch={config.train.micro_batch} is more than the {share} sequences a rank gets of "
+            f"train.global_batch={config.train.global_batch}; use {share} or fewer"
+        )
+
+
+def _layout(config: "RunConfig") -> None:
+    parallel, world = config.parallel, config.world_size
+    if config.model.heads % parallel.tensor:
+        divisors = [n for n in range(1, config.model.heads + 1) if config.model.heads % n == 0]
+        raise BadInput(
+            f"parallel.tensor={parallel.tensor} must divide model.heads={config.model.heads}; use {_listed(divisors)}"
+        )
+    if parallel.tensor > 1:
+        raise BadInput(
+            f"parallel.tensor={parallel.tensor} is not supported by this version; "
+            "use parallel.tensor=1, which shards instead"
+        )
+    nodes = f"cluster.nodes={config.cluster.nodes} x cluster.slots_per_node={config.cluster.slots_per_node}"
+    fixed = parallel.replicate * parallel.tensor
+    if parallel.shard == 0:
+        if world % fixed:
+            raise BadInput(
+                f"parallel.replicate={parallel.replicate} x parallel.tensor={parallel.tensor} must divide the "
+                f"{world} ranks of {nodes}; change the degrees or the nodes"
+            )
+    elif fixed * parallel.shard != world:
+        raise BadInput(
+            f"parallel.replicate={parallel.replicate} x parallel.shard={parallel.shard} x "
+            f"parallel.tensor={parallel.tensor} = {fixed * parallel.shard} must equal the {world} ranks of {nodes}; "
+            "parallel.shard=0 fills in what fits"
+        )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return _listed(sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2]))
+
+
+def _listed(numbers: list[int]) -> str:
+    """`1, 2 or 4`."""
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
