@@ -1,0 +1,164 @@
+"""Documents of a corpus, in one order on every machine, through Hugging Face `datasets` and without a network."""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opt_train.data.config import DataConfig
+from opt_train.protocol.exits import BadInput
+
+TEXT_SUFFIXES = (".txt", ".py", ".md")
+LINES_SUFFIX = ".jsonl"
+
+NOT_IN_THE_STANDARD_LIBRARY = frozenset(
+    # Installed packages; and the library's own tests, which distributions split off: without them every machine with
+    # the same Python reads the same documents.
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The files a corpus consists of, in reading order, and how much of them to take."""
+
+    name: str
+    """What the user wrote, for messages."""
+    files: tuple[Path, ...]
+    skip_undecodable: bool
+    """A file that is not UTF-8 is left out (the standard library has some on purpose) instead of being an error."""
+    max_bytes: int
+    """0: everything."""
+
+    def documents(self) -> Iterator[str]:
+        """Every document's text that is not blank, the same ones in the same order each time.
+
+        Raises:
+            BadInput: a file cannot be read, is not UTF-8, or a line of JSON has no text.
+        """
+        taken = 0
+        for text in self._stream():
+            taken += len(text.encode())
+            if self.max_bytes and taken > self.max_bytes:
+                return
+            yield text
+
+    def _stream(self) -> Iterator[str]:
+        # Set before the first import: nothing here may wait for a network that a compute node does not have.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import datasets  # noqa: PLC0415  takes two seconds, which only preparing should pay
+
+        arguments = {"files": [str(path) for path in self.files], "skip_undecodable": self.skip_undecodable}
+        with tempfile.TemporaryDirectory(prefix="opt-train-corpus-") as cache:
+            # The builder puts a lock file into its cache even when it streams; the user's home is not ours to litter.
+            before = datasets.config.HF_DATASETS_CACHE
+            datasets.config.HF_DATASETS_CACHE = Path(cache)
+            try:
+                rows = datasets.IterableDataset.from_generator(
+                    _rows,
+                    gen_kwargs=arguments,
+                    features=datasets.Features({"text": datasets.Value("large_string")}),
+                )
+            finally:
+                datasets.config.HF_DATASETS_CACHE = before
+            for row in rows:
+                yield row["text"]
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """The corpus that `data.corpus` names.
+
+    Raises:
+        BadInput: there is no such file, folder or match, or none of it is of a kind that can be read.
+    """
+    if data.corpus == "stdlib":
+        files = _standard_library()
+        return Corpus(name="stdlib", files=files, skip_undecodable=True, max_bytes=data.max_bytes)
+    return Corpus(name=data.corpus, files=_files(data.corpus), skip_undecodable=False, max_bytes=data.max_bytes)
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to validation: a property of its text alone, so copies never straddle the split."""
+    return position_in_split(text) < fraction
+
+
+def position_in_split(text: str) -> float:
+    """A uniform number in [0, 1) that the text alone decides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def _rows(files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str]]:
+    for name in files:
+        path = Path(name)
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            if skip_undecodable:
+                continue
+            raise BadInput(
+                f"data.corpus: {path} is not UTF-8 (byte {error.start}); convert it or leave it out of the corpus"
+            ) from None
+        except OSError as error:
+            raise BadInput(f"data.corpus: {path} cannot be read ({error.strerror}); mend it or leave it out") from None
+        if path.suffix == LINES_SUFFIX:
+            yield from _lines(path, text)
+        elif text.strip():
+            yield {"text": text}
+
+
+def _lines(path: Path, content: str) -> Iterator[dict[str, str]]:
+    # Only \n ends a line of JSON Lines; str.splitlines would also cut at characters that may stand inside a string.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text = row["text"]
+            text.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BadInput(
+                f"data.corpus: {path} line {number} is not a JSON object with a string under the key text; "
+                "mend or remove the line"
+            ) from None
+        if text.strip():
+            yield {"text": text}
+
+
+def _standard_library() -> tuple[Path, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in root.rglob("*.py")
+        if path.is_file() and NOT_IN_THE_STANDARD_LIBRARY.isdisjoint(path.relative_to(root).parts[:-1])
+    ]
+    if not files:
+        raise BadInput(
+            f"data.corpus=stdlib found no .py files in {root}; install Python's library sources or name another corpus"
+        )
+    return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def _files(corpus: str) -> tuple[Path, ...]:
+    kinds = ", ".join((*TEXT_SUFFIXES, LINES_SUFFIX))
+    path = Path(corpus).expanduser()
+    if path.is_file():
+        if path.suffix not in (*TEXT_SUFFIXES, LINES_SUFFIX):
+            raise BadInput(f"data.corpus={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}")
+        return (path,)
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    elif glob.has_magic(corpus):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    else:
+        raise BadInput(
+            f"data.corpus={corpus} does not exist; name a file, folder or glob of {kinds}, or use data.corpus=stdlib"
+        )
+    files = [item for item in found if item.is_file() and item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX)]
+    if not files:
+        raise BadInput(f"data.corpus={corpus} holds no file of {kinds}; add documents or name another corpus")
+    return tuple(sorted(files, key=lambda item: item.as_posix()))

@@ -1,0 +1,117 @@
+"""What a folder of prepared data holds: `dataset.json` beside the token shards. Standard library only."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from opt_train.protocol.exits import BadInput
+
+DATASET_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of little-endian token ids; the shards of a split, in the manifest's order, are its token stream."""
+
+    path: str
+    """Relative to the dataset's folder."""
+    split: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetManifest:
+    """All that a run has to know of its data without opening a shard."""
+
+    name: str
+    fingerprint: str
+    """sha256 over the ordered tokens of both splits, their dtype and the tokenizer: equal means the same training."""
+    tokenizer: str
+    tokenizer_sha256: str
+    """Of `tokenizer.json`."""
+    vocab_size: int
+    """Token ids are below this."""
+    eos: int
+    """Stands behind every document."""
+    dtype: str
+    """``uint16`` or ``uint32``; little-endian in the shards."""
+    train_tokens: int
+    validation_tokens: int
+    documents: int
+    unigram_perplexity: float
+    """Of the validation tokens, under the train tokens' counts with one added to each: the bar for a trained model."""
+    shards: tuple[Shard, ...]
+    configuration: Mapping[str, str | int | float]
+    """The keys that decided the tokens, with their values; another configuration does not reuse this folder."""
+
+    def shards_of(self, split: str) -> tuple[Shard, ...]:
+        """The shards of ``train`` or ``validation``, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def write(self, directory: Path) -> None:
+        """Write `dataset.json` into `directory` and fsync it. The caller renames the whole folder into place."""
+        with (directory / DATASET_FILE).open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The manifest of the prepared data in `directory`.
+
+        Raises:
+            BadInput: there is none, or it is damaged.
+        """
+        path = directory / DATASET_FILE
+        try:
+            payload: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BadInput(
+                f"{path} does not exist; run `opt-train prepare` first or set data.directory to prepared data"
+            ) from None
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk") from None
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
+        names = {f.name for f in fields(cls)}
+        if not isinstance(payload, dict) or not names <= payload.keys():
+            missing = sorted(names - payload.keys())[0] if isinstance(payload, dict) else "everything"
+            raise _damaged(path, f"{missing} is missing")
+        try:
+            shards = tuple(Shard(**shard) for shard in payload["shards"])
+            # Fields of a newer version are no reason to refuse its data.
+            return cls(**{**{name: payload[name] for name in names}, "shards": shards})
+        except TypeError as error:
+            raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, why: str) -> BadInput:
+    return BadInput(f"{path} is damaged ({why}); delete the folder {path.parent} and run `opt-train prepare` again")
+
+
+def check_fits(manifest: DatasetManifest, *, vocab_size: int, sequence_length: int) -> None:
+    """Check the data against the model that is to read it.
+
+    Raises:
+        BadInput: token ids that the model's embedding has no row for, or a split shorter than one sequence.
+    """
+    if manifest.vocab_size > vocab_size:
+        raise BadInput(
+            f"model.vocab_size={vocab_size} is smaller than the {manifest.vocab_size} entries of tokenizer "
+            f"{manifest.tokenizer!r} that prepared data.name={manifest.name!r}; "
+            f"use model.vocab_size={manifest.vocab_size} or more"
+        )
+    for split, tokens in zip(SPLITS, (manifest.train_tokens, manifest.validation_tokens), strict=True):
+        if tokens < sequence_length + 1:
+            raise BadInput(
+                f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but the {split} split of "
+                f"data.name={manifest.name!r} has {tokens}; use a shorter sequence or a larger corpus"
+            )

@@ -1,0 +1,268 @@
+"""Corpus to tokenizer to token shards, once: in a folder beside its final place, renamed when all of it is durable."""
+
+import errno
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from opt_train.data import tokenizer as bpe
+from opt_train.data.config import DataConfig, TokenizerConfig
+from opt_train.data.corpus import Corpus, is_held_out, open_corpus, position_in_split
+from opt_train.data.manifest import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetManifest
+from opt_train.data.shards import SplitWriter, write_durably
+from opt_train.data.workplace import Workplace
+from opt_train.protocol.exits import BadInput
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH_BYTES = 1 << 21
+"""Text that is tokenized at once, in parallel over its documents."""
+
+PROGRESS_SECONDS = 2.0
+
+
+def directory_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
+    """Where the prepared data of this configuration lies."""
+    return Path(data.directory) if data.directory else Path("prepared") / f"{data.name}-{tokenizer.name}"
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[str], None]) -> DatasetManifest:
+    """Make sure that the prepared data of this configuration exists, and return its manifest.
+
+    Data that the same configuration prepared is returned at once. A crash at any moment leaves either nothing at the
+    final place or all of it. `progress` is told lines for a person.
+
+    Raises:
+        BadInput: a key, the corpus, the space or the folder does not allow it; the message says which and the mend.
+    """
+    directory = directory_of(data, tokenizer)
+    configuration = configuration_of(data, tokenizer)
+    if (prepared := _already_prepared(directory, configuration)) is not None:
+        return prepared
+    _check(data, tokenizer)
+    corpus = open_corpus(data)
+    try:
+        with Workplace.beside(directory, progress) as workplace:
+            # Somebody else may have finished while this process waited for the workplace.
+            if (prepared := _already_prepared(directory, configuration)) is not None:
+                return prepared
+            manifest = _fill(workplace.path, corpus, data, tokenizer, progress)
+            workplace.rename_to(directory)
+    except OSError as error:
+        raise _refused(directory, error) from error
+    progress(f"prepared {manifest.train_tokens:,} training tokens in {directory}")
+    return manifest
+
+
+def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, str | int | float]:
+    """The keys that decide the tokens. Names, folders, sequence length and shard size do not."""
+    keys: dict[str, str | int | float] = {
+        "data.corpus": data.corpus,
+        "data.max_bytes": data.max_bytes,
+        "data.validation_fraction": data.validation_fraction,
+    }
+    if tokenizer.vocab_file:
+        return keys | {
+            "tokenizer.vocab_file": tokenizer.vocab_file,
+            "tokenizer.merges_file": tokenizer.merges_file,
+        }
+    return keys | {"tokenizer.vocab_size": tokenizer.vocab_size}
+
+
+def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
+    if not 0.0 < data.validation_fraction < 1.0:
+        raise BadInput(
+            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; the default is 0.02"
+        )
+    if data.max_bytes < 0:
+        raise BadInput(f"data.max_bytes={data.max_bytes} is negative; use 0 for the whole corpus")
+    if data.shard_tokens < 1:
+        raise BadInput(f"data.shard_tokens={data.shard_tokens} must be at least 1; the default is {1 << 26}")
+    bpe.check(tokenizer)
+
+
+def _already_prepared(directory: Path, configuration: dict[str, str | int | float]) -> DatasetManifest | None:
+    """The manifest, if the same configuration has prepared `directory`; None, if nothing is there."""
+    try:
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+            return None
+        if not directory.is_dir() or not (directory / DATASET_FILE).exists():
+            raise BadInput(
+                f"data.directory={directory} exists and holds no prepared data; remove it or name another folder"
+            )
+    except OSError as error:
+        raise _refused(directory, error) from error
+    manifest = DatasetManifest.read(directory)
+    keys = sorted(manifest.configuration.keys() | configuration.keys())
+    differences = [
+        f"{key} was {manifest.configuration.get(key, 'not set')} and is {configuration.get(key, 'not set')}"
+        for key in keys
+        if manifest.configuration.get(key) != configuration.get(key)
+    ]
+    if differences:
+        raise BadInput(
+            f"{directory} was prepared by another configuration ({'; '.join(differences)}); "
+            "use another data.name or data.directory, or delete that folder"
+        )
+    return manifest
+
+
+def _fill(
+    folder: Path, corpus: Corpus, data: DataConfig, config: TokenizerConfig, progress: Callable[[str], None]
+) -> DatasetManifest:
+    """Write tokenizer, shards and manifest into `folder`, all fsynced."""
+    split = _survey(corpus, data.validation_fraction, progress)
+    tokenizer = _tokenizer(corpus, split, config, progress)
+    vocab_size = bpe.size_of(tokenizer)
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    serialized = tokenizer.to_str().encode()
+    write_durably(folder / TOKENIZER_FILE, serialized)
+
+    writers = {name: SplitWriter(folder, name, dtype, data.shard_tokens, vocab_size) for name in SPLITS}
+    _tokenize(corpus, split, tokenizer, writers, progress)
+    train, validation = (writers[name].finish() for name in SPLITS)
+
+    tokenizer_sha256 = hashlib.sha256(serialized).hexdigest()
+    fingerprint = hashlib.sha256(
+        json.dumps([dtype, tokenizer_sha256, train.sha256, validation.sha256]).encode()
+    ).hexdigest()
+    perplexity = unigram_perplexity(train.counts, validation.counts)
+    progress(f"a unigram model of the training tokens has validation perplexity {perplexity:.1f}")
+    manifest = DatasetManifest(
+        name=data.name,
+        fingerprint=fingerprint,
+        tokenizer=config.name,
+        tokenizer_sha256=tokenizer_sha256,
+        vocab_size=vocab_size,
+        eos=bpe.EOS,
+        dtype=dtype,
+        train_tokens=train.tokens,
+        validation_tokens=validation.tokens,
+        documents=split.documents,
+        unigram_perplexity=perplexity,
+        shards=(*train.shards, *validation.shards),
+        configuration=configuration_of(data, config),
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def unigram_perplexity(train: npt.NDArray[np.int64], validation: npt.NDArray[np.int64]) -> float:
+    """Perplexity of validation tokens under the unigram model of training tokens, add-one smoothed.
+
+    Args:
+        train: occurrences of each entry `[vocab_size]`.
+        validation: the same of the validation tokens.
+    """
+    logarithms = np.log(train + 1.0) - math.log(float(train.sum()) + len(train))
+    return math.exp(-float((validation * logarithms).sum()) / float(validation.sum()))
+
+
+# The corpus, read three times: to split it, to train the tokenizer, to write tokens --------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Which documents are held out, and how much text there is."""
+
+    fraction: float
+    documents: int
+    bytes: int
+
+    def name_of(self, text: str) -> str:
+        return "validation" if is_held_out(text, self.fraction) else "train"
+
+
+def _survey(corpus: Corpus, fraction: float, progress: Callable[[str], None]) -> _Split:
+    progress(f"reading the corpus {corpus.name} ({len(corpus.files):,} files)")
+    documents = size = 0
+    smallest, largest = 1.0, 0.0
+    for text in corpus.documents():
+        documents += 1
+        size += len(text.encode())
+        position = position_in_split(text)
+        smallest, largest = min(smallest, position), max(largest, position)
+    if documents == 0:
+        raise BadInput(
+            f"data.corpus={corpus.name} has no text"
+            + (f" within data.max_bytes={corpus.max_bytes}; raise it" if corpus.max_bytes else "; add documents")
+        )
+    if smallest == largest:
+        raise BadInput(
+            f"data.corpus={corpus.name} is a single document, and one is needed for training and another for "
+            "validation; add documents"
+        )
+    # A corpus of a few documents may have none below the line, or none above it: move the line just past the nearest.
+    if smallest >= fraction:
+        fraction = math.nextafter(smallest, 1.0)
+    elif largest < fraction:
+        fraction = largest
+    progress(f"{documents:,} documents, {size / 1e6:.1f} MB of text")
+    return _Split(fraction, documents, size)
+
+
+def _tokenizer(corpus: Corpus, split: _Split, config: TokenizerConfig, progress: Callable[[str], None]) -> "Tokenizer":
+    if config.vocab_file:
+        progress(f"reading the tokenizer {config.name} from {config.vocab_file}")
+        return bpe.from_files(config)
+    progress(f"training the tokenizer {config.name} with {config.vocab_size:,} entries")
+    texts = (text for text in corpus.documents() if split.name_of(text) == "train")
+    return bpe.train(texts, config.vocab_size)
+
+
+def _tokenize(
+    corpus: Corpus,
+    split: _Split,
+    tokenizer: "Tokenizer",
+    writers: dict[str, SplitWriter],
+    progress: Callable[[str], None],
+) -> None:
+    done, told = 0, time.monotonic()
+    for batch in _in_batches(corpus.documents()):
+        for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            writers[split.name_of(text)].add([*encoding.ids, bpe.EOS])
+            done += len(text.encode())
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            tokens = sum(writer.tokens for writer in writers.values())
+            progress(f"tokenized {done / 1e6:.1f} of {split.bytes / 1e6:.1f} MB, {tokens:,} tokens")
+
+
+def _in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# What stands in the way --------------------------------------------------------------------------------------------
+
+
+def _refused(directory: Path, error: OSError) -> BadInput:
+    """The sentence for an operating system that says no."""
+    where = error.filename or directory
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BadInput(
+            f"data.directory={directory}: no space left while writing {where}; free some or name a folder on "
+            "another disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return BadInput(
+            f"data.directory={directory} cannot be written ({error.strerror}: {where}); name a folder you may write to"
+        )
+    return BadInput(f"data.directory={directory} cannot be used ({error.strerror}: {where}); name another folder")
