@@ -51,7 +51,8 @@ class Corpus:
     def _stream(self) -> Iterator[str]:
         # Set before the first import: nothing here may wait for a network that a compute node does not have.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import datasets  # noqa: PLC0415  takes two seconds, which only preparing should pay
+        # Imported here because it takes two seconds, which only preparing should pay. It ships no types.
+        import datasets  # type: ignore[import-untyped]  # noqa: PLC0415
 
         arguments = {"files": [str(path) for path in self.files], "skip_undecodable": self.skip_undecodable}
         with tempfile.TemporaryDirectory(prefix="opt-train-corpus-") as cache:

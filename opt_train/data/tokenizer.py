@@ -85,7 +85,7 @@ def from_files(config: TokenizerConfig) -> "Tokenizer":
 
 
 def load(path: Path) -> "Tokenizer":
-    """The tokenizer that `prepare` saved as `tokenizer.json`. It never makes a special entry of text that looks like one.
+    """The tokenizer that `prepare` saved as `tokenizer.json`; text that looks like a special entry stays text.
 
     Raises:
         BadInput: the file is missing or damaged.
