@@ -101,11 +101,8 @@ class Reading:
     """Length of the file without the torn line."""
     head: Head
     """What the next line follows from."""
-
-    def hash_of(self, seq: int) -> str | None:
-        """The hash of the line `seq` where it verifies."""
-        entry = next((e for e in self.entries if e.seq == seq), None)
-        return entry.hash if entry else None
+    hashes: frozenset[str]
+    """What the lines say their hashes are, damaged ones included."""
 
 
 def read_bytes(data: bytes) -> Reading:
@@ -129,6 +126,7 @@ def read_bytes(data: bytes) -> Reading:
         line_count=len(chain.lines),
         good_bytes=len(data) - chain.torn_bytes,
         head=Head((entries[-1].seq if entries else 0) + trailing, chain.follow),
+        hashes=frozenset(parts[1] for parts in map(split, chain.lines) if parts),
     )
 
 

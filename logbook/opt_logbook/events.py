@@ -214,6 +214,8 @@ class FailureSeen(Event, kind="failure_seen"):
     """-1 where no single rank showed it."""
     what: str
     """One sentence: what was observed, not why."""
+    sign: str = ""
+    """What kind of observation it was: ``exit``, ``down``, ``hang``, ``silence``, ``missing``, ``in_force``."""
 
 
 @dataclass(frozen=True, slots=True)

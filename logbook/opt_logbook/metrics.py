@@ -56,7 +56,8 @@ class MetricsWriter:
         if step in self._steps:
             return False
         anchor = {JOURNAL_HEAD: journal_head} if journal_head and not self._lines else {}
-        payload = {"attempt": attempt, **to_json_value(line), **anchor}
+        # The rank may have been told the head with its start; what it says counts.
+        payload = {"attempt": attempt, **anchor, **to_json_value(line)}
         text = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             written = os.write(self._descriptor, text)
