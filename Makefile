@@ -1,0 +1,54 @@
+# make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
+# make test     lint, types, import contracts, tests
+# make docs     rewrite the generated part of docs/configuration.md
+# make clean    remove the environment and caches; runs/ and prepared/ stay
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+TORCH := torch==2.13.0
+
+.PHONY: demo test venv docs clean
+.DEFAULT_GOAL := demo
+
+venv: $(VENV)/installed
+
+# torch first: it is the largest, and whoever wants another build of it installs that into .venv and goes on from here.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "opt-train needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "Python's venv module is missing; install it with: apt-get install python3-venv"; exit 1; }
+	@echo "making the environment $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(PIP) $(TORCH)
+	@echo "installing opt-train and what it needs"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing what the tests need"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# The trap keeps the shell waiting through Ctrl-C while the run saves its state.
+demo: $(VENV)/installed
+	@test -z "$(FRESH)" || rm -rf runs/demo
+	@trap : INT; $(BIN)/opt-train run experiment=demo; code=$$?; \
+	if [ $$code -eq 75 ]; then echo "stopped with its state saved; make demo goes on from there"; exit 0; fi; \
+	exit $$code
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate_configuration.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -1,0 +1,294 @@
+"""The command `opt-train`: verbs and flags; with its `cli_*` neighbours the only place that knows every room.
+
+argparse owns verbs and flags, what is left are Hydra overrides. A user's mistake is one sentence and exit 2. Each verb
+imports what it needs: `--help` answers at once, and `run`, which stays for months, never loads torch.
+"""
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from opt_train.protocol.exits import BAD_INPUT, DONE, STOPPED, BadInput
+
+if TYPE_CHECKING:
+    from opt_train.config import RunConfig
+
+INTERRUPTED = 130
+"""What a shell reports for a program that Ctrl-C ended; nothing of it needs saving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One word after `opt-train`."""
+
+    summary: str
+    examples: tuple[str, ...]
+    obey: Callable[[argparse.Namespace, list[str]], int]
+    configured: bool
+    """Takes Hydra overrides; otherwise the path of a run directory."""
+
+
+# Configured verbs ---------------------------------------------------------------------------------------------
+
+
+def _configured(verb: Callable[["RunConfig", list[str], Path | None], int]) -> Callable[..., int]:
+    """What every configured verb does before its own work: compose, and obey `--cfg` and `--multirun`."""
+
+    def obey(flags: argparse.Namespace, overrides: list[str]) -> int:
+        jobs = _jobs(flags, overrides)
+        if flags.cfg:
+            return _print_configurations(jobs, flags.multirun)
+        if flags.multirun:
+            return _run_jobs(flags, jobs)
+        [(job, config)] = jobs
+        return verb(config, job, flags.config_dir)
+
+    return obey
+
+
+def _jobs(flags: argparse.Namespace, overrides: list[str]) -> list[tuple[list[str], "RunConfig"]]:
+    """Each job's overrides and configuration; all of them are checked before any of them starts.
+
+    Raises:
+        BadInput: an override is wrong, in any of the jobs.
+    """
+    from opt_train.config import compose, expand
+
+    if not flags.multirun:
+        return [(overrides, _with_fault_plan_checked(compose(overrides, flags.config_dir)))]
+    jobs = []
+    for job in expand(overrides, flags.config_dir):
+        jobs.append((job, _with_fault_plan_checked(compose(job, flags.config_dir))))
+    if len({config.name for _, config in jobs}) == len(jobs):
+        return jobs
+    named = [(job, replace(config, name=f"{config.name}-{n}")) for n, (job, config) in enumerate(jobs)]
+    return [([*job, f"name='{config.name}'"], config) for job, config in named]
+
+
+def _with_fault_plan_checked(config: "RunConfig") -> "RunConfig":
+    from opt_train.supervisor import faults
+
+    faults.parse(config.faults.plan)
+    return config
+
+
+def _print_configurations(jobs: list[tuple[list[str], "RunConfig"]], multirun: bool) -> int:
+    from opt_train.config import to_yaml
+
+    for number, (job, config) in enumerate(jobs):
+        if multirun:
+            print(f"{'---' + os.linesep if number else ''}# job {number}: {' '.join(job)}")
+        print(to_yaml(config), end="")
+    return DONE
+
+
+def _run_jobs(flags: argparse.Namespace, jobs: list[tuple[list[str], "RunConfig"]]) -> int:
+    """One job after another, each a process of its own; a failed job does not keep the next from running."""
+    directory = ["--config-dir", str(flags.config_dir)] if flags.config_dir else []
+    codes: list[int] = []
+    for number, (job, config) in enumerate(jobs):
+        print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+        codes.append(_call([flags.verb, *directory, *job]))
+        if codes[-1] in (STOPPED, INTERRUPTED):
+            print(f"stopped; the same command goes on with {config.name}")
+            break
+    for number, code in enumerate(codes):
+        print(f"job {number} {jobs[number][1].name}: {'done' if code == DONE else f'exit {code}'}")
+    return next((code for code in codes if code != DONE), DONE)
+
+
+def _call(arguments: list[str]) -> int:
+    """`opt-train` with `arguments` as a process of its own, with this one's terminal; its exit code.
+
+    Ctrl-C reaches the child too, so this process only waits for the child's own answer.
+    """
+    child = subprocess.Popen([sys.executable, "-m", "opt_train.cli", *arguments])
+    while True:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            continue
+        return code if code >= 0 else 128 - code
+
+
+def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:
+    from opt_train.data.batches import open_split
+    from opt_train.data.manifest import SPLITS, check_fits
+    from opt_train.data.prepare import directory_of, prepare
+
+    directory = directory_of(config.data, config.tokenizer)
+    manifest = prepare(config.data, config.tokenizer, lambda line: print(line, flush=True))
+    check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
+    for split in SPLITS:
+        open_split(directory, split, verify=True)
+    print(
+        f"{directory}: {manifest.train_tokens:,} training and "
+        f"{manifest.validation_tokens:,} validation tokens, vocabulary {manifest.vocab_size:,}"
+    )
+    return DONE
+
+
+def _run(config: "RunConfig", job: list[str], config_directory: Path | None) -> int:
+    from opt_train.cli_run import run
+
+    directory = ["--config-dir", str(config_directory)] if config_directory else []
+    return run(config, prepare=lambda: _call(["prepare", *directory, *job]))
+
+
+def _train(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:
+    from opt_train.cli_train import train
+
+    return train(config)
+
+
+# Verbs about a run --------------------------------------------------------------------------------------------
+
+
+def _status(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_about import status
+
+    return status(flags.run, as_json=flags.json)
+
+
+def _stop(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_about import stop
+
+    return stop(flags.run)
+
+
+def _checkpoints(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_about import checkpoints
+
+    return checkpoints(flags.run, as_json=flags.json)
+
+
+VERBS = {
+    "prepare": Verb(
+        "make token shards of a corpus, once",
+        ("opt-train prepare experiment=demo", "opt-train prepare data=files data.corpus=texts data.name=texts"),
+        _configured(_prepare),
+        configured=True,
+    ),
+    "run": Verb(
+        "train under a supervisor, on a cluster or on this machine; the same command resumes",
+        (
+            "opt-train run experiment=demo",
+            "opt-train run experiment=demo --cfg job",
+            "opt-train run --multirun experiment=demo optim.lr=1e-3,3e-3",
+        ),
+        _configured(_run),
+        configured=True,
+    ),
+    "train": Verb(
+        "train without a supervisor: alone, or as torchrun starts it",
+        (
+            "opt-train train experiment=demo cluster.nodes=1 name=alone",
+            "torchrun --standalone --nproc-per-node=2 -m opt_train.cli train experiment=demo name=two",
+        ),
+        _configured(_train),
+        configured=True,
+    ),
+    "status": Verb("say how a run is doing", ("opt-train status runs/demo",), _status, configured=False),
+    "stop": Verb(
+        "ask a run to save and stop; `run` resumes it", ("opt-train stop runs/demo",), _stop, configured=False
+    ),
+    "checkpoints": Verb(
+        "list a run's checkpoints", ("opt-train checkpoints runs/demo --json",), _checkpoints, configured=False
+    ),
+}
+
+EXITS = "exit codes: 0 done, 1 the answer is no, 2 bad input, 3 a person must decide, 75 stopped with the state saved"
+
+
+# Flags --------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as sentences."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see `{self.prog} --help`")
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"opt-train {name}",
+        description=verb.summary[0].upper() + verb.summary[1:] + ".",
+        epilog="examples:\n" + "".join(f"  {example}\n" for example in verb.examples) + f"\n{EXITS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if verb.configured:
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration (docs/configuration.md)")
+        parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration and exit")
+        parser.add_argument("-m", "--multirun", action="store_true", help="try every combination of key=a,b")
+        parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="a folder with groups of your own")
+    else:
+        parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
+        if name != "stop":
+            parser.add_argument("--json", action="store_true", help="print JSON for a program")
+    return parser
+
+
+def _help() -> str:
+    verbs = "".join(f"  {name:12} {verb.summary}\n" for name, verb in VERBS.items())
+    return (
+        "usage: opt-train VERB [flags] [KEY=VALUE ...]\n\n"
+        "Pretrain OPT-style language models, and keep the run alive.\n\n"
+        f"verbs:\n{verbs}\n"
+        "examples:\n  opt-train run experiment=demo\n  opt-train status runs/demo\n  opt-train run --help\n\n"
+        f"{EXITS}\n"
+    )
+
+
+def _obey(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help(), end="")
+        return DONE if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("opt-train"))
+        return DONE
+    name, *rest = arguments
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        raise BadInput(f"{name} is no verb; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}"))
+    parser = _parser_of(name)
+    flags, unknown = parser.parse_known_intermixed_args(rest)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"see `opt-train {name} --help`"
+        raise BadInput(f"{unknown[0]} is no flag of opt-train {name}; {mend}")
+    flags.verb = name
+    return VERBS[name].obey(flags, flags.overrides if VERBS[name].configured else [])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: obey `arguments` (those of the process by default) and return the exit code."""
+    try:
+        code = _obey(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except BadInput as error:
+        print(f"opt-train: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `| head`; the interpreter must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""`opt-train run`: prepared data, a run directory, a supervisor over it, and what came of it."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import opt_logbook
+from opt_logbook import journal
+from opt_logbook.events import LineageOpened, RunCreated, RunFinished
+from opt_logbook.lock import Lock, LockHeld
+from opt_logbook.run_directory import RunDirectory
+
+import opt_train
+from opt_train.cli_about import summary
+from opt_train.config import RunConfig, difference, from_json, to_json, to_yaml
+from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.data.prepare import directory_of
+from opt_train.model.sizes import parameter_count
+from opt_train.protocol.exits import DONE, BadInput
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the weight and AdamW's two moments, each in fp32."""
+
+PACKAGES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "safetensors")
+"""What else decides the numbers; their versions go into every attempt's journal line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this start is in the life of the run."""
+
+    lineage: int
+    """The lineage it trains in."""
+    opens_lineage: bool
+    lineage_difference: tuple[str, ...]
+    operational_difference: tuple[str, ...]
+    is_new: bool
+    is_finished: bool
+
+
+def run(config: RunConfig, prepare: Callable[[], int]) -> int:
+    """Train until done, stopped or in need of a person; the same call resumes.
+
+    Args:
+        prepare: makes sure the data is prepared and whole, in a process of its own; returns its exit code.
+
+    Raises:
+        BadInput: the run cannot begin, or not with this configuration. Nothing has been started or changed then.
+    """
+    directory = RunDirectory(Path(config.runs, config.name).absolute())
+    # Resolved, so that ranks find their data wherever their agent was started.
+    data = directory_of(config.data, config.tokenizer).absolute()
+    resolved = replace(config, lineage="", data=replace(config.data, directory=str(data)))
+
+    plan = plan_of(directory, resolved, asked_for_lineage=config.lineage == "new")
+    if plan.is_finished:
+        print(summary(directory))
+        return DONE
+    if plan.is_new:
+        check_room(directory, config)
+    if plan.is_new or not (data / "dataset.json").exists():
+        code = prepare()
+        if code != DONE:
+            return code
+    manifest = DatasetManifest.read(data)
+    check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
+    _check_same_data(directory, manifest)
+    _write_configuration(directory, resolved, plan)
+
+    code = _supervise(directory, resolved, created_event(resolved, manifest), plan)
+    print(summary(directory))
+    return code
+
+
+def _supervise(directory: RunDirectory, config: RunConfig, created: RunCreated, plan: Plan) -> int:
+    from opt_train.supervisor.shell import supervise
+
+    commit, dirty = _git()
+    return supervise(
+        config,
+        directory,
+        created,
+        opens_lineage=plan.opens_lineage,
+        lineage_difference=plan.lineage_difference,
+        operational_difference=plan.operational_difference,
+        git_commit=commit,
+        git_dirty=dirty,
+        packages=versions(),
+    )
+
+
+# Which configuration, and whether it may ----------------------------------------------------------------------
+
+
+def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool) -> Plan:
+    """Compare `config` with what the run directory says was trained there.
+
+    Raises:
+        BadInput: training keys differ and no new lineage was asked for; or the folder is none of ours; or a lineage was
+            asked for where there is nothing to go on from.
+    """
+    entries = journal.read(directory.journal).entries
+    lineages = [entry.event.lineage for entry in entries if isinstance(entry.event, LineageOpened)]
+    if not lineages:
+        if asked_for_lineage:
+            raise BadInput(f"lineage=new has nothing to go on from: {directory.path} holds no run")
+        if directory.path.exists() and any(directory.path.iterdir()) and not directory.config_json.exists():
+            raise BadInput(f"{directory.path} exists and is no run directory; choose another name= or runs=")
+        return Plan(1, False, (), (), is_new=True, is_finished=False)
+    # A lineage's own copy is compared, not the newest configuration: a crash between writing that and journalling the
+    # new lineage must not make the change look as if it had been agreed to.
+    training, _ = difference(_read(_code_of(directory, lineages[-1]) / "config.json"), config)
+    _, operational = difference(_read(directory.config_json), config)
+    if training and not asked_for_lineage:
+        raise BadInput(
+            f"{directory.path} was trained with another configuration ({'; '.join(training)}); "
+            "add lineage=new to go on from its newest checkpoint with this one, or choose another name="
+        )
+    finished = not training and isinstance(entries[-1].event, RunFinished)
+    return Plan(
+        lineages[-1] + bool(training), bool(training), tuple(training), tuple(operational), False, is_finished=finished
+    )
+
+
+def _read(path: Path) -> RunConfig:
+    try:
+        return from_json(path)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); restore it, or choose another name=") from None
+
+
+def _check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
+    for entry in journal.read(directory.journal).entries[:1]:
+        event = entry.event
+        if isinstance(event, RunCreated) and event.data_fingerprint not in ("", manifest.fingerprint):
+            raise BadInput(
+                f"data.directory holds other tokens than those {directory.path} was trained on "
+                f"({manifest.fingerprint[:12]} instead of {event.data_fingerprint[:12]}); prepare the same corpus again"
+            )
+
+
+def check_room(directory: RunDirectory, config: RunConfig) -> None:
+    """Refuse a new run where its directory cannot be made or its checkpoints cannot lie.
+
+    Raises:
+        BadInput: the folder cannot be written, or has too little space for the checkpoints to be kept.
+    """
+    above = next(p for p in directory.path.parents if p.exists())
+    if not above.is_dir():
+        raise BadInput(f"runs={config.runs} is not a folder; choose another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"runs={config.runs} cannot be written to; mend the permissions of {above} or choose another runs="
+        )
+    free = shutil.disk_usage(above).free
+    parameters = parameter_count(config.model)
+    needed = BYTES_PER_PARAMETER * parameters * (config.checkpoint.keep + 1)
+    if free < needed:
+        raise BadInput(
+            f"runs={config.runs} has {_size(free)} free, but {config.checkpoint.keep} checkpoints of {parameters:,} "
+            f"parameters and the next one take {_size(needed)}; make space or choose another runs="
+        )
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+# The run directory --------------------------------------------------------------------------------------------
+
+
+def _write_configuration(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:
+    """Configuration and code into the run directory, which is made where it is not there yet.
+
+    Raises:
+        BadInput: another process holds the run, or the folder cannot be written.
+    """
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        # A configuration must not change under a run that somebody is training.
+        with Lock.acquire(directory):
+            if plan.is_new or plan.opens_lineage:
+                _copy_code(_code_of(directory, plan.lineage), config)
+            _replace(directory.config_json, to_json(config))
+            _replace(directory.config, to_yaml(config))
+    except LockHeld as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        mend = "make space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend its permissions"
+        raise BadInput(
+            f"{directory.path} cannot be written ({error.strerror}); {mend} or choose another runs="
+        ) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def _code_of(directory: RunDirectory, lineage: int) -> Path:
+    return directory.path / "code" / str(lineage)
+
+
+def _copy_code(target: Path, config: RunConfig) -> None:
+    """The sources, versions and configuration that a lineage begins with."""
+    # What an earlier start left that died before it could journal the lineage.
+    shutil.rmtree(target, ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for package in (opt_train, opt_logbook):
+        [source] = package.__path__
+        shutil.copytree(source, target / package.__name__, ignore=ignore, dirs_exist_ok=True)
+    installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}, key=str.lower)
+    _replace(target / "packages.txt", "\n".join([f"# Python {sys.version.split()[0]}", *installed]) + "\n")
+    _replace(target / "config.json", to_json(config))
+
+
+# What the journal is told -------------------------------------------------------------------------------------
+
+
+def created_event(config: RunConfig, manifest: DatasetManifest) -> RunCreated:
+    """The first line of the run's journal."""
+    return RunCreated(
+        name=config.name,
+        seed=config.seed,
+        model=config.model.name,
+        parameters=parameter_count(config.model),
+        steps=config.train.steps,
+        tokens_per_step=config.train.global_batch * config.data.sequence_length,
+        tokenizer=manifest.tokenizer,
+        data=manifest.name,
+        data_fingerprint=manifest.fingerprint,
+        train_tokens=manifest.train_tokens,
+        validation_tokens=manifest.validation_tokens,
+        unigram_perplexity=manifest.unigram_perplexity,
+        learning_rate=config.optim.lr,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": sys.version.split()[0], "opt-train": metadata.version("opt-train")}
+    for package in PACKAGES:
+        found[package] = metadata.version(package)
+    return found
+
+
+def _git() -> tuple[str, bool]:
+    """Commit of the checkout this code runs from, and whether it has changes; empty outside a checkout."""
+    package = Path(opt_train.__path__[0]).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        # An installed wheel may lie inside somebody else's repository.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return "", False
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return "", False
