@@ -1,0 +1,44 @@
+"""No test of this room leaves a process or a socket folder behind."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train.supervisor.processes import NODE_MARK, kill_marked
+from tests.supervisor.harness import make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return make_run(tmp_path, orphan_seconds=30.0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail if a process of a node of this test lives on, and end it."""
+    yield
+    deadline = time.monotonic() + 5.0
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for mark in left.values():
+        kill_marked(mark)
+    assert not left, f"processes left behind: {left}"
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Living processes that bear the mark of a node of a run below `folder`: pid and mark."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+            state = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        start = f"{NODE_MARK}={folder.resolve()}".encode()
+        if state not in "ZX":
+            found |= {int(name): v.decode().partition("=")[2] for v in variables if v.startswith(start)}
+    return found

@@ -1,0 +1,353 @@
+"""A real agent and real processes in its slots, led by a real server: what must hold whatever the ranks do."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train.protocol.commands import Begin, Kill, Leave, Relay
+from opt_train.protocol.facts import GenerationGone, InForce, Leaving, RankExited, Stacks, Store
+from opt_train.protocol.orders import SaveAndStop
+from opt_train.supervisor.inputs import AgentConnected, MetricsTold
+from opt_train.supervisor.processes import stat_of
+from tests.supervisor.conftest import processes_of
+from tests.supervisor.harness import Listener, begin, make_run, start_agent
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def play(scene: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(50):
+            await scene
+
+    asyncio.run(bounded())
+
+
+async def leave(listener: Listener, agent: Any, node: str = "node-1") -> None:
+    listener.server.send(node, Leave("the test is over"))
+    await listener.until(lambda: agent.poll() is not None)
+    assert agent.returncode == 0
+
+
+def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            warm = await listener.until(lambda: (s := listener.slot()) and s.stage == "warm" and s)
+            assert warm.spare
+            assert warm.rank == -1
+            listener.server.send("node-1", begin(run, steps=5))
+            exited = await listener.fact(RankExited)
+            assert exited.pid == warm.pid, "a restart must not pay for an import: the warm process is the rank"
+            assert (exited.code, exited.signal, exited.killed_by_agent) == (0, None, False)
+            assert exited.leaving == Leaving(0, 4, "done")
+            assert exited.log_tail[0].file == "logs/1.00/node-1/rank0.log"
+            assert exited.log_tail[0].line == 1
+            assert "begins" in exited.log_tail[0].text
+            assert listener.facts(Store) == [Store("127.0.0.1", 4242)]
+            assert listener.facts(InForce) == [InForce({"lr": 0.1})]
+            steps = [i.line["step"] for i in listener.told if isinstance(i, MetricsTold)]
+            assert steps == [0, 1, 2, 3, 4]
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_begin_waits_for_a_spare_that_still_warms_and_is_obeyed_once(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            for _ in range(3):
+                listener.server.send("node-1", begin(run, steps=1000))
+            await listener.until(lambda: (s := listener.slot()) and s.stage == "running" and s.step > 2)
+            assert {i.generation for i in listener.told if isinstance(i, MetricsTold)} == {1}
+            who = (run.path / "who_trains.log").read_text().split("\n")
+            assert len(set(who)) == len(who), "two processes trained the same step"
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_the_next_spare_warms_after_the_first_step_and_takes_over_at_once(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, step_seconds=0.05))
+            spare = await listener.until(lambda: (s := listener.slot()) and s.stage == "running" and s.spare and s)
+            assert spare.step >= 0
+            listener.server.send("node-1", Kill(1, stacks=False))
+            listener.server.send("node-1", begin(run, generation=2, steps=1000))
+            await listener.until(lambda: (s := listener.slot()) and s.generation == 2 and s.step > 1)
+            assert [e.generation for e in listener.facts(RankExited)] == [1]
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_unacknowledged_facts_come_again_on_a_new_connection_and_acknowledged_ones_do_not(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run, leader=1) as first:
+            await first.connected()
+            first.server.send("node-1", begin(run, steps=1000, step_seconds=0.02))
+            await first.fact(InForce)
+            first.acknowledge_all()
+            await first.until(lambda: (s := first.slot()) and s.step > 3)
+            first.server.send("node-1", Kill(1, stacks=False))
+            await first.fact(GenerationGone)
+        async with Listener(run, leader=2) as second:
+            state = (await second.connected()).state
+            assert state.leader_generation == 2
+            await second.fact(GenerationGone)
+            assert [e.generation for e in second.facts(RankExited)] == [1]
+            assert not second.facts(InForce), "an acknowledged fact was told again"
+            await leave(second, agent)
+
+    play(scene())
+
+
+def test_metrics_of_the_time_without_a_supervisor_arrive_with_the_next_one(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run, leader=1) as first:
+            await first.connected()
+            first.server.send("node-1", begin(run, steps=60, step_seconds=0.02))
+            await first.until(lambda: (s := first.slot()) and s.step > 3)
+        await asyncio.sleep(0.5)
+        async with Listener(run, leader=2) as second:
+            await second.fact(RankExited)
+            known = {i.line["step"] for i in first.told + second.told if isinstance(i, MetricsTold)}
+            assert known == set(range(60))
+            await leave(second, agent)
+
+    play(scene())
+
+
+def test_a_supervisor_that_was_succeeded_is_not_obeyed(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run, leader=5) as newer:
+            await newer.connected()
+        async with Listener(run, leader=4) as older:
+            await asyncio.sleep(2.0)
+            assert not [i for i in older.told if isinstance(i, AgentConnected)]
+        async with Listener(run, leader=5) as newer:
+            await newer.connected()
+            await leave(newer, agent)
+
+    play(scene())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_deaf_or_stopped_generation_dies_on_command(run: RunDirectory, stopped: bool) -> None:
+    async def scene() -> None:
+        agent = start_agent(run, slots=2)
+        async with Listener(run) as listener:
+            await listener.connected()
+            for rank in (0, 1):
+                listener.server.send("node-1", begin(run, rank=rank, slot=rank, deaf=True, child=True))
+            states = await listener.until(
+                lambda: (a := listener.slot(0)) and (b := listener.slot(1)) and min(a.step, b.step) > 0 and (a, b)
+            )
+            if stopped:
+                os.kill(states[1].pid, signal.SIGSTOP)
+            asked = time.monotonic()
+            listener.server.send("node-1", Kill(1, stacks=True))
+            assert (await listener.fact(GenerationGone)).generation == 1
+            assert time.monotonic() - asked < 5.0
+            exits = {e.rank: e for e in listener.facts(RankExited)}
+            assert {(e.signal, e.killed_by_agent) for e in exits.values()} == {(signal.SIGKILL, True)}
+            stacks = {s.rank: s for s in listener.facts(Stacks)}
+            assert stacks[0].answered
+            assert any("stdlib_rank.py" in line.text for line in stacks[0].tail)
+            assert stacks[1].answered is not stopped
+            assert (stacks[1].process_state == "T") is stopped
+            for state in states:
+                gone = stat_of(state.pid)
+                assert gone is None or gone.parent != agent.pid
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_a_rank_that_dies_by_itself_is_told_with_its_log_and_is_not_called_killed(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, exit_at=3, exit_code=1))
+            exited = await listener.fact(RankExited)
+            assert (exited.code, exited.signal, exited.leaving) == (1, None, None)
+            assert (exited.phase, exited.step) == ("step", 3)
+            assert (exited.log_tail[-1].line, exited.log_tail[-1].text) == (2, "RuntimeError: boom <b>")
+            listener.server.send("node-1", begin(run, generation=2, step_seconds=0.05))
+            running = await listener.until(lambda: (s := listener.slot()) and s.generation == 2 and s.step > 0 and s)
+            os.kill(running.pid, signal.SIGKILL)
+            second = await listener.until(lambda: [e for e in listener.facts(RankExited) if e.generation == 2])
+            assert (second[0].signal, second[0].killed_by_agent) == (signal.SIGKILL, False)
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_an_order_reaches_rank_0_and_its_obedience_comes_back(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run))
+            await listener.until(lambda: (s := listener.slot()) and s.step > 0)
+            listener.server.send("node-1", Relay(7, SaveAndStop(1, "of another generation")))
+            listener.server.send("node-1", Relay(1, SaveAndStop(2, "enough")))
+            exited = await listener.fact(RankExited)
+            assert exited.code == 75
+            assert exited.leaving is not None
+            assert exited.leaving.code == 75
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_garbage_on_the_pipe_is_counted_and_harms_nothing(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, steps=3, garbage=30))
+            exited = await listener.fact(RankExited)
+            assert exited.code == 0
+            assert listener.facts(InForce) == [InForce({"lr": 0.1})], "the fact after the garbage was lost"
+            await leave(listener, agent)
+        assert "30 lines that are no facts" in (run.nodes / "node-1" / "agent.log").read_text()
+
+    play(scene())
+
+
+def test_a_rank_that_floods_its_pipe_silences_neither_agent_nor_neighbour(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run, slots=2)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, rank=0, slot=0, flood=True))
+            listener.server.send("node-1", begin(run, rank=1, slot=1, step_seconds=0.02))
+            await listener.until(lambda: (s := listener.slot(1)) and s.step > 20)
+            await asyncio.sleep(1.0)
+            status = Path(f"/proc/{agent.pid}/status").read_text()
+            assert int(status.partition("VmRSS:")[2].split()[0]) < 200_000, "the flood is kept in memory"
+            listener.server.send("node-1", Kill(1, stacks=False))
+            await listener.fact(GenerationGone)
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_a_spare_that_cannot_import_is_tried_again_and_then_told_as_the_ranks_death(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run, STDLIB_RANK_FAILS="1")
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run))
+            exited = await listener.fact(RankExited)
+            assert (exited.code, exited.phase, exited.generation) == (1, "start", 1)
+            assert "ImportError" in exited.log_tail[-1].text
+            assert exited.log_tail[-1].file.startswith("logs/warm/node-1/")
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
+    run = make_run(tmp_path, orphan_seconds=2.0)
+
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run))
+            await listener.until(lambda: (s := listener.slot()) and s.step > 5)
+            await asyncio.sleep(2.5)
+            assert agent.poll() is None, "a led agent stays, however long"
+        for _ in range(400):
+            if agent.poll() is not None:
+                break
+            await asyncio.sleep(0.02)
+        assert agent.returncode == 0
+        assert not processes_of(tmp_path)
+
+    play(scene())
+
+
+def test_the_death_of_an_agent_takes_its_ranks_along(run: RunDirectory, tmp_path: Any) -> None:
+    async def scene() -> None:
+        agent = start_agent(run, slots=2)
+        async with Listener(run) as listener:
+            await listener.connected()
+            for rank in (0, 1):
+                listener.server.send("node-1", begin(run, rank=rank, slot=rank, deaf=True))
+            await listener.until(lambda: (s := listener.slot(1)) and s.step > 0 and s.spare)
+            agent.kill()
+            agent.wait()
+            for _ in range(100):
+                if not processes_of(tmp_path):
+                    break
+                await asyncio.sleep(0.02)
+            assert not processes_of(tmp_path), "ranks or spares outlive their agent"
+
+    play(scene())
+
+
+def test_signals_of_a_scheduler_do_not_end_an_agent(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(agent.pid, number)
+            await asyncio.sleep(0.3)
+            assert agent.poll() is None
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_a_node_has_one_agent(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            second = start_agent(run)
+            await listener.until(lambda: second.poll() is not None)
+            assert second.returncode == 1
+            assert agent.poll() is None
+            await leave(listener, agent)
+
+    play(scene())
+
+
+def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", Kill(3, stacks=False))
+            await listener.fact(GenerationGone)
+            late: Begin = begin(run, generation=2)
+            listener.server.send("node-1", late)
+            await asyncio.sleep(1.0)
+            state = listener.slot()
+            assert state is not None
+            assert state.generation == 0
+            assert not (run.path / "who_trains.log").exists()
+            await leave(listener, agent)
+
+    play(scene())
