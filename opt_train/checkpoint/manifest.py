@@ -1,0 +1,305 @@
+"""What makes a folder of shards a checkpoint: `manifest.json`, committed by rename when all else is durable.
+
+Standard library only: the supervisor imports this file and no torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from opt_train.protocol.framing import to_payload
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+SHARD_SUFFIX = ".safetensors"
+VERSION = 1
+
+_HASH_BYTES = 1 << 22
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all) after each piece of long work."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be saved, trusted or restored. The message names the file or tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and hash of one file, as its writer had them."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All of a checkpoint that is not a tensor, and the hashes of what is."""
+
+    attempt: str
+    step: int
+    files: Mapping[str, FileEntry]
+    """By path inside the folder; `state.json` is one of them."""
+    state: Mapping[str, Any]
+    """Rank 0's `state.json`, embedded so that one small file answers every question: counters, cursor, the data's
+    fingerprint, RNG rule, loss scale, guards' history, ledger, health."""
+    config_sha256: str = ""
+    journal_head: str = ""
+    """Hash of the newest journal line when this was committed: a cut tail of the journal shows."""
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """Degrees of parallelism of the ranks that saved: for people; restoring works on any layout."""
+    version: int = VERSION
+
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def healthy(self) -> bool:
+        """What rank 0 said of the training's health at this step under `healthy`; well, if it said nothing."""
+        return bool(self.state.get("healthy", True))
+
+
+def build(
+    folder: Path,
+    attempt: str,
+    step: int,
+    files: Mapping[str, tuple[int, str]],
+    *,
+    config_sha256: str = "",
+    journal_head: str = "",
+) -> Manifest:
+    """The manifest of what the ranks reported to have saved in `folder`: path to (bytes, sha256).
+
+    Raises:
+        CheckpointError: a reported file is not there in its full size, no shard or no `state.json` was reported, or the
+            state's bytes are not the reported ones.
+    """
+    entries = {path: FileEntry(*files[path]) for path in sorted(files)}
+    _check_names(folder, entries)
+    for path, entry in entries.items():
+        _check_size(folder / path, entry)
+    if not any(path.endswith(SHARD_SUFFIX) for path in entries):
+        raise CheckpointError(f"no shard of {folder} was reported")
+    if STATE not in entries:
+        raise CheckpointError(f"{folder / STATE} was not reported")
+    content = _content(folder / STATE)
+    if hashlib.sha256(content).hexdigest() != entries[STATE].sha256:
+        raise CheckpointError(f"{folder / STATE} has a wrong checksum")
+    state = _object(folder / STATE, content)
+    layout = state.get("layout", {})
+    return Manifest(attempt, step, entries, state, config_sha256, journal_head, layout if layout else {})
+
+
+def commit(folder: Path, manifest: Manifest) -> str:
+    """Make `folder` a checkpoint. Returns the sha256 of the manifest's bytes, which names the checkpoint's content.
+
+    Raises:
+        OSError: the file system does not allow it; then there is no checkpoint.
+    """
+    text = json.dumps(to_payload(asdict(manifest)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    content = text.encode() + b"\n"
+    # The shards' names must be as durable as their bytes before the manifest vouches for them.
+    sync_folder(folder)
+    partial = folder / f"{MANIFEST}.partial"
+    write_durably(partial, content)
+    partial.replace(folder / MANIFEST)
+    sync_folder(folder)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(folder: Path, manifest_sha256: str | None = None) -> Manifest:
+    """The manifest of the checkpoint in `folder`; with `manifest_sha256`, exactly that one.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is another one.
+    """
+    path = folder / MANIFEST
+    content = _content(path)
+    if manifest_sha256 is not None and hashlib.sha256(content).hexdigest() != manifest_sha256:
+        raise CheckpointError(f"{path} is not the manifest that was committed: its checksum is wrong")
+    payload = _object(path, content)
+    if payload.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {payload.get('version')!r}; this program reads {VERSION}")
+    try:
+        files = {str(name): FileEntry(**entry) for name, entry in payload["files"].items()}
+        manifest = Manifest(**{**payload, "files": files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(manifest.state, dict) or not isinstance(manifest.step, int):
+        raise CheckpointError(f"{path} is damaged: state or step is of a wrong type")
+    _check_names(folder, files)
+    return manifest
+
+
+def verify(folder: Path, manifest_sha256: str | None = None, progress: Progress | None = None) -> Manifest:
+    """Read the manifest and every byte it vouches for.
+
+    Raises:
+        CheckpointError: something is missing, short, long, flipped, or a shard lies there that nobody vouches for.
+    """
+    manifest = read(folder, manifest_sha256)
+    check_sizes(folder, manifest)
+    done = 0
+    for path, entry in manifest.files.items():
+        before = done
+        check_file(folder / path, entry, None if progress is None else _shifted(progress, before, manifest.bytes))
+        done += entry.bytes
+    return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """The quick part of `verify`: every file is there in its size, and no shard is too many.
+
+    Raises:
+        CheckpointError: as `verify`.
+    """
+    for path, entry in manifest.files.items():
+        _check_size(folder / path, entry)
+    # The reader takes every shard it finds: a stray one could replace tensors of a checkpoint that is otherwise good.
+    for stray in sorted(folder.rglob(f"*{SHARD_SUFFIX}")):
+        if stray.relative_to(folder).as_posix() not in manifest.files:
+            raise CheckpointError(f"{stray} is not in the manifest")
+
+
+def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -> None:
+    """Compare one file's bytes with its entry.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or its checksum is wrong.
+    """
+    digest = hashlib.sha256()
+    done = 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_HASH_BYTES):
+                digest.update(piece)
+                done += len(piece)
+                if progress is not None:
+                    progress(done, entry.bytes)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if digest.hexdigest() != entry.sha256:
+        raise CheckpointError(f"{path} has a wrong checksum")
+
+
+def retire(folder: Path) -> None:
+    """Remove a checkpoint, or what a save that was never committed left. Safe to repeat after a crash.
+
+    Raises:
+        OSError: the file system does not allow it.
+    """
+    if not folder.exists():
+        return
+    # The manifest goes first, durably: without it the rest is rubbish that nobody can mistake for a checkpoint.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One folder under `checkpoints/`, as a person may want to see it."""
+
+    path: Path
+    attempt: str
+    step: int
+    bytes: int
+    why: str
+    """Empty: it has a readable manifest and all files in their sizes. Otherwise what is wrong, in one sentence."""
+
+
+def checkpoints(root: Path) -> tuple[Listed, ...]:
+    """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people: ranks list nothing."""
+    found = []
+    for folder in sorted(root.glob("*/step-*")):
+        attempt, step = folder.parent.name, folder.name.removeprefix("step-")
+        if not folder.is_dir() or not step.isdecimal():
+            continue
+        try:
+            manifest = read(folder)
+            check_sizes(folder, manifest)
+            found.append(Listed(folder, attempt, int(step), manifest.bytes, ""))
+        except CheckpointError as error:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            why = str(error) if (folder / MANIFEST).exists() else "no manifest: it was never committed"
+            found.append(Listed(folder, attempt, int(step), size, why))
+    return tuple(sorted(found, key=lambda item: (_numbers(item.attempt), item.step)))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write and fsync a file.
+
+    Raises:
+        OSError: the file system does not allow it.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _numbers(attempt: str) -> tuple[int, ...]:
+    """`12.9` before `12.10`; a name that is no attempt comes first."""
+    with contextlib.suppress(ValueError):
+        return tuple(int(part) for part in attempt.split("."))
+    return ()
+
+
+def _check_names(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+    for path in entries:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == MANIFEST:
+            raise CheckpointError(f"the manifest of {folder} names {path!r}, which is not a file inside it")
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if size != entry.bytes:
+        raise CheckpointError(f"{path} has {size} bytes instead of {entry.bytes}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        payload = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+    return payload
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} is missing")
+    return CheckpointError(f"{path} cannot be read: {error.strerror}")
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    return lambda done, _: progress(before + done, total)

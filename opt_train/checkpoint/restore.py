@@ -1,0 +1,118 @@
+"""A committed checkpoint back into a model and its optimizer, on any number of ranks; all of it, or an error.
+
+Nothing is unpickled: the shards are safetensors, the rest is JSON, and no other file of the folder is opened.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.optim import Optimizer
+
+from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes
+from opt_train.checkpoint.tensors import OPTIMIZER, put_back, tensors_of
+
+
+def restore(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Load the checkpoint in `folder` into `model` and `optimizer`. Called by all ranks of `process_group` together.
+
+    The files are verified first, each by one of the ranks, so that a large checkpoint is not read whole by each. What
+    the optimizer is told (learning rate, betas, decay) stays as it is. If anything is wrong, model and optimizer must
+    not be used: the error is meant to end the rank.
+
+    Args:
+        optimizer: None restores the weights alone, as evaluation does.
+        manifest: from `manifest.read`, with the hash that the supervisor sent.
+        process_group: one that communicates CPU tensors (gloo); default: the default group.
+        progress: told this rank's verified bytes.
+
+    Raises:
+        CheckpointError: a file is not as the manifest has it, or a tensor is missing, unexpected, incomplete, or of
+            another shape or type. On every rank.
+    """
+    alone = not dist.is_initialized()
+    rank, world = (0, 1) if alone else (dist.get_rank(process_group), dist.get_world_size(process_group))
+    failure = f"{folder} cannot be restored"
+    together(lambda: _verify_share(folder, manifest, rank, world, progress), process_group, failure)
+
+    tensors = tensors_of(model, optimizer)
+    reader = _Reader(folder)
+    together(lambda: _check_same(tensors, reader.read_metadata(), optimizer is not None), process_group, failure)
+
+    def load() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_tensors(tensors, storage_reader=reader, process_group=process_group, no_dist=alone)
+        put_back(model, optimizer, tensors)
+
+    together(load, process_group, failure)
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads the headers of all shards once instead of at every question."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(path=str(folder))
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*arguments, **named)
+        return self._metadata
+
+
+def _verify_share(folder: Path, manifest: Manifest, rank: int, world: int, progress: Progress | None) -> None:
+    if rank == 0:
+        check_sizes(folder, manifest)
+    mine = list(manifest.files.items())[rank::world]
+    total = sum(entry.bytes for _, entry in mine)
+    done = 0
+    for path, entry in mine:
+        check_file(folder / path, entry)
+        done += entry.bytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _check_same(wanted: Mapping[str, torch.Tensor], metadata: Metadata, with_optimizer: bool) -> None:
+    """The loader copies with conversion and passes over what it does not know: so all is compared before."""
+    stored = metadata.state_dict_metadata
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise CheckpointError(f"tensor {missing[0]} is not in it{_and_more(missing)}")
+    unexpected = sorted(
+        name for name in stored.keys() - wanted.keys() if with_optimizer or not name.startswith(OPTIMIZER)
+    )
+    if unexpected:
+        raise CheckpointError(f"its tensor {unexpected[0]} belongs to no part of this model{_and_more(unexpected)}")
+    for name, tensor in wanted.items():
+        there = stored[name]
+        if not isinstance(there, TensorStorageMetadata):
+            raise CheckpointError(f"{name} in it is no tensor")
+        # The stored size is known from the pieces alone, so a piece lost at the end shows as a smaller tensor.
+        if there.size != tensor.shape:
+            raise CheckpointError(f"tensor {name} has shape {list(there.size)} in it and {list(tensor.shape)} here")
+        if there.properties.dtype != tensor.dtype:
+            raise CheckpointError(f"tensor {name} has type {there.properties.dtype} in it and {tensor.dtype} here")
+        if sum(math.prod(chunk.sizes) for chunk in there.chunks) != tensor.numel():
+            raise CheckpointError(f"tensor {name} is incomplete in it: a shard is missing")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
