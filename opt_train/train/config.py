@@ -20,3 +20,5 @@ class TrainConfig:
     """Threads a rank on a CPU; 0: cores divided by ranks on the node."""
     collective_timeout_seconds: float = 600.0
     """After which a collective raises."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row that may be skipped for a non-finite gradient; at this many the rank leaves with code 81."""

@@ -1,0 +1,45 @@
+"""The training loop, as the textbook says it. Whatever is not training is a call with a good name."""
+
+from opt_train.protocol.exits import DONE, NO
+from opt_train.protocol.facts import Leaving
+from opt_train.train.step import read_batch, take_step
+from opt_train.train.training import Training
+
+
+def train(run: Training) -> Leaving:
+    """Train until the steps are done or the world agrees to stop; returns the rank's last words.
+
+    Every decision here is taken from the step's word, at the same boundary on every rank.
+    """
+    state, config = run.state, run.config
+    while True:
+        run.hear(before=state.step - 1)  # the word of the step before last: it had a whole step to arrive
+        if (leaving := run.obey()) is not None:
+            return leaving
+        if state.step >= config.train.steps:
+            return finish(run)
+
+        run.enter("data")
+        micro_batches, data_seconds = read_batch(run)  # random access: a restart is just another cursor
+        run.enter("step")
+        take_step(run, micro_batches, data_seconds)
+
+        if is_due(config.train.validate_every, state.step):
+            run.validate()
+        if is_due(config.checkpoint.every_steps, state.step):
+            run.save()
+
+
+def finish(run: Training) -> Leaving:
+    """The last words, the final validation, the final checkpoint."""
+    step = run.state.step
+    if not is_due(run.config.train.validate_every, step):
+        run.validate()
+    if not run.save():
+        return Leaving(NO, step, f"the final save at step {step} failed on some rank", cause="storage")
+    return Leaving(DONE, step, f"all {step} steps are done")
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens `every` so many steps (0: never) happens after `step` of them."""
+    return every > 0 and step % every == 0

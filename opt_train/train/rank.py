@@ -1,0 +1,237 @@
+"""One rank from `Begin` to its last words: build, join, restore, train, leave."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opt_train.checkpoint import manifest as checkpoint_manifest
+from opt_train.checkpoint.manifest import CheckpointError
+from opt_train.checkpoint.restore import restore
+from opt_train.config import RunConfig, from_json
+from opt_train.data.batches import Batches, ValidationSet, open_split
+from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.data.prepare import directory_of
+from opt_train.model.decoder import OPT
+from opt_train.optim.adamw import make_optimizer, put_in_force, really_in_force
+from opt_train.optim.in_force import differences, in_force
+from opt_train.parallel.fsdp import build, make_mesh
+from opt_train.parallel.layout import Layout
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
+from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
+from opt_train.train.loop import train
+from opt_train.train.orders import OrderSource, StopSignals
+from opt_train.train.rendezvous import choose_device, join
+from opt_train.train.state import TrainState
+from opt_train.train.telling import Tell
+from opt_train.train.training import Training
+from opt_train.train.word import Agreement
+
+Join = Callable[[Begin, RunConfig, torch.device, Tell], dist.ProcessGroup]
+
+
+class CannotStart(Exception):
+    """The rank must not train: what it was given does not fit. Becomes `Leaving` with code 78 and the cause."""
+
+    def __init__(self, cause: str, reason: str) -> None:
+        super().__init__(reason)
+        self.cause = cause
+
+
+def run_rank(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, joins: Join = join) -> int:
+    """Be rank `begin.rank` until training ends; returns the exit code. `Leaving` is the last fact told.
+
+    Raises:
+        Exception: anything unforeseen, without a `Leaving`: the agent reports the exit code and the log's end.
+    """
+    try:
+        leaving = train(start(begin, tell, orders, signals, joins))
+    except CannotStart as error:
+        leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
+    except BadInput as error:
+        leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause="config")
+    print(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}", flush=True)
+    tell(leaving)
+    return leaving.code
+
+
+def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, joins: Join = join) -> Training:
+    """Everything up to the first step.
+
+    Raises:
+        CannotStart, BadInput: configuration, data or checkpoint is not what it should be.
+    """
+    tell(Phase("start", 0))
+    config = read_config(begin)
+    layout = Layout.of(config.parallel, begin.world_size)
+    device = choose_device(config.train.device, begin.local_rank)
+    set_threads(config, begin.world_size, device)
+    # Before anybody waits for anybody: a rank that was given rubbish should say so at once.
+    dataset, batches, validation = open_data(config)
+    manifest = read_manifest(begin)
+    state = read_state(manifest, dataset)
+
+    group = joins(begin, config, device, tell)
+    model = build(config.model, config.precision, make_mesh(layout, device), device, config.seed)
+    optimizer = make_optimizer(model, in_force(config, (), state.step))
+    if manifest is not None:
+        load(model, optimizer, begin, manifest, group, tell)
+    report_in_force(config, optimizer, state, dataset, tell)
+    model.train()
+    return Training(
+        begin=begin,
+        config=config,
+        layout=layout,
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        batches=batches,
+        validation=validation,
+        data_fingerprint=dataset.fingerprint,
+        agreement=Agreement(group, begin.rank, begin.world_size),
+        orders=orders,
+        signals=signals,
+        tell=tell,
+        state=state,
+        saved_step=state.step if manifest is not None else -1,
+    )
+
+
+def read_config(begin: Begin) -> RunConfig:
+    """The configuration that the supervisor meant, to the byte.
+
+    Raises:
+        CannotStart: the file is not there or is another one.
+    """
+    path = Path(begin.config_path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CannotStart("config", f"{path} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != begin.config_sha256:
+        raise CannotStart("config", f"{path} is not the configuration this attempt was started with")
+    try:
+        return from_json(path)
+    except (ValueError, TypeError) as error:
+        raise CannotStart("config", f"{path} does not read as a configuration: {error}") from None
+
+
+def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, ValidationSet]:
+    """Map the token shards.
+
+    Raises:
+        CannotStart: they are missing, damaged, or do not fit the model.
+    """
+    directory = directory_of(config.data, config.tokenizer)
+    length = config.data.sequence_length
+    try:
+        dataset = DatasetManifest.read(directory)
+        check_fits(dataset, vocab_size=config.model.vocab_size, sequence_length=length)
+        batches = Batches(open_split(directory, "train", verify=False), length, config.train.global_batch, config.seed)
+        validation = ValidationSet(open_split(directory, "validation", verify=False), length)
+    except BadInput as error:
+        raise CannotStart("data", str(error)) from None
+    return dataset, batches, validation
+
+
+def read_manifest(begin: Begin) -> checkpoint_manifest.Manifest | None:
+    """The manifest of the checkpoint to restore; None only where none was asked for.
+
+    Raises:
+        CannotStart: it is missing, damaged or another one. Training never starts from scratch instead.
+    """
+    if begin.checkpoint is None:
+        return None
+    if not begin.manifest_sha256:
+        raise CannotStart("corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}")
+    try:
+        return checkpoint_manifest.read(Path(begin.checkpoint), begin.manifest_sha256)
+    except CheckpointError as error:
+        raise CannotStart("corrupt_checkpoint", str(error)) from None
+
+
+def read_state(manifest: checkpoint_manifest.Manifest | None, dataset: DatasetManifest) -> TrainState:
+    """Where training stands: at the manifest's step, or at the beginning.
+
+    Raises:
+        CannotStart: the state does not read, or was trained on other data.
+    """
+    if manifest is None:
+        return TrainState()
+    try:
+        state = TrainState.from_json(manifest.state)
+        fingerprint = manifest.state["data_fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CannotStart("corrupt_checkpoint", f"the checkpoint's state does not read: {error!r}") from None
+    if state.step != manifest.step:
+        raise CannotStart("corrupt_checkpoint", f"the manifest is of step {manifest.step}, its state of {state.step}")
+    if fingerprint != dataset.fingerprint:
+        raise CannotStart("data", "the checkpoint was trained on other data: the dataset's fingerprint has changed")
+    return state
+
+
+def load(
+    model: OPT,
+    optimizer: torch.optim.AdamW,
+    begin: Begin,
+    manifest: checkpoint_manifest.Manifest,
+    group: dist.ProcessGroup,
+    tell: Tell,
+) -> None:
+    """Fill model and optimizer from the checkpoint.
+
+    Raises:
+        CannotStart: its files do not verify.
+    """
+    assert begin.checkpoint is not None
+    folder = Path(begin.checkpoint)
+    try:
+        restore(
+            model,
+            optimizer,
+            folder,
+            manifest,
+            process_group=group,
+            progress=lambda done, all_: tell(Progress(done, all_)),
+        )
+    except CheckpointError as error:
+        raise CannotStart("corrupt_checkpoint", str(error)) from None
+
+
+def report_in_force(
+    config: RunConfig, optimizer: torch.optim.AdamW, state: TrainState, dataset: DatasetManifest, tell: Tell
+) -> None:
+    """Tell what is really in effect, read back from the optimizer and the cursor, and refuse what should not be.
+
+    Raises:
+        CannotStart: a value differs from `in_force(configuration, ledger, step)`, or the optimizer has another count of
+            updates than the checkpoint's state.
+    """
+    expected = in_force(config, (), state.step)
+    put_in_force(optimizer, expected)
+    values = {
+        **really_in_force(optimizer),
+        "clip": config.optim.clip,
+        "loss_scale": 1.0,
+        "samples": state.cursor.samples,
+        "step": state.step,
+        "data_fingerprint": dataset.fingerprint,
+    }
+    tell(InForce(values))
+    wrong = differences({**expected, "updates": state.updates}, values)
+    if wrong:
+        raise CannotStart("config", "not in force as it should be: " + "; ".join(wrong))
+
+
+def set_threads(config: RunConfig, world_size: int, device: torch.device) -> None:
+    """Threads of this rank: as configured, or its share of the machine's cores."""
+    if device.type == "cuda" and not config.train.threads:
+        return
+    cores = len(os.sched_getaffinity(0))
+    # On a local cluster every node is this machine.
+    neighbours = world_size if config.cluster.kind == "local" else config.cluster.slots_per_node
+    torch.set_num_threads(config.train.threads or max(1, cores // neighbours))

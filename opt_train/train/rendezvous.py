@@ -1,0 +1,76 @@
+"""How the ranks of a generation find each other. Nobody guesses a port."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import (
+    PrefixStore,
+    TCPStore,
+)  # torch.distributed re-exports them, but not to type checkers
+
+from opt_train.config import RunConfig
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import BadInput
+from opt_train.protocol.facts import Store
+from opt_train.train.telling import Tell
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The rank's device, made current where it is a GPU.
+
+    Raises:
+        BadInput: `train.device` is unknown, or there is no such device.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"train.device={wanted!r} must be auto, cpu or cuda.")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"train.device={wanted}: local rank {local_rank} has no GPU, the node shows {torch.cuda.device_count()}; "
+            "use fewer cluster.slots_per_node or train.device=cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join(begin: Begin, config: RunConfig, device: torch.device, tell: Tell) -> dist.ProcessGroup:
+    """Join the generation's world; returns a CPU group beside it, for the step's word.
+
+    Rank 0 binds the store on a free port and tells it; the others were given host and port. Keys carry the generation,
+    so a rank of an older one can never meet this one.
+    """
+    timeout = timedelta(seconds=config.train.collective_timeout_seconds)
+    host = begin.store_host or "127.0.0.1"
+    leads = begin.rank == 0
+    store = TCPStore(host, 0 if leads else begin.store_port, is_master=leads, timeout=timeout, wait_for_workers=False)
+    if leads:
+        tell(Store(host, store.port))
+    dist.init_process_group(
+        _backend(device),
+        store=PrefixStore(f"generation-{begin.generation}", store),
+        rank=begin.rank,
+        world_size=begin.world_size,
+        timeout=timeout,
+    )
+    return control_group(config)
+
+
+def join_by_environment(config: RunConfig, device: torch.device) -> dist.ProcessGroup:
+    """Join the world that torchrun describes in the environment."""
+    timeout = timedelta(seconds=config.train.collective_timeout_seconds)
+    dist.init_process_group(_backend(device), init_method="env://", timeout=timeout)
+    return control_group(config)
+
+
+def control_group(config: RunConfig) -> dist.ProcessGroup:
+    """A gloo group of the whole world. Its traffic never queues behind the gradients'."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.collective_timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -1,0 +1,92 @@
+"""Where training stands: what a checkpoint carries beside its tensors (`state.json`)."""
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from opt_train.data.order import Cursor
+from opt_train.protocol.framing import to_payload
+from opt_train.train.word import StepWord
+
+HISTORY_STEPS = 128
+"""Losses and gradient norms that go with a checkpoint, so that a detector need not learn anew after a restart."""
+
+RNG_RULE = "sha256(seed, step, data rank) seeds every step"
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Counters and recent history. `step` counts batches consumed; the rest lags it by the words not heard yet."""
+
+    step: int = 0
+    updates: int = 0
+    """Optimizer updates applied: steps without those that were skipped."""
+    tokens: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    nonfinite_steps: int = 0
+    """Steps skipped in a row, up to the newest word."""
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
+
+    @property
+    def samples(self) -> int:
+        """Sequences consumed, over the world."""
+        return self.cursor.samples
+
+    def absorb(self, word: StepWord) -> None:
+        """Count what the world said of a step."""
+        self.tokens += word.tokens
+        self.updates += not word.skipped
+        self.nonfinite_steps = self.nonfinite_steps + 1 if word.skipped else 0
+        self.losses.append(word.loss)
+        self.grad_norms.append(word.grad_norm)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of `state.json` that `from_json` reads; JSON values alone."""
+        loss = self.losses[-1] if self.losses else None
+        norm = self.grad_norms[-1] if self.grad_norms else None
+        payload: dict[str, Any] = to_payload(
+            {
+                "counters": {
+                    "step": self.step, "updates": self.updates, "samples": self.samples, "tokens": self.tokens,
+                },
+                "cursor": {"samples": self.cursor.samples},
+                "guards": {
+                    "losses": list(self.losses),
+                    "grad_norms": list(self.grad_norms),
+                    "nonfinite_steps": self.nonfinite_steps,
+                },
+                "healthy": self.nonfinite_steps == 0 and (loss is None or math.isfinite(loss)),
+                "health": {"loss": loss, "grad_norm": norm, "finite": self.nonfinite_steps == 0},
+            }
+        )  # fmt: skip
+        return payload
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
+        """The state that a checkpoint carried.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what `to_json` makes.
+        """
+        counters, guards = state["counters"], state["guards"]
+        return cls(
+            step=int(counters["step"]),
+            updates=int(counters["updates"]),
+            tokens=int(counters["tokens"]),
+            cursor=Cursor(int(state["cursor"]["samples"])),
+            nonfinite_steps=int(guards["nonfinite_steps"]),
+            losses=deque(map(float, guards["losses"]), maxlen=HISTORY_STEPS),
+            grad_norms=deque(map(float, guards["grad_norms"]), maxlen=HISTORY_STEPS),
+        )
+
+
+def seed_step(seed: int, step: int, data_rank: int) -> None:
+    """Seed this process for batch `step`: dropout then depends on nothing that a restart could lose."""
+    digest = hashlib.sha256(f"opt_train step {seed} {step} {data_rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

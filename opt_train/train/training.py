@@ -1,0 +1,224 @@
+"""Everything one rank trains with, and what it does between steps: hear, obey, validate, save."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from opt_train.checkpoint.manifest import CheckpointError
+from opt_train.checkpoint.save import save as save_checkpoint
+from opt_train.checkpoint.tensors import reshard, tensors_of
+from opt_train.config import RunConfig
+from opt_train.data.batches import Batches, ValidationSet
+from opt_train.model.decoder import OPT, Loss
+from opt_train.optim.in_force import in_force
+from opt_train.parallel.layout import Layout
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
+from opt_train.protocol.facts import (
+    Leaving,
+    Metrics,
+    OrderObeyed,
+    Phase,
+    Progress,
+    SaveFailed,
+    ShardsSaved,
+    Validation,
+)
+from opt_train.protocol.orders import Order, SaveAndStop
+from opt_train.train.metrics import Clock, metrics_line
+from opt_train.train.orders import OrderSource, StopSignals
+from opt_train.train.state import RNG_RULE, TrainState
+from opt_train.train.telling import Tell
+from opt_train.train.word import Agreement, StepWord
+
+VALIDATION = "validation"
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass(slots=True, kw_only=True)
+class Training:
+    """One rank's share of a run. Its methods that talk to other ranks are called by all of them, in the same order."""
+
+    begin: Begin
+    config: RunConfig
+    layout: Layout
+    device: torch.device
+    model: OPT
+    optimizer: torch.optim.AdamW
+    batches: Batches
+    validation: ValidationSet
+    data_fingerprint: str
+    agreement: Agreement
+    orders: OrderSource
+    signals: StopSignals
+    tell: Tell
+    state: TrainState
+    clock: Clock = field(default_factory=Clock)
+    newest: StepWord | None = None
+    """The last word heard."""
+    stop_votes: int = 0
+    order_heard: int = 0
+    """The newest order number that a word has carried."""
+    order_obeyed: int = 0
+    inbox: list[Order] = field(default_factory=list)
+    """Rank 0: orders not obeyed yet."""
+    saved_step: int = -1
+    told_head: bool = False
+    progress_told: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.order_heard = self.order_obeyed = self.begin.order_number
+
+    @property
+    def leads(self) -> bool:
+        return self.begin.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.layout.data_rank(self.begin.rank)
+
+    def enter(self, phase: str) -> None:
+        """Say what the rank is busy with from now on."""
+        self.tell(Phase(phase, self.state.step))
+
+    # Between steps ------------------------------------------------------------------------------------------------
+
+    def poll_orders(self) -> int:
+        """Take in what came on the control pipe; returns the newest order's number, for the word.
+
+        Raises:
+            AgentGone: the agent died.
+        """
+        self.inbox += [order for order in self.orders.poll() if order.number > self.order_obeyed]
+        return max([self.order_obeyed, *(order.number for order in self.inbox)])
+
+    def hear(self, before: int) -> None:
+        """Take in the words of the steps below `before`: counters, metrics, votes, the newest order's number."""
+        self.enter("waiting")
+        for word in self.agreement.heard(before):
+            self.newest = word
+            self.state.absorb(word)
+            self.stop_votes += word.stop_votes
+            self.order_heard = max(self.order_heard, word.order_number)
+            if self.leads:
+                rate = in_force(self.config, (), word.step)["lr"]
+                line = metrics_line(self.config, self.begin, self.state, word, rate, self.device)
+                if not self.told_head and self.begin.journal_head:
+                    line["journal_head"] = self.begin.journal_head
+                self.told_head = True
+                self.tell(Metrics(line))
+
+    def obey(self) -> Leaving | None:
+        """Do what the words that were heard ask for; a `Leaving` ends training. The same on every rank."""
+        if self.state.nonfinite_steps >= self.config.train.max_nonfinite_steps:
+            reason = f"{self.state.nonfinite_steps} steps in a row had a gradient that is not finite"
+            return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
+        for order in self._new_orders():
+            leaving = None
+            if isinstance(order, SaveAndStop):
+                leaving = self._save_and_stop(f"order {order.number}: {order.reason}")
+            else:
+                self.save()
+            if self.leads:
+                self.tell(OrderObeyed(order.number, self.state.step))
+            if leaving is not None:
+                return leaving
+        if self.stop_votes:
+            what = self.signals.received or "a signal to another rank"
+            return self._save_and_stop(f"asked to stop by {what}")
+        return None
+
+    def _new_orders(self) -> list[Order]:
+        if self.order_heard <= self.order_obeyed:
+            return []
+        due = [order for order in self.inbox if self.order_obeyed < order.number <= self.order_heard]
+        self.inbox = [order for order in self.inbox if order.number > self.order_heard]
+        self.order_obeyed = self.order_heard
+        return self.agreement.share_orders(sorted(due, key=lambda order: order.number))
+
+    # Long work ----------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Measure the loss over the whole validation set."""
+        self.hear(before=self.state.step)
+        self.enter("evaluation")
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        sequences = 0.0
+        share = self.validation.share(
+            data_rank=self.data_rank, data_world=self.layout.data_world, micro_batch=self.config.train.micro_batch
+        )
+        self.model.eval()
+        with torch.no_grad():
+            for done, batch in enumerate(share, start=1):
+                loss = self.model(
+                    batch.tokens.to(self.device), batch.targets.to(self.device), batch.weights.to(self.device)
+                )
+                assert isinstance(loss, Loss)
+                loss_sum += loss.loss_sum
+                sequences += float(batch.weights.sum())
+                self._progress(done * len(batch.weights) * self.layout.data_world, self.validation.sequences)
+        self.model.train()
+        reshard(self.model)
+        tokens = sequences * self.config.data.sequence_length
+        total, count = self.agreement.sum(float(loss_sum), tokens)
+        if self.leads:
+            self.tell(Validation(VALIDATION, self.state.step, total / count, int(count)))
+        self.clock.reset()
+
+    def save(self) -> bool:
+        """Write this rank's part of a checkpoint; True where all ranks did. A failure is told, and training goes on."""
+        if self.saved_step == self.state.step:
+            return True
+        self.hear(before=self.state.step)
+        self.enter("checkpoint")
+        began = time.monotonic()
+        folder = checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
+        try:
+            files = save_checkpoint(
+                tensors_of(self.model, self.optimizer),
+                self._state_json(),
+                folder,
+                process_group=self.agreement.group,
+                progress=self._progress,
+            )
+            self.saved_step = self.state.step
+            self.tell(ShardsSaved(self.state.step, str(folder), files, time.monotonic() - began))
+        except CheckpointError as error:
+            # The save has failed on every rank alike. A run that trains is worth more than one checkpoint.
+            self.tell(SaveFailed(self.state.step, str(error)))
+        self.clock.reset()
+        return self.saved_step == self.state.step
+
+    def _save_and_stop(self, why: str) -> Leaving:
+        if self.save():
+            return Leaving(STOPPED, self.state.step, f"{why}; state saved at step {self.state.step}", cause="stopped")
+        reason = f"{why}; the save at step {self.state.step} failed, so the last committed checkpoint counts"
+        return Leaving(STOPPED, self.state.step, reason, cause="stopped")
+
+    def _state_json(self) -> dict[str, object]:
+        return {
+            **self.state.to_json(),
+            "data_fingerprint": self.data_fingerprint,
+            "loss_scale": 1.0,
+            "ledger": [],
+            "rng": {"rule": RNG_RULE, "seed": self.config.seed},
+            "layout": dataclasses.asdict(self.layout),
+            "attempt": self.begin.attempt,
+            "generation": self.begin.generation,
+            "configuration_sha256": self.begin.config_sha256,
+            "journal_head": self.begin.journal_head,
+        }
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.progress_told >= PROGRESS_SECONDS:
+            self.progress_told = now
+            self.tell(Progress(min(done, total), total))
+
+
+def checkpoint_folder(run_directory: Path, attempt: str, step: int) -> Path:
+    """Where the checkpoint of `step` lies: under its attempt, so that a stale generation can only write to its own."""
+    return run_directory / "checkpoints" / attempt / f"step-{step:08d}"

@@ -1,0 +1,111 @@
+"""The warm rank: `python -m opt_train.train.warm --facts-fd N --control-fd M`.
+
+It pays for the imports while another rank still trains, and waits. One such process becomes one rank, once: nothing is
+forked after torch has been imported.
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+
+_PR_SET_PDEATHSIG = 1
+_FAILED = 1
+
+
+def main() -> None:
+    """Never returns: the process ends without running any library's exit handlers, which could wait for dead peers."""
+    parser = argparse.ArgumentParser(description="A warm rank: started by an agent, not by people.")
+    parser.add_argument("--facts-fd", type=int, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_the_agent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    # Ctrl-C goes to the whole terminal group; what to do about it is the supervisor's decision alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = _FAILED
+    try:
+        code = be_warm(arguments.facts_fd, arguments.control_fd)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def be_warm(facts_fd: int, control_fd: int) -> int:
+    """Import, say so, wait for `Begin`, be that rank; returns the exit code."""
+    began = time.monotonic()
+    # These two need no torch, and the handlers must stand before a stray SIGTERM comes.
+    from opt_train.train.orders import AgentGone, ControlPipe, StopSignals  # noqa: PLC0415
+    from opt_train.train.telling import FactPipe  # noqa: PLC0415
+
+    signals = StopSignals()
+    signals.listen()
+    pipe, control = FactPipe(facts_fd), ControlPipe(control_fd)
+    import_everything()
+
+    from opt_train.protocol.facts import Warm  # noqa: PLC0415
+    from opt_train.train.rank import run_rank  # noqa: PLC0415
+
+    pipe.tell(Warm(os.getpid(), round(time.monotonic() - began, 3)))
+    begin = control.wait_for_begin()
+    if begin is None:
+        return 0
+    signals.received = ""  # what came before the rank had anything to save asks for nothing
+    write_to_log(begin.log_path)
+    # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them, exceptions do not.
+    try:
+        code = run_rank(begin, pipe.tell, control, signals)
+    except AgentGone:
+        print("the agent is gone, and this rank with it", flush=True)
+        return _FAILED
+    pipe.close()
+    return code
+
+
+def die_with_the_agent() -> None:
+    """Ask the kernel for SIGKILL when the thread that started this process ends, however that comes about."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(_FAILED)
+
+
+def import_everything() -> None:
+    """Import torch and what it otherwise imports at the first step, single-threaded: together most of a restart."""
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    import torch._dynamo  # noqa: PLC0415
+    import torch.distributed.checkpoint.hf_storage  # noqa: PLC0415
+    import torch.distributed.fsdp  # noqa: PLC0415
+    import torch.distributed.tensor  # noqa: PLC0415
+
+    # The first fused step imports its own share.
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.zeros(2)
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def write_to_log(path: str) -> None:
+    """From now on standard output and error are this file, appended, a line at a time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # both are text files here
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The LR by step, at every corner of its line."""
+
+import pytest
+
+from opt_train.config import RunConfig
+from opt_train.optim.config import OptimConfig
+from opt_train.optim.in_force import differences, in_force
+from opt_train.optim.schedule import learning_rate
+from opt_train.train.config import TrainConfig
+
+OPTIM = OptimConfig(lr=1.0, warmup_steps=10, decay_steps=109, final_fraction=0.1)
+
+
+def test_warm_up_starts_above_zero_and_reaches_the_peak_once() -> None:
+    rates = [learning_rate(OPTIM, step, 200) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates.count(1.0) == 1
+    assert max(rates) == 1.0
+
+
+def test_decay_is_linear_to_the_floor_and_stays() -> None:
+    assert learning_rate(OPTIM, 59, 200) == pytest.approx(0.55 - 0.9 / 200, abs=1e-2)
+    falls = [learning_rate(OPTIM, s, 200) - learning_rate(OPTIM, s + 1, 200) for s in range(9, 108)]
+    assert min(falls) == pytest.approx(max(falls))
+    assert learning_rate(OPTIM, 109, 200) == pytest.approx(0.1)
+    assert learning_rate(OPTIM, 5000, 200) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 20])
+def test_short_runs_divide_by_nothing(warmup: int) -> None:
+    """A run no longer than its warm-up must not divide by zero or rise above the peak."""
+    optim = OptimConfig(lr=1.0, warmup_steps=warmup, decay_steps=0)
+    rates = [learning_rate(optim, step, 10) for step in range(12)]
+    assert all(0.0 < rate <= 1.0 for rate in rates)
+
+
+def test_in_force_is_what_the_configuration_says() -> None:
+    config = RunConfig(optim=OPTIM, train=TrainConfig(steps=200, global_batch=8))
+    assert in_force(config, [], 3) == {
+        "lr": pytest.approx(0.4), "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
+        "loss_scale": 1.0, "samples": 24,
+    }  # fmt: skip
+
+
+def test_unknown_intervention_is_not_silently_ignored() -> None:
+    with pytest.raises(ValueError, match="does not know"):
+        in_force(RunConfig(), [{"kind": "lr_factor", "factor": 0.5}], 3)
+
+
+def test_each_difference_is_named() -> None:
+    expected = in_force(RunConfig(), [], 3)
+    assert differences(expected, {**expected, "updates": 3}) == []
+    # What spoiled OPT-175B's runs 12.35 to 12.37: the checkpoint's old betas, silently back in force.
+    assert differences(expected, {**expected, "beta1": 0.0}) == ["beta1: expected 0.9, in force 0.0"]
+    missing = {k: v for k, v in expected.items() if k != "clip"}
+    assert differences(expected, missing) == ["clip: expected 1.0, in force None"]
+    assert differences(expected, {**expected, "lr": "NaN"}) != []
