@@ -22,6 +22,7 @@ POSITIVE = (
     "parallel.replicate", "parallel.tensor",
     "optim.lr", "optim.eps", "optim.clip", "optim.final_fraction",
     "train.steps", "train.global_batch", "train.micro_batch", "train.collective_timeout_seconds",
+    "train.max_nonfinite_steps",
     "checkpoint.every_steps", "checkpoint.keep",
     "cluster.nodes", "cluster.slots_per_node",
     "supervisor.start_seconds", "supervisor.step_seconds", "supervisor.checkpoint_seconds",

@@ -1,0 +1,69 @@
+"""Configurations that could only fail later, on a cluster, must fail now."""
+
+import pytest
+
+from opt_train import config_checks
+from opt_train.config import RunConfig, compose, expand, flatten
+from opt_train.protocol.exits import BadInput
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster.nodes=3", "parallel.replicate=2"],
+         "parallel.replicate=2 x parallel.tensor=1 must divide the 3 ranks of cluster.nodes=3 x "
+         "cluster.slots_per_node=1; change the degrees or the nodes"),
+        (["parallel.shard=2"],
+         "parallel.replicate=1 x parallel.shard=2 x parallel.tensor=1 = 2 must equal the 1 ranks of cluster.nodes=1 x "
+         "cluster.slots_per_node=1; parallel.shard=0 fills in what fits"),
+        (["train.global_batch=3", "train.micro_batch=1", "cluster.nodes=4"],
+         "train.global_batch=3 leaves some of 4 data-parallel ranks without a sequence; use 4 or more, or fewer nodes"),
+        (["train.global_batch=16", "cluster.nodes=4"],
+         "train.micro_batch=8 is more than the 4 sequences a rank gets of train.global_batch=16; use 4 or fewer"),
+        (["optim.warmup_steps=1000"],
+         "optim.warmup_steps=1000 must be smaller than train.steps=1000; warm up for less or train for longer"),
+        (["optim.decay_steps=700"],
+         "optim.decay_steps=700 must be larger than optim.warmup_steps=715, which it includes; 0 means train.steps"),
+        (["optim.beta2=1.0"], "optim.beta2=1.0 must be at least 0 and below 1"),
+        (["optim.final_fraction=1.5"], "optim.final_fraction=1.5 must be at most 1, a part of the peak"),
+        (["train.steps=0"], "train.steps=0 must be larger than 0"),
+        (["cluster.buffer_nodes=-1"], "cluster.buffer_nodes=-1 must not be negative"),
+        (["tokenizer.vocab_size=100"],
+         "tokenizer.vocab_size=100 is too small for a byte-level vocabulary; use 260 or more"),
+        (["runs="], 'runs="" is no folder; give one like runs=runs'),
+    ],
+)  # fmt: skip
+def test_rooms_that_do_not_fit_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        compose(overrides)
+    assert str(refused.value) == expected
+
+
+def test_an_uneven_number_of_sequences_a_rank_is_allowed() -> None:
+    # Losing one node of 124 must not cost half the batch: ranks may take unequal numbers of micro-batches.
+    assert compose(["train.global_batch=992", "cluster.nodes=123", "train.micro_batch=1"]).world_size == 123
+
+
+def test_every_number_has_its_range_checked() -> None:
+    ranges = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.BELOW_ONE}
+    numbers = {key for key, value in flatten(RunConfig()).items() if isinstance(value, int | float)}
+    assert numbers == ranges
+
+
+def test_a_multirun_is_the_cross_product_in_hydras_order() -> None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = ["model=tiny,demo", "seed=range(1,4)", "optim.lr=choice(1e-3,2e-3)", 'name="a b"', "train.steps=9"]
+    reference = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    assert expand(overrides) == [list(job) for batch in reference for job in batch]
+    assert len(expand(overrides)) == 12
+
+
+def test_a_glob_sweeps_over_the_choices_of_a_group() -> None:
+    assert expand(["model=glob(opt-1*,exclude=*b)"]) == [["model=opt-125m"]]
+
+
+def test_an_interval_has_no_values_to_sweep_over() -> None:
+    with pytest.raises(BadInput, match=r"optim.lr sweeps over an interval, .* optim.lr=1,2,3"):
+        expand(["optim.lr=interval(0,1)"])
