@@ -1,0 +1,385 @@
+"""What the chronicle says: the run's story as plain sentences, each with the journal lines it rests on.
+
+Nothing here knows HTML or Markdown; `page` and `markdown` render the same `Chronicle`. The structure is that of the
+OPT-175B logbook (metaseq `projects/OPT/chronicles`): newest first, one dated heading per attempt that says where it was
+restarted from and why.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from opt_logbook import metrics
+from opt_logbook.events import RunFinished, RunHalted, RunStopped
+from opt_logbook.incidents import Attempt, Incident, Story
+from opt_logbook.tell_attempt import tell_attempt, tell_before
+from opt_logbook.tell_incident import IncidentStory, place_of, tell_incident
+from opt_logbook.told import Said
+from opt_logbook.words import CAUSES, clock, duration, listed, listed_briefly, many, moment, sentence, short
+
+INCIDENTS_TOLD_ONE_BY_ONE = 6
+"""More than these are counted by cause in the summary; below, each has its own entry anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStory:
+    """One entry of the logbook."""
+
+    name: str
+    anchor: str
+    heading: str
+    incidents: tuple[IncidentStory, ...]
+    """Those it recovered from: why it was started."""
+    said: tuple[Said, ...]
+    contents: tuple[str, str, str, str, str]
+    """Its row in the index: begun, attempt, steps, lasted, why it was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chronicle:
+    """All that page and Markdown show."""
+
+    title: str
+    status: str
+    """``finished``, ``stopped``, ``halted``, ``open`` (no end in the journal) or ``empty``."""
+    status_words: str
+    as_of: str
+    summary: tuple[tuple[Said, ...], ...]
+    """Paragraphs."""
+    warnings: tuple[Said, ...]
+    card: tuple[tuple[str, Said], ...]
+    time_spent: tuple[tuple[str, float, str], ...]
+    """(name, seconds, what it is), summing to the wall clock."""
+    open_incidents: tuple[IncidentStory, ...]
+    """Incidents that no attempt has followed yet."""
+    entries: tuple[AttemptStory, ...]
+    """Newest first."""
+    before: tuple[Said, ...]
+    journal_lines: dict[int, str]
+    """The journal's own words for every line that is referred to."""
+
+
+def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
+    """The chronicle of a story. `name` is the run's where the journal does not tell; `raw_lines` are the journal's."""
+    title = story.created.event.name if story.created else name
+    status, status_words = _status(story)
+    told = {incident.number: tell_incident(incident, story) for incident in story.incidents}
+    placed = {incident.number: place_of(incident, story.attempts) for incident in story.incidents}
+    entries = tuple(
+        _attempt_story(index, attempt, story, [told[n] for n in told if placed[n] == index])
+        for index, attempt in reversed(list(enumerate(story.attempts)))
+    )
+    top = Chronicle(
+        title=title,
+        status=status,
+        status_words=status_words,
+        as_of=moment(story.now) if story.now else "",
+        summary=_summary(story),
+        warnings=_warnings(story),
+        card=_card(story, status_words),
+        time_spent=_time_spent(story),
+        open_incidents=tuple(told[n] for n in reversed(told) if placed[n] is None),
+        entries=entries,
+        before=tell_before(story.before),
+        journal_lines={},
+    )
+    return replace(top, journal_lines={n: raw_lines[n] for n in sorted(_referred(top)) if n in raw_lines})
+
+
+# Entries --------------------------------------------------------------------------------------------------------
+
+
+def _attempt_story(index: int, attempt: Attempt, story: Story, incidents: list[IncidentStory]) -> AttemptStory:
+    heading = f"{moment(attempt.since)} · attempt {attempt.name}"
+    why = origin = ""
+    if attempt.started:
+        event = attempt.started.event
+        origin = (
+            f"restarted from step {attempt.from_step:,} of {event.parent}"
+            if event.parent
+            else "from the initial weights"
+        )
+        if event.parent and event.checkpoint == "":
+            origin = f"restarted from the initial weights, after {event.parent}"
+        why = event.reason
+    else:
+        origin = "its first line is missing from the journal"
+    heading += f" · {origin}" + (f" · {why}" if why and attempt.started and attempt.started.event.parent else "")
+    steps = "none" if attempt.last_step is None else f"{attempt.from_step:,} to {attempt.last_step:,}"
+    row = (moment(attempt.since), attempt.name, steps, duration(attempt.until - attempt.since), why or origin)
+    anchor = f"attempt-{re.sub('[^0-9.]', '', attempt.name)}-{index + 1}"
+    return AttemptStory(attempt.name, anchor, heading, tuple(reversed(incidents)), tell_attempt(attempt), row)
+
+
+# The top of the page --------------------------------------------------------------------------------------------
+
+
+def _status(story: Story) -> tuple[str, str]:
+    if not story.reading.entries:
+        return "empty", "no entries yet"
+    match story.end.event if story.end else None:
+        case RunFinished():
+            return "finished", "finished"
+        case RunStopped(by=by):
+            return "stopped", f"stopped by {by}"
+        case RunHalted():
+            return "halted", "halted: a person must decide"
+        case _:
+            return "open", "going on, or broken off: the journal has no end yet"
+
+
+def _summary(story: Story) -> tuple[tuple[Said, ...], ...]:
+    if not story.reading.entries:
+        return ((Said("The journal has no entries yet: there is nothing to tell."),),)
+    paragraphs = [_what_ran(story), *_what_broke(story), _what_it_cost(story)]
+    return tuple(tuple(said) for said in paragraphs if said)
+
+
+def _what_ran(story: Story) -> list[Said]:
+    said: list[Said] = []
+    if story.created:
+        event = story.created.event
+        on = f" on {event.data}" if event.data else ""
+        said.append(
+            Said(
+                f"The run {event.name} set out at {moment(story.created.time)} to train {event.model}, a model of "
+                f"{short(event.parameters)} parameters,{on} for {many(event.steps, 'step')} of "
+                f"{many(event.tokens_per_step, 'token')}.",
+                (story.created.line,),
+            )
+        )
+    match story.end.event if story.end else None:
+        case RunFinished() as end:
+            unigram = story.created.event.unigram_perplexity if story.created else 0.0
+            bar = f", against {unigram:.1f} for a unigram model of the same data" if unigram else ""
+            text = (
+                f"It finished after {duration(end.seconds)}, at {clock(_end_time(story))} UTC, with a training loss of "
+                f"{end.loss:.3f} nats a token and a validation perplexity of {end.validation_perplexity:.1f}{bar}."
+            )
+            said.append(Said(text, _end_lines(story)))
+        case RunStopped(by=by, saved_step=saved):
+            state = f"its state is saved at step {saved:,}" if saved >= 0 else "nothing had been saved yet"
+            said.append(Said(f"It was stopped by {by} at {moment(_end_time(story))}; {state}.", _end_lines(story)))
+        case RunHalted(question=question, cause=cause):
+            said.append(
+                Said(
+                    f"It halted at {moment(_end_time(story))} because of {cause}, and a person must decide: "
+                    f"{sentence(question)}",
+                    _end_lines(story),
+                )
+            )
+        case _:
+            attempt = f"attempt {story.attempts[-1].name}" if story.attempts else "no attempt yet"
+            said.append(
+                Said(
+                    f"The journal has no end: when it was last written, at {moment(story.now)}, {attempt} was at step "
+                    f"{story.totals.steps:,}. The run was going on then, or its supervisor had died.",
+                    (story.reading.entries[-1].seq,),
+                )
+            )
+    return said
+
+
+def _what_broke(story: Story) -> list[list[Said]]:
+    incidents = story.incidents
+    if not incidents:
+        return [[Said("Nothing broke.")]] if story.attempts else []
+    if len(incidents) > INCIDENTS_TOLD_ONE_BY_ONE:
+        return [_counted(incidents)]
+    opening = Said(
+        "One thing broke on the way." if len(incidents) == 1 else f"{_word(len(incidents))} things broke on the way."
+    )
+    return [[opening], *([*_in_brief(incident)] for incident in incidents)]
+
+
+def _counted(incidents: list[Incident]) -> list[Said]:
+    by_cause: dict[str, list[Incident]] = {}
+    for incident in incidents:
+        cause = incident.diagnosed.event.cause if incident.diagnosed else "not diagnosed"
+        by_cause.setdefault(cause, []).append(incident)
+    order = sorted(by_cause, key=lambda cause: (-len(by_cause[cause]), cause))
+    said = [Said(f"{many(len(incidents), 'thing')} broke on the way.")]
+    for cause in order:
+        lines = tuple(i.diagnosed.line for i in by_cause[cause] if i.diagnosed)
+        words = f" ({CAUSES[cause]})" if cause in CAUSES else ""
+        said.append(Said(f"{many(len(by_cause[cause]), 'time')} {cause}{words}.", lines))
+    return said
+
+
+def _in_brief(incident: Incident) -> list[Said]:
+    """What broke, when, why, what was done, what it cost: a few sentences for somebody who has not seen the code."""
+    said: list[Said] = []
+    if incident.seen:
+        seen = incident.seen[0]
+        after = f", after step {seen.step:,}" if seen.step is not None else ""
+        said.append(Said(f"At {clock(seen.time)} UTC{after}: {sentence(seen.event.what)}", (seen.line,)))
+    if incident.diagnosed:
+        event = incident.diagnosed.event
+        words = CAUSES.get(event.cause, event.cause)
+        blame = f" Blame: {event.blame}." if event.blame not in ("", "none") else ""
+        said.append(Said(f"The cause: {words} ({event.cause}).{blame}", (incident.diagnosed.line,)))
+    for promoted in incident.promoted:
+        said.append(Said(f"{promoted.event.node} took the place of {promoted.event.replaces}.", (promoted.line,)))
+    for restart in incident.restarts[-1:]:
+        said.append(
+            Said(
+                f"Training was started again from step {restart.step or 0:,} as attempt {restart.entry.attempt}.",
+                (restart.line,),
+            )
+        )
+    if incident.closed:
+        event_ = incident.closed.event
+        if event_.outcome == "recovered":
+            said.append(
+                Said(
+                    f"It cost {many(event_.steps_lost, 'step')}, which were done again, and "
+                    f"{duration(event_.seconds_lost)}, of which {duration(event_.down_seconds)} without training.",
+                    (incident.closed.line,),
+                )
+            )
+        else:
+            said.append(Said(f"It ended with the run {event_.outcome}.", (incident.closed.line,)))
+    else:
+        said.append(Said("It was not over when the journal was last written."))
+    return said
+
+
+def _what_it_cost(story: Story) -> list[Said]:
+    totals = story.totals
+    if totals.effective_ratio is None or not totals.kept:
+        return []
+    said = [
+        Said(
+            f"Of {duration(totals.wall)} in all, {totals.effective_ratio:.0%} went into training steps whose work was "
+            f"kept ({duration(totals.kept)})."
+        )
+    ]
+    recovered = [incident.closed for incident in story.incidents if incident.closed]
+    unattended = all(closed.event.outcome == "recovered" for closed in recovered)
+    if recovered and unattended and len(recovered) == len(story.incidents) and _finished_unattended(story):
+        said.append(
+            Said("The supervisor recovered from all of it; nobody had to act.", tuple(c.line for c in recovered))
+        )
+    return said
+
+
+def _finished_unattended(story: Story) -> bool:
+    """Whether the run finished and no person stopped it on the way."""
+    stopped = any(isinstance(entry.event, (RunStopped, RunHalted)) for entry in story.reading.entries)
+    return story.end is not None and isinstance(story.end.event, RunFinished) and not stopped
+
+
+def _warnings(story: Story) -> tuple[Said, ...]:
+    said: list[Said] = []
+    damaged = [damage.line for damage in story.reading.damaged]
+    if damaged:
+        lines = "Line" if len(damaged) == 1 else "Lines"
+        verb = "does" if len(damaged) == 1 else "do"
+        said.append(
+            Said(
+                f"{lines} {listed_briefly(damaged)} of the journal {verb} not verify and had to be left out: what "
+                f"{'it' if len(damaged) == 1 else 'they'} told is missing here."
+            )
+        )
+    if story.reading.torn_bytes:
+        said.append(
+            Said(f"The journal's last line is torn ({many(story.reading.torn_bytes, 'byte')}) and is left out.")
+        )
+    if story.reading.entries and story.created is None:
+        said.append(Said("The journal does not say what this run is: its first line is missing."))
+    if story.measured.broken:
+        said.append(Said(f"{many(len(story.measured.broken), 'metrics line')} could not be read and are left out."))
+    return tuple(said)
+
+
+def _card(story: Story, status_words: str) -> tuple[tuple[str, Said], ...]:
+    rows: list[tuple[str, Said]] = [("Status", Said(sentence(status_words), _end_lines(story)))]
+    totals = story.totals
+    if story.created:
+        event, line = story.created.event, (story.created.line,)
+        rows.append(("Model", Said(f"{event.model}, {event.parameters:,} parameters", line)))
+        data = [event.data or "unnamed"]
+        data += [f"{short(event.train_tokens)} tokens to train on"] if event.train_tokens else []
+        data += [f"{short(event.validation_tokens)} held out"] if event.validation_tokens else []
+        data += [f"tokenizer {event.tokenizer}"] if event.tokenizer else []
+        rows.append(("Data", Said(", ".join(data), line)))
+        steps = f"{totals.steps:,} of {event.steps:,} steps, {short(totals.tokens)} tokens"
+        rows.append(("Trained", Said(steps)))
+    rows += _result_rows(story)
+    if story.created or story.attempts:
+        begin = story.created.time if story.created else story.attempts[0].since
+        rows.append(("Wall clock", Said(f"{duration(totals.wall)}, from {moment(begin)} to {moment(story.now)}")))
+    if totals.effective_ratio is not None and totals.kept:
+        rows.append(("Effective training time", Said(f"{totals.effective_ratio:.1%} of the wall clock")))
+    if story.attempts and story.attempts[-1].started:
+        started = story.attempts[-1].started
+        nodes = f"{listed_briefly(started.event.nodes)} training"
+        nodes += f", {listed_briefly(started.event.buffer)} standing by" if started.event.buffer else ""
+        failed = sorted({told.event.node for incident in story.incidents for told in incident.failed_nodes})
+        nodes += f", {listed_briefly(failed)} out" if failed else ""
+        rows.append(("Nodes", Said(nodes, (started.line,))))
+        rows.append(("Restarts", Said(f"{len(story.attempts) - 1}, after {many(len(story.incidents), 'incident')}")))
+    rows += _version_rows(story)
+    return tuple(rows)
+
+
+def _result_rows(story: Story) -> list[tuple[str, Said]]:
+    rows: list[tuple[str, Said]] = []
+    losses = [(line["step"], loss) for line in story.kept if (loss := metrics.number_of(line, "loss")) is not None]
+    if losses:
+        rows.append(("Training loss", Said(f"{losses[-1][1]:.3f} nats a token at step {losses[-1][0]:,}")))
+    validated = [told for attempt in story.attempts for told in attempt.validated]
+    if validated:
+        last = validated[-1]
+        unigram = story.created.event.unigram_perplexity if story.created else 0.0
+        text = f"{last.event.perplexity:.1f} at step {last.step or 0:,}"
+        if unigram and math.isfinite(last.event.perplexity):
+            text += f"; unigram model {unigram:.1f}, so {last.event.perplexity / unigram:.0%} of it"
+        rows.append(("Validation perplexity", Said(text, (last.line,))))
+    return rows
+
+
+def _version_rows(story: Story) -> list[tuple[str, Said]]:
+    started = next((attempt.started for attempt in reversed(story.attempts) if attempt.started), None)
+    if started is None:
+        return []
+    event = started.event
+    parts = [f"{name} {version}" for name, version in sorted(event.packages.items())]
+    if event.git_commit:
+        parts.append(f"commit {event.git_commit[:12]}{' with uncommitted changes' if event.git_dirty else ''}")
+    return [("Software", Said(listed(parts), (started.line,)))] if parts else []
+
+
+def _time_spent(story: Story) -> tuple[tuple[str, float, str], ...]:
+    totals = story.totals
+    if totals.wall <= 0:
+        return ()
+    return (
+        ("kept", totals.kept, "training steps whose work is in the newest state"),
+        ("redone", totals.redone, "training steps that were lost and had to be done again"),
+        ("down", totals.down, "from each failure to the first new step"),
+        ("other", totals.other, "starting, saving, validating, pauses"),
+    )
+
+
+def _end_lines(story: Story) -> tuple[int, ...]:
+    return (story.end.line,) if story.end else ()
+
+
+def _end_time(story: Story) -> float:
+    return story.end.time if story.end else story.now
+
+
+def _word(number: int) -> str:
+    return {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}.get(number, str(number))
+
+
+def _referred(chronicle: Chronicle) -> set[int]:
+    said = [*chronicle.warnings, *chronicle.before, *(row[1] for row in chronicle.card)]
+    said += [s for paragraph in chronicle.summary for s in paragraph]
+    incidents = list(chronicle.open_incidents)
+    for entry in chronicle.entries:
+        said += entry.said
+        incidents += entry.incidents
+    said += [s for incident in incidents for section in incident.sections for s in section.said]
+    return {line for s in said for line in s.lines}

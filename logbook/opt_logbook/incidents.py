@@ -1,0 +1,312 @@
+"""What happened to a run: its attempts, its incidents and where its time went, folded from journal and metrics.
+
+Pure: a `Reading` and metrics in, a `Story` out. Whatever is missing (a damaged line, a run that still goes on) stays
+None or empty, and the chronicle says so.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from opt_logbook import metrics
+from opt_logbook.chain import Reading
+from opt_logbook.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointRejected,
+    Entry,
+    Event,
+    FailureSeen,
+    GenerationKilled,
+    IncidentClosed,
+    IncidentDiagnosed,
+    NodeFailed,
+    NodePromoted,
+    RunCreated,
+    RunFinished,
+    RunHalted,
+    RunStopped,
+    SupervisorStarted,
+    TrainingBegan,
+    ValidationMeasured,
+)
+
+E = TypeVar("E", bound=Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Generic[E]):
+    """An event, and the journal line that tells it."""
+
+    entry: Entry
+    event: E
+
+    @property
+    def line(self) -> int:
+        return self.entry.seq
+
+    @property
+    def time(self) -> float:
+        return self.entry.time
+
+    @property
+    def step(self) -> int | None:
+        return self.entry.step
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A stretch in which `step` only grew."""
+
+    name: str
+    started: Told[AttemptStarted] | None = None
+    began: Told[TrainingBegan] | None = None
+    ended: Told[AttemptEnded] | None = None
+    first_step: int | None = None
+    """The first and last step it took, by its metrics; None: none is known."""
+    last_step: int | None = None
+    until: float = 0.0
+    """When it ended, or the newest that is known of it."""
+    saved: list[Told[CheckpointCommitted]] = field(default_factory=list)
+    validated: list[Told[ValidationMeasured]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    """Every line of the journal between its start and the next one's, in order."""
+
+    @property
+    def from_step(self) -> int:
+        return (self.started.step or 0) if self.started else 0
+
+    @property
+    def since(self) -> float:
+        return self.started.time if self.started else (self.entries[0].time if self.entries else 0.0)
+
+
+@dataclass(slots=True)
+class Incident:
+    """Something that broke, from the first sign to the end."""
+
+    number: int
+    seen: list[Told[FailureSeen]] = field(default_factory=list)
+    """The first sign, and further ones of the same incident."""
+    killed: Told[GenerationKilled] | None = None
+    diagnosed: Told[IncidentDiagnosed] | None = None
+    failed_nodes: list[Told[NodeFailed]] = field(default_factory=list)
+    promoted: list[Told[NodePromoted]] = field(default_factory=list)
+    rejected: list[Told[CheckpointRejected]] = field(default_factory=list)
+    """Checkpoints that should have been restored and did not verify."""
+    restarts: list[Told[AttemptStarted]] = field(default_factory=list)
+    """Attempts that were started to recover from it."""
+    closed: Told[IncidentClosed] | None = None
+    attempt: str = ""
+    """The attempt in which it happened."""
+
+    @property
+    def lines(self) -> tuple[int, ...]:
+        told: list[Told[Any]] = [*self.seen, *self.failed_nodes, *self.promoted, *self.rejected, *self.restarts]
+        told += [t for t in (self.killed, self.diagnosed, self.closed) if t is not None]
+        return tuple(sorted(t.line for t in told))
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Where the time went, in seconds, and what it bought.
+
+    `kept` is the time of the steps whose work is in the newest state; `redone` that of steps which were lost and done
+    again; `down` the time from each failure to the first new step; `other` is the rest: starts, checkpoints,
+    validation, pauses. `wall` is all of it. The effective training time ratio is kept / wall.
+    """
+
+    wall: float
+    kept: float
+    redone: float
+    down: float
+    other: float
+    steps: int
+    tokens: int
+    checkpoints: int
+    steps_lost: int
+    seconds_lost: float
+
+    @property
+    def effective_ratio(self) -> float | None:
+        return self.kept / self.wall if self.wall > 0 else None
+
+
+@dataclass(slots=True)
+class Story:
+    """A whole run, as far as it went."""
+
+    reading: Reading
+    measured: metrics.MetricsReading
+    created: Told[RunCreated] | None
+    end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None
+    """How it ended; None: it has not, or nobody could write so."""
+    supervisors: list[Told[SupervisorStarted]]
+    before: list[Entry]
+    """Lines before the first attempt."""
+    attempts: list[Attempt]
+    incidents: list[Incident]
+    totals: Totals
+    now: float
+    """Time of the newest line; 0: there is none."""
+    kept: tuple[dict[str, Any], ...]
+    """Metrics of the steps whose work is in the newest state."""
+
+
+def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
+    """Tell the run from its journal and metrics."""
+    attempts: list[Attempt] = []
+    incidents: dict[int, Incident] = {}
+    before: list[Entry] = []
+    supervisors: list[Told[SupervisorStarted]] = []
+    created: Told[RunCreated] | None = None
+    end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None = None
+    for entry in reading.entries:
+        event = entry.event
+        match event:
+            case RunCreated():
+                created = created or Told(entry, event)
+            case SupervisorStarted():
+                supervisors.append(Told(entry, event))
+                end = None
+            case AttemptStarted():
+                attempts.append(Attempt(entry.attempt, Told(entry, event)))
+                end = None
+            case RunFinished():
+                end = Told(entry, event)
+            case RunStopped():
+                end = Told(entry, event)
+            case RunHalted():
+                end = Told(entry, event)
+            case _:
+                pass
+        if attempts:
+            _fold_into_attempt(attempts[-1], entry)
+        else:
+            before.append(entry)
+        _fold_into_incidents(incidents, entry)
+    newest = [value for line in measured.lines if (value := metrics.number_of(line, "time")) is not None]
+    now = max([entry.time for entry in reading.entries] + newest, default=0.0)
+    _measure(attempts, measured.lines, now)
+    kept = _kept(attempts, measured.lines)
+    story_incidents = [incidents[number] for number in sorted(incidents)]
+    totals = _totals(created, attempts, story_incidents, measured.lines, kept, now)
+    return Story(
+        reading, measured, created, end, supervisors, before, attempts, story_incidents, totals, now, tuple(kept)
+    )
+
+
+def _fold_into_attempt(attempt: Attempt, entry: Entry) -> None:
+    attempt.entries.append(entry)
+    match entry.event:
+        case TrainingBegan() as event:
+            attempt.began = attempt.began or Told(entry, event)
+        case AttemptEnded() as event:
+            attempt.ended = Told(entry, event)
+        case CheckpointCommitted() as event:
+            attempt.saved.append(Told(entry, event))
+        case ValidationMeasured() as event:
+            attempt.validated.append(Told(entry, event))
+        case _:
+            pass
+
+
+def _fold_into_incidents(incidents: dict[int, Incident], entry: Entry) -> None:
+    event = entry.event
+    if isinstance(event, CheckpointRejected):
+        # It happens on the way back from whatever is open.
+        for incident in incidents.values():
+            if incident.closed is None:
+                incident.rejected.append(Told(entry, event))
+        return
+    number = getattr(event, "incident", 0)
+    if not number:
+        return
+    incident = incidents.setdefault(number, Incident(number, attempt=entry.attempt))
+    match event:
+        case FailureSeen():
+            incident.seen.append(Told(entry, event))
+        case GenerationKilled():
+            incident.killed = Told(entry, event)
+        case IncidentDiagnosed():
+            incident.diagnosed = Told(entry, event)
+        case NodeFailed():
+            incident.failed_nodes.append(Told(entry, event))
+        case NodePromoted():
+            incident.promoted.append(Told(entry, event))
+        case AttemptStarted():
+            incident.restarts.append(Told(entry, event))
+        case IncidentClosed():
+            incident.closed = Told(entry, event)
+        case _:
+            pass
+
+
+def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], now: float) -> None:
+    """First and last step of each attempt, and until when it is known to have gone on."""
+    steps: dict[str, list[int]] = {}
+    for line in lines:
+        steps.setdefault(line["attempt"], []).append(line["step"])
+    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+        taken = steps.get(attempt.name, [])
+        attempt.first_step, attempt.last_step = (min(taken), max(taken)) if taken else (None, None)
+        if attempt.ended and attempt.began:
+            attempt.last_step = max(attempt.last_step or 0, attempt.ended.step or 0)
+        if attempt.ended:
+            attempt.until = attempt.ended.time
+        else:
+            attempt.until = following.since if following else now
+
+
+def _kept(attempts: list[Attempt], lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics of the live chain: the newest attempt's, and before its start its parent's, and so on to the start."""
+    by_name = {attempt.name: attempt for attempt in attempts}
+    ranges: dict[str, tuple[int, float]] = {}
+    name, limit = attempts[-1].name if attempts else "", float("inf")
+    while name in by_name and name not in ranges:
+        attempt = by_name[name]
+        ranges[name] = (attempt.from_step, limit)
+        name, limit = (attempt.started.event.parent if attempt.started else ""), min(limit, attempt.from_step)
+    kept = [line for line in lines if line["attempt"] in ranges and _within(line["step"], ranges[line["attempt"]])]
+    return sorted(kept, key=lambda line: int(line["step"]))
+
+
+def _within(step: int, bounds: tuple[int, float]) -> bool:
+    return bounds[0] < step <= bounds[1]
+
+
+def _totals(
+    created: Told[RunCreated] | None,
+    attempts: list[Attempt],
+    incidents: list[Incident],
+    lines: Iterable[Mapping[str, Any]],
+    kept: list[dict[str, Any]],
+    now: float,
+) -> Totals:
+    begin = created.time if created else (attempts[0].since if attempts else now)
+    wall = max(0.0, now - begin)
+    kept_seconds = sum(_seconds(line) for line in kept)
+    all_seconds = sum(_seconds(line) for line in lines)
+    closed = [incident.closed.event for incident in incidents if incident.closed]
+    down = sum(event.down_seconds for event in closed)
+    redone = all_seconds - kept_seconds
+    steps = max([line["step"] for line in kept] + [a.from_step for a in attempts[-1:]], default=0)
+    told = metrics.number_of(kept[-1], "tokens") if kept else None
+    tokens = int(told) if told is not None else steps * (created.event.tokens_per_step if created else 0)
+    return Totals(
+        wall=wall,
+        kept=kept_seconds,
+        redone=redone,
+        down=down,
+        other=max(0.0, wall - kept_seconds - redone - down),
+        steps=steps,
+        tokens=tokens,
+        checkpoints=sum(len(attempt.saved) for attempt in attempts),
+        steps_lost=sum(event.steps_lost for event in closed),
+        seconds_lost=sum(event.seconds_lost for event in closed),
+    )
+
+
+def _seconds(line: Mapping[str, Any]) -> float:
+    return metrics.number_of(line, "step_seconds") or 0.0

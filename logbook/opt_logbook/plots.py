@@ -1,0 +1,222 @@
+"""The chronicle's figures as SVG: the same bytes for the same run, drawn without a display and without pyplot.
+
+Colours that belong to the page (ink, grid) are drawn as fixed values that `page` exchanges for its own, so a figure is
+legible in the light and in the dark.
+"""
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from opt_logbook import metrics
+from opt_logbook.incidents import Attempt, Incident, Story
+from opt_logbook.words import moment
+
+INK, FAINT, GRID, ALARM = "#22272e", "#68717c", "#d9dde2", "#c03a2b"
+ATTEMPT_COLOURS = ("#3273c8", "#d07a1f", "#2a9387", "#8a5cc0", "#7f8f1f", "#b0567f", "#9a6b3f")
+POINTS_MAX = 1500
+"""Points drawn of one attempt's curve; beyond that each stretch is drawn by its smallest and largest value."""
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+Points = list[tuple[float, float]]
+
+
+def draw(story: Story) -> dict[str, str]:
+    """The figures that the run has data for: name to SVG text (`steps`, `wall_clock`, `validation`)."""
+    drawn: dict[str, str] = {}
+    if any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
+        drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story))
+        drawn["wall_clock"] = _svg("wall_clock", (7.2, 3.1), lambda figure: _draw_wall_clock(figure, story))
+    if any(attempt.validated for attempt in story.attempts):
+        drawn["validation"] = _svg("validation", (7.2, 2.8), lambda figure: _draw_validation(figure, story))
+    return drawn
+
+
+def colour_of(index: int) -> str:
+    """The colour of the attempt at `index` of the run's attempts, in every figure and in the page."""
+    return ATTEMPT_COLOURS[index % len(ATTEMPT_COLOURS)]
+
+
+def _svg(name: str, inches: tuple[float, float], paint: Callable[[Figure], None]) -> str:
+    with mpl.rc_context():
+        # A person's matplotlibrc must not change a byte.
+        mpl.rcdefaults()
+        settings: Any = mpl.rcParams
+        settings.update(_STYLE | {"svg.hashsalt": name})
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasSVG(figure)
+        paint(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+# Figures --------------------------------------------------------------------------------------------------------
+
+
+def _draw_steps(figure: Figure, story: Story) -> None:
+    panels = (("loss", "training loss\n(nats a token)"), ("lr", "learning rate"), ("grad_norm", "gradient norm"))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=(2, 1, 1))
+    for axes, (key, label) in zip(all_axes, panels, strict=True):
+        for index, attempt in enumerate(story.attempts):
+            _curve(axes, _points(story, attempt, "step", key), index)
+        axes.set_ylabel(label)
+        _mark_steps(axes, story.incidents)
+    all_axes[-1].set_xlabel("step")
+    all_axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _legend(all_axes[0], story)
+    figure.align_ylabels()
+
+
+def _draw_wall_clock(figure: Figure, story: Story) -> None:
+    axes = figure.subplots()
+    begin = story.created.time if story.created else min(attempt.since for attempt in story.attempts)
+    unit, seconds = _unit(story.now - begin)
+    for index, attempt in enumerate(story.attempts):
+        points = [((time - begin) / seconds, loss) for time, loss in _points(story, attempt, "time", "loss")]
+        _curve(axes, points, index)
+    for incident in story.incidents:
+        if not incident.seen:
+            continue
+        fell = (incident.seen[0].time - begin) / seconds
+        back = (_back_at(incident, story) - begin) / seconds
+        axes.axvspan(fell, max(back, fell), color=ALARM, alpha=0.16, linewidth=0)
+        _mark(axes, fell, incident.number)
+    axes.set_ylabel("training loss\n(nats a token)")
+    axes.set_xlabel(f"{unit} since {moment(begin)}")
+    _legend(axes, story)
+
+
+def _draw_validation(figure: Figure, story: Story) -> None:
+    axes = figure.subplots()
+    for index, attempt in enumerate(story.attempts):
+        points = [
+            (float(told.step or 0), told.event.perplexity)
+            for told in attempt.validated
+            if 0 < told.event.perplexity < float("inf")
+        ]
+        if points:
+            axes.plot(*_columns(points), color=colour_of(index), marker="o", markersize=4.5, label=attempt.name)
+    axes.set_yscale("log")
+    unigram = story.created.event.unigram_perplexity if story.created else 0.0
+    if unigram > 0:
+        axes.axhline(unigram, color=FAINT, linestyle=(0, (5, 3)), linewidth=1)
+        axes.annotate(
+            f"unigram model {unigram:.1f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(-2, -11),
+            textcoords="offset points", ha="right", fontsize=8.5, color=FAINT,
+        )  # fmt: skip
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axes.set_xlim(left=0)
+    axes.set_ylabel("validation perplexity")
+    axes.set_xlabel("step")
+    _legend(axes, story)
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _curve(axes: Axes, points: Points, index: int) -> None:
+    if points:
+        axes.plot(*_columns(thinned(points)), color=colour_of(index))
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _points(story: Story, attempt: Attempt, x: str, y: str) -> Points:
+    lines = (line for line in story.measured.lines if line["attempt"] == attempt.name)
+    return list(_pairs(lines, x, y))
+
+
+def _pairs(lines: Iterable[dict[str, Any]], x: str, y: str) -> Iterable[tuple[float, float]]:
+    for line in lines:
+        across, up = metrics.number_of(line, x), metrics.number_of(line, y)
+        if across is not None and up is not None:
+            yield across, up
+
+
+def thinned(points: Points, most: int = POINTS_MAX) -> Points:
+    """`points` with at most about `most` left: of each stretch the smallest and the largest, so no spike is lost."""
+    if len(points) <= most:
+        return points
+    stretch = -(-len(points) * 2 // most)
+    kept: Points = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return kept
+
+
+def _mark_steps(axes: Axes, incidents: list[Incident]) -> None:
+    for incident in incidents:
+        if incident.seen and incident.seen[0].step is not None:
+            _mark(axes, float(incident.seen[0].step), incident.number)
+
+
+def _mark(axes: Axes, x: float, number: int) -> None:
+    axes.axvline(x, color=ALARM, linewidth=0.9, linestyle=(0, (2, 2)))
+    axes.annotate(
+        str(number), (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+        color=ALARM, fontsize=8.5, fontweight="bold",
+    )  # fmt: skip
+
+
+def _legend(axes: Axes, story: Story) -> None:
+    shown = story.attempts if len(story.attempts) <= 8 else story.attempts[-8:]
+    first = len(story.attempts) - len(shown)
+    handles = [
+        mpl.lines.Line2D([], [], color=colour_of(first + index), label=attempt.name)
+        for index, attempt in enumerate(shown)
+    ]
+    if story.incidents:
+        handles.append(mpl.lines.Line2D([], [], color=ALARM, linestyle=(0, (2, 2)), linewidth=0.9, label="incident"))
+    axes.legend(handles=handles, loc="upper right", ncols=min(5, len(handles)))
+
+
+def _back_at(incident: Incident, story: Story) -> float:
+    """When training went on after the incident: the first step of an attempt that followed; else the newest time."""
+    for attempt in story.attempts:
+        if attempt.began and attempt.began.time >= incident.seen[0].time:
+            return attempt.began.time
+    return story.now
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 3 * size:
+            return name, size
+    return "seconds", 1.0

@@ -1,0 +1,180 @@
+"""One incident as the chronicle tells it: seen, cause and evidence, done, cost, outcome."""
+
+from dataclasses import dataclass
+
+from opt_logbook.events import RunHalted
+from opt_logbook.incidents import Attempt, Incident, Story
+from opt_logbook.told import Said
+from opt_logbook.words import CAUSES, clock, duration, listed, many, moment, sentence
+
+QUOTES_MAX = 12
+"""Evidence shown for one incident; the journal has all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A line of evidence. `file` is empty where the supervisor itself observed it."""
+
+    file: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    said: tuple[Said, ...]
+    quotes: tuple[Quote, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentStory:
+    number: int
+    heading: str
+    sections: tuple[Section, ...]
+
+
+def place_of(incident: Incident, attempts: list[Attempt]) -> int | None:
+    """Index of the attempt whose entry tells the incident: the one it led to; None: none has followed yet."""
+    for index, attempt in enumerate(attempts):
+        if attempt.started and attempt.started.event.incident == incident.number:
+            return index
+    first = min(incident.lines, default=0)
+    for index, attempt in enumerate(attempts):
+        if attempt.started and attempt.started.line > first:
+            return index
+    return None
+
+
+def tell_incident(incident: Incident, story: Story) -> IncidentStory:
+    """The incident in five parts. What the journal does not tell is said to be missing."""
+    return IncidentStory(
+        incident.number,
+        _heading(incident),
+        (
+            Section("What was seen", _seen(incident)),
+            _cause(incident),
+            Section("What was done", _done(incident)),
+            Section("What it cost", _cost(incident, story)),
+            Section("Outcome", _outcome(incident, story)),
+        ),
+    )
+
+
+def _heading(incident: Incident) -> str:
+    heading = f"Incident {incident.number}"
+    if incident.diagnosed:
+        event = incident.diagnosed.event
+        where = (
+            f"rank {event.rank} on {event.node}" if event.rank >= 0 and event.cause != "node_failure" else event.node
+        )
+        joint = "," if where.startswith("rank") else " on"
+        heading += f" · {event.cause}" + (f"{joint} {where}" if where else "")
+    if incident.seen:
+        heading += f" · {moment(incident.seen[0].time)}"
+        if incident.seen[0].step is not None:
+            heading += f", after step {incident.seen[0].step:,}"
+    return heading
+
+
+def _seen(incident: Incident) -> tuple[Said, ...]:
+    if not incident.seen:
+        return (Said("The line of the journal that told the first sign is missing."),)
+    said = []
+    for told in incident.seen:
+        event = told.event
+        where = f"rank {event.rank} on {event.node}" if event.rank >= 0 else event.node
+        of = f", {where}" if where and where not in event.what else ""
+        step = f", after step {told.step:,} of attempt {told.entry.attempt}" if told.step is not None else ""
+        said.append(Said(f"{clock(told.time)} UTC{of}{step}: {sentence(event.what)}", (told.line,)))
+    return tuple(said)
+
+
+def _cause(incident: Incident) -> Section:
+    title = "Cause and evidence"
+    if incident.diagnosed is None:
+        return Section(title, (Said("It has not been diagnosed."),))
+    event, line = incident.diagnosed.event, (incident.diagnosed.line,)
+    words = CAUSES.get(event.cause)
+    said = [Said(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)]
+    if event.detail:
+        said.append(Said(sentence(event.detail), line))
+    said.append(
+        Said(f"Confidence {event.confidence:.0%}, on this evidence:" if event.evidence else "No evidence.", line)
+    )
+    quotes = [Quote(evidence.file, evidence.line, evidence.text) for evidence in event.evidence[:QUOTES_MAX]]
+    if len(event.evidence) > QUOTES_MAX:
+        quotes.append(Quote("", 0, f"{len(event.evidence) - QUOTES_MAX} more in the journal"))
+    return Section(title, tuple(said), tuple(quotes))
+
+
+def _done(incident: Incident) -> tuple[Said, ...]:
+    said: list[Said] = []
+    if incident.diagnosed and incident.diagnosed.event.action:
+        said.append(Said(f"Decided: {incident.diagnosed.event.action.rstrip('.')}.", (incident.diagnosed.line,)))
+    if incident.killed:
+        count = incident.killed.event.killed
+        alive = f"; {many(count, 'rank')} still alive had to be killed" if count else ""
+        said.append(Said(f"All ranks of the generation were ended{alive}.", (incident.killed.line,)))
+    for failed in incident.failed_nodes:
+        said.append(
+            Said(
+                f"{failed.event.node} was taken out and is not used again until it has passed a check.", (failed.line,)
+            )
+        )
+    for promoted in incident.promoted:
+        said.append(Said(f"{promoted.event.node} took the place of {promoted.event.replaces}.", (promoted.line,)))
+    for rejected in incident.rejected:
+        text = (
+            f"The checkpoint {rejected.event.path} did not verify ({rejected.event.why}); an older one was looked for."
+        )
+        said.append(Said(text, (rejected.line,)))
+    for restart in incident.restarts:
+        event = restart.event
+        source = (
+            f"the checkpoint of step {restart.step or 0:,} ({event.checkpoint})"
+            if event.checkpoint
+            else "the initial weights"
+        )
+        said.append(
+            Said(
+                f"{clock(restart.time)} UTC: attempt {restart.entry.attempt} was started on {listed(event.nodes)} from "
+                f"{source}.",
+                (restart.line,),
+            )
+        )
+    return tuple(said) or (Said("Nothing yet."),)
+
+
+def _cost(incident: Incident, story: Story) -> tuple[Said, ...]:
+    if incident.closed is None:
+        return (Said("Not known yet: it was not over when the journal was last written."),)
+    event, line = incident.closed.event, (incident.closed.line,)
+    tokens = event.steps_lost * (story.created.event.tokens_per_step if story.created else 0)
+    steps = (
+        f"{many(event.steps_lost, 'step')}{f' ({tokens:,} tokens)' if tokens else ''} had to be done again."
+        if event.steps_lost
+        else "No step had to be done again."
+    )
+    return (
+        Said(steps, line),
+        Said(
+            f"{duration(event.seconds_lost)} from the failure until training was back where it had been; "
+            f"{duration(event.down_seconds)} of them without any training.",
+            line,
+        ),
+    )
+
+
+def _outcome(incident: Incident, story: Story) -> tuple[Said, ...]:
+    if incident.closed is None:
+        return (Said("Open when the journal was last written."),)
+    line = (incident.closed.line,)
+    outcome = incident.closed.event.outcome
+    if outcome == "recovered":
+        attempt = incident.closed.entry.attempt
+        place = f" in attempt {attempt}" if attempt else ""
+        return (Said(f"Recovered: training went on{place}.", line),)
+    if outcome == "halted" and story.end and isinstance(story.end.event, RunHalted):
+        return (Said(f"Halted; a person must decide: {sentence(story.end.event.question)}", (*line, story.end.line)),)
+    return (Said(f"The run {outcome}." if outcome in ("stopped", "halted") else sentence(outcome), line),)
