@@ -132,6 +132,8 @@ class Agent:
             connection.close()
 
     async def _talk(self, connection: Connection) -> None:
+        for slot in self._slots:
+            slot.forget_pending()
         connection.send(AgentState(self._options.node, os.getpid(), self._slot_states(), self._leader))
         parts = [
             asyncio.create_task(part)

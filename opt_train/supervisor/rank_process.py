@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from opt_train.protocol.facts import FACTS_OF_A_RANK, Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES, Message, ProtocolError, from_line
@@ -18,6 +19,11 @@ _LAST_WORDS_BYTES = 4 << 20
 """The most that is still read from the pipe of a process that is gone."""
 
 log = logging.getLogger(__name__)
+
+
+def is_metrics_line(line: Any) -> bool:
+    """Whether `line` is what the supervisor can file: an object with an integer `step`."""
+    return isinstance(line, dict) and type(line.get("step")) is int
 
 
 class RankProcess:
@@ -162,8 +168,8 @@ class RankProcess:
             fact = from_line(line)
             if not isinstance(fact, FACTS_OF_A_RANK):
                 raise ProtocolError("not a fact of a rank")
-            if isinstance(fact, Metrics) and not isinstance(fact.line, dict):
-                raise ProtocolError("a metrics line is an object")
+            if isinstance(fact, Metrics) and not is_metrics_line(fact.line):
+                raise ProtocolError("a metrics line is an object with a step")
         except (ProtocolError, RecursionError) as error:
             self.garbage_lines += 1
             if self.garbage_lines.bit_count() == 1:  # the 1st, 2nd, 4th, 8th: a flood must not fill the log

@@ -18,6 +18,7 @@ from opt_train.supervisor.inputs import (
     PulseTold,
 )
 from opt_train.supervisor.link import HANDSHAKE_SECONDS, Connection, LinkRefused, prove_supervisor
+from opt_train.supervisor.rank_process import is_metrics_line
 
 LEAD_SECONDS = 1.0
 SILENCE_SECONDS = 30.0
@@ -137,6 +138,6 @@ def _input(node: str, message: Message) -> Input:
             return FactTold(node, number, fact)
         case Pulse():
             return PulseTold(node, message)
-        case RankFact(generation=generation, fact=Metrics(line=dict() as line)):
+        case RankFact(generation=generation, fact=Metrics(line=line)) if is_metrics_line(line):
             return MetricsTold(node, generation, line)
     raise LinkRefused(f"{node} told {message.kind!r}, which an agent does not tell")

@@ -100,6 +100,10 @@ class RankSlot:
         self._ensure_spare()
         self._begin_pending()
 
+    def forget_pending(self) -> None:
+        """Drop a begin that waits for a spare: what does not run when a link opens will not, unless begun again."""
+        self._pending = None
+
     def relay_order(self, generation: int, order: Message) -> None:
         """Pass an order on to the running rank, if it is of that generation."""
         if self._running is None or self._running.begin.generation != generation:

@@ -1,0 +1,130 @@
+"""The way in: take the run's lock, fold its journal, supervise until it rests, tell the story."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import TextIO
+
+from opt_logbook.events import Entry, RunCreated
+from opt_logbook.journal import Journal
+from opt_logbook.lock import Lock, LockHeld
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train.config import RunConfig, sha256_of
+from opt_train.protocol.exits import BadInput
+from opt_train.supervisor.clusters.local import LocalCluster
+from opt_train.supervisor.core import Supervisor
+from opt_train.supervisor.faults import FaultPlan
+from opt_train.supervisor.inputs import Identity
+from opt_train.supervisor.secret import SecretUnusable, ensure_secret
+from opt_train.supervisor.state import RunState, fold
+from opt_train.supervisor.status_line import StatusLine, printable
+from opt_train.supervisor.supervision import Core, Supervision
+from opt_train.supervisor.supervisor_log import SupervisorLog
+
+MakeCore = Callable[[RunConfig, RunState, Identity], Core]
+
+log = logging.getLogger(__name__)
+
+
+def supervise(
+    config: RunConfig,
+    run: RunDirectory,
+    created: RunCreated,
+    *,
+    opens_lineage: bool = False,
+    lineage_difference: tuple[str, ...] = (),
+    operational_difference: tuple[str, ...] = (),
+    git_commit: str = "",
+    git_dirty: bool = False,
+    packages: Mapping[str, str] | None = None,
+    rank_module: str = "",
+    make_core: MakeCore = Supervisor,
+    stream: TextIO = sys.stdout,
+) -> int:
+    """Supervise the run until it is finished, stopped, or a person must decide; returns the exit code.
+
+    The run directory holds `config.json` already. Call it from the main thread. `rank_module` and `make_core` replace
+    what ranks run (`opt_train.train.warm`) and what decides; tests use them.
+
+    Raises:
+        BadInput: another process has the run, the fault plan is wrong, or the run directory cannot be written or read.
+    """
+    plan = FaultPlan(config.faults, run.faults)
+    try:
+        with Lock.acquire(run) as lock, SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
+            state = _folded(journal)
+            cluster = _cluster(config, run, rank_module)
+            identity = Identity(
+                leader=state.leader + 1,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                version=version("opt-train"),
+                run_directory=str(run.path),
+                config_path=str(run.config_json),
+                config_sha256=sha256_of(config),
+                nodes=cluster.node_names,
+                created=created,
+                opens_lineage=opens_lineage,
+                lineage_difference=lineage_difference,
+                operational_difference=operational_difference,
+                git_commit=git_commit,
+                git_dirty=git_dirty,
+                packages=dict(packages or {}),
+            )
+            lock.lead(identity.leader)
+            secret = ensure_secret(run.secret)
+            core = make_core(config, state, identity)
+            status = StatusLine(stream, config.supervisor.status_seconds)
+            try:
+                supervision = Supervision(run, lock, journal, cluster, plan, core, identity, status, secret)
+                finish = asyncio.run(supervision.run())
+            finally:
+                status.close()
+    except (LockHeld, SecretUnusable) as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(f"{error.filename or run.path}: {error.strerror or error}; mend it and start again") from None
+    _tell_story(run, stream)
+    _print(finish.message, stream)
+    return finish.code
+
+
+def _cluster(config: RunConfig, run: RunDirectory, rank_module: str) -> LocalCluster:
+    if config.cluster.kind != "local":
+        raise BadInput(f"cluster.kind={config.cluster.kind} is not known; use local")
+    nodes = config.cluster.nodes + config.cluster.buffer_nodes
+    return LocalCluster(run, nodes, config.cluster.slots_per_node, rank_module)
+
+
+def _folded(journal: Journal) -> RunState:
+    """The state that the journal tells, after its repairs have been journalled."""
+    state, attempt = RunState(), ""
+    for entry in journal.entries:
+        state, attempt = fold(state, entry), entry.attempt or attempt
+    for repair in journal.repairs:
+        log.warning("the journal needed mending: %s", repair)
+        state = fold(state, journal.append(Entry(round(time.time(), 3), attempt, None, repair)))
+    return state
+
+
+def _tell_story(run: RunDirectory, stream: TextIO) -> None:
+    try:
+        from opt_logbook.render import render  # noqa: PLC0415 - plotting is loaded when there is something to plot
+
+        render(run)
+    # A picture that cannot be drawn must not change what the run came to.
+    except Exception as error:
+        _print(f"the chronicle could not be rendered ({error}); try again with: logbook render {run.path}", stream)
+
+
+def _print(sentence: str, stream: TextIO) -> None:
+    try:
+        print(printable(sentence), file=stream, flush=True)
+    except OSError:
+        log.info("nobody reads the terminal any more")
