@@ -1,0 +1,121 @@
+"""The supervisor without its hands: inputs and a clock in, effects out. No I/O, no clock of its own, no randomness.
+
+What is decided now is folded at once and emitted as `Append`, which is a barrier for the shell: nothing behind it is
+visible before the entry is durable. So a new supervisor that folds the journal stands where the world last saw this
+one.
+"""
+
+from opt_logbook.events import (
+    Entry,
+    Event,
+    JournalStalled,
+    LineageOpened,
+    Note,
+    OrderGiven,
+    SupervisorStarted,
+)
+
+from opt_train.config import RunConfig
+from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint, StartAgent, WriteMetrics
+from opt_train.supervisor.inputs import Identity, InboxTold, Input, JournalWasStalled, MetricsTold, Now, StopAsked
+from opt_train.supervisor.observation import Observation
+from opt_train.supervisor.policy import decide
+from opt_train.supervisor.policy_situation import Record, Situation
+from opt_train.supervisor.policy_stop import farewell
+from opt_train.supervisor.state import SAVE_AND_STOP, TERMINAL, RunState, fold
+
+MOST_ROUNDS = 10_000
+"""A rule that is not silent after it was obeyed is a mistake in the policy, never something the world does."""
+
+
+class Supervisor:
+    """Holds the state and the observation; `handle` is its only door."""
+
+    def __init__(self, config: RunConfig, state: RunState, identity: Identity) -> None:
+        self.config = config
+        self.state = state
+        self.identity = identity
+        self.seen = Observation(config.supervisor, Now(0.0, 0.0))
+
+    def begin(self, now: Now) -> list[Effect]:
+        """Take the run over, or create it: the first lines of this supervisor, and an agent on every node."""
+        self.seen = Observation(self.config.supervisor, now)
+        if self.state.stage == "finished":
+            self.seen.finished = True
+            return [farewell(Situation(self.state, self.seen, self.config, self.identity))]
+        resumed = self.state.created is not None
+        effects = [] if resumed else self._append(Record(self.identity.created))
+        identity = self.identity
+        new_training = identity.opens_lineage and self.state.config_sha256 != identity.config_sha256
+        if self.state.lineage == 0 or new_training:
+            difference = identity.lineage_difference if self.state.lineage else ()
+            opened = LineageOpened(self.state.lineage + 1, identity.config_sha256, difference)
+            effects += self._append(Record(opened))
+        started = SupervisorStarted(identity.leader, identity.host, identity.pid, identity.version, resumed)
+        effects += self._append(Record(started))
+        # Journalled as retired, but the crash may have come before the folder was gone.
+        effects += [RetireCheckpoint(path) for path in self.state.retired]
+        effects += [StartAgent(node) for node in identity.nodes if not self.state.has_failed(node)]
+        return [*effects, *self._settle()]
+
+    def handle(self, given: Input, now: Now) -> list[Effect]:
+        """Hear `given` at `now`, and say what is to be done about all that is known by then."""
+        if self.seen.finished:
+            return []
+        effects = self._announce(given)
+        self.seen.take(given, now, self.state)
+        for event in self._journalled(given):
+            effects += self._append(Record(event))
+        return [*effects, *self._settle()]
+
+    def _settle(self) -> list[Effect]:
+        """Decide until there is nothing left to decide."""
+        effects: list[Effect] = []
+        for _ in range(MOST_ROUNDS):
+            decisions = decide(self.state, self.seen, self.config, self.identity)
+            if not decisions:
+                self.seen.settle()
+                return effects
+            for decision in decisions:
+                if isinstance(decision, Record):
+                    effects += self._append(decision)
+                else:
+                    self.seen.note(decision)
+                    effects.append(decision)
+            if self.seen.finished:
+                return effects
+        raise AssertionError(f"the policy does not come to rest: {effects[-3:]}")
+
+    def _append(self, record: Record) -> list[Effect]:
+        current = self.state.attempt.name if self.state.attempt is not None else ""
+        attempt = current if record.attempt is None else record.attempt
+        entry = Entry(time=round(self.seen.now.wall, 3), attempt=attempt, step=record.step, event=record.event)
+        before, self.state = self.state, fold(self.state, entry)
+        self.seen.entered(before, self.state)
+        return [Append(entry)]
+
+    def _announce(self, given: Input) -> list[Effect]:
+        """A metrics line that is news goes to its attempt's file; older generations are fenced off."""
+        if not isinstance(given, MetricsTold) or not self.seen.is_news(given, self.state):
+            return []
+        assert self.state.attempt is not None
+        return [WriteMetrics(self.state.attempt.name, given.line)]
+
+    def _journalled(self, given: Input) -> list[Event]:
+        """Inputs that are lines of the journal by themselves."""
+        match given:
+            case JournalWasStalled(seconds):
+                return [JournalStalled(seconds)]
+            case InboxTold(message) if message.get("kind") == "note":
+                return [Note(str(message.get("author", "")), str(message.get("text", "")))]
+            case InboxTold(message) if message.get("kind") == "stop":
+                return self._stop(str(message.get("by", "inbox")))
+            case StopAsked(by):
+                return self._stop(by)
+            case _:
+                return []
+
+    def _stop(self, by: str) -> list[Event]:
+        if self.state.stop_wanted is not None or self.state.stage in (*TERMINAL, "finishing"):
+            return []
+        return [OrderGiven(self.state.orders + 1, SAVE_AND_STOP, by)]

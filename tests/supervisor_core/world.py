@@ -1,0 +1,599 @@
+"""A tiny world in virtual time for the supervisor's core: nodes, agents, ranks, a disk, a journal that survives.
+
+Agents and ranks are models that keep the contracts of opt_train/protocol and nothing more. The journal here is what is
+durable: effects behind a supervisor's death are lost, entries in front of it are not. `World` checks, at every step,
+what must hold whatever happens; a breach is an AssertionError.
+"""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from opt_logbook.events import (
+    AttemptEnded,
+    CheckpointCommitted,
+    Entry,
+    Event,
+    NodeFailed,
+    RunCreated,
+    SaveAbandoned,
+)
+
+from opt_train.checkpoint.config import CheckpointConfig
+from opt_train.config import RunConfig
+from opt_train.optim.in_force import in_force
+from opt_train.protocol.commands import Begin, Kill, Leave, Relay
+from opt_train.protocol.facts import (
+    AgentState,
+    GenerationGone,
+    InForce,
+    Leaving,
+    LogLine,
+    OrderObeyed,
+    Pulse,
+    RankExited,
+    RankFact,
+    SavedFile,
+    SaveFailed,
+    ShardsSaved,
+    SlotState,
+    Stacks,
+    Store,
+    Validation,
+)
+from opt_train.protocol.framing import Message
+from opt_train.protocol.orders import SaveAndStop
+from opt_train.supervisor.config import ClusterConfig, SupervisorConfig
+from opt_train.supervisor.core import Supervisor
+from opt_train.supervisor.effects import (
+    AcknowledgeFact,
+    Append,
+    CommitManifest,
+    Effect,
+    FenceNode,
+    Finish,
+    RetireCheckpoint,
+    Send,
+    StartAgent,
+    VerifyCheckpoint,
+    WriteMetrics,
+)
+from opt_train.supervisor.inputs import (
+    AgentConnected,
+    AgentDisconnected,
+    CheckpointVerified,
+    ClusterObserved,
+    FactTold,
+    Identity,
+    Input,
+    ManifestCommitted,
+    MetricsTold,
+    Now,
+    PulseTold,
+    StopAsked,
+    Tick,
+)
+from opt_train.supervisor.state import RunState, fold
+from opt_train.train.config import TrainConfig
+
+STEP_SECONDS = 2
+WARM_SECONDS = 2
+START_SECONDS = 2
+TAIL_FILE = "logs/rank.log"
+
+
+def make_config(**changes: Any) -> RunConfig:
+    """A short run with short patience; `changes` go to the cluster, the supervisor, the portions or the saves."""
+    patience = {
+        "start_seconds": 15.0, "step_seconds": 8.0, "checkpoint_seconds": 12.0, "evaluation_seconds": 12.0,
+        "minimum_seconds": 6.0, "settle_seconds": 1.0, "orphan_seconds": 12.0, "join_seconds": 10.0,
+    }  # fmt: skip
+    rooms: dict[str, tuple[type, dict[str, Any]]] = {
+        "cluster": (ClusterConfig, {"nodes": 2, "buffer_nodes": 1, "slots_per_node": 1}),
+        "supervisor": (SupervisorConfig, patience),
+        "train": (TrainConfig, {"steps": 9, "global_batch": 8}),
+        "checkpoint": (CheckpointConfig, {"every_steps": 3, "keep": 2}),
+    }
+    for name, value in changes.items():
+        room = next(values for kind, values in rooms.values() if name in kind.__dataclass_fields__)
+        room[name] = value
+    return RunConfig(**{name: kind(**values) for name, (kind, values) in rooms.items()})
+
+
+@dataclass
+class Rank:
+    begin: Begin
+    pid: int
+    phase: str = "start"
+    step: int = 0
+    since: float = 0.0
+    stopped: bool = False
+    ordered: SaveAndStop | None = None
+
+
+@dataclass
+class Slot:
+    warm_at: float
+    rank: Rank | None = None
+
+
+@dataclass
+class Agent:
+    """One node's agent: keeps facts until they are acknowledged, obeys at once, kills its ranks when nobody leads."""
+
+    node: str
+    pid: int
+    slots: list[Slot]
+    led_at: float
+    connected: bool = False
+    link_until: float = 0.0
+    """The link is cut until then."""
+    killed_up_to: int = 0
+    number: int = 0
+    kept: dict[int, Message] = field(default_factory=dict)
+    frozen: bool = False
+
+
+@dataclass
+class Group:
+    """The ranks of one generation in lockstep: they move when all are there and none is stopped."""
+
+    generation: int
+    step: int
+    born: float
+    moved: float
+    saving: int = -1
+    slow_save_until: float = -1.0
+    validated: bool = False
+
+
+class World:
+    """Nodes `n0`, `n1`, ...; the first `cluster.nodes` are meant to train."""
+
+    def __init__(self, config: RunConfig | None = None, seed: int = 0) -> None:
+        self.config = config or make_config()
+        self.random = random.Random(seed)
+        self.now = 1000.0
+        count = self.config.cluster.nodes + self.config.cluster.buffer_nodes
+        self.names = tuple(f"n{k}" for k in range(count))
+        self.journal: list[Entry] = []
+        self.replayed = RunState()
+        self.core: Supervisor | None = None
+        self.leaders = 0
+        self.agents: dict[str, Agent] = {}
+        self.down: dict[str, str] = {}
+        self.groups: dict[int, Group] = {}
+        self.disk: dict[str, str] = {}
+        """Committed checkpoint -> why it does not verify; empty: it does."""
+        self.metrics: dict[tuple[str, int], float] = {}
+        self.later: list[tuple[float, int, Input]] = []
+        self.queue: list[Input] = []
+        self.lives: int | None = None
+        """Effects until the supervisor dies; None: it does not."""
+        self.finish: Finish | None = None
+        self.effects: list[Effect] = []
+        self.fail_commits = 0
+        self.drop_wrong_lr = False
+        self.finish_code: int | None = None
+        self.settled_saves: set[str] = set()
+        self.ended: set[int] = set()
+        self.failed_nodes: set[str] = set()
+        self.begun: list[tuple[int, int, str]] = []
+        self._pids = 100
+        self._order = 0
+
+    # The supervisor -------------------------------------------------------------------------------------------
+
+    def start_supervisor(self, config_sha256: str = "c0", **identity: Any) -> None:
+        """Start one: it knows the journal and nothing else."""
+        assert self.core is None
+        self.leaders += 1
+        created = RunCreated("run", 0, "tiny", 1000, self.config.train.steps, 8)
+        known = Identity(
+            leader=self.replayed.leader + 1, host="host", pid=self.leaders, version="0", run_directory="/run",
+            config_path="/run/config.json", config_sha256=config_sha256, nodes=self.names, created=created, **identity,
+        )  # fmt: skip
+        state = RunState()
+        for entry in self.journal:
+            state = fold(state, entry)
+        assert state == self.replayed, "a journal folds to the same state whenever it is folded"
+        self.core = Supervisor(self.config, state, known)
+        self.queue, self.later = [], []
+        self._carry_out(self.core.begin(self._clock()))
+
+    def kill_supervisor(self) -> None:
+        """Links end; what it had decided and not yet journalled never was."""
+        self.core, self.lives, self.queue, self.later = None, None, [], []
+        for agent in self.agents.values():
+            agent.connected = False
+
+    def tell(self, given: Input) -> None:
+        """One input, now."""
+        if self.core is None:
+            return
+        effects = self.core.handle(given, self._clock())
+        self._carry_out(effects)
+        if self.core is not None and any(isinstance(e, Append) for e in effects):
+            assert self.core.state == self.replayed, "the live core stands where its journal folds to"
+
+    def _clock(self) -> Now:
+        return Now(wall=1.7e9 + self.now, monotonic=self.now)
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if self.lives is not None:
+                if self.lives == 0:
+                    self.kill_supervisor()
+                    return
+                self.lives -= 1
+            self.effects.append(effect)
+            self._do(effect)
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Append(entry):
+                self._append(entry)
+            case Send(node, command):
+                agent = self.agents.get(node)
+                if agent is not None and agent.connected and not agent.frozen:
+                    self._obey(agent, command)
+            case AcknowledgeFact(node, number):
+                self._acknowledge(node, number)
+            case StartAgent(node):
+                if node not in self.agents and node not in self.failed_nodes:
+                    self._start_agent(node)
+            case FenceNode(node):
+                self.lose_node(node, "fenced")
+            case WriteMetrics(attempt, line):
+                assert self.replayed.live is not None
+                assert self.replayed.live.name == attempt, "metrics of an older generation are fenced off"
+                self.metrics[attempt, line["step"]] = line["loss"]
+            case VerifyCheckpoint(path):
+                assert path in self.disk, f"{path} is wanted and not on the disk"
+                self._answer(1.0, CheckpointVerified(path, self.disk[path], "sha"))
+            case CommitManifest(path, _, attempt, step):
+                why = ""
+                if self.fail_commits:
+                    self.fail_commits, why = self.fail_commits - 1, "No space left on device"
+                else:
+                    self.disk.setdefault(path, "")
+                self._answer(1.0, ManifestCommitted(path, attempt, step, why, "sha", 10, 2, 0.1))
+            case RetireCheckpoint(path):
+                assert path not in [c.path for c in self.replayed.chain() if not c.rejected][-2:]
+                self.disk.pop(path, None)
+            case Finish():
+                self.finish = effect
+                self.core = None
+                self.agents.clear()
+            case _:
+                pass
+
+    def _answer(self, seconds: float, given: Input) -> None:
+        self._order += 1
+        self.later.append((self.now + seconds, self._order, given))
+
+    def _append(self, entry: Entry) -> None:
+        self.journal.append(entry)
+        self.replayed = fold(self.replayed, entry)
+        match entry.event:
+            case CheckpointCommitted(path):
+                assert path not in self.settled_saves, f"{path} is committed once"
+                assert path in self.disk, "what is journalled as committed is there"
+                self.settled_saves.add(path)
+            case SaveAbandoned(path):
+                self.settled_saves.add(path)
+            case AttemptEnded(generation):
+                self.ended.add(generation)
+                left = self.living(generation)
+                assert not left, f"generation {generation} ends while ranks of it live: {left}"
+            case NodeFailed(node):
+                self.failed_nodes.add(node)
+
+    def _acknowledge(self, node: str, number: int) -> None:
+        agent = self.agents.get(node)
+        if agent is None or not agent.connected:
+            return
+        for known in [n for n in agent.kept if n <= number]:
+            fact = agent.kept.pop(known)
+            generation = getattr(fact, "generation", 0)
+            old = generation in self.ended
+            if isinstance(fact, RankExited):
+                assert old, f"the end of a rank of generation {generation} is forgotten before it is journalled"
+            if isinstance(fact, RankFact) and isinstance(fact.fact, ShardsSaved):
+                path = f"checkpoints/{fact.attempt}/step-{fact.fact.step:08d}"
+                assert old or path in self.settled_saves, f"{path} is forgotten before its fate is journalled"
+
+    # Agents ---------------------------------------------------------------------------------------------------
+
+    def _start_agent(self, node: str) -> None:
+        self._pids += 1
+        slots = [Slot(self.now + WARM_SECONDS) for _ in range(self.config.cluster.slots_per_node)]
+        self.agents[node] = Agent(node, self._pids, slots, self.now)
+        self.down.pop(node, None)
+
+    def _obey(self, agent: Agent, command: Message) -> None:
+        match command:
+            case Begin():
+                self._begin(agent, command)
+            case Kill(generation, stacks):
+                agent.killed_up_to = max(agent.killed_up_to, generation)
+                for slot in agent.slots:
+                    rank = slot.rank
+                    if rank is not None and rank.begin.generation <= generation:
+                        if stacks:
+                            state = "T" if rank.stopped else "S"
+                            told = Stacks(rank.begin.generation, rank.begin.rank, not rank.stopped, state)
+                            self._say(agent, told)
+                        self._end_rank(agent, slot, signal=9, by_agent=True)
+                self._say(agent, GenerationGone(generation))
+            case Relay(generation, order):
+                for slot in agent.slots:
+                    if slot.rank and slot.rank.begin.generation == generation and isinstance(order, SaveAndStop):
+                        slot.rank.ordered = order
+            case Leave():
+                for slot in agent.slots:
+                    slot.rank = None
+                self.agents.pop(agent.node, None)
+                self.down[agent.node] = "its agent left"
+                self.queue.append(AgentDisconnected(agent.node))
+            case _:
+                raise AssertionError(f"no agent obeys {command}")
+
+    def _begin(self, agent: Agent, begin: Begin) -> None:
+        slot = agent.slots[begin.slot]
+        if begin.generation <= agent.killed_up_to or slot.rank is not None:
+            return
+        assert agent.node not in self.failed_nodes, f"{agent.node} has failed and is handed back"
+        assert self.replayed.live is not None, "what begins is journalled"
+        assert self.replayed.live.generation == begin.generation
+        others = [r.begin.generation for r in self.ranks() if r.begin.generation != begin.generation]
+        assert not others, f"generation {begin.generation} begins while ranks of {others} live"
+        if slot.warm_at > self.now:
+            return
+        self._pids += 1
+        slot.rank = Rank(begin, self._pids, since=self.now, step=self.replayed.live.start_step)
+        slot.warm_at = self.now + WARM_SECONDS
+        self.begun.append((begin.generation, begin.rank, agent.node))
+        group = self.groups.setdefault(
+            begin.generation, Group(begin.generation, self.replayed.live.start_step, self.now, self.now)
+        )
+        if begin.rank == 0:
+            self._say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
+        group.moved = self.now
+
+    def _say(self, agent: Agent, fact: Message) -> None:
+        agent.number += 1
+        agent.kept[agent.number] = fact
+        if agent.connected and not agent.frozen:
+            self.queue.append(FactTold(agent.node, agent.number, fact))
+
+    def _say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
+        self._say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
+
+    def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
+        told = []
+        for number, slot in enumerate(agent.slots):
+            warm = slot.warm_at <= self.now
+            rank = slot.rank
+            if rank is None:
+                told.append(SlotState(number, "warm" if warm else "warming", spare=warm))
+                continue
+            told.append(
+                SlotState(
+                    number, "running", warm, rank.pid, rank.begin.generation, rank.begin.attempt, rank.begin.rank,
+                    rank.phase, rank.step, self.now - rank.since, "T" if rank.stopped else "S",
+                )
+            )  # fmt: skip
+        return tuple(told)
+
+    def _connect(self, agent: Agent) -> None:
+        agent.connected, agent.led_at = True, self.now
+        self.queue.append(AgentConnected(agent.node, AgentState(agent.node, agent.pid, self._slots(agent))))
+        self.queue += [FactTold(agent.node, number, fact) for number, fact in agent.kept.items()]
+
+    # Ranks ----------------------------------------------------------------------------------------------------
+
+    def ranks(self) -> list[Rank]:
+        return [s.rank for a in self.agents.values() for s in a.slots if s.rank is not None]
+
+    def living(self, generation: int) -> list[tuple[str, int]]:
+        return [(r.begin.node, r.begin.rank) for r in self.ranks() if r.begin.generation == generation]
+
+    def find(self, rank: int) -> tuple[Agent, Slot] | None:
+        """Where `rank` of the newest generation runs."""
+        newest = max((r.begin.generation for r in self.ranks()), default=0)
+        for agent in self.agents.values():
+            for slot in agent.slots:
+                if slot.rank and (slot.rank.begin.generation, slot.rank.begin.rank) == (newest, rank):
+                    return agent, slot
+        return None
+
+    def _end_rank(
+        self, agent: Agent, slot: Slot, code: int | None = None, signal: int | None = None, by_agent: bool = False,
+        leaving: Leaving | None = None, tail: tuple[LogLine, ...] = (),
+    ) -> None:  # fmt: skip
+        rank, slot.rank = slot.rank, None
+        assert rank is not None
+        self._say(
+            agent,
+            RankExited(
+                rank.begin.generation, rank.begin.rank, rank.begin.slot, rank.pid, code, signal, by_agent, leaving,
+                rank.phase, rank.step, tail,
+            ),
+        )  # fmt: skip
+
+    def _advance(self, group: Group) -> None:
+        """One generation, one second: it moves only together."""
+        parts = [(a, s, s.rank) for a in self.agents.values() for s in a.slots if s.rank is not None]
+        parts = [p for p in parts if p[2].begin.generation == group.generation]
+        if not parts:
+            return
+        size = parts[0][2].begin.world_size
+        if len(parts) < size or any(rank.stopped for _, _, rank in parts):
+            for _, _, rank in parts:
+                if not rank.stopped and rank.phase == "step":
+                    rank.phase, rank.since = "waiting", self.now
+            return
+        if group.slow_save_until > self.now:
+            for _, _, rank in parts:
+                rank.since = self.now  # it reports progress
+            return
+        pause = START_SECONDS if parts[0][2].phase == "start" else STEP_SECONDS
+        if self.now - group.moved < pause:
+            return
+        group.moved = self.now
+        if parts[0][2].phase == "start":
+            self._begin_steps(group, parts)
+        elif group.step < self.config.train.steps:
+            self._step(group, parts)
+        if group.step >= self.config.train.steps:
+            self._leave(group, parts, 0, "all steps are done")
+
+    def _begin_steps(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
+        expected = in_force(self.config, (), group.step)
+        for agent, _, rank in parts:
+            values = dict(expected)
+            if self.drop_wrong_lr and rank.begin.rank == len(parts) - 1:
+                values["lr"] *= 2.0
+            self._say_of(agent, rank, InForce(values))
+            rank.phase, rank.step, rank.since = "step", group.step, self.now
+
+    def _step(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
+        order = next((rank.ordered for _, _, rank in parts if rank.ordered is not None), None)
+        if order is not None:
+            for agent, _, rank in parts:
+                if rank.begin.rank == 0:
+                    self._say_of(agent, rank, OrderObeyed(order.number, group.step))
+            self._save(group, parts)
+            self._leave(group, parts, 75, order.reason)
+            return
+        group.step += 1
+        for agent, _, rank in parts:
+            rank.phase, rank.step, rank.since = "step", group.step, self.now
+            if rank.begin.rank == 0 and agent.connected and not agent.frozen:
+                line = {"step": group.step, "loss": 5.0 - 0.1 * group.step, "tokens": 8 * group.step}
+                self.queue.append(MetricsTold(agent.node, group.generation, line))
+        if group.step % self.config.checkpoint.every_steps == 0 or group.step == self.config.train.steps:
+            self._save(group, parts)
+
+    def _save(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
+        for agent, _, rank in parts:
+            if self.fail_commits < 0:
+                self.fail_commits += 1
+                self._say_of(agent, rank, SaveFailed(group.step, "No space left on device"))
+                continue
+            files = (SavedFile(f"rank{rank.begin.rank}.safetensors", 10, "sha"),)
+            folder = f"/run/checkpoints/{rank.begin.attempt}/step-{group.step:08d}"
+            self._say_of(agent, rank, ShardsSaved(group.step, folder, files, 0.1))
+
+    def _leave(self, group: Group, parts: list[tuple[Agent, Slot, Rank]], code: int, reason: str) -> None:
+        for agent, slot, rank in parts:
+            if code == 0 and rank.begin.rank == 0:
+                self._say_of(agent, rank, Validation("validation", group.step, 2.0, 100))
+            leaving = Leaving(code, group.step, reason)
+            self._say_of(agent, rank, leaving)
+            self._end_rank(agent, slot, code=code, leaving=leaving)
+
+    # Faults ---------------------------------------------------------------------------------------------------
+
+    def kill_rank(self, rank: int, code: int | None = None, text: str = "") -> None:
+        """SIGKILL from outside, or an exit of its own with a line in its log."""
+        found = self.find(rank)
+        if found is not None:
+            tail = (LogLine(TAIL_FILE, 7, "Traceback (most recent call last):"), LogLine(TAIL_FILE, 8, text))
+            self._end_rank(*found, code=code, signal=None if code is not None else 9, tail=tail if text else ())
+
+    def stop_rank(self, rank: int) -> None:
+        found = self.find(rank)
+        if found is not None and found[1].rank is not None:
+            found[1].rank.stopped = True
+
+    def lose_node(self, node: str, reason: str = "its agent is gone") -> None:
+        """Agent and ranks die without a word."""
+        agent = self.agents.pop(node, None)
+        self.down[node] = reason
+        if agent is not None and agent.connected:
+            self.queue.append(AgentDisconnected(node))
+
+    def cut_link(self, node: str, seconds: float) -> None:
+        agent = self.agents.get(node)
+        if agent is not None:
+            agent.link_until = self.now + seconds
+            if agent.connected:
+                agent.connected = False
+                self.queue.append(AgentDisconnected(node))
+
+    # Time -----------------------------------------------------------------------------------------------------
+
+    def second(self) -> None:
+        """One second of everything."""
+        self.now += 1.0
+        for agent in list(self.agents.values()):
+            if not agent.connected and self.core is not None and agent.link_until <= self.now and not agent.frozen:
+                self._connect(agent)
+            if agent.connected:
+                agent.led_at = self.now
+            elif self.now - agent.led_at > self.config.supervisor.orphan_seconds:
+                self.lose_node(agent.node, "its agent left: nobody led it")
+        self._drain()
+        for group in list(self.groups.values()):
+            self._advance(group)
+        self._drain()
+        if self.core is not None:
+            states = {node: "down" if node in self.down else "up" for node in self.names}
+            self.tell(ClusterObserved(states, dict(self.down)))
+        for agent in list(self.agents.values()):
+            if agent.connected and not agent.frozen:
+                self.tell(PulseTold(agent.node, Pulse(self._slots(agent))))
+        due = [item for item in self.later if item[0] <= self.now]
+        self.later = [item for item in self.later if item[0] > self.now]
+        self.queue += [given for _, _, given in sorted(due, key=lambda item: item[:2])]
+        self._drain()
+        self.tell(Tick())
+        self._drain()
+
+    def _drain(self) -> None:
+        while self.queue and self.core is not None:
+            self.tell(self.queue.pop(0))
+
+    def run(self, seconds: int = 600) -> "World":
+        """Until the supervisor is done; every run ends."""
+        for _ in range(seconds):
+            if self.finish is not None:
+                return self
+            self.second()
+        raise AssertionError(f"no end after {seconds} s: {self.replayed.stage}, {self.kinds()[-8:]}")
+
+    def until_step(self, step: int, seconds: int = 300) -> "World":
+        """Until the newest generation has done `step`."""
+        for _ in range(seconds):
+            live = self.replayed.live
+            group = self.groups.get(live.generation) if live else None
+            if group is not None and group.step >= step and self.living(group.generation):
+                return self
+            assert self.finish is None, self.finish
+            self.second()
+        raise AssertionError(f"step {step} is not reached: {self.replayed.stage}, {self.kinds()[-8:]}")
+
+    def until(self, kind: type[Event], count: int = 1, seconds: int = 300) -> "World":
+        """Until `count` events of `kind` are journalled."""
+        for _ in range(seconds):
+            if len(self.events(kind)) >= count:
+                return self
+            self.second()
+        raise AssertionError(f"no {kind.__name__}: {self.replayed.stage}, {self.kinds()[-8:]}")
+
+    def ask_stop(self) -> None:
+        self.tell(StopAsked("a person"))
+        self._drain()
+
+    # What was journalled --------------------------------------------------------------------------------------
+
+    def kinds(self) -> list[str]:
+        return [entry.event.kind for entry in self.journal]
+
+    def events(self, kind: type[Any]) -> list[Any]:
+        return [entry.event for entry in self.journal if isinstance(entry.event, kind)]
+
+    def entries(self, kind: type[Any]) -> list[Entry]:
+        return [entry for entry in self.journal if isinstance(entry.event, kind)]
