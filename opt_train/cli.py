@@ -41,6 +41,8 @@ def _configured(verb: Callable[["RunConfig", list[str], Path | None], int]) -> C
     """What every configured verb does before its own work: compose, and obey `--cfg` and `--multirun`."""
 
     def obey(flags: argparse.Namespace, overrides: list[str]) -> int:
+        if flags.cfg not in (None, "job"):
+            raise BadInput(f"--cfg={flags.cfg} is not possible; only --cfg=job is")
         jobs = _jobs(flags, overrides)
         if flags.cfg:
             return _print_configurations(jobs, flags.multirun)
@@ -227,7 +229,7 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
     )
     if verb.configured:
         parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration (docs/configuration.md)")
-        parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration and exit")
+        parser.add_argument("--cfg", metavar="job", help="print the resolved configuration and exit")
         parser.add_argument("-m", "--multirun", action="store_true", help="try every combination of key=a,b")
         parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="a folder with groups of your own")
     else:

@@ -4,150 +4,138 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opt_logbook import inbox, journal, lock, metrics
-from opt_logbook.events import (
-    AttemptStarted,
-    CheckpointCommitted,
-    CheckpointRejected,
-    CheckpointRetired,
-    FailureSeen,
-    IncidentClosed,
-    IncidentDiagnosed,
-    LineageOpened,
-    NodeFailed,
-    NodeJoined,
-    NodePromoted,
-    RunCreated,
-    RunFinished,
-    RunHalted,
-    RunStopped,
-    ValidationMeasured,
-)
+from opt_logbook.events import CheckpointCommitted, RunCreated
+from opt_logbook.incidents import Incident, Story, fold_story
 from opt_logbook.run_directory import RunDirectory
 
 from opt_train.protocol.exits import DONE, NO, BadInput
+from opt_train.supervisor.state import TERMINAL, RunState, fold
 
 
-@dataclass(slots=True)
-class IncidentLine:
-    """One incident as a person wants it: what, where, what it cost."""
+class About:
+    """A run as its record tells it now, read without a lock."""
 
-    number: int
-    step: int
-    cause: str = "being diagnosed"
-    where: str = ""
-    outcome: str = "open"
-    steps_lost: int = 0
-    seconds_lost: float = 0.0
+    def __init__(self, run: RunDirectory) -> None:
+        """Read the run.
 
+        Raises:
+            BadInput: there is none.
+        """
+        reading = journal.read(run.journal)
+        state = RunState()
+        for entry in reading.entries:
+            state = fold(state, entry)
+        if state.created is None:
+            raise BadInput(f"{run.path} is no run directory: it has no journal; give one like runs/demo")
+        self.run = run
+        self.created: RunCreated = state.created
+        self.state = state
+        self.story: Story = fold_story(reading, metrics.read(run))
+        newest: dict[str, Any] = next((line for line in reversed(self.story.measured.lines)), {})
+        self.step: int = newest.get("step", 0)
+        self.loss = metrics.number_of(newest, "loss")
+        self.tokens_per_second = metrics.number_of(newest, "tokens_per_second")
+        self.perplexity = state.validation.perplexity if state.validation else None
 
-@dataclass(slots=True)
-class Story:
-    """What the journal and the metrics say, gathered for a screen."""
+    @property
+    def stage(self) -> str:
+        """The stage, or that nobody leads the run though it has not come to its end."""
+        if self.state.stage not in TERMINAL and lock.live_holder_of(self.run) is None:
+            return "interrupted"
+        return self.state.stage
 
-    created: RunCreated
-    began: float
-    """Unix seconds of `run_created`."""
-    state: str = "running"
-    message: str = ""
-    attempt: str = ""
-    lineage: int = 0
-    step: int = 0
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    perplexity: float | None = None
-    seconds: float = 0.0
-    nodes: dict[str, str] = field(default_factory=dict)
-    incidents: dict[int, IncidentLine] = field(default_factory=dict)
-    checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    @property
+    def message(self) -> str:
+        """What a person should know about the stage."""
+        match self.stage:
+            case "interrupted":
+                return "nobody leads it; the command that started it goes on from the last checkpoint"
+            case "stopped" if self.state.saved_step < 0:
+                return f"by {self.state.stopped_by}, before anything was saved"
+            case "stopped":
+                return f"by {self.state.stopped_by}, state saved at step {self.state.saved_step}"
+            case "halted":
+                return self.state.question
+        return ""
 
+    @property
+    def headline(self) -> str:
+        return f"{self.created.name}: {self.stage}" + (f" ({self.message})" if self.message else "")
 
-def story_of(run: RunDirectory) -> Story:
-    """Read the run at `run`.
+    @property
+    def progress(self) -> str:
+        text = f"step {self.step} of {self.created.steps}"
+        text += f", loss {self.loss:.3f}" if self.loss is not None else ""
+        return text + (f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else "")
 
-    Raises:
-        BadInput: there is no run.
-    """
-    reading = journal.read(run.journal)
-    if not reading.entries or not isinstance(reading.entries[0].event, RunCreated):
-        raise BadInput(f"{run.path} is no run directory: it has no journal; give one like runs/demo")
-    first = reading.entries[0]
-    assert isinstance(first.event, RunCreated)
-    story = Story(first.event, first.time)
-    for entry in reading.entries:
-        story.attempt = entry.attempt or story.attempt
-        story.seconds = entry.time - first.time
-        _tell(story, entry.event, entry.step or 0)
-        if isinstance(entry.event, CheckpointCommitted):
-            story.checkpoints[entry.event.path] = {
-                "path": entry.event.path,
-                "attempt": entry.attempt,
-                "step": entry.step,
-                "bytes": entry.event.bytes,
-                "healthy": entry.event.healthy,
-                "state": "good",
+    def incident_lines(self) -> Iterator[str]:
+        """One line an incident."""
+        if not self.story.incidents:
+            yield "  no incidents"
+        for incident in self.story.incidents:
+            told = _told(incident)
+            where = f" ({told['where']})" if told["where"] else ""
+            cost = ""
+            if incident.closed:
+                cost = f"{told['steps_lost']} steps and {told['seconds_lost']:.1f} s lost, "
+            yield (
+                f"  incident {incident.number} at step {told['step']}: {told['cause']}{where}, {cost}{told['outcome']}"
+            )
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """The checkpoints that have not been retired, oldest first."""
+        entries = self.story.reading.entries
+        sizes = {e.event.path: e.event.bytes for e in entries if isinstance(e.event, CheckpointCommitted)}
+        live = {checkpoint.path for checkpoint in self.state.chain()}
+        return [
+            {
+                "path": one.path,
+                "attempt": one.attempt,
+                "step": one.step,
+                "bytes": sizes[one.path],
+                "healthy": one.healthy,
+                "state": "rejected" if one.rejected else "good" if one.path in live else "abandoned",
             }
-    lines = metrics.read(run).lines
-    if lines:
-        newest = lines[-1]
-        story.step = int(newest["step"])
-        story.loss = metrics.number_of(newest, "loss")
-        story.tokens_per_second = metrics.number_of(newest, "tokens_per_second")
-    if story.state == "running" and lock.live_holder_of(run) is None:
-        story.state = "not running"
-        story.message = "its supervisor is gone; `opt-train run` with the same configuration goes on"
-    return story
+            for one in self.state.checkpoints
+        ]
+
+    def payload(self) -> dict[str, Any]:
+        """Everything `status` says, for a program."""
+        return {
+            "name": self.created.name,
+            "stage": self.stage,
+            "message": self.message,
+            "lineage": self.state.lineage,
+            "attempt": self.state.attempt.name if self.state.attempt else "",
+            "step": self.step,
+            "steps": self.created.steps,
+            "loss": self.loss,
+            "tokens_per_second": self.tokens_per_second,
+            "validation_perplexity": self.perplexity,
+            "unigram_perplexity": self.created.unigram_perplexity or None,
+            "nodes": {name: node.role for name, node in self.state.nodes.items()},
+            "incidents": [_told(incident) for incident in self.story.incidents],
+        }
 
 
-def _tell(story: Story, event: object, step: int) -> None:
-    """Fold one event into the story."""
-    match event:
-        case LineageOpened():
-            story.lineage = event.lineage
-        case AttemptStarted():
-            story.state, story.message, story.step = "running", "", step
-        case CheckpointRejected() if event.path in story.checkpoints:
-            story.checkpoints[event.path]["state"] = "rejected"
-        case CheckpointRetired():
-            story.checkpoints.pop(event.path, None)
-        case ValidationMeasured():
-            story.perplexity = event.perplexity
-        case RunFinished():
-            story.state, story.perplexity, story.seconds = "finished", event.validation_perplexity, event.seconds
-        case RunStopped():
-            story.state = "stopped"
-            story.message = f"by {event.by}, state saved at step {event.saved_step}"
-            if event.saved_step < 0:
-                story.message = f"by {event.by}, before anything was saved"
-        case RunHalted():
-            story.state, story.message = "halted", event.question
-        case _:
-            _tell_failure(story, event, step)
-
-
-def _tell_failure(story: Story, event: object, step: int) -> None:
-    """Fold an event about nodes or incidents."""
-    match event:
-        case NodeJoined():
-            story.nodes[event.node] = event.role
-        case NodeFailed():
-            story.nodes[event.node] = "failed"
-        case NodePromoted():
-            story.nodes[event.node] = "active"
-        case FailureSeen():
-            where = event.node + (f" rank {event.rank}" if event.rank >= 0 else "")
-            story.incidents[event.incident] = IncidentLine(event.incident, step, where=where)
-        case IncidentDiagnosed() if event.incident in story.incidents:
-            line = story.incidents[event.incident]
-            line.cause = event.cause
-            line.where = event.node + (f" rank {event.rank}" if event.rank >= 0 else "")
-        case IncidentClosed() if event.incident in story.incidents:
-            line = story.incidents[event.incident]
-            line.outcome, line.steps_lost, line.seconds_lost = event.outcome, event.steps_lost, event.seconds_lost
+def _told(incident: Incident) -> dict[str, Any]:
+    """An incident's facts: the diagnosis where there is one, else the first sign."""
+    first, diagnosed, closed = incident.seen[0] if incident.seen else None, incident.diagnosed, incident.closed
+    named = diagnosed.event if diagnosed else first.event if first else None
+    where = (named.node + (f" rank {named.rank}" if named.rank >= 0 else "")) if named else ""
+    return {
+        "number": incident.number,
+        "step": first.step if first else None,
+        "cause": diagnosed.event.cause if diagnosed else "not yet diagnosed",
+        "where": where,
+        "outcome": closed.event.outcome if closed else "open",
+        "steps_lost": closed.event.steps_lost if closed else None,
+        "seconds_lost": closed.event.seconds_lost if closed else None,
+    }
 
 
 # Verbs --------------------------------------------------------------------------------------------------------
@@ -155,103 +143,59 @@ def _tell_failure(story: Story, event: object, step: int) -> None:
 
 def status(path: Path, as_json: bool) -> int:
     """Print how the run at `path` is doing."""
-    run = RunDirectory(path)
-    story = story_of(run)
+    about = About(RunDirectory(path))
     if as_json:
-        print(json.dumps(_payload(story), indent=2))
+        print(json.dumps(about.payload(), indent=2))
         return DONE
-    created = story.created
-    print(f"{created.name}: {story.state}" + (f" ({story.message})" if story.message else ""))
-    print(f"  attempt {story.attempt or '-'}, step {story.step} of {created.steps}" + _figures(story))
-    nodes = [f"{node} {role}" for node, role in story.nodes.items()]
-    print(f"  nodes: {', '.join(nodes) or 'none yet'}")
-    print("\n".join(_incident_lines(story)))
+    print(about.headline)
+    print(f"  attempt {about.payload()['attempt'] or '-'}, {about.progress}")
+    print(f"  nodes: {', '.join(f'{name} {node.role}' for name, node in about.state.nodes.items()) or 'none yet'}")
+    print("\n".join(about.incident_lines()))
     return DONE
-
-
-def _figures(story: Story) -> str:
-    text = f", loss {story.loss:.3f}" if story.loss is not None else ""
-    return text + (f", {story.tokens_per_second:,.0f} tokens/s" if story.tokens_per_second is not None else "")
-
-
-def _payload(story: Story) -> dict[str, Any]:
-    return {
-        "name": story.created.name,
-        "state": story.state,
-        "message": story.message,
-        "lineage": story.lineage,
-        "attempt": story.attempt,
-        "step": story.step,
-        "steps": story.created.steps,
-        "loss": story.loss,
-        "tokens_per_second": story.tokens_per_second,
-        "validation_perplexity": story.perplexity,
-        "unigram_perplexity": story.created.unigram_perplexity or None,
-        "nodes": story.nodes,
-        "incidents": [
-            {
-                "number": line.number,
-                "step": line.step,
-                "cause": line.cause,
-                "where": line.where,
-                "outcome": line.outcome,
-                "steps_lost": line.steps_lost,
-                "seconds_lost": line.seconds_lost,
-            }
-            for line in story.incidents.values()
-        ],
-    }
 
 
 def stop(path: Path) -> int:
     """Ask whoever leads the run to save and stop."""
     run = RunDirectory(path)
-    story = story_of(run)
+    about = About(run)
     if lock.live_holder_of(run) is None:
-        print(f"{story.created.name} is not running: {story.state}")
+        print(f"nothing to stop: {about.headline}")
         return NO
-    user = os.environ.get("USER") or f"uid {os.getuid()}"
+    user = os.environ.get("USER") or f"user {os.getuid()}"
     inbox.drop(run, {"kind": "stop", "by": f"{user} on {socket.gethostname()}"})
-    print(f"asked {story.created.name} to save and stop; `opt-train status {path}` tells when it has")
+    print(f"asked {about.created.name} to save and stop; `opt-train status {path}` tells when it has")
     return DONE
 
 
 def checkpoints(path: Path, as_json: bool) -> int:
     """List the checkpoints that have not been retired, oldest first."""
-    story = story_of(RunDirectory(path))
-    found = list(story.checkpoints.values())
+    about = About(RunDirectory(path))
+    found = about.checkpoints()
     if as_json:
         print(json.dumps(found, indent=2))
         return DONE
     if not found:
-        print(f"{story.created.name} has no checkpoint yet")
+        print(f"{about.created.name} has no checkpoint yet")
     for one in found:
         state = one["state"] if one["healthy"] else f"{one['state']}, saved while training was not well"
         print(f"step {one['step']:>8}  {one['attempt']:>6}  {one['bytes']:>15,} bytes  {one['path']}  {state}")
     return DONE
 
 
+# The end of a run ---------------------------------------------------------------------------------------------
+
+
 def summary(run: RunDirectory) -> str:
     """What came of the run, for the end of a terminal session."""
-    story = story_of(run)
-    created = story.created
-    head = f"{created.name}: {story.state}" + (f" ({story.message})" if story.message else "")
-    lines = [head, f"  {story.step} of {created.steps} steps in {_duration(story.seconds)}" + _figures(story)]
-    if story.perplexity is not None:
-        bar = f"; a unigram model of the same data has {created.unigram_perplexity:.1f}"
-        lines.append(f"  validation perplexity {story.perplexity:.1f}" + (bar if created.unigram_perplexity else ""))
-    lines += _incident_lines(story)
-    if (run.chronicle / "index.html").exists():
-        lines.append(f"  the chronicle: {_near(run.chronicle / 'index.html')} (and chronicle.md beside it)")
+    about = About(run)
+    lines = [about.headline, f"  {about.progress}, {_duration(about.story.totals.wall)} in all"]
+    if about.perplexity is not None:
+        bar = f"; a unigram model of the same data has {about.created.unigram_perplexity:.1f}"
+        lines.append(f"  validation perplexity {about.perplexity:.1f}{bar if about.created.unigram_perplexity else ''}")
+    lines += about.incident_lines()
+    if (page := run.chronicle / "index.html").exists():
+        lines.append(f"  what happened, for reading: {_near(page)} (chronicle.md beside it)")
     return "\n".join(lines)
-
-
-def _incident_lines(story: Story) -> Iterator[str]:
-    if not story.incidents:
-        yield "  no incidents"
-    for line in story.incidents.values():
-        cost = f"{line.steps_lost} steps and {line.seconds_lost:.1f} s lost, " if line.outcome != "open" else ""
-        yield f"  incident {line.number} at step {line.step}: {line.cause} ({line.where}), {cost}{line.outcome}"
 
 
 def _duration(seconds: float) -> str:
@@ -261,8 +205,5 @@ def _duration(seconds: float) -> str:
 
 
 def _near(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    """Relative to the working directory, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -53,11 +53,8 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     Raises:
         BadInput: the run cannot begin, or not with this configuration. Nothing has been started or changed then.
     """
-    directory = RunDirectory(Path(config.runs, config.name).absolute())
-    # Resolved, so that ranks find their data wherever their agent was started.
-    data = directory_of(config.data, config.tokenizer).absolute()
-    resolved = replace(config, lineage="", data=replace(config.data, directory=str(data)))
-
+    directory, resolved = resolve(config)
+    data = Path(resolved.data.directory)
     plan = plan_of(directory, resolved, asked_for_lineage=config.lineage == "new")
     if plan.is_finished:
         print(summary(directory))
@@ -70,8 +67,8 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
             return code
     manifest = DatasetManifest.read(data)
     check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
-    _check_same_data(directory, manifest)
-    _write_configuration(directory, resolved, plan)
+    check_same_data(directory, manifest)
+    _write_configuration_if_free(directory, resolved, plan)
 
     code = _supervise(directory, resolved, created_event(resolved, manifest), plan)
     print(summary(directory))
@@ -81,7 +78,7 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
 def _supervise(directory: RunDirectory, config: RunConfig, created: RunCreated, plan: Plan) -> int:
     from opt_train.supervisor.shell import supervise
 
-    commit, dirty = _git()
+    commit, dirty = git_state()
     return supervise(
         config,
         directory,
@@ -93,6 +90,14 @@ def _supervise(directory: RunDirectory, config: RunConfig, created: RunCreated, 
         git_dirty=dirty,
         packages=versions(),
     )
+
+
+def resolve(config: RunConfig) -> tuple[RunDirectory, RunConfig]:
+    """The run's directory, and the configuration as it is kept there: without the request for a lineage, and with the
+    data's full path, so that ranks find it wherever their agent was started."""
+    data = directory_of(config.data, config.tokenizer).absolute()
+    resolved = replace(config, lineage="", data=replace(config.data, directory=str(data)))
+    return RunDirectory(Path(config.runs, config.name).absolute()), resolved
 
 
 # Which configuration, and whether it may ----------------------------------------------------------------------
@@ -135,7 +140,12 @@ def _read(path: Path) -> RunConfig:
         raise BadInput(f"{path} cannot be read ({error}); restore it, or choose another name=") from None
 
 
-def _check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
+def check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
+    """Refuse to go on with other tokens than the run began with.
+
+    Raises:
+        BadInput: the data's fingerprint has changed.
+    """
     for entry in journal.read(directory.journal).entries[:1]:
         event = entry.event
         if isinstance(event, RunCreated) and event.data_fingerprint not in ("", manifest.fingerprint):
@@ -180,27 +190,40 @@ def _size(count: int) -> str:
 # The run directory --------------------------------------------------------------------------------------------
 
 
-def _write_configuration(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:
-    """Configuration and code into the run directory, which is made where it is not there yet.
+def _write_configuration_if_free(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:
+    """A configuration must not change under a run that somebody is training.
 
     Raises:
         BadInput: another process holds the run, or the folder cannot be written.
     """
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
-        # A configuration must not change under a run that somebody is training.
         with Lock.acquire(directory):
-            if plan.is_new or plan.opens_lineage:
-                _copy_code(_code_of(directory, plan.lineage), config)
-            _replace(directory.config_json, to_json(config))
-            _replace(directory.config, to_yaml(config))
+            write_configuration(directory, config, plan)
     except LockHeld as error:
         raise BadInput(str(error)) from None
     except OSError as error:
-        mend = "make space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend its permissions"
-        raise BadInput(
-            f"{directory.path} cannot be written ({error.strerror}); {mend} or choose another runs="
-        ) from None
+        raise _unwritable(directory, error) from None
+
+
+def write_configuration(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:
+    """Configuration and code into the run directory. The caller holds its lock.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    try:
+        if plan.is_new or plan.opens_lineage:
+            _copy_code(_code_of(directory, plan.lineage), config)
+        _replace(directory.config_json, to_json(config))
+        _replace(directory.config, to_yaml(config))
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+
+
+def _unwritable(directory: RunDirectory, error: OSError) -> BadInput:
+    mend = "make space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend its permissions"
+    return BadInput(f"{directory.path} cannot be written ({error.strerror}); {mend} or choose another runs=")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -259,7 +282,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _git() -> tuple[str, bool]:
+def git_state() -> tuple[str, bool]:
     """Commit of the checkout this code runs from, and whether it has changes; empty outside a checkout."""
     package = Path(opt_train.__path__[0]).resolve()
 

@@ -1,0 +1,294 @@
+"""`opt-train train`: a rank without agent and supervisor. Here it gets a journal, a committer and a voice of its own.
+
+The same training code, the same run directory: a run begun alone can go on under `opt-train run`, and the other way
+round. What is missing is the judgement: nobody restarts it, diagnoses it or gives it orders.
+"""
+
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from opt_logbook.attempt import AttemptId
+from opt_logbook.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointRejected,
+    CheckpointRetired,
+    Entry,
+    Event,
+    InForceReported,
+    LineageOpened,
+    RunFinished,
+    RunStopped,
+    SaveAbandoned,
+    TrainingBegan,
+    ValidationMeasured,
+)
+from opt_logbook.journal import Journal
+from opt_logbook.lock import Lock, LockHeld
+from opt_logbook.metrics import MetricsWriter, number_of
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train import cli_run
+from opt_train.checkpoint import manifest as manifests
+from opt_train.cli_about import summary
+from opt_train.config import RunConfig, sha256_of
+from opt_train.config_checks import check
+from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.protocol.exits import (
+    BAD_INPUT,
+    DONE,
+    PERSON_MUST_DECIDE,
+    RANK_BAD_CONFIG,
+    RANK_UNSTABLE,
+    STOPPED,
+    BadInput,
+)
+from opt_train.protocol.facts import InForce, Leaving, Metrics, SavedFile, SaveFailed, ShardsSaved, Validation
+from opt_train.protocol.framing import Message
+from opt_train.supervisor.state import Checkpoint, RunState, fold
+from opt_train.train.alone import Lone, train_alone
+
+EXIT_OF = {RANK_BAD_CONFIG: BAD_INPUT, RANK_UNSTABLE: PERSON_MUST_DECIDE}
+"""What a rank's own exit codes are to the person who started it."""
+
+
+def train(config: RunConfig) -> int:
+    """Train until the steps are done or a signal asks to stop; resumes from the newest good checkpoint.
+
+    Raises:
+        BadInput: the run cannot begin or go on like this.
+    """
+    config = _as_started(config)
+    directory, resolved = cli_run.resolve(config)
+    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=config.lineage == "new")
+    leads = os.environ.get("RANK", "0") == "0"
+    if plan.is_finished:
+        if leads:
+            print(summary(directory))
+        return DONE
+    alone = LoneRun(directory, resolved, plan)
+    try:
+        code = train_alone(resolved, alone.open, alone.tell)
+    finally:
+        alone.close()
+    if leads:
+        print(summary(directory))
+    return EXIT_OF.get(code, code)
+
+
+def _as_started(config: RunConfig) -> RunConfig:
+    """The configuration with the nodes and slots that torchrun gave, or a single rank."""
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cluster = replace(config.cluster, nodes=max(1, world // local), slots_per_node=local, buffer_nodes=0)
+    config = replace(config, cluster=cluster)
+    check(config)
+    return config
+
+
+class LoneRun:
+    """Holds the run's lock and writes its record while a lone rank trains. Used on rank 0 alone."""
+
+    def __init__(self, directory: RunDirectory, config: RunConfig, plan: cli_run.Plan) -> None:
+        self._directory = directory
+        self._config = config
+        self._plan = plan
+        self._lock: Lock | None = None
+        self._journal: Journal | None = None
+        self._metrics = MetricsWriter(directory)
+        self._state = RunState()
+        self._attempt = ""
+        self._loss = math.nan
+        self._tokens = 0
+        self._reports: dict[int, ShardsSaved] = {}
+        """Rank to what it saved of the checkpoint that is being made."""
+
+    def open(self) -> Lone:
+        """Take the lock, journal the attempt, and decide which checkpoint it begins with.
+
+        Raises:
+            BadInput: somebody else has the run, or its checkpoints are all damaged.
+        """
+        config, plan = self._config, self._plan
+        if plan.is_new:
+            cli_run.check_room(self._directory, config)
+        data = DatasetManifest.read(Path(config.data.directory))
+        check_fits(data, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
+        cli_run.check_same_data(self._directory, data)
+        self._directory.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = Lock.acquire(self._directory)
+        except LockHeld as error:
+            raise BadInput(str(error)) from None
+        cli_run.write_configuration(self._directory, config, plan)
+        journal = self._journal = Journal.open(self._directory, self._lock)
+        for entry in journal.entries:
+            self._state = fold(self._state, entry)
+        for repair in journal.repairs:
+            self._append(repair)
+        if plan.is_new:
+            self._append(cli_run.created_event(config, data))
+        if plan.is_new or plan.opens_lineage:
+            self._append(LineageOpened(plan.lineage, sha256_of(config), plan.lineage_difference))
+        return self._begin(journal)
+
+    def _begin(self, journal: Journal) -> Lone:
+        state = self._state
+        if state.live is not None:
+            # Whoever trained it died without a word: the lock was free.
+            self._append(AttemptEnded(state.live.generation, "failed"), attempt=state.live.name)
+        checkpoint = self._newest_verified()
+        last = AttemptId.parse(state.attempt.name) if state.attempt else None
+        same = last is not None and last.lineage == self._plan.lineage
+        self._attempt = str(last.next() if last is not None and same else AttemptId(self._plan.lineage, 0))
+        commit, dirty = cli_run.git_state()
+        started = AttemptStarted(
+            generation=state.generation + 1,
+            parent=checkpoint.attempt if checkpoint else "",
+            checkpoint=checkpoint.path if checkpoint else "",
+            manifest_sha256=checkpoint.manifest_sha256 if checkpoint else "",
+            nodes=(socket.gethostname(),),
+            buffer=(),
+            world_size=self._config.world_size,
+            reason="started alone, without a supervisor",
+            config_sha256=sha256_of(self._config),
+            git_commit=commit,
+            git_dirty=dirty,
+            packages=cli_run.versions(),
+            difference=self._plan.operational_difference,
+        )
+        self._append(started, step=checkpoint.step if checkpoint else 0)
+        print(f"attempt {self._attempt}: " + (f"from step {checkpoint.step}" if checkpoint else "from the beginning"))
+        return Lone(
+            attempt=self._attempt,
+            config_path=str(self._directory.config_json),
+            config_sha256=sha256_of(self._config),
+            run_directory=str(self._directory.path),
+            checkpoint=str(self._directory.path / checkpoint.path) if checkpoint else None,
+            manifest_sha256=checkpoint.manifest_sha256 if checkpoint else None,
+            journal_head=str(journal.head),
+        )
+
+    def _newest_verified(self) -> Checkpoint | None:
+        while (checkpoint := self._state.newest_good()) is not None:
+            try:
+                manifests.verify(self._directory.path / checkpoint.path, checkpoint.manifest_sha256)
+            except manifests.CheckpointError as error:
+                self._append(CheckpointRejected(checkpoint.path, str(error)), checkpoint.attempt, checkpoint.step)
+                continue
+            return checkpoint
+        if self._state.chain():
+            # Never silently from scratch.
+            raise BadInput(
+                f"no checkpoint of {self._directory.path} verifies; restore one of {self._directory.checkpoints}, "
+                "or choose another name= to begin anew"
+            )
+        return None
+
+    # What the ranks say -------------------------------------------------------------------------------------------
+
+    def tell(self, rank: int, fact: Message) -> None:
+        """Record one fact; only `ShardsSaved` comes from ranks other than 0."""
+        match fact:
+            case InForce():
+                self._append(InForceReported(fact.values))
+            case Metrics():
+                self._measured(fact.line)
+            case Validation():
+                perplexity = math.exp(min(fact.loss, 700.0))
+                self._append(ValidationMeasured(fact.name, fact.loss, perplexity, fact.tokens), step=fact.step)
+                print(f"step {fact.step}: validation perplexity {perplexity:.2f}", flush=True)
+            case ShardsSaved():
+                self._reports[rank] = fact
+                if len(self._reports) == self._config.world_size:
+                    self._commit(fact.step, Path(fact.folder))
+            case SaveFailed():
+                path = self._relative(self._directory.checkpoint(self._attempt, fact.step))
+                self._append(SaveAbandoned(path, fact.reason), step=fact.step)
+                print(f"step {fact.step}: the checkpoint could not be saved: {fact.reason}", flush=True)
+            case Leaving():
+                self._left(fact)
+            case _:
+                pass
+
+    def _measured(self, line: Mapping[str, object]) -> None:
+        assert self._journal is not None
+        assert self._state.attempt is not None
+        if not self._state.attempt.began:
+            seconds = round(time.time() - self._state.attempt.started, 3)
+            self._append(TrainingBegan(self._state.attempt.generation, seconds), step=int(str(line["step"])))
+        self._metrics.append(self._attempt, line, str(self._journal.head))
+        loss, tokens = number_of(line, "loss"), number_of(line, "tokens")
+        self._loss = math.nan if loss is None else loss
+        self._tokens = int(tokens or self._tokens)
+
+    def _commit(self, step: int, folder: Path) -> None:
+        assert self._journal is not None
+        saved: list[SavedFile] = [file for report in self._reports.values() for file in report.files]
+        seconds = max(report.seconds for report in self._reports.values())
+        self._reports = {}
+        path = self._relative(folder)
+        try:
+            manifest = manifests.build(
+                folder,
+                self._attempt,
+                step,
+                {file.path: (file.bytes, file.sha256) for file in saved},
+                config_sha256=sha256_of(self._config),
+                journal_head=self._journal.head.hash,
+            )
+            sha256 = manifests.commit(folder, manifest)
+        except (manifests.CheckpointError, OSError) as error:
+            self._append(SaveAbandoned(path, str(error)), step=step)
+            return
+        committed = CheckpointCommitted(
+            path, sha256, manifest.bytes, len(manifest.files), round(seconds, 3), manifest.healthy
+        )
+        self._append(committed, step=step)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Keep the newest `checkpoint.keep` of the live chain, two good ones at the least."""
+        kept = {c.path for c in self._state.chain()[-max(2, self._config.checkpoint.keep) :]}
+        kept |= {c.path for c in [c for c in self._state.chain() if c.healthy and not c.rejected][-2:]}
+        for checkpoint in self._state.checkpoints:
+            if checkpoint.path not in kept:
+                self._append(CheckpointRetired(checkpoint.path), checkpoint.attempt, checkpoint.step)
+                manifests.retire(self._directory.path / checkpoint.path)
+
+    def _left(self, leaving: Leaving) -> None:
+        assert self._state.attempt is not None
+        outcome = {DONE: "finished", STOPPED: "stopped"}.get(leaving.code, "failed")
+        self._append(AttemptEnded(self._state.attempt.generation, outcome), step=max(0, leaving.step))
+        if leaving.code == DONE:
+            perplexity = self._state.validation.perplexity if self._state.validation else math.nan
+            seconds = round(time.time() - self._state.created_time, 3)
+            self._append(RunFinished(self._loss, perplexity, self._tokens, seconds), step=leaving.step)
+        elif leaving.code == STOPPED:
+            by = leaving.reason.partition(";")[0].removeprefix("asked to stop by ")
+            self._append(RunStopped(by, max((c.step for c in self._state.chain()), default=-1)), step=leaving.step)
+        else:
+            print(f"opt-train: {leaving.reason}", flush=True)
+
+    # The record ---------------------------------------------------------------------------------------------------
+
+    def _append(self, event: Event, attempt: str | None = None, step: int | None = None) -> None:
+        assert self._journal is not None
+        entry = Entry(round(time.time(), 3), self._attempt if attempt is None else attempt, step, event)
+        self._state = fold(self._state, self._journal.append(entry))
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._directory.path).as_posix()
+
+    def close(self) -> None:
+        """Give the run back."""
+        self._metrics.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            self._lock.release()

@@ -1,0 +1,75 @@
+"""A small corpus of real text, prepared once through the real command."""
+
+import shutil
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from opt_train import cli
+
+SMALL = (
+    "model=tiny",
+    "model.vocab_size=400",
+    "model.positions=32",
+    "data=files",
+    "data.corpus=corpus",
+    "data.sequence_length=32",
+    "tokenizer.vocab_size=400",
+    "precision=fp32",
+    "optim.warmup_steps=2",
+    "train.steps=12",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.threads=1",
+    "checkpoint.every_steps=4",
+    "name=small",
+)
+"""A run of a second, over `corpus` in the working directory."""
+
+
+@pytest.fixture(scope="session")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `corpus/` and its `prepared/`."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "corpus").mkdir()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("abc.py", "bisect.py", "cmd.py", "heapq.py", "queue.py", "sched.py", "shlex.py", "textwrap.py"):
+        shutil.copy(library / name, folder / "corpus" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["prepare", *SMALL, "data.validation_fraction=0.2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test: its own copy of corpus and prepared data, and nothing else."""
+    folder = tmp_path / "workplace"
+    shutil.copytree(prepared_once, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs `opt-train` with the words given and returns its answer, that of its child processes included."""
+
+    def run(*words: str) -> Said:
+        capfd.readouterr()
+        code = cli.main(list(words))
+        captured = capfd.readouterr()
+        return Said(code, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,283 @@
+"""A user's mistake must be one sentence and exit 2, with nothing started: not a traceback, not a half-made run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from opt_logbook.events import Entry, LineageOpened
+from opt_logbook.journal import Journal
+from opt_logbook.lock import Lock
+
+from opt_train import cli_run
+from opt_train.config import compose, sha256_of
+from opt_train.data.manifest import DatasetManifest
+
+SMALL = (
+    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
+    "data.validation_fraction=0.2", "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32",
+    "optim.warmup_steps=2", "train.steps=12", "train.global_batch=4", "train.micro_batch=2", "train.threads=1",
+    "name=small",
+)  # fmt: skip
+
+ALL_VERBS = "prepare, run, train, status, stop, checkpoints"
+
+MISTAKES = {
+    "misspelt verb": ("trian", "trian is no verb; did you mean train?"),
+    "no such verb": ("xyz", f"xyz is no verb; use {ALL_VERBS}"),
+    "misspelt flag": ("run --mutlirun", "--mutlirun is no flag of opt-train run; did you mean --multirun?"),
+    "wrong flag value": ("run --cfg all", "--cfg=all is not possible; only --cfg=job is"),
+    "misspelt room": ("run modle.layers=3", "modle.layers is no configuration key; did you mean model.layers?"),
+    "misspelt key": ("run optim.beta_1=0.9", "optim.beta_1 is no configuration key; did you mean optim.beta1?"),
+    "key without its room": ("run lr=1e-3", "lr is no configuration key; did you mean optim.lr?"),
+    "misspelt group": ("run tokeniser=bpe", "tokeniser is no configuration key; did you mean tokenizer?"),
+    "misspelt group value": ("run model=opt-126m", "model=opt-126m does not exist; did you mean opt-125m?"),
+    "misspelt experiment": ("run experiment=dmeo", "experiment=dmeo does not exist; did you mean demo?"),
+    "no number": ("run optim.lr=abc", "optim.lr=abc is not a number; give one like 6e-4"),
+    "no whole number": ("run model.layers=2.5", "model.layers=2.5 is not a whole number; give one like 12"),
+    "true is no number": ("run train.steps=true", "train.steps=True is not a whole number; give one like 1000"),
+    "a number for text": ("run name=12", "name=12 is not text; put it in quotes: 'name=\"12\"'"),
+    "nothing at all": ("run seed=null", "seed=None is not a whole number; give one like 0"),
+    "not a number": ("run model.dropout=nan", "model.dropout=nan is not a finite number; give one like 0.1"),
+    "no assignment": (
+        "run experiment",
+        "'experiment' is not key=value; write model=tiny or optim.lr=3e-4, and double quotes around a value with "
+        "spaces or brackets: 'data.corpus=\"my text\"'",
+    ),
+    "adding a key": ("run +optim.momentum=1", "+optim.momentum=1 adds or removes a key, but all keys are known; "
+                     "write optim.momentum=VALUE"),
+    "sweep without multirun": (
+        "run model=tiny,demo",
+        "model=tiny,demo is a list of values; give --multirun to try each, or quote it: 'model=\"tiny,demo\"'",
+    ),
+    "no config folder": (
+        "run --config-dir nowhere",
+        "--config-dir=nowhere is not a folder; give one that holds groups, as model/mine.yaml",
+    ),
+    "heads and tensor": (
+        "run parallel.tensor=5",
+        "parallel.tensor=5 must divide model.heads=12; use 1, 2, 3, 4, 6 or 12",
+    ),
+    "tensor parallel": (
+        "run parallel.tensor=2",
+        "parallel.tensor=2 is not supported by this version; use parallel.tensor=1, which shards instead",
+    ),
+    "heads and width": ("run model.heads=7", "model.heads=7 must divide model.d_model=768; use 6 or 8"),
+    "sequence and positions": (
+        "run data.sequence_length=4096",
+        "data.sequence_length=4096 is longer than model.positions=2048; use data.sequence_length=2048 or fewer, "
+        "or more positions",
+    ),
+    "vocabulary and model": (
+        "run tokenizer.vocab_size=60000",
+        "tokenizer.vocab_size=60000 is larger than model.vocab_size=50272; train fewer entries or set "
+        "model.vocab_size=60000",
+    ),
+    "no corpus named": (
+        "run data=files",
+        "data.corpus has no value; give a file, a folder or a glob, as data.corpus=texts",
+    ),
+    "half a tokenizer": (
+        "run tokenizer.vocab_file=vocab.json",
+        "tokenizer.merges_file has no value; GPT-2's vocabulary needs both files, vocab and merges",
+    ),
+    "no such cluster": ("run cluster.kind=slrum", "cluster.kind=slrum is not possible; only local is known"),
+    "no such precision": ("run precision.compute=fp16", "precision.compute=fp16 is not possible; use fp32 or bf16"),
+    "a name that leaves the folder": (
+        "run name=../elsewhere",
+        'name="../elsewhere" names no folder; use letters, digits, dots, dashes and underscores, no dot first',
+    ),
+    "a plan that is none": (
+        "run faults.plan=kill-nod@60",
+        "faults.plan: 'kill-nod@60' is not <kind>@<step> with a kind of kill-node, kill-rank, stop-rank, "
+        "kill-supervisor; faults.plan='kill-node@60, kill-rank@120'",
+    ),
+    "a wrong job among good ones": (
+        "run --multirun model=tiny seed=1,2,x",
+        "seed=x is not a whole number; give one like 0",
+    ),
+    "no run there": ("status runs/none", "runs/none is no run directory: it has no journal; give one like runs/demo"),
+    "no run named": ("stop", "the following arguments are required: RUN; see `opt-train stop --help`"),
+    "nothing to go on from": (
+        "run lineage=new name=fresh",
+        "lineage=new has nothing to go on from: {here}/runs/fresh holds no run",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_starts_nothing(mistake: str, tmp_path, monkeypatch, say) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, sentence = MISTAKES[mistake]
+    said = say(*words.split())
+    assert said.err == f"opt-train: {sentence.format(here=tmp_path)}\n"
+    assert (said.code, said.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mistake", ["misspelt verb", "misspelt key", "no number", "heads and tensor", "no run there"])
+def test_the_installed_command_says_the_same(mistake: str, tmp_path: Path) -> None:
+    words, sentence = MISTAKES[mistake]
+    command = Path(sys.executable).with_name("opt-train")
+    said = subprocess.run([command, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout, said.stderr) == (2, "", f"opt-train: {sentence}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_corpus_is_named(workplace: Path, say) -> None:
+    said = say("run", *SMALL, "data.corpus=nowhere", "data.name=other")
+    assert said.code == 2
+    assert said.err.startswith("opt-train: data.corpus=nowhere ")
+    assert len(said.err.splitlines()) == 1
+    assert not (workplace / "runs").exists()
+
+
+def test_an_empty_corpus_is_named(workplace: Path, say) -> None:
+    (workplace / "empty").mkdir()
+    (workplace / "empty" / "nothing.txt").touch()
+    said = say("run", *SMALL, "data.corpus=empty", "data.name=other")
+    assert (said.code, said.err) == (2, "opt-train: data.corpus=empty has no text; add documents\n")
+    assert not (workplace / "runs").exists()
+
+
+def test_a_shard_with_a_wrong_checksum_is_named(workplace: Path, say) -> None:
+    shard = workplace / "prepared" / "files-bpe" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    said = say("run", *SMALL)
+    assert said.code == 2
+    assert said.err.startswith("opt-train: prepared/files-bpe/train-00000.bin ")
+    assert "checksum" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (workplace / "runs").exists()
+
+
+def test_a_prepared_vocabulary_larger_than_the_models_is_named(workplace: Path, say) -> None:
+    # Files decide the vocabulary's size, so that only the prepared data can tell.
+    tokenizer = json.loads((workplace / "prepared" / "files-bpe" / "tokenizer.json").read_text())
+    Path("vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["model"]["merges"]]
+    Path("merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    said = say(
+        "run", *SMALL, "tokenizer=gpt2", "tokenizer.vocab_file=vocab.json", "tokenizer.merges_file=merges.txt",
+        "model.vocab_size=300",
+    )  # fmt: skip
+    assert (said.code, said.err) == (
+        2,
+        "opt-train: model.vocab_size=300 is smaller than the 400 entries of tokenizer 'gpt2' that prepared "
+        "data.name='files'; use model.vocab_size=400 or more\n",
+    )
+    assert not (workplace / "runs").exists()
+
+
+@pytest.fixture
+def begun(workplace: Path) -> Path:
+    """A run directory that a supervisor has begun, of the configuration `SMALL`."""
+    directory, resolved = cli_run.resolve(compose(SMALL))
+    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=False)
+    data = DatasetManifest.read(Path(resolved.data.directory))
+    directory.path.mkdir(parents=True)
+    with Lock.acquire(directory) as lock, Journal.open(directory, lock) as journal:
+        cli_run.write_configuration(directory, resolved, plan)
+        journal.append(Entry(1.0, "", None, cli_run.created_event(resolved, data)))
+        journal.append(Entry(2.0, "", None, LineageOpened(1, sha256_of(resolved))))
+    return directory.path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_of_another_configuration_is_refused_with_the_differences(begun: Path, say) -> None:
+    before = contents(begun)
+    said = say("run", *SMALL, "optim.lr=1e-3", "model.layers=4", "checkpoint.keep=9")
+    assert (said.code, said.err) == (
+        2,
+        f"opt-train: {begun} was trained with another configuration (model.layers: 2 -> 4; optim.lr: 0.0006 -> 0.001); "
+        "add lineage=new to go on from its newest checkpoint with this one, or choose another name=\n",
+    )
+    assert contents(begun) == before
+
+
+def test_a_crash_before_a_lineage_is_journalled_does_not_pass_for_consent(begun: Path, say) -> None:
+    # The new configuration lay in the run directory already when the machine died.
+    directory, changed = cli_run.resolve(compose([*SMALL, "optim.lr=1e-3"]))
+    cli_run.write_configuration(directory, changed, cli_run.plan_of(directory, changed, asked_for_lineage=True))
+    assert "lineage=new" in say("run", *SMALL, "optim.lr=1e-3").err
+
+
+def test_a_run_that_somebody_trains_is_left_alone(begun: Path, say) -> None:
+    directory, _ = cli_run.resolve(compose(SMALL))
+    before = contents(begun)
+    with Lock.acquire(directory):
+        said = say("run", *SMALL, "checkpoint.keep=9")
+    assert (said.code, len(said.err.splitlines())) == (2, 1)
+    assert f"{begun} is in the hands of process {os.getpid()}" in said.err
+    assert {k: v for k, v in contents(begun).items() if k != "journal.lock"} == {
+        k: v for k, v in before.items() if k != "journal.lock"
+    }
+
+
+def test_other_data_under_the_same_name_is_refused(begun: Path, workplace: Path, say) -> None:
+    dataset = workplace / "prepared" / "files-bpe" / "dataset.json"
+    payload = json.loads(dataset.read_text())
+    dataset.write_text(json.dumps(payload | {"fingerprint": "0" * 64}))
+    said = say("run", *SMALL)
+    assert said.code == 2
+    assert f"opt-train: data.directory holds other tokens than those {begun} was trained on" in said.err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(workplace: Path, say) -> None:
+    (workplace / "runs" / "small").mkdir(parents=True)
+    (workplace / "runs" / "small" / "thesis.tex").write_text("years of work")
+    said = say("run", *SMALL)
+    assert (said.code, said.err) == (
+        2,
+        f"opt-train: {workplace}/runs/small exists and is no run directory; choose another name= or runs=\n",
+    )
+    assert [p.name for p in (workplace / "runs" / "small").iterdir()] == ["thesis.tex"]
+
+
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mount") is None,
+    reason="only root can mount file systems to be full or read-only",
+)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A mount point, unmounted in the end."""
+    point = tmp_path / "mounted"
+    point.mkdir()
+    yield point
+    subprocess.run(["umount", point], check=True)
+
+
+@needs_mounts
+def test_no_space_for_checkpoints_is_told_before_anything_starts(mounted: Path, workplace: Path, say) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mounted], check=True)
+    said = say("run", *SMALL, f"runs={mounted}")
+    assert (said.code, said.err) == (
+        2,
+        f"opt-train: runs={mounted} has 1.05 MB free, but 3 checkpoints of 127,872 parameters and the next one take "
+        "6.14 MB; make space or choose another runs=\n",
+    )
+    assert list(mounted.iterdir()) == []
+
+
+@needs_mounts
+def test_an_unwritable_folder_is_told_before_anything_starts(mounted: Path, workplace: Path, say) -> None:
+    subprocess.run(["mount", "--bind", mounted, mounted], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", mounted], check=True)
+    said = say("run", *SMALL, f"runs={mounted}/runs")
+    assert (said.code, said.err) == (
+        2,
+        f"opt-train: runs={mounted}/runs cannot be written to; mend the permissions of {mounted} or choose another "
+        "runs=\n",
+    )
+    assert list(mounted.iterdir()) == []

@@ -1,0 +1,177 @@
+"""`opt-train train` keeps the same record as a supervised run, and resumes from it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from opt_logbook import metrics
+from opt_logbook.events import AttemptStarted, CheckpointRejected
+from opt_logbook.journal import read
+from opt_logbook.run_directory import RunDirectory
+
+SMALL = (
+    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
+    "data.validation_fraction=0.2", "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32",
+    "optim.warmup_steps=2", "train.steps=12", "train.global_batch=4", "train.micro_batch=2", "train.threads=1",
+    "checkpoint.every_steps=4", "name=small",
+)  # fmt: skip
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "opt_train.cli", *words]
+
+
+def losses(run: RunDirectory) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in metrics.read(run).lines}
+
+
+@pytest.fixture(scope="module")
+def finished(prepared_once: Path) -> RunDirectory:
+    """A run that went through without a break."""
+    done = subprocess.run(
+        command("train", *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "whole: finished" in done.stdout
+    return RunDirectory(prepared_once / "runs" / "whole")
+
+
+def test_a_lone_run_leaves_the_record_that_a_supervised_one_does(finished: RunDirectory, say) -> None:
+    reading = read(finished.journal)
+    kinds = [entry.event.kind for entry in reading.entries]
+    assert reading.damaged == ()
+    assert kinds[:4] == ["run_created", "lineage_opened", "attempt_started", "in_force"]
+    assert kinds[-2:] == ["attempt_ended", "run_finished"]
+    assert kinds.count("checkpoint_committed") == 3
+    assert sorted(losses(finished)) == list(range(1, 13))
+
+    told = json.loads(say("status", str(finished.path), "--json").out)
+    assert (told["stage"], told["step"], told["incidents"]) == ("finished", 12, [])
+    listed = json.loads(say("checkpoints", str(finished.path), "--json").out)
+    assert [(one["step"], one["state"]) for one in listed] == [(4, "good"), (8, "good"), (12, "good")]
+    assert all((finished.path / one["path"] / "manifest.json").exists() for one in listed)
+    assert say("stop", str(finished.path)).code == 1
+
+
+def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
+    finished: RunDirectory, prepared_once: Path
+) -> None:
+    before = finished.journal.read_bytes()
+    for verb in ("train", "run"):
+        again = subprocess.run(
+            command(verb, *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+        )
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.startswith("whole: finished\n")
+    assert finished.journal.read_bytes() == before
+
+
+def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command("train", *SMALL, "train.steps=4000", *words), cwd=workplace, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 90
+    run = RunDirectory(workplace / "runs" / "small")
+    while max(losses(run), default=0) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(workplace: Path) -> None:
+    process = start_and_wait_for_step(workplace, 5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    run = RunDirectory(workplace / "runs" / "small")
+    assert read(run.journal).entries[-1].event.kind == "run_stopped"
+    saved = max(entry.step or 0 for entry in read(run.journal).entries)
+
+    process = start_and_wait_for_step(workplace, saved + 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    starts = [e for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
+    assert [(e.attempt, e.step) for e in starts] == [("1.00", 0), ("1.01", saved)]
+
+
+def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_losses(
+    workplace: Path, finished: RunDirectory
+) -> None:
+    process = start_and_wait_for_step(workplace, 9, "optim.decay_steps=12")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    run = RunDirectory(workplace / "runs" / "small")
+    # The newest checkpoint is damaged: the one before must be taken, and the journal must say so.
+    newest = sorted(run.checkpoints.glob("1.00/step-*"))[-1]
+    shard = next(newest.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+    process = start_and_wait_for_step(workplace, 0, "optim.decay_steps=12")
+    deadline = time.monotonic() + 60
+    while not (run.metrics_of("1.01").exists() and run.metrics_of("1.01").read_text().count("\n") > 6):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+
+    entries = read(run.journal).entries
+    assert any(isinstance(e.event, CheckpointRejected) for e in entries)
+    restart = [e for e in entries if isinstance(e.event, AttemptStarted)][-1]
+    assert isinstance(restart.event, AttemptStarted)
+    assert (restart.step or 0) % 4 == 0
+    assert restart.step != int(newest.name.removeprefix("step-"))
+    # The uninterrupted run has the same schedule: decay over 12 steps, warm-up of 2.
+    by_attempt: dict[str, dict[int, float]] = {"1.00": {}, "1.01": {}}
+    for line in metrics.read(run).lines:
+        by_attempt[line["attempt"]][line["step"]] = line["loss"]
+    common = by_attempt["1.00"].keys() & by_attempt["1.01"].keys()
+    assert common
+    assert all(by_attempt["1.00"][step] == by_attempt["1.01"][step] for step in common)
+    whole = losses(finished)
+    assert all(by_attempt["1.00"][step] == whole[step] for step in whole if step in by_attempt["1.00"])
+
+
+def test_changed_training_keys_open_a_lineage_only_when_asked(workplace: Path, finished: RunDirectory) -> None:
+    # A copy, because the lineage would otherwise be opened in the run that other tests read.
+    import shutil
+
+    run = RunDirectory(workplace / "runs" / "small")
+    shutil.copytree(finished.path, run.path)
+    refused = subprocess.run(
+        command("train", *SMALL, "train.steps=16"), cwd=workplace, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "train.steps: 12 -> 16" in refused.stderr
+    done = subprocess.run(
+        command("train", *SMALL, "train.steps=16", "lineage=new"),
+        cwd=workplace, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    starts = [e for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
+    assert [(e.attempt, e.step) for e in starts] == [("1.00", 0), ("2.00", 12)]
+    opened = [e.event for e in read(run.journal).entries if e.event.kind == "lineage_opened"]
+    assert [event.difference for event in opened] == [(), ("train.steps: 12 -> 16",)]
+    assert {p.name for p in (run.path / "code").iterdir()} == {"1", "2"}
+
+
+def test_two_ranks_under_torchrun_share_one_record(workplace: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "opt_train.cli", "train", *SMALL], cwd=workplace, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = RunDirectory(workplace / "runs" / "small")
+    assert sorted(losses(run)) == list(range(1, 13))
+    assert done.stdout.count("small: finished") == 1
+    [started] = [e.event for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
+    assert started.world_size == 2
