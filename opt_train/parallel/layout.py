@@ -18,7 +18,7 @@ class Layout:
     """Ranks that compute one layer together."""
 
     def __post_init__(self) -> None:
-        for name in ("replicate", "shard", "tensor"):
+        for name in ("replicate", "tensor", "shard"):
             if getattr(self, name) < 1:
                 raise BadInput(f"parallel.{name}={getattr(self, name)} must be at least 1.")
 

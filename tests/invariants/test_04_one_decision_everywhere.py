@@ -1,0 +1,82 @@
+"""Overflow, skip, stop and orders are decided once: every rank records the same sequence."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opt_train.checkpoint.config import CheckpointConfig
+from opt_train.config import RunConfig, to_json
+from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
+from tests.train.rig import ROOT, World, run_script, tiny_config
+
+
+@pytest.mark.timeout(200)
+def test_thousands_of_steps_and_every_rank_records_the_same(tmp_path: Path) -> None:
+    records = run_script(ROOT / "tests/train/word_ranks.py", 4, folder=tmp_path)
+    assert all(record == records[0] for record in records[1:])
+    words = [entry for entry in records[0] if entry[0] == "word"]
+    orders = [entry for entry in records[0] if entry[0] == "order"]
+    assert [entry[1] for entry in words] == list(range(len(words)))
+    assert len(words) > 2300
+    # Every order that was delivered in time was obeyed once and in turn, at boundaries all over the run.
+    assert [entry[2] for entry in orders] == list(range(1, len(orders) + 1))
+    assert len(orders) >= 30
+    assert len({entry[1] for entry in orders}) > 20
+    assert Counter(entry[2] for entry in words)["skip"] > 40
+    assert {entry[3] for entry in words if entry[2] == "skip"} == {"inf"}
+    assert words[-1][2] == "stop"
+    assert records[0][-1][0] == "stop"
+
+
+def run_training(folder: Path, config: RunConfig, **given: Any) -> list[dict[str, Any]]:
+    path = folder / "config.json"
+    path.write_text(to_json(config))
+    (folder / "run").mkdir()
+    specification = folder / "specification.json"
+    specification.write_text(json.dumps({"config": str(path), "run_directory": str(folder / "run")} | given))
+    return run_script(ROOT / "tests/train/training_rank.py", 4, str(specification), folder=folder)
+
+
+def test_overflow_on_one_rank_skips_on_all(tmp_path: Path) -> None:
+    answers = run_training(tmp_path, tiny_config(tmp_path, steps=6), poison=[3, 2])
+    assert all(answer["words"] == answers[0]["words"] for answer in answers)
+    assert answers[0]["words"]["updates"] == 5
+    assert answers[0]["words"]["losses"][2] == "inf"
+    assert all(answer["optimizer_steps"] == [5.0] for answer in answers)
+    assert len({answer["weights"] for answer in answers}) == 1
+    lines = [fact["line"] for fact in answers[0]["facts"] if fact["kind"] == "metrics"]
+    assert [line["skipped"] for line in lines] == [False, False, True, False, False, False]
+    assert [line["updates"] for line in lines] == [1, 2, 2, 3, 4, 5]
+    # The step after the skipped one trains from the same weights, on the next batch.
+    assert lines[3]["loss"] == pytest.approx(lines[1]["loss"], abs=0.5)
+
+
+def test_orders_and_a_stop_signal_reach_all_ranks_at_one_boundary(tmp_path: Path) -> None:
+    config = replace(tiny_config(tmp_path, steps=4000), checkpoint=CheckpointConfig(every_steps=0))
+    answers = run_training(tmp_path, config, terminate=[2, 40], orders=[[0.3, 1], [0.2, 2], [0.0, 3]])
+    assert all(answer["state"] == answers[0]["state"] for answer in answers)
+    leavings = [answer["facts"][-1] for answer in answers]
+    assert {(leaving["code"], leaving["step"]) for leaving in leavings} == {(STOPPED, leavings[0]["step"])}
+    assert "SIGTERM" in leavings[2]["reason"]
+    saves = [[fact["step"] for fact in answer["facts"] if fact["kind"] == "shards_saved"] for answer in answers]
+    assert all(each == saves[0] for each in saves)
+    # The state was saved where it stopped; a stop seen at step 40 is obeyed at a boundary right behind it.
+    assert saves[0][-1] == leavings[0]["step"] == 42
+    obeyed = [(fact["number"], fact["step"]) for fact in answers[0]["facts"] if fact["kind"] == "order_obeyed"]
+    assert [number for number, _ in obeyed] == list(range(1, len(obeyed) + 1))
+
+
+def test_run_that_stays_non_finite_leaves_with_its_own_code(tmp_path: Path) -> None:
+    """Skipping for ever would look like training to everybody who only watches that steps go by."""
+    config = tiny_config(tmp_path, steps=30, max_nonfinite_steps=3)
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    with World(tmp_path, config) as world:
+        world.begin()
+        leavings = world.finish()
+        assert {(leaving.code, leaving.cause) for leaving in leavings} == {(RANK_UNSTABLE, "loss_nan")}
+        lines = world.ranks[0].metrics
+        assert [line["skipped"] for line in lines.values()][-3:] == [True] * 3
