@@ -308,7 +308,7 @@ def _card(story: Story, status_words: str) -> tuple[tuple[str, Said], ...]:
     rows += _result_rows(story)
     if story.created or story.attempts:
         begin = story.created.time if story.created else story.attempts[0].since
-        rows.append(("Wall clock", Said(f"{duration(totals.wall)}, from {moment(begin)} to {moment(story.now)}")))
+        rows.append(("Wall clock", Said(f"{duration(totals.wall)}, from {moment(begin)} to {moment(story.until)}")))
     if totals.effective_ratio is not None and totals.kept:
         rows.append(("Effective training time", Said(f"{totals.effective_ratio:.1%} of the wall clock")))
     if story.attempts and story.attempts[-1].started:

@@ -150,6 +150,8 @@ class Story:
     totals: Totals
     now: float
     """Time of the newest line; 0: there is none."""
+    until: float
+    """Where the run's wall clock ends: at its end, or now."""
     kept: tuple[dict[str, Any], ...]
     """Metrics of the steps whose work is in the newest state."""
 
@@ -188,12 +190,14 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
         _fold_into_incidents(incidents, entry)
     newest = [value for line in measured.lines if (value := metrics.number_of(line, "time")) is not None]
     now = max([entry.time for entry in reading.entries] + newest, default=0.0)
-    _measure(attempts, measured.lines, now)
+    # A note made days after the end must not make the run longer.
+    until = end.time if end else now
+    _measure(attempts, measured.lines, until)
     kept = _kept(attempts, measured.lines)
     story_incidents = [incidents[number] for number in sorted(incidents)]
-    totals = _totals(created, attempts, story_incidents, measured.lines, kept, now)
+    totals = _totals(created, attempts, story_incidents, measured.lines, kept, until)
     return Story(
-        reading, measured, created, end, supervisors, before, attempts, story_incidents, totals, now, tuple(kept)
+        reading, measured, created, end, supervisors, before, attempts, story_incidents, totals, now, until, tuple(kept)
     )
 
 
@@ -243,7 +247,7 @@ def _fold_into_incidents(incidents: dict[int, Incident], entry: Entry) -> None:
             pass
 
 
-def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], now: float) -> None:
+def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], until: float) -> None:
     """First and last step of each attempt, and until when it is known to have gone on."""
     steps: dict[str, list[int]] = {}
     for line in lines:
@@ -256,7 +260,7 @@ def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], now: f
         if attempt.ended:
             attempt.until = attempt.ended.time
         else:
-            attempt.until = following.since if following else now
+            attempt.until = following.since if following else until
 
 
 def _kept(attempts: list[Attempt], lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,10 +286,10 @@ def _totals(
     incidents: list[Incident],
     lines: Iterable[Mapping[str, Any]],
     kept: list[dict[str, Any]],
-    now: float,
+    until: float,
 ) -> Totals:
-    begin = created.time if created else (attempts[0].since if attempts else now)
-    wall = max(0.0, now - begin)
+    begin = created.time if created else (attempts[0].since if attempts else until)
+    wall = max(0.0, until - begin)
     kept_seconds = sum(_seconds(line) for line in kept)
     all_seconds = sum(_seconds(line) for line in lines)
     closed = [incident.closed.event for incident in incidents if incident.closed]

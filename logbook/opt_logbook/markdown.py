@@ -8,8 +8,8 @@ from opt_logbook.told import Said
 from opt_logbook.words import duration, printable
 
 FIGURES = (
-    ("steps", "Loss, learning rate and gradient norm by step, coloured by attempt"),
-    ("wall_clock", "Training loss by wall clock, coloured by attempt; shaded: no training"),
+    ("steps", "Loss, learning rate and gradient norm by step, coloured by attempt; pale: steps that were lost"),
+    ("wall_clock", "Training loss by wall clock, coloured by attempt; pale: steps that were lost, shaded: no training"),
     ("validation", "Validation perplexity, and a unigram model of the same data"),
 )
 """File name and caption of each figure."""

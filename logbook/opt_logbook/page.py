@@ -129,10 +129,9 @@ def _contents(chronicle: Chronicle) -> str:
     for index, entry in enumerate(chronicle.entries):
         begun, attempt, steps, lasted, why = map(_text, entry.contents)
         swatch = f'<span class="swatch" style="background:{_colour(chronicle, index)}"></span>'
-        rows.append(
-            f'<tr><td class="nowrap">{begun}</td>'
-            f'<td class="nowrap">{swatch}<a href="#{entry.anchor}">{attempt}</a></td><td class="nowrap">{steps}</td><td class="nowrap">{lasted}</td><td>{why}</td></tr>'
-        )
+        link = f'{swatch}<a href="#{entry.anchor}">{attempt}</a>'
+        cells = "".join(f'<td class="nowrap">{cell}</td>' for cell in (begun, link, steps, lasted))
+        rows.append(f"<tr>{cells}<td>{why}</td></tr>")
     head = "<tr><th>Begun</th><th>Attempt</th><th>Steps</th><th>Lasted</th><th>Why</th></tr>"
     table = f"<table>\n<thead>{head}</thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
     return f'<nav aria-label="Contents">\n<h2>Contents</h2>\n<div class="wide">{table}</div>\n</nav>'

@@ -37,6 +37,9 @@ _STYLE = {
     "axes.unicode_minus": False,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelcolor": INK,
@@ -91,7 +94,7 @@ def _draw_steps(figure: Figure, story: Story) -> None:
     all_axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=(2, 1, 1))
     for axes, (key, label) in zip(all_axes, panels, strict=True):
         for index, attempt in enumerate(story.attempts):
-            _curve(axes, _points(story, attempt, "step", key), index)
+            _curves(axes, story, attempt, index, "step", key)
         axes.set_ylabel(label)
         _mark_steps(axes, story.incidents)
     all_axes[-1].set_xlabel("step")
@@ -103,10 +106,9 @@ def _draw_steps(figure: Figure, story: Story) -> None:
 def _draw_wall_clock(figure: Figure, story: Story) -> None:
     axes = figure.subplots()
     begin = story.created.time if story.created else min(attempt.since for attempt in story.attempts)
-    unit, seconds = _unit(story.now - begin)
+    unit, seconds = _unit(story.until - begin)
     for index, attempt in enumerate(story.attempts):
-        points = [((time - begin) / seconds, loss) for time, loss in _points(story, attempt, "time", "loss")]
-        _curve(axes, points, index)
+        _curves(axes, story, attempt, index, "time", "loss", lambda time: (time - begin) / seconds)
     for incident in story.incidents:
         if not incident.seen:
             continue
@@ -121,6 +123,8 @@ def _draw_wall_clock(figure: Figure, story: Story) -> None:
 
 def _draw_validation(figure: Figure, story: Story) -> None:
     axes = figure.subplots()
+    everything = [(float(told.step or 0), told.event.perplexity) for a in story.attempts for told in a.validated]
+    axes.plot(*_columns(sorted(dict(everything).items())), color=FAINT, linewidth=0.9)
     for index, attempt in enumerate(story.attempts):
         points = [
             (float(told.step or 0), told.event.perplexity)
@@ -128,13 +132,13 @@ def _draw_validation(figure: Figure, story: Story) -> None:
             if 0 < told.event.perplexity < float("inf")
         ]
         if points:
-            axes.plot(*_columns(points), color=colour_of(index), marker="o", markersize=4.5, label=attempt.name)
+            axes.plot(*_columns(points), color=colour_of(index), marker="o", markersize=5, linestyle="none")
     axes.set_yscale("log")
     unigram = story.created.event.unigram_perplexity if story.created else 0.0
     if unigram > 0:
         axes.axhline(unigram, color=FAINT, linestyle=(0, (5, 3)), linewidth=1)
         axes.annotate(
-            f"unigram model {unigram:.1f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(-2, -11),
+            f"unigram model {unigram:.1f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(-4, -12),
             textcoords="offset points", ha="right", fontsize=8.5, color=FAINT,
         )  # fmt: skip
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -142,24 +146,35 @@ def _draw_validation(figure: Figure, story: Story) -> None:
     axes.set_xlim(left=0)
     axes.set_ylabel("validation perplexity")
     axes.set_xlabel("step")
-    _legend(axes, story)
+    _legend(axes, story, incidents=False)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _curve(axes: Axes, points: Points, index: int) -> None:
-    if points:
-        axes.plot(*_columns(thinned(points)), color=colour_of(index))
+def _curves(
+    axes: Axes,
+    story: Story,
+    attempt: Attempt,
+    index: int,
+    x: str,
+    y: str,
+    across: Callable[[float], float] = lambda value: value,
+) -> None:
+    """The attempt's curve: its steps whose work was lost are pale."""
+    kept = {(line["attempt"], line["step"]) for line in story.kept}
+    lines = [line for line in story.measured.lines if line["attempt"] == attempt.name]
+    lost = [line for line in lines if (line["attempt"], line["step"]) not in kept]
+    good = [line for line in lines if (line["attempt"], line["step"]) in kept]
+    # The pale part begins where the other ends, so that no gap shows where there was none.
+    for part, alpha in ((good[-1:] + lost, 0.38), (good, 1.0)):
+        points = [(across(right), up) for right, up in _pairs(part, x, y)]
+        if len(points) > 1 or part is good:
+            axes.plot(*_columns(thinned(points)), color=colour_of(index), alpha=alpha)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _points(story: Story, attempt: Attempt, x: str, y: str) -> Points:
-    lines = (line for line in story.measured.lines if line["attempt"] == attempt.name)
-    return list(_pairs(lines, x, y))
 
 
 def _pairs(lines: Iterable[dict[str, Any]], x: str, y: str) -> Iterable[tuple[float, float]]:
@@ -195,16 +210,17 @@ def _mark(axes: Axes, x: float, number: int) -> None:
     )  # fmt: skip
 
 
-def _legend(axes: Axes, story: Story) -> None:
+def _legend(axes: Axes, story: Story, incidents: bool = True) -> None:
     shown = story.attempts if len(story.attempts) <= 8 else story.attempts[-8:]
     first = len(story.attempts) - len(shown)
     handles = [
         mpl.lines.Line2D([], [], color=colour_of(first + index), label=attempt.name)
         for index, attempt in enumerate(shown)
     ]
-    if story.incidents:
+    if story.incidents and incidents:
         handles.append(mpl.lines.Line2D([], [], color=ALARM, linestyle=(0, (2, 2)), linewidth=0.9, label="incident"))
-    axes.legend(handles=handles, loc="upper right", ncols=min(5, len(handles)))
+    # Above the axes, where it hides neither curves nor incident numbers.
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
 
 
 def _back_at(incident: Incident, story: Story) -> float:
@@ -212,7 +228,7 @@ def _back_at(incident: Incident, story: Story) -> float:
     for attempt in story.attempts:
         if attempt.began and attempt.began.time >= incident.seen[0].time:
             return attempt.began.time
-    return story.now
+    return story.until
 
 
 def _unit(seconds: float) -> tuple[str, float]:

@@ -83,7 +83,8 @@ def _seen(incident: Incident) -> tuple[Said, ...]:
     said = []
     for told in incident.seen:
         event = told.event
-        where = f"rank {event.rank} on {event.node}" if event.rank >= 0 else event.node
+        named = event.rank < 0 or f"rank {event.rank} " in event.what.lower()
+        where = event.node if named else f"rank {event.rank} on {event.node}"
         of = f", {where}" if where and where not in event.what else ""
         step = f", after step {told.step:,} of attempt {told.entry.attempt}" if told.step is not None else ""
         said.append(Said(f"{clock(told.time)} UTC{of}{step}: {sentence(event.what)}", (told.line,)))
