@@ -252,7 +252,7 @@ def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], until:
     steps: dict[str, list[int]] = {}
     for line in lines:
         steps.setdefault(line["attempt"], []).append(line["step"])
-    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, following in zip(attempts, [*attempts[1:], None], strict=False):
         taken = steps.get(attempt.name, [])
         attempt.first_step, attempt.last_step = (min(taken), max(taken)) if taken else (None, None)
         if attempt.ended and attempt.began:

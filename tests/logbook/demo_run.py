@@ -90,7 +90,9 @@ class DemoRun:
             step, seconds=0.3,
         )  # fmt: skip
         self.tell(InForceReported({"lr": 2e-3, "beta1": 0.9, "clip": 1.0, "cursor": step * 16}), step, seconds=0.9)
-        self.tell(TrainingBegan(self.generation, 1.8), step + 1, seconds=0.9)
+        self.now += 0.9
+        self.metrics.append(self.attempt, metrics_line(step + 1, self.now), str(self.journal.head))
+        self.tell(TrainingBegan(self.generation, 1.8), step + 1)
 
     def train(self, first: int, last: int, save_every: int = 50, validate_every: int = 50) -> None:
         for step in range(first, last + 1):
@@ -207,7 +209,7 @@ def write_demo(path: Path) -> RunDirectory:
     demo = DemoRun(path)
     demo.create()
     demo.start("1.00", 0, NODES, ("node-3",), reason="the run begins")
-    demo.train(1, 60)
+    demo.train(2, 60)
     demo.lose_node()
     demo.train(52, 120)
     demo.lose_rank()
