@@ -118,9 +118,10 @@ def _tell_story(run: RunDirectory, stream: TextIO) -> None:
         from opt_logbook.render import render  # noqa: PLC0415 - plotting is loaded when there is something to plot
 
         render(run)
-    # A picture that cannot be drawn must not change what the run came to.
-    except Exception as error:
-        _print(f"the chronicle could not be rendered ({error}); try again with: logbook render {run.path}", stream)
+    # A picture that cannot be drawn, or that nobody wants to wait for, must not change what the run came to.
+    except (Exception, KeyboardInterrupt) as error:
+        why = str(error) or type(error).__name__
+        _print(f"the chronicle was not rendered ({why}); try: logbook render {run.path}", stream)
 
 
 def _print(sentence: str, stream: TextIO) -> None:

@@ -34,7 +34,7 @@ class StatusLine:
     def say(self, sentence: str) -> None:
         """A line that stays."""
         with self._news:
-            self._said.append(sentence)
+            self._said = [*self._said[-99:], sentence]
             self._news.notify()
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class StatusLine:
             self._line(text)
             return
         try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns
+            columns = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0: it does not know
         except OSError:
             columns = 80
         self._drawn = text[: max(1, columns - 1)]

@@ -31,7 +31,16 @@ from opt_train.supervisor.clusters.cluster import UP
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.effects import Effect, Finish
 from opt_train.supervisor.faults import FaultPlan
-from opt_train.supervisor.inputs import ClusterObserved, Identity, InboxTold, Input, Now, StopAsked, Tick
+from opt_train.supervisor.inputs import (
+    AgentDisconnected,
+    ClusterObserved,
+    Identity,
+    InboxTold,
+    Input,
+    Now,
+    StopAsked,
+    Tick,
+)
 from opt_train.supervisor.performer import Performer
 from opt_train.supervisor.server import AgentServer
 from opt_train.supervisor.status_line import StatusLine
@@ -39,6 +48,8 @@ from opt_train.supervisor.status_line import StatusLine
 TICK_SECONDS = 0.2
 INBOX_SECONDS = 0.5
 OBSERVE_SECONDS = 1.0
+DYING_SECONDS = 0.1
+"""From the end of a dying agent's link to the end of its process; then the cluster is asked at once."""
 LEAVE_SECONDS = 8.0
 """Agents that have not left by then are fenced."""
 _LETTERS = {"note": ("author", "text"), "stop": ("by",)}
@@ -90,6 +101,7 @@ class Supervision:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._broken: BaseException | None = None
         self._over = asyncio.Event()
+        self._lost_link = asyncio.Event()
         self._letters: set[Path] = set()
         self._rendering: asyncio.subprocess.Process | None = None
 
@@ -123,6 +135,8 @@ class Supervision:
         except Exception as error:
             self._break(error)
             return
+        if isinstance(told, AgentDisconnected):
+            self._lost_link.set()
         if deed is not None:
             self._start(asyncio.to_thread(self._plan.do, deed, self._cluster))
 
@@ -161,7 +175,11 @@ class Supervision:
             seen = await asyncio.to_thread(self._cluster.observe)
             states = {node: view.state for node, view in seen.items()}
             self.tell(ClusterObserved(states, {node: view.reason for node, view in seen.items() if view.reason}))
-            await asyncio.sleep(OBSERVE_SECONDS)
+            self._lost_link.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OBSERVE_SECONDS):
+                    await self._lost_link.wait()
+                    await asyncio.sleep(DYING_SECONDS)
 
     async def _read_inbox(self) -> None:
         while True:

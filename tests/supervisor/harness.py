@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opt_logbook.events import RunCreated
 from opt_logbook.run_directory import RunDirectory
 
+from opt_train.config import RunConfig
 from opt_train.protocol.commands import Acknowledge, Begin
 from opt_train.protocol.facts import RankFact, SlotState
 from opt_train.supervisor.address import Address, make_socket_path, publish, remove_socket
+from opt_train.supervisor.config import FaultsConfig, SupervisorConfig
 from opt_train.supervisor.inputs import AgentConnected, FactTold, Input, PulseTold
 from opt_train.supervisor.processes import NODE_MARK, mark_of
 from opt_train.supervisor.secret import ensure_secret
@@ -128,3 +131,17 @@ class Listener:
     def acknowledge_all(self, node: str = "node-1") -> None:
         numbers = [i.number for i in self.told if isinstance(i, FactTold)]
         self.server.send(node, Acknowledge(max(numbers)))
+
+
+def config_of(run: RunDirectory, plan: str = "") -> RunConfig:
+    """A configuration of one local node, for the shell."""
+    return RunConfig(
+        name=run.path.name,
+        runs=str(run.path.parent),
+        supervisor=SupervisorConfig(orphan_seconds=30.0, status_seconds=0.2),
+        faults=FaultsConfig(plan=plan),
+    )
+
+
+def created() -> RunCreated:
+    return RunCreated("run", 0, "tiny", 1, 10, 1)

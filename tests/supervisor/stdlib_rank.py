@@ -2,7 +2,8 @@
 
 The configuration is a JSON object: `steps`, `step_seconds`, `deaf` (ignore SIGTERM), `garbage` (lines that are no facts
 before the first step), `flood` (write garbage for ever), `exit_at` and `exit_code` (leave without a word at a step),
-`child` (start a process of its own group that sleeps), `fail_import` in the environment's STDLIB_RANK_FAILS.
+`child` (start a process that sleeps), `say` (bytes in hex, written to the facts pipe). With STDLIB_RANK_FAILS in its
+environment it dies while it warms.
 """
 
 import argparse
@@ -57,6 +58,8 @@ def main() -> int:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     for number in range(config.get("garbage", 0)):
         os.write(given.facts_fd, [b"\xff\xfe not json\n", b'{"kind":"evil"}\n', b"x" * 9000 + b"\n"][number % 3])
+    for text in config.get("say", []):
+        os.write(given.facts_fd, bytes.fromhex(text) + b"\n")
     while config.get("flood"):
         os.write(given.facts_fd, b"y" * 65536)
     tell(InForce({"lr": 0.1}))

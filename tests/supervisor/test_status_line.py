@@ -1,0 +1,90 @@
+"""What stands on the terminal, and that a terminal which takes nothing makes nobody wait."""
+
+import contextlib
+import io
+import os
+import pty
+import threading
+import time
+
+import pytest
+
+from opt_train.supervisor.effects import Show
+from opt_train.supervisor.status_line import StatusLine, describe
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def show(step: int = 120, stage: str = "training", incident: str = "") -> Show:
+    return Show(stage, step, 200, 4.1234, 12345.6, 2, 1, "1.01", incident)
+
+
+def test_the_line_says_what_a_person_asks_first() -> None:
+    line = describe(show(incident="node_failure: node-2 is gone"))
+    for part in ("training", "step 120/200", "loss 4.123", "12,346 tokens/s", "nodes 2+1", "1.01", "node-2 is gone"):
+        assert part in line
+
+
+def test_text_from_a_log_cannot_command_the_terminal() -> None:
+    line = describe(show(incident="boom \x1b]0;evil\x07 \x1b[2J\r\nmore\u202e"))
+    assert all(character.isprintable() for character in line)
+
+
+def test_without_a_terminal_there_is_a_line_an_interval_and_one_at_each_change() -> None:
+    stream = io.StringIO()
+    status = StatusLine(stream, interval_seconds=30.0)
+    for step in range(20):
+        status.show(show(step))
+        time.sleep(0.01)
+    status.show(show(21, stage="failing"))
+    time.sleep(0.5)
+    status.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) <= 4, "a log file is flooded"
+    assert lines[0].startswith("training")
+    assert lines[-1].startswith("failing")
+
+
+def test_a_terminal_sees_one_line_redrawn() -> None:
+    primary, secondary = pty.openpty()
+    with os.fdopen(secondary, "w") as stream:
+        status = StatusLine(stream, interval_seconds=30.0)
+        for step in (1, 2, 3):
+            status.show(show(step))
+            time.sleep(0.3)
+        status.say("the journal cannot be written")
+        time.sleep(0.3)
+        status.close()
+        drawn = os.read(primary, 65536).decode()
+    os.close(primary)
+    assert drawn.count("\n") <= 2
+    assert [f"step {n}/200" in drawn for n in (1, 2, 3)] == [True] * 3
+    assert "the journal cannot be written" in drawn
+
+
+def test_a_terminal_that_takes_nothing_makes_nobody_wait() -> None:
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w")
+    os.set_blocking(write, True)
+    try:
+        os.set_blocking(write, False)
+        try:
+            while True:
+                os.write(write, b"x" * 65536)
+        except BlockingIOError:
+            os.set_blocking(write, True)
+        status = StatusLine(stream, interval_seconds=0.01)
+        began = time.monotonic()
+        for step in range(1000):
+            status.show(show(step))
+            status.say(f"sentence {step}")
+        assert time.monotonic() - began < 1.0
+        closing = threading.Thread(target=status.close)
+        closing.start()
+        closing.join(5.0)
+        assert not closing.is_alive()
+    finally:
+        os.close(read)  # the writer, stuck until now, gets an error and ends
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            stream.close()
