@@ -49,6 +49,10 @@ def train_alone(config: RunConfig, open_run: Callable[[], Lone], tell: TellRank)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     signals = StopSignals()
     signals.listen(signal.SIGINT)
+    # Alone, the loopback will do; gloo would look up the host's name, which not every machine can.
+    interface = config.cluster.interface or ("" if "RANK" in os.environ else "lo")
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     device = choose_device(config.train.device, local_rank)
 
     group = join_by_environment(config, device) if "RANK" in os.environ else join(_begin(), config, device, _unheard)

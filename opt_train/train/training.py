@@ -117,15 +117,12 @@ class Training:
             reason = f"{self.state.nonfinite_steps} steps in a row had a gradient that is not finite"
             return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
         for order in self._new_orders():
-            leaving = None
-            if isinstance(order, SaveAndStop):
-                leaving = self._save_and_stop(f"order {order.number}: {order.reason}")
-            else:
-                self.save()
+            # Told before the work: the order holds from here on, and a long save must not look like a deaf rank.
             if self.leads:
                 self.tell(OrderObeyed(order.number, self.state.step))
-            if leaving is not None:
-                return leaving
+            if isinstance(order, SaveAndStop):
+                return self._save_and_stop(f"order {order.number}: {order.reason}")
+            self.save()
         if self.stop_votes:
             what = self.signals.received or "a signal to another rank"
             return self._save_and_stop(f"asked to stop by {what}")

@@ -35,7 +35,7 @@ def test_stacks_go_to_the_log(tmp_path: Path) -> None:
         rank = world.ranks[0]
         world.wait(lambda: bool(rank.told(Warm)), "warm")
         os.kill(rank.process.pid, signal.SIGUSR2)
-        world.wait(lambda: "wait_for_begin" in rank.log.read_text(), "stacks")
+        world.wait(lambda: "in be_warm" in rank.log.read_text(), "stacks")
         assert rank.process.poll() is None
 
 
