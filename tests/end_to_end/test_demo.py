@@ -1,0 +1,131 @@
+"""`make demo` as a newcomer runs it: it trains, breaks, recovers, and its chronicle answers five questions a fault."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opt_logbook.run_directory import RunDirectory
+
+from tests.end_to_end import driving
+
+CAUSE_OF = {"kill-node": "node_failure", "kill-rank": "killed", "stop-rank": "hang"}
+"""What a diagnosis must arrive at without ever having seen the plan."""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        driving.command("run", "experiment=demo", f"runs={folder / 'runs'}"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    try:
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return RunDirectory(folder / "runs" / "demo"), done.stdout
+    finally:
+        left = driving.processes_of(folder)
+        driving.end_processes_of(folder)
+        assert left == [], "the demo left processes behind"
+
+
+def faults(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.faults.read_text().splitlines()]
+
+
+@pytest.mark.timeout(700)
+def test_the_demo_breaks_twice_and_finishes_by_itself(demo: tuple[RunDirectory, str]) -> None:
+    run, _ = demo
+    assert [fault["kind"] for fault in faults(run)] == ["kill-node", "kill-rank"]
+    causes = [entry.event.cause for entry in driving.of_kind(run, "incident_diagnosed")]
+    assert causes == ["node_failure", "killed"]
+    assert [entry.event.outcome for entry in driving.of_kind(run, "incident_closed")] == ["recovered", "recovered"]
+    assert len(driving.of_kind(run, "node_promoted")) == 1
+    assert driving.kinds(run).count("run_finished") == 1
+
+
+def test_the_model_has_learned_more_than_how_often_tokens_occur(demo: tuple[RunDirectory, str]) -> None:
+    run, output = demo
+    finished = driving.of_kind(run, "run_finished")[0].event
+    created = driving.of_kind(run, "run_created")[0].event
+    assert finished.validation_perplexity <= created.unigram_perplexity / 2
+    for figure in (finished.validation_perplexity, created.unigram_perplexity):
+        assert f"{figure:.1f}" in output, "the summary leaves out a perplexity"
+
+
+def test_the_journal_verifies(demo: tuple[RunDirectory, str]) -> None:
+    run, _ = demo
+    done = subprocess.run(
+        [sys.executable, "-m", "opt_logbook.cli", "verify", str(run.path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_chronicle_answers_five_questions_about_every_fault(demo: tuple[RunDirectory, str]) -> None:
+    run, _ = demo
+    text = (run.chronicle / "chronicle.md").read_text()
+    entries = re.split(r"^#+ ", text, flags=re.MULTILINE)
+    for fault in faults(run):
+        cause = CAUSE_OF[fault["kind"]]
+        # One section of the chronicle tells of this fault: it names the cause and the victim.
+        telling = [entry for entry in entries if cause in entry and fault["node"] in entry and "lost" in entry]
+        assert telling, f"no entry tells of {fault}"
+        story = " ".join(telling)
+        seconds = [
+            abs(datetime.fromisoformat(f"{day}T{clock}").replace(tzinfo=UTC).timestamp() - fault["time"])
+            for day, clock in re.findall(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)", story)
+        ]
+        assert min(seconds, default=1e9) <= 15, "when: no time within 15 s of the deed"
+        assert re.search(r"SIGKILL|signal 9", story), "why: the evidence does not say SIGKILL"
+        assert re.search(r"restarted from step \d+", story), "what was done: no restart"
+        if fault["kind"] == "kill-node":
+            promoted = driving.of_kind(run, "node_promoted")[0].event
+            assert promoted.node in story, "what was done: the buffer node is not named"
+        assert re.search(r"\d+ steps? ", story), "what it cost: no steps"
+        assert re.search(r"\d+(\.\d+)? (s|seconds)\b", story), "what it cost: no seconds"
+
+
+def test_the_page_opens_in_a_browser_without_a_network(demo: tuple[RunDirectory, str], tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    run, _ = demo
+    page = (run.chronicle / "index.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page), "the page asks for something from a network"
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (run.chronicle / "index.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "node_failure" in done.stdout
+    assert done.stdout.count("<svg") >= 4, "a plot is missing"
+
+
+def test_a_finished_demo_prints_its_summary_again(demo: tuple[RunDirectory, str]) -> None:
+    run, _ = demo
+    lines = len(driving.entries(run))
+    done = subprocess.run(
+        driving.command("run", "experiment=demo", f"runs={run.path.parent}"),
+        cwd=run.path.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout
+    assert str(run.chronicle) in done.stdout
+    assert len(driving.entries(run)) == lines, "looking at a finished run changed its journal"

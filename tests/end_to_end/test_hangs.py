@@ -1,0 +1,77 @@
+"""A rank that stops in any phase is found and its phase named; a checkpoint that is slow but moves is left alone."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import driving
+
+QUICK = (
+    "cluster.rank_module=tests.end_to_end.troubled_rank",
+    "supervisor.minimum_seconds=2",
+    "supervisor.step_seconds=4",
+    "supervisor.checkpoint_seconds=4",
+    "supervisor.evaluation_seconds=4",
+)
+
+
+def troubled(folder: Path, **trouble: object) -> dict[str, str]:
+    markers = folder / "markers"
+    markers.mkdir(parents=True)
+    root = Path(__file__).parents[2]
+    return {"TROUBLE": json.dumps({**trouble, "markers": str(markers)}), "PYTHONPATH": str(root)}
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
+    pauses = [(1, "data", 12), (0, "step", 22), (1, "checkpoint", 40), (0, "evaluation", 45)]
+    process = driving.start(tmp_path, *QUICK, "train.validate_every=15", environment=troubled(tmp_path, pauses=pauses))
+    run = driving.run_directory(tmp_path)
+    try:
+        assert driving.finish(process, tmp_path, 200) == 0, driving.tail(tmp_path)
+        seen = [entry.event for entry in driving.of_kind(run, "failure_seen")]
+        diagnosed = [entry.event for entry in driving.of_kind(run, "incident_diagnosed")]
+        assert [event.cause for event in diagnosed] == ["hang"] * len(pauses), diagnosed
+        assert [event.rank for event in diagnosed] == [rank for rank, _, _ in pauses]
+        for event, told, (rank, phase, _) in zip(seen, diagnosed, pauses, strict=True):
+            assert phase in event.what, f"rank {rank} stopped in {phase}, but: {event.what}"
+            assert phase in told.detail, f"rank {rank} stopped in {phase}, but: {told.detail}"
+            assert told.blame == "unknown", "a hang by itself is nobody's fault"
+    finally:
+        driving.end(process, tmp_path)
+
+
+@pytest.mark.timeout(180)
+def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_moves(tmp_path: Path) -> None:
+    # Limits of 4 s before anything is learned: at 12 s, silence would have been punished three times over; and it is
+    # far more than ten times the fraction of a second in which such a checkpoint is normally written.
+    process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, slow_save=(30, 12)))
+    run = driving.run_directory(tmp_path)
+    try:
+        assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
+        assert driving.of_kind(run, "failure_seen") == []
+        times = {entry.step: entry.event.seconds for entry in driving.of_kind(run, "checkpoint_committed")}
+        assert times[30] >= 10 * times[20]
+        assert times[30] >= 12
+    finally:
+        driving.end(process, tmp_path)
+
+
+@pytest.mark.timeout(180)
+def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) -> None:
+    # As on NCCL: the survivor spins and would never end by itself.
+    process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, deaf=True))
+    run = driving.run_directory(tmp_path)
+    try:
+        driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
+        victim = driving.rank_process(tmp_path, rank=1)
+        signal.pidfd_send_signal(victim, signal.SIGKILL)
+        assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
+        [killed] = [entry.event for entry in driving.of_kind(run, "generation_killed")]
+        assert killed.killed == 1, "the deaf survivor was not killed"
+        [diagnosed] = [entry.event for entry in driving.of_kind(run, "incident_diagnosed")]
+        assert (diagnosed.cause, diagnosed.rank) == ("killed", 1)
+    finally:
+        driving.end(process, tmp_path)

@@ -1,0 +1,97 @@
+"""The real rank, in trouble at a chosen place: `cluster.rank_module=tests.end_to_end.troubled_rank`.
+
+Which trouble is in the environment, `TROUBLE`, a JSON object:
+
+- `pauses`: a list of `[rank, phase, step]`: the rank stops itself (SIGSTOP), once, on entering the phase at that step
+  or later.
+- `slow_save`: `[step, seconds]`: the save at that step takes so much longer, but moves.
+- `deaf`: true: a rank whose peers died does not notice, as on NCCL; it spins until it is killed.
+- `markers`: a folder; what has happened once is marked there and does not happen again.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Never
+
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.facts import Phase
+from opt_train.protocol.framing import Message
+from opt_train.train import rank, telling, training, warm
+
+TROUBLE: dict[str, Any] = json.loads(os.environ["TROUBLE"])
+BEGUN: list[Begin] = []
+
+
+def once(name: str) -> bool:
+    try:
+        (Path(TROUBLE["markers"]) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def pausing(tell: Callable[[telling.FactPipe, Message], None]) -> Callable[[telling.FactPipe, Message], None]:
+    def tell_and_pause(pipe: telling.FactPipe, fact: Message) -> None:
+        tell(pipe, fact)
+        for number, (where, phase, step) in enumerate(TROUBLE.get("pauses", [])):
+            if (
+                isinstance(fact, Phase)
+                and BEGUN
+                and (BEGUN[0].rank, fact.phase) == (where, phase)
+                and fact.step >= step
+                and once(f"pause{number}")
+            ):
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    return tell_and_pause
+
+
+def slow(save: Callable[..., Any]) -> Callable[..., Any]:
+    step, seconds = TROUBLE["slow_save"]
+
+    def save_slowly(tensors: Any, state: Mapping[str, Any], folder: Path, **more: Any) -> Any:
+        if state["step"] == step and once(f"slow{BEGUN[0].rank}"):
+            began = time.monotonic()
+            while (gone := time.monotonic() - began) < seconds:
+                more["progress"](int(1000 * gone), int(1000 * seconds))
+                time.sleep(0.1)
+        return save(tensors, state, folder, **more)
+
+    return save_slowly
+
+
+def deaf(run_rank: Callable[..., int]) -> Callable[..., int]:
+    def run_deaf(*arguments: Any) -> int:
+        try:
+            return run_rank(*arguments)
+        except Exception:
+            spin()
+
+    return run_deaf
+
+
+def spin() -> Never:
+    while True:
+        time.sleep(0.01)
+
+
+def remembering(run_rank: Callable[..., int]) -> Callable[..., int]:
+    def run_and_remember(begin: Begin, *arguments: Any) -> int:
+        BEGUN.append(begin)
+        return run_rank(begin, *arguments)
+
+    return run_and_remember
+
+
+if __name__ == "__main__":
+    telling.FactPipe.tell = pausing(telling.FactPipe.tell)  # type: ignore[method-assign]
+    if "slow_save" in TROUBLE:
+        training.save_checkpoint = slow(training.save_checkpoint)
+    if TROUBLE.get("deaf"):
+        rank.run_rank = deaf(rank.run_rank)
+    rank.run_rank = remembering(rank.run_rank)
+    warm.main()
