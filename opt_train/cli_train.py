@@ -78,8 +78,19 @@ def train(config: RunConfig) -> int:
     finally:
         alone.close()
     if leads:
+        _render(directory)
         print(summary(directory))
     return EXIT_OF.get(code, code)
+
+
+def _render(directory: RunDirectory) -> None:
+    """Tell the story so far; a picture that cannot be drawn must not change what the run came to."""
+    from opt_logbook.render import render
+
+    try:
+        render(directory)
+    except Exception as error:
+        print(f"the chronicle could not be rendered ({error}); try: logbook render {directory.path}")
 
 
 def _as_started(config: RunConfig) -> RunConfig:

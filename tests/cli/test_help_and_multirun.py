@@ -1,0 +1,93 @@
+"""`--help` must answer at once, `run` must never load torch, and a multirun must keep its jobs apart."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from opt_logbook.journal import read
+
+from opt_train import cli
+
+SMALL = (
+    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
+    "data.validation_fraction=0.2", "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32",
+    "optim.warmup_steps=2", "train.steps=4", "train.global_batch=4", "train.micro_batch=2", "train.threads=1",
+    "name=small",
+)  # fmt: skip
+
+
+def imports_of(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = imports_of("from opt_train import cli; cli.main(['--help'])")
+    assert not loaded & {"torch", "numpy", "hydra", "datasets", "matplotlib"}
+
+
+def test_a_supervisors_process_never_loads_torch() -> None:
+    loaded = imports_of("import opt_train.cli_run, opt_train.supervisor.shell, opt_train.config as c; c.compose([])")
+    assert not loaded & {"torch", "datasets", "tokenizers", "pandas", "pyarrow"}
+
+
+def test_help_answers_at_once() -> None:
+    fastest = 10.0
+    for _ in range(5):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "opt_train.cli", "--help"], capture_output=True, check=True)
+        fastest = min(fastest, time.monotonic() - began)
+    assert fastest < 0.3, "the fastest of five, so that a busy machine is no finding"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert f"opt-train {verb}" in text
+    assert "exit codes:" in text
+
+
+def test_cfg_prints_the_resolved_configuration_and_starts_nothing(tmp_path, monkeypatch, say) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = say("run", "optim.lr=1e-3", "--cfg", "job", "experiment=demo", "seed=7")
+    assert (said.code, said.err) == (0, "")
+    printed = yaml.safe_load(said.out)
+    assert (printed["name"], printed["seed"], printed["optim"]["lr"]) == ("demo", 7, 0.001)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_of_a_multirun_prints_every_job(tmp_path, monkeypatch, say) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = say("run", "-m", "--cfg", "job", "experiment=demo", "seed=range(0,3)", "optim.lr=1e-3,2e-3")
+    jobs = list(yaml.safe_load_all(said.out))
+    assert [job["name"] for job in jobs] == [f"demo-{n}" for n in range(6)]
+    assert [(job["seed"], job["optim"]["lr"]) for job in jobs] == [(s, r) for s in range(3) for r in (1e-3, 2e-3)]
+
+
+def test_a_multirun_is_a_process_and_a_run_directory_a_job(workplace: Path, say) -> None:
+    said = say("train", "--multirun", *SMALL, "seed=1,2")
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-2:] == ["job 0 small-0: done", "job 1 small-1: done"]
+    created = [read(workplace / "runs" / name / "journal.jsonl").entries[0].event for name in ("small-0", "small-1")]
+    assert [event.seed for event in created] == [1, 2]
+    assert sorted(p.name for p in (workplace / "runs").iterdir()) == ["small-0", "small-1"]
+
+
+def test_a_failing_job_does_not_keep_the_next_from_running(workplace: Path, say) -> None:
+    said = say("train", "--multirun", *SMALL, "data.name=nothing,files")
+    assert said.code == 2
+    assert said.out.splitlines()[-2:] == ["job 0 small-0: exit 2", "job 1 small-1: done"]
+
+
+def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m opt_train.cli run --cfg job experiment=demo | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

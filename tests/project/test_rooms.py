@@ -1,0 +1,43 @@
+"""A room's configuration must stay free of everything but the standard library: supervisor and ranks all read it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "opt_train").glob("*/config.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_a_rooms_configuration_imports_only_the_standard_library(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module or ""]
+        for name in names:
+            assert name.partition(".")[0] in sys.stdlib_module_names, f"{path} imports {name}"
+
+
+def test_there_are_rooms() -> None:
+    assert len(CONFIGS) >= 7
+
+
+def test_packages_have_empty_beginnings() -> None:
+    for path in [*ROOT.glob("opt_train/**/__init__.py"), *ROOT.glob("logbook/**/__init__.py")]:
+        assert path.read_text() == "", f"{path} must stay empty"
+
+
+def test_the_constraints_pin_exactly_and_name_no_local_build() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines
+    for line in lines:
+        name, _, version = line.partition("==")
+        assert name, line
+        assert version, line
+        assert "+" not in version, line
+        assert "@" not in line, line
