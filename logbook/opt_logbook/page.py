@@ -28,6 +28,9 @@ _PAGE = """<!doctype html>
 </html>
 """
 
+REFERENCES_MAX = 8
+"""Journal lines linked behind one sentence; the others are named when one points at them, and in the Markdown."""
+
 
 def to_html(chronicle: Chronicle, figures: dict[str, str]) -> str:
     """`index.html`. `figures` are SVG texts by name."""
@@ -55,7 +58,11 @@ def _text(text: str) -> str:
 def _said(said: Said) -> str:
     if not said.lines:
         return _text(said.text)
-    links = ", ".join(f'<a href="#J{line}">J{line}</a>' for line in said.lines)
+    shown = said.lines if len(said.lines) <= REFERENCES_MAX else said.lines[: REFERENCES_MAX - 1]
+    links = ", ".join(f'<a href="#J{line}">J{line}</a>' for line in shown)
+    if shown != said.lines:
+        rest = ", ".join(f"J{line}" for line in said.lines[len(shown) :])
+        links += f', <span title="{rest}">and {len(said.lines) - len(shown)} more</span>'
     return f'{_text(said.text)} <span class="ref">[{links}]</span>'
 
 

@@ -6,6 +6,7 @@ legible in the light and in the dark.
 
 import io
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
@@ -14,13 +15,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from opt_logbook import metrics
-from opt_logbook.incidents import Attempt, Incident, Story
+from opt_logbook.incidents import Incident, Story
 from opt_logbook.words import moment
 
 INK, FAINT, GRID, ALARM = "#22272e", "#68717c", "#d9dde2", "#c03a2b"
 ATTEMPT_COLOURS = ("#3273c8", "#d07a1f", "#2a9387", "#8a5cc0", "#7f8f1f", "#b0567f", "#9a6b3f")
-POINTS_MAX = 1500
-"""Points drawn of one attempt's curve; beyond that each stretch is drawn by its smallest and largest value."""
+POINTS_MAX = 6000
+"""Points drawn of one quantity in all; beyond that each stretch is drawn by its smallest and largest value."""
+
+MARKS_MAX = 15
+"""More incidents than these are marked by a short tick without a number."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -56,12 +60,21 @@ _STYLE = {
 Points = list[tuple[float, float]]
 
 
+@dataclass(slots=True)
+class Part:
+    """An attempt's metrics lines, by whether the newest state has their work."""
+
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+
+
 def draw(story: Story) -> dict[str, str]:
     """The figures that the run has data for: name to SVG text (`steps`, `wall_clock`, `validation`)."""
     drawn: dict[str, str] = {}
+    parts = _parts(story)
     if any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
-        drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story))
-        drawn["wall_clock"] = _svg("wall_clock", (7.2, 3.1), lambda figure: _draw_wall_clock(figure, story))
+        drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story, parts))
+        drawn["wall_clock"] = _svg("wall_clock", (7.2, 3.1), lambda figure: _draw_wall_clock(figure, story, parts))
     if any(attempt.validated for attempt in story.attempts):
         drawn["validation"] = _svg("validation", (7.2, 2.8), lambda figure: _draw_validation(figure, story))
     return drawn
@@ -89,12 +102,12 @@ def _svg(name: str, inches: tuple[float, float], paint: Callable[[Figure], None]
 # Figures --------------------------------------------------------------------------------------------------------
 
 
-def _draw_steps(figure: Figure, story: Story) -> None:
+def _draw_steps(figure: Figure, story: Story, parts: list[Part]) -> None:
     panels = (("loss", "training loss\n(nats a token)"), ("lr", "learning rate"), ("grad_norm", "gradient norm"))
     all_axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=(2, 1, 1))
     for axes, (key, label) in zip(all_axes, panels, strict=True):
-        for index, attempt in enumerate(story.attempts):
-            _curves(axes, story, attempt, index, "step", key)
+        for index, part in enumerate(parts):
+            _curves(axes, part, index, POINTS_MAX // len(parts), "step", key)
         axes.set_ylabel(label)
         _mark_steps(axes, story.incidents)
     all_axes[-1].set_xlabel("step")
@@ -103,19 +116,19 @@ def _draw_steps(figure: Figure, story: Story) -> None:
     figure.align_ylabels()
 
 
-def _draw_wall_clock(figure: Figure, story: Story) -> None:
+def _draw_wall_clock(figure: Figure, story: Story, parts: list[Part]) -> None:
     axes = figure.subplots()
     begin = story.created.time if story.created else min(attempt.since for attempt in story.attempts)
     unit, seconds = _unit(story.until - begin)
-    for index, attempt in enumerate(story.attempts):
-        _curves(axes, story, attempt, index, "time", "loss", lambda time: (time - begin) / seconds)
+    for index, part in enumerate(parts):
+        _curves(axes, part, index, POINTS_MAX // len(parts), "time", "loss", lambda time: (time - begin) / seconds)
     for incident in story.incidents:
         if not incident.seen:
             continue
         fell = (incident.seen[0].time - begin) / seconds
         back = (_back_at(incident, story) - begin) / seconds
         axes.axvspan(fell, max(back, fell), color=ALARM, alpha=0.16, linewidth=0)
-        _mark(axes, fell, incident.number)
+        _mark(axes, fell, incident.number, len(story.incidents))
     axes.set_ylabel("training loss\n(nats a token)")
     axes.set_xlabel(f"{unit} since {moment(begin)}")
     _legend(axes, story)
@@ -154,23 +167,30 @@ def _draw_validation(figure: Figure, story: Story) -> None:
 
 def _curves(
     axes: Axes,
-    story: Story,
-    attempt: Attempt,
+    part: Part,
     index: int,
+    most: int,
     x: str,
     y: str,
     across: Callable[[float], float] = lambda value: value,
 ) -> None:
-    """The attempt's curve: its steps whose work was lost are pale."""
-    kept = {(line["attempt"], line["step"]) for line in story.kept}
-    lines = [line for line in story.measured.lines if line["attempt"] == attempt.name]
-    lost = [line for line in lines if (line["attempt"], line["step"]) not in kept]
-    good = [line for line in lines if (line["attempt"], line["step"]) in kept]
+    """One attempt's curve: its steps whose work was lost are pale."""
     # The pale part begins where the other ends, so that no gap shows where there was none.
-    for part, alpha in ((good[-1:] + lost, 0.38), (good, 1.0)):
-        points = [(across(right), up) for right, up in _pairs(part, x, y)]
-        if len(points) > 1 or part is good:
-            axes.plot(*_columns(thinned(points)), color=colour_of(index), alpha=alpha)
+    for lines, alpha in ((part.kept[-1:] + part.lost, 0.38), (part.kept, 1.0)):
+        points = [(across(right), up) for right, up in _pairs(lines, x, y)]
+        if len(points) > 1 or lines is part.kept:
+            axes.plot(*_columns(thinned(points, most)), color=colour_of(index), alpha=alpha)
+
+
+def _parts(story: Story) -> list[Part]:
+    """One for each attempt, in one pass over what may be hundreds of thousands of lines."""
+    kept = {(line["attempt"], line["step"]) for line in story.kept}
+    parts = {attempt.name: Part() for attempt in story.attempts}
+    for line in story.measured.lines:
+        part = parts.get(line["attempt"])
+        if part is not None:
+            (part.kept if (line["attempt"], line["step"]) in kept else part.lost).append(line)
+    return [parts[attempt.name] for attempt in story.attempts]
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
@@ -184,11 +204,11 @@ def _pairs(lines: Iterable[dict[str, Any]], x: str, y: str) -> Iterable[tuple[fl
             yield across, up
 
 
-def thinned(points: Points, most: int = POINTS_MAX) -> Points:
+def thinned(points: Points, most: int) -> Points:
     """`points` with at most about `most` left: of each stretch the smallest and the largest, so no spike is lost."""
     if len(points) <= most:
         return points
-    stretch = -(-len(points) * 2 // most)
+    stretch = -(-len(points) * 2 // max(most, 2))
     kept: Points = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]
@@ -199,10 +219,13 @@ def thinned(points: Points, most: int = POINTS_MAX) -> Points:
 def _mark_steps(axes: Axes, incidents: list[Incident]) -> None:
     for incident in incidents:
         if incident.seen and incident.seen[0].step is not None:
-            _mark(axes, float(incident.seen[0].step), incident.number)
+            _mark(axes, float(incident.seen[0].step), incident.number, len(incidents))
 
 
-def _mark(axes: Axes, x: float, number: int) -> None:
+def _mark(axes: Axes, x: float, number: int, of: int) -> None:
+    if of > MARKS_MAX:
+        axes.axvline(x, 0.95, 1, color=ALARM, linewidth=0.7)
+        return
     axes.axvline(x, color=ALARM, linewidth=0.9, linestyle=(0, (2, 2)))
     axes.annotate(
         str(number), (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
@@ -211,14 +234,15 @@ def _mark(axes: Axes, x: float, number: int) -> None:
 
 
 def _legend(axes: Axes, story: Story, incidents: bool = True) -> None:
-    shown = story.attempts if len(story.attempts) <= 8 else story.attempts[-8:]
-    first = len(story.attempts) - len(shown)
+    # With more attempts than colours a legend says nothing; the contents show each one's colour.
+    shown = story.attempts if len(story.attempts) <= len(ATTEMPT_COLOURS) else []
     handles = [
-        mpl.lines.Line2D([], [], color=colour_of(first + index), label=attempt.name)
-        for index, attempt in enumerate(shown)
+        mpl.lines.Line2D([], [], color=colour_of(index), label=attempt.name) for index, attempt in enumerate(shown)
     ]
     if story.incidents and incidents:
         handles.append(mpl.lines.Line2D([], [], color=ALARM, linestyle=(0, (2, 2)), linewidth=0.9, label="incident"))
+    if not handles:
+        return
     # Above the axes, where it hides neither curves nor incident numbers.
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
 

@@ -59,7 +59,7 @@ def hostile_run(path: Path) -> RunDirectory:
 def test_log_text_never_becomes_markup_of_the_page(tmp_path: Path, demo: RunDirectory) -> None:
     page = render(hostile_run(tmp_path / "hostile")).page.read_text()
     elements = Elements(page)
-    assert not {"script", "img", "iframe", "object", "link", "b" * 2} & set(elements.tags)
+    assert not {"script", "img", "iframe", "object", "link"} & set(elements.tags)
     assert set(elements.tags) <= set(Elements(render(demo).page.read_text()).tags) | {"article", "p"}
     assert not [name for _, name, _ in elements.attributes if name.startswith("on")]
     for _, name, value in elements.attributes:
@@ -137,7 +137,7 @@ def test_figures_are_well_formed_and_carry_no_date(demo: RunDirectory) -> None:
 def test_thinning_a_long_curve_keeps_its_spikes() -> None:
     points = [(float(step), 1.0) for step in range(100_000)]
     points[77_777] = (77_777.0, 9.0)
-    kept = thinned(points)
-    assert len(kept) <= 1600
+    kept = thinned(points, 1500)
+    assert len(kept) <= 1500
     assert (77_777.0, 9.0) in kept
     assert kept == sorted(kept)
