@@ -83,11 +83,14 @@ def send_signal(pid: int, number: int, certain: Callable[[int], bool]) -> bool:
 def kill_marked(mark: str, patience_seconds: float = 10.0) -> bool:
     """SIGKILL every process that bears the mark, until none is left; False if some survive (state D) that long."""
     deadline = time.monotonic() + patience_seconds
+    scans_without = 0
     while True:
         living = list(marked(mark))
         for pid in living:
             send_signal(pid, signal.SIGKILL, lambda p: bears_mark(p, mark))
-        if not living:
+        # In the middle of an exec a process shows no environment for an instant: one empty scan proves nothing.
+        scans_without = 0 if living else scans_without + 1
+        if scans_without == 2:
             return True
         if time.monotonic() > deadline:
             return False
