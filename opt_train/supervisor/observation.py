@@ -66,6 +66,8 @@ class NodeView:
     connected: bool = False
     connected_at: float = 0.0
     connections: int = 0
+    caught_up: bool = False
+    """A pulse has come on this connection: facts that the agent keeps are told before it, so none is outstanding."""
     pid: int = 0
     slots: dict[int, SlotState] = field(default_factory=dict)
     slots_at: float = 0.0
@@ -129,6 +131,9 @@ class Observation:
         self.obeyed: dict[int, int] = {}
         self.validations: dict[tuple[int, str, int], Validation] = {}
         self.seen_running: set[tuple[int, int]] = set()
+        """(generation, rank) seen in a slot."""
+        self.begun: set[tuple[int, int]] = set()
+        """(generation, rank) that were told to begin."""
         self.committing: dict[str, float] = {}
         self.committed: dict[str, ManifestCommitted] = {}
         self.verified: dict[str, CheckpointVerified] = {}
@@ -171,6 +176,7 @@ class Observation:
             self._watched_at = now.monotonic
         match given:
             case PulseTold(node, pulse):
+                self.view(node).caught_up = True
                 self._take_slots(self.view(node), pulse.slots, state)
             case FactTold():
                 self._take_fact(given, state)
@@ -201,7 +207,7 @@ class Observation:
         view.connected, view.seen_up = True, True
         view.connected_at = self.now.monotonic
         view.connections += 1
-        view.retold = False
+        view.caught_up = view.retold = False
         self._take_slots(view, told.slots, state)
         # Nothing was sent on this connection yet, so what does not run now will not, unless it is begun again.
         alive = [s.generation for s in told.slots if s.stage == "running"]
@@ -307,6 +313,7 @@ class Observation:
             case Send(node, command):
                 self._sent[self.key_of(node, command)] = now
                 if isinstance(command, Begin):
+                    self.begun.add((command.generation, command.rank))
                     self.view(node).gone_generation = min(self.view(node).gone_generation, command.generation - 1)
             case AcknowledgeFact(node, number):
                 view = self.view(node)
@@ -359,6 +366,7 @@ class Observation:
             self.shards = {k: v for k, v in self.shards.items() if k[0] >= state.generation}
             self.validations = {k: v for k, v in self.validations.items() if k[0] >= state.generation}
             self.seen_running = {k for k in self.seen_running if k[0] >= state.generation}
+            self.begun = {k for k in self.begun if k[0] >= state.generation}
 
     def saves_of(self, generation: int) -> Iterator[tuple[int, dict[int, ShardsSaved]]]:
         """(step, reports by rank) of every save that a rank of `generation` reported."""

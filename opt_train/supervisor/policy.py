@@ -27,6 +27,7 @@ SHOW_SECONDS = 0.5
 HEAR: tuple[Rule, ...] = (saves.conclude, nodes.join)
 SAVE: tuple[Rule, ...] = (saves.abandon_failed, saves.commit)
 LISTEN: tuple[Rule, ...] = (
+    failure.see_difference,
     attempt.report_in_force,
     attempt.begin_training,
     attempt.report_validation,
@@ -35,7 +36,6 @@ LISTEN: tuple[Rule, ...] = (
 SIGNS: tuple[Rule, ...] = (
     failure.see_death,
     failure.see_node_down,
-    failure.see_difference,
     watch.watch_missing,
     watch.watch_hang,
     watch.watch_silence,
@@ -62,9 +62,9 @@ TAKE_OVER: tuple[Rule, ...] = (
     watch.watch_silence,
 )
 TRAIN: tuple[Rule, ...] = (
-    *LISTEN, *SAVE, attempt.end_by_itself, *SIGNS, attempt.begin_ranks, saves.retire, *KEEP,
+    *LISTEN, *SAVE, saves.retire, attempt.end_by_itself, *SIGNS, attempt.begin_ranks, *KEEP,
 )  # fmt: skip
-STOP: tuple[Rule, ...] = (stop.hear_obedience, *LISTEN, *SAVE, attempt.end_by_itself, stop.withdraw)
+STOP: tuple[Rule, ...] = (stop.hear_obedience, *LISTEN, *SAVE, saves.retire, attempt.end_by_itself, stop.withdraw)
 
 STAGES: Mapping[str, tuple[Rule, ...]] = {
     "assembling": GATHER,

@@ -128,6 +128,8 @@ def begin_ranks(s: Situation) -> list[Decision]:
         view = s.seen.view(node)
         if not view.connected or rank in ended or (attempt.generation, rank) in s.seen.seen_running:
             continue
+        if (attempt.generation, rank) in s.seen.begun and not view.caught_up:
+            continue  # it may have run and ended while its agent was out of reach
         begin = _begin(s, attempt, rank, node, slot, store)
         if not s.seen.was_sent(*s.seen.key_of(node, begin), within=BEGIN_AGAIN_SECONDS):
             decisions.append(Send(node, begin))

@@ -104,7 +104,7 @@ def watch_missing(s: Situation) -> list[Decision]:
         node, slot = attempt.place_of(rank)
         view = s.seen.view(node)
         absent = view.absent_since.get(slot)
-        if rank in ended or not view.connected or absent is None:
+        if rank in ended or not (view.connected and view.caught_up) or absent is None:
             continue
         seen_before = attempt.began or taking_over or (generation, rank) in s.seen.seen_running
         replaced = view.lost_generation >= generation and seen_before

@@ -173,9 +173,14 @@ class World:
         self.finish: Finish | None = None
         self.effects: list[Effect] = []
         self.fail_commits = 0
-        self.drop_wrong_lr = False
-        self.finish_code: int | None = None
+        """Commits that will fail; negative: saves of ranks that will."""
+        self.wrong_lr = False
+        """The last rank of every generation trains with another LR."""
+        self.poison: tuple[int, str] | None = None
+        """(step, log line): rank 0 crashes there, every time."""
         self.settled_saves: set[str] = set()
+        self.heard_saves: set[tuple[int, str]] = set()
+        """(generation, path) of reports that this supervisor was told."""
         self.ended: set[int] = set()
         self.failed_nodes: set[str] = set()
         self.begun: list[tuple[int, int, str]] = []
@@ -187,6 +192,7 @@ class World:
     def start_supervisor(self, config_sha256: str = "c0", **identity: Any) -> None:
         """Start one: it knows the journal and nothing else."""
         assert self.core is None
+        self.finish = None
         self.leaders += 1
         created = RunCreated("run", 0, "tiny", 1000, self.config.train.steps, 8)
         known = Identity(
@@ -198,7 +204,7 @@ class World:
             state = fold(state, entry)
         assert state == self.replayed, "a journal folds to the same state whenever it is folded"
         self.core = Supervisor(self.config, state, known)
-        self.queue, self.later = [], []
+        self.queue, self.later, self.heard_saves = [], [], set()
         self._carry_out(self.core.begin(self._clock()))
 
     def kill_supervisor(self) -> None:
@@ -211,6 +217,12 @@ class World:
         """One input, now."""
         if self.core is None:
             return
+        if (
+            isinstance(given, FactTold)
+            and isinstance(given.fact, RankFact)
+            and isinstance(given.fact.fact, ShardsSaved)
+        ):
+            self.heard_saves.add((given.fact.generation, _path(given.fact)))
         effects = self.core.handle(given, self._clock())
         self._carry_out(effects)
         if self.core is not None and any(isinstance(e, Append) for e in effects):
@@ -229,7 +241,7 @@ class World:
             self.effects.append(effect)
             self._do(effect)
 
-    def _do(self, effect: Effect) -> None:
+    def _do(self, effect: Effect) -> None:  # noqa: PLR0912 - one case an effect
         match effect:
             case Append(entry):
                 self._append(entry)
@@ -284,6 +296,8 @@ class World:
                 self.settled_saves.add(path)
             case AttemptEnded(generation):
                 self.ended.add(generation)
+                open_saves = {path for g, path in self.heard_saves if g == generation} - self.settled_saves
+                assert not open_saves, f"nothing was said of {open_saves} before generation {generation} ended"
                 left = self.living(generation)
                 assert not left, f"generation {generation} ends while ranks of it live: {left}"
             case NodeFailed(node):
@@ -300,7 +314,7 @@ class World:
             if isinstance(fact, RankExited):
                 assert old, f"the end of a rank of generation {generation} is forgotten before it is journalled"
             if isinstance(fact, RankFact) and isinstance(fact.fact, ShardsSaved):
-                path = f"checkpoints/{fact.attempt}/step-{fact.fact.step:08d}"
+                path = _path(fact)
                 assert old or path in self.settled_saves, f"{path} is forgotten before its fate is journalled"
 
     # Agents ---------------------------------------------------------------------------------------------------
@@ -453,7 +467,7 @@ class World:
         expected = in_force(self.config, (), group.step)
         for agent, _, rank in parts:
             values = dict(expected)
-            if self.drop_wrong_lr and rank.begin.rank == len(parts) - 1:
+            if self.wrong_lr and rank.begin.rank == len(parts) - 1:
                 values["lr"] *= 2.0
             self._say_of(agent, rank, InForce(values))
             rank.phase, rank.step, rank.since = "step", group.step, self.now
@@ -466,6 +480,9 @@ class World:
                     self._say_of(agent, rank, OrderObeyed(order.number, group.step))
             self._save(group, parts)
             self._leave(group, parts, 75, order.reason)
+            return
+        if self.poison is not None and group.step >= self.poison[0]:
+            self.kill_rank(0, code=1, text=self.poison[1])
             return
         group.step += 1
         for agent, _, rank in parts:
@@ -597,3 +614,8 @@ class World:
 
     def entries(self, kind: type[Any]) -> list[Entry]:
         return [entry for entry in self.journal if isinstance(entry.event, kind)]
+
+
+def _path(fact: RankFact) -> str:
+    step: int = getattr(fact.fact, "step", -1)
+    return f"checkpoints/{fact.attempt}/step-{step:08d}"
