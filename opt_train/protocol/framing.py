@@ -87,7 +87,10 @@ def from_payload(payload: Any) -> Message:
     kind = payload.get("kind") if isinstance(payload, dict) else None
     if not isinstance(kind, str) or kind not in Message.registry:
         raise ProtocolError(f"unknown message kind {kind!r}")
-    return Message.registry[kind].from_payload(payload)
+    try:
+        return Message.registry[kind].from_payload(payload)
+    except RecursionError:
+        raise ProtocolError(f"{kind}: nested too deeply") from None
 
 
 def parse(line: bytes) -> dict[str, Any]:

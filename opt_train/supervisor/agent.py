@@ -229,7 +229,6 @@ def read_options(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--node", required=True)
     parser.add_argument("--slots", type=int, required=True, help="ranks of this node")
-    parser.add_argument("--rank-module", default="opt_train.train.warm", help="what a warm rank runs")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run.resolve())
     config = json.loads(run.config_json.read_bytes())
@@ -242,7 +241,7 @@ def read_options(arguments: list[str]) -> AgentOptions:
         run=run,
         node=given.node,
         slots=given.slots,
-        rank_module=given.rank_module,
+        rank_module=cluster.get("rank_module", "opt_train.train.warm"),
         orphan_seconds=float(config.get("supervisor", {}).get("orphan_seconds", 60.0)),
         threads=train.get("threads", 0) or max(1, cores // ranks_here),
         interface=cluster.get("interface", "") or ("lo" if local else ""),

@@ -17,6 +17,8 @@ class ClusterConfig:
     """Ranks a node."""
     interface: str = ""
     """Network interface of the collectives; empty: the library's choice (`lo` on a local cluster)."""
+    rank_module: str = "opt_train.train.warm"
+    """The Python module that an agent starts as a warm rank; one of your own may wrap this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

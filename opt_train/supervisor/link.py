@@ -54,7 +54,7 @@ class Connection:
         line = await self.receive_line(deadline_seconds)
         try:
             return from_line(line)
-        except (ProtocolError, RecursionError) as error:
+        except ProtocolError as error:
             raise LinkRefused(f"not a message: {error}") from None
 
     async def receive_line(self, deadline_seconds: float) -> bytes:

@@ -170,7 +170,7 @@ class RankProcess:
                 raise ProtocolError("not a fact of a rank")
             if isinstance(fact, Metrics) and not is_metrics_line(fact.line):
                 raise ProtocolError("a metrics line is an object with a step")
-        except (ProtocolError, RecursionError) as error:
+        except ProtocolError as error:
             self.garbage_lines += 1
             if self.garbage_lines.bit_count() == 1:  # the 1st, 2nd, 4th, 8th: a flood must not fill the log
                 log.warning("process %d: line %d that is no fact: %s", self.pid, self.garbage_lines, error)

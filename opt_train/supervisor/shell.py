@@ -43,14 +43,13 @@ def supervise(
     git_commit: str = "",
     git_dirty: bool = False,
     packages: Mapping[str, str] | None = None,
-    rank_module: str = "",
     make_core: MakeCore = Supervisor,
     stream: TextIO = sys.stdout,
 ) -> int:
     """Supervise the run until it is finished, stopped, or a person must decide; returns the exit code.
 
-    The run directory holds `config.json` already. Call it from the main thread. `rank_module` and `make_core` replace
-    what ranks run (`opt_train.train.warm`) and what decides; tests use them.
+    The run directory holds `config.json` already. Call it from the main thread. `make_core` replaces what decides;
+    tests use it.
 
     Raises:
         BadInput: another process has the run, the fault plan is wrong, or the run directory cannot be written or read.
@@ -59,7 +58,7 @@ def supervise(
     try:
         with Lock.acquire(run) as lock, SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
             state = _folded(journal)
-            cluster = _cluster(config, run, rank_module)
+            cluster = _cluster(config, run)
             identity = Identity(
                 leader=state.leader + 1,
                 host=socket.gethostname(),
@@ -95,11 +94,11 @@ def supervise(
     return finish.code
 
 
-def _cluster(config: RunConfig, run: RunDirectory, rank_module: str) -> LocalCluster:
+def _cluster(config: RunConfig, run: RunDirectory) -> LocalCluster:
     if config.cluster.kind != "local":
         raise BadInput(f"cluster.kind={config.cluster.kind} is not known; use local")
     nodes = config.cluster.nodes + config.cluster.buffer_nodes
-    return LocalCluster(run, nodes, config.cluster.slots_per_node, rank_module)
+    return LocalCluster(run, nodes, config.cluster.slots_per_node)
 
 
 def _folded(journal: Journal) -> RunState:

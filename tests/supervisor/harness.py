@@ -32,7 +32,9 @@ def make_run(folder: Path, **supervisor: Any) -> RunDirectory:
     """A run directory with what an agent reads."""
     run = RunDirectory(folder / "run")
     run.path.mkdir()
-    run.config_json.write_text(json.dumps({"supervisor": supervisor, "cluster": {"kind": "local", "nodes": 2}}))
+    run.config_json.write_text(
+        json.dumps({"supervisor": supervisor, "cluster": {"kind": "local", "nodes": 2, "rank_module": RANK_MODULE}})
+    )
     ensure_secret(run.secret)
     return run
 
@@ -47,7 +49,7 @@ def start_agent(run: RunDirectory, node: str = "node-1", slots: int = 1, **more:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "agent.log").open("ab") as output:
         return subprocess.Popen(
-            [*command, "--slots", str(slots), "--rank-module", RANK_MODULE],
+            [*command, "--slots", str(slots)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -6,11 +6,11 @@ from pathlib import Path
 from opt_logbook.run_directory import RunDirectory
 
 from opt_train.supervisor.shell import supervise
-from tests.supervisor.harness import RANK_MODULE, config_of, created
+from tests.supervisor.harness import config_of, created
 from tests.supervisor.tiny_core import TinyCore
 
 if __name__ == "__main__":
     run = RunDirectory(Path(sys.argv[1]))
     core = TinyCore(run, steps=int(sys.argv[2]), step_seconds=0.05)
     config = config_of(run, *sys.argv[3:])
-    sys.exit(supervise(config, run, created(), rank_module=RANK_MODULE, make_core=core))
+    sys.exit(supervise(config, run, created(), make_core=core))

@@ -15,7 +15,7 @@ from opt_train.supervisor.clusters.cluster import DOWN, UNKNOWN, UP
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.processes import NODE_MARK, bears_mark, is_alive, mark_of, stat_of
 from tests.supervisor.conftest import processes_of
-from tests.supervisor.harness import HERE, RANK_MODULE, Listener, begin
+from tests.supervisor.harness import HERE, Listener, begin
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 def cluster(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    return LocalCluster(run, nodes=2, slots_per_node=1, rank_module=RANK_MODULE)
+    return LocalCluster(run, nodes=2, slots_per_node=1)
 
 
 def wait_for_agents(cluster: LocalCluster, *nodes: str) -> dict[str, int]:
@@ -51,7 +51,7 @@ def test_agents_outlive_a_killed_supervisor_and_the_next_one_adopts_them(
     program = (
         "import time; from pathlib import Path; from opt_logbook.run_directory import RunDirectory;"
         "from opt_train.supervisor.clusters.local import LocalCluster;"
-        f"c = LocalCluster(RunDirectory(Path({str(run.path)!r})), 2, 1, {RANK_MODULE!r});"
+        f"c = LocalCluster(RunDirectory(Path({str(run.path)!r})), 2, 1);"
         "c.start_agent('node-1'); c.start_agent('node-2'); time.sleep(1000)"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
@@ -135,7 +135,7 @@ def test_an_agent_that_leaves_makes_room_for_the_next_one(run: RunDirectory, clu
             first = (await listener.connected()).state.pid
             listener.server.send("node-1", Leave("the run is stopped"))
             await listener.until(lambda: cluster.agent_pid("node-1") is None)
-            again = LocalCluster(run, nodes=2, slots_per_node=1, rank_module=RANK_MODULE)  # the person starts it again
+            again = LocalCluster(run, nodes=2, slots_per_node=1)  # the person starts it again
             again.start_agent("node-1")
             second = await listener.until(
                 lambda: next(

@@ -25,7 +25,7 @@ from opt_train.supervisor.effects import Effect, Finish, Send
 from opt_train.supervisor.inputs import InboxTold, Input, JournalWasStalled, Now, PulseTold, Tick
 from opt_train.supervisor.shell import supervise
 from tests.supervisor.conftest import processes_of
-from tests.supervisor.harness import HERE, RANK_MODULE, begin, config_of, created
+from tests.supervisor.harness import HERE, begin, config_of, created
 from tests.supervisor.tiny_core import TinyCore, entry
 
 pytestmark = pytest.mark.timeout(60)
@@ -38,7 +38,7 @@ def _ranks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_shell(run: RunDirectory, core: TinyCore, plan: str = "") -> tuple[int, str]:
     stream = io.StringIO()
-    code = supervise(config_of(run, plan), run, created(), rank_module=RANK_MODULE, make_core=core, stream=stream)
+    code = supervise(config_of(run, plan), run, created(), make_core=core, stream=stream)
     return code, stream.getvalue()
 
 

@@ -40,11 +40,10 @@ class Registered:
 class LocalCluster:
     """Nodes ``node-1`` to ``node-N``. A new supervisor finds the agents of the one before by their registration."""
 
-    def __init__(self, run: RunDirectory, nodes: int, slots_per_node: int, rank_module: str = "") -> None:
-        """`nodes` counts those that train and those that stand by; `rank_module`: what ranks run, if not the usual."""
+    def __init__(self, run: RunDirectory, nodes: int, slots_per_node: int) -> None:
+        """`nodes` counts those that train and those that stand by."""
         self._run = run
         self._slots = slots_per_node
-        self._rank_module = rank_module
         self._names = tuple(f"node-{number}" for number in range(1, nodes + 1))
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -62,8 +61,6 @@ class LocalCluster:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-P", "-m", "opt_train.supervisor.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
-        if self._rank_module:
-            command += ["--rank-module", self._rank_module]
         with open(folder / "agent.log", "ab") as output:
             self._children[node] = subprocess.Popen(
                 command,
