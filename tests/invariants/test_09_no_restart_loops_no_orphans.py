@@ -4,7 +4,8 @@ import pytest
 from opt_logbook.events import AttemptStarted, NodeFailed, RunHalted
 
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
-from tests.supervisor_core.world import World, make_config
+from tests.supervisor_core.actors import make_config
+from tests.supervisor_core.world import World
 
 
 def poisoned(step: int, line: str) -> World:

@@ -3,7 +3,8 @@
 from opt_logbook.events import FailureSeen, IncidentDiagnosed
 
 from opt_train.supervisor.inputs import ClusterObserved
-from tests.supervisor_core.world import World, make_config
+from tests.supervisor_core.actors import make_config
+from tests.supervisor_core.world import World
 
 
 def a_run() -> World:

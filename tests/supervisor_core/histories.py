@@ -4,7 +4,8 @@ import random
 from collections.abc import Callable
 
 from opt_train.supervisor.state import TERMINAL
-from tests.supervisor_core.world import World, make_config
+from tests.supervisor_core.actors import make_config
+from tests.supervisor_core.world import World
 
 MOST_SECONDS = 900
 """Virtual seconds in which every history must have ended."""

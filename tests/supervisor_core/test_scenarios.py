@@ -29,7 +29,8 @@ from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
 from opt_train.protocol.facts import Leaving
 from opt_train.supervisor.effects import Append, FenceNode, Send, Show, WriteMetrics
 from opt_train.supervisor.inputs import InboxTold, ManifestCommitted, MetricsTold
-from tests.supervisor_core.world import World, make_config
+from tests.supervisor_core.actors import make_config
+from tests.supervisor_core.world import World
 
 
 def a_run(**changes: object) -> World:
@@ -250,7 +251,7 @@ def test_ranks_that_leave_with_75_by_themselves_are_a_stop_not_a_failure() -> No
         assert agent is not None
         assert slot is not None
         leaving = Leaving(STOPPED, 4, "SIGTERM")
-        world._end_rank(agent, slot, code=STOPPED, leaving=leaving)
+        world.end_rank(agent, slot, code=STOPPED, leaving=leaving)
     world.run(20)
     assert world.events(FailureSeen) == []
     assert world.events(RunStopped)[0].by == "SIGTERM"

@@ -6,7 +6,6 @@ what must hold whatever happens; a breach is an AssertionError.
 """
 
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 from opt_logbook.events import (
@@ -19,31 +18,23 @@ from opt_logbook.events import (
     SaveAbandoned,
 )
 
-from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config import RunConfig
-from opt_train.optim.in_force import in_force
 from opt_train.protocol.commands import Begin, Kill, Leave, Relay
 from opt_train.protocol.facts import (
     AgentState,
     GenerationGone,
-    InForce,
     Leaving,
     LogLine,
-    OrderObeyed,
     Pulse,
     RankExited,
     RankFact,
-    SavedFile,
-    SaveFailed,
     ShardsSaved,
     SlotState,
     Stacks,
     Store,
-    Validation,
 )
 from opt_train.protocol.framing import Message
 from opt_train.protocol.orders import SaveAndStop
-from opt_train.supervisor.config import ClusterConfig, SupervisorConfig
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
@@ -67,84 +58,14 @@ from opt_train.supervisor.inputs import (
     Identity,
     Input,
     ManifestCommitted,
-    MetricsTold,
     Now,
     PulseTold,
     StopAsked,
     Tick,
 )
 from opt_train.supervisor.state import RunState, fold
-from opt_train.train.config import TrainConfig
-
-STEP_SECONDS = 2
-WARM_SECONDS = 2
-START_SECONDS = 2
-TAIL_FILE = "logs/rank.log"
-
-
-def make_config(**changes: Any) -> RunConfig:
-    """A short run with short patience; `changes` go to the cluster, the supervisor, the portions or the saves."""
-    patience = {
-        "start_seconds": 15.0, "step_seconds": 8.0, "checkpoint_seconds": 12.0, "evaluation_seconds": 12.0,
-        "minimum_seconds": 6.0, "settle_seconds": 1.0, "orphan_seconds": 12.0, "join_seconds": 10.0,
-    }  # fmt: skip
-    rooms: dict[str, tuple[type, dict[str, Any]]] = {
-        "cluster": (ClusterConfig, {"nodes": 2, "buffer_nodes": 1, "slots_per_node": 1}),
-        "supervisor": (SupervisorConfig, patience),
-        "train": (TrainConfig, {"steps": 9, "global_batch": 8}),
-        "checkpoint": (CheckpointConfig, {"every_steps": 3, "keep": 2}),
-    }
-    for name, value in changes.items():
-        room = next(values for kind, values in rooms.values() if name in kind.__dataclass_fields__)
-        room[name] = value
-    return RunConfig(**{name: kind(**values) for name, (kind, values) in rooms.items()})
-
-
-@dataclass
-class Rank:
-    begin: Begin
-    pid: int
-    phase: str = "start"
-    step: int = 0
-    since: float = 0.0
-    stopped: bool = False
-    ordered: SaveAndStop | None = None
-
-
-@dataclass
-class Slot:
-    warm_at: float
-    rank: Rank | None = None
-
-
-@dataclass
-class Agent:
-    """One node's agent: keeps facts until they are acknowledged, obeys at once, kills its ranks when nobody leads."""
-
-    node: str
-    pid: int
-    slots: list[Slot]
-    led_at: float
-    connected: bool = False
-    link_until: float = 0.0
-    """The link is cut until then."""
-    killed_up_to: int = 0
-    number: int = 0
-    kept: dict[int, Message] = field(default_factory=dict)
-    frozen: bool = False
-
-
-@dataclass
-class Group:
-    """The ranks of one generation in lockstep: they move when all are there and none is stopped."""
-
-    generation: int
-    step: int
-    born: float
-    moved: float
-    saving: int = -1
-    slow_save_until: float = -1.0
-    validated: bool = False
+from tests.supervisor_core.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
+from tests.supervisor_core.lockstep import advance
 
 
 class World:
@@ -338,7 +259,7 @@ class World:
                             state = "T" if rank.stopped else "S"
                             told = Stacks(rank.begin.generation, rank.begin.rank, not rank.stopped, state)
                             self._say(agent, told)
-                        self._end_rank(agent, slot, signal=9, by_agent=True)
+                        self.end_rank(agent, slot, signal=9, by_agent=True)
                 self._say(agent, GenerationGone(generation))
             case Relay(generation, order):
                 for slot in agent.slots:
@@ -372,7 +293,7 @@ class World:
             begin.generation, Group(begin.generation, self.replayed.live.start_step, self.now, self.now)
         )
         if begin.rank == 0:
-            self._say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
+            self.say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
         group.moved = self.now
 
     def _say(self, agent: Agent, fact: Message) -> None:
@@ -381,7 +302,7 @@ class World:
         if agent.connected and not agent.frozen:
             self.queue.append(FactTold(agent.node, agent.number, fact))
 
-    def _say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
+    def say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
         self._say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
 
     def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
@@ -422,7 +343,7 @@ class World:
                     return agent, slot
         return None
 
-    def _end_rank(
+    def end_rank(
         self, agent: Agent, slot: Slot, code: int | None = None, signal: int | None = None, by_agent: bool = False,
         leaving: Leaving | None = None, tail: tuple[LogLine, ...] = (),
     ) -> None:  # fmt: skip
@@ -436,81 +357,6 @@ class World:
             ),
         )  # fmt: skip
 
-    def _advance(self, group: Group) -> None:
-        """One generation, one second: it moves only together."""
-        parts = [(a, s, s.rank) for a in self.agents.values() for s in a.slots if s.rank is not None]
-        parts = [p for p in parts if p[2].begin.generation == group.generation]
-        if not parts:
-            return
-        size = parts[0][2].begin.world_size
-        if len(parts) < size or any(rank.stopped for _, _, rank in parts):
-            for _, _, rank in parts:
-                if not rank.stopped and rank.phase == "step":
-                    rank.phase, rank.since = "waiting", self.now
-            return
-        if group.slow_save_until > self.now:
-            for _, _, rank in parts:
-                rank.since = self.now  # it reports progress
-            return
-        pause = START_SECONDS if parts[0][2].phase == "start" else STEP_SECONDS
-        if self.now - group.moved < pause:
-            return
-        group.moved = self.now
-        if parts[0][2].phase == "start":
-            self._begin_steps(group, parts)
-        elif group.step < self.config.train.steps:
-            self._step(group, parts)
-        if group.step >= self.config.train.steps:
-            self._leave(group, parts, 0, "all steps are done")
-
-    def _begin_steps(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-        expected = in_force(self.config, (), group.step)
-        for agent, _, rank in parts:
-            values = dict(expected)
-            if self.wrong_lr and rank.begin.rank == len(parts) - 1:
-                values["lr"] *= 2.0
-            self._say_of(agent, rank, InForce(values))
-            rank.phase, rank.step, rank.since = "step", group.step, self.now
-
-    def _step(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-        order = next((rank.ordered for _, _, rank in parts if rank.ordered is not None), None)
-        if order is not None:
-            for agent, _, rank in parts:
-                if rank.begin.rank == 0:
-                    self._say_of(agent, rank, OrderObeyed(order.number, group.step))
-            self._save(group, parts)
-            self._leave(group, parts, 75, order.reason)
-            return
-        if self.poison is not None and group.step >= self.poison[0]:
-            self.kill_rank(0, code=1, text=self.poison[1])
-            return
-        group.step += 1
-        for agent, _, rank in parts:
-            rank.phase, rank.step, rank.since = "step", group.step, self.now
-            if rank.begin.rank == 0 and agent.connected and not agent.frozen:
-                line = {"step": group.step, "loss": 5.0 - 0.1 * group.step, "tokens": 8 * group.step}
-                self.queue.append(MetricsTold(agent.node, group.generation, line))
-        if group.step % self.config.checkpoint.every_steps == 0 or group.step == self.config.train.steps:
-            self._save(group, parts)
-
-    def _save(self, group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-        for agent, _, rank in parts:
-            if self.fail_commits < 0:
-                self.fail_commits += 1
-                self._say_of(agent, rank, SaveFailed(group.step, "No space left on device"))
-                continue
-            files = (SavedFile(f"rank{rank.begin.rank}.safetensors", 10, "sha"),)
-            folder = f"/run/checkpoints/{rank.begin.attempt}/step-{group.step:08d}"
-            self._say_of(agent, rank, ShardsSaved(group.step, folder, files, 0.1))
-
-    def _leave(self, group: Group, parts: list[tuple[Agent, Slot, Rank]], code: int, reason: str) -> None:
-        for agent, slot, rank in parts:
-            if code == 0 and rank.begin.rank == 0:
-                self._say_of(agent, rank, Validation("validation", group.step, 2.0, 100))
-            leaving = Leaving(code, group.step, reason)
-            self._say_of(agent, rank, leaving)
-            self._end_rank(agent, slot, code=code, leaving=leaving)
-
     # Faults ---------------------------------------------------------------------------------------------------
 
     def kill_rank(self, rank: int, code: int | None = None, text: str = "") -> None:
@@ -518,7 +364,7 @@ class World:
         found = self.find(rank)
         if found is not None:
             tail = (LogLine(TAIL_FILE, 7, "Traceback (most recent call last):"), LogLine(TAIL_FILE, 8, text))
-            self._end_rank(*found, code=code, signal=None if code is not None else 9, tail=tail if text else ())
+            self.end_rank(*found, code=code, signal=None if code is not None else 9, tail=tail if text else ())
 
     def stop_rank(self, rank: int) -> None:
         found = self.find(rank)
@@ -554,7 +400,7 @@ class World:
                 self.lose_node(agent.node, "its agent left: nobody led it")
         self._drain()
         for group in list(self.groups.values()):
-            self._advance(group)
+            advance(self, group)
         self._drain()
         if self.core is not None:
             states = {node: "down" if node in self.down else "up" for node in self.names}
