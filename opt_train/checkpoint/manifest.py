@@ -149,8 +149,7 @@ def verify(folder: Path, manifest_sha256: str | None = None, progress: Progress 
     check_sizes(folder, manifest)
     done = 0
     for path, entry in manifest.files.items():
-        before = done
-        check_file(folder / path, entry, None if progress is None else _shifted(progress, before, manifest.bytes))
+        check_file(folder / path, entry, None if progress is None else shifted(progress, done, manifest.bytes))
         done += entry.bytes
     return manifest
 
@@ -188,6 +187,11 @@ def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -
         raise _unreadable(path, error) from None
     if digest.hexdigest() != entry.sha256:
         raise CheckpointError(f"{path} has a wrong checksum")
+
+
+def shifted(progress: Progress, before: int, total: int) -> Progress:
+    """`progress` as one of several files sees it: `before` bytes are done, `total` there are in all."""
+    return lambda done, _: progress(before + done, total)
 
 
 def retire(folder: Path) -> None:
@@ -299,7 +303,3 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} is missing")
     return CheckpointError(f"{path} cannot be read: {error.strerror}")
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)

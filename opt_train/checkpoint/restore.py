@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.optim import Optimizer
 
 from opt_train.checkpoint.agreement import together
-from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes
+from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes, shifted
 from opt_train.checkpoint.tensors import OPTIMIZER, put_back, tensors_of
 
 
@@ -85,10 +85,8 @@ def _verify_share(folder: Path, manifest: Manifest, rank: int, world: int, progr
     total = sum(entry.bytes for _, entry in mine)
     done = 0
     for path, entry in mine:
-        check_file(folder / path, entry)
+        check_file(folder / path, entry, None if progress is None else shifted(progress, done, total))
         done += entry.bytes
-        if progress is not None:
-            progress(done, total)
 
 
 def _check_same(wanted: Mapping[str, torch.Tensor], metadata: Metadata, with_optimizer: bool) -> None:

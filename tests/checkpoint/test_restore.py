@@ -74,7 +74,9 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
     train(model, optimizer, 0, 3)
     manifest = commit(tmp_path / "c", tensors_of(model, optimizer))
     again, its_optimizer = made(1)
-    restore(again, its_optimizer, tmp_path / "c", manifest)
+    moved: list[tuple[int, int]] = []
+    restore(again, its_optimizer, tmp_path / "c", manifest, progress=lambda done, total: moved.append((done, total)))
+    assert moved[-1] == (manifest.bytes, manifest.bytes)
     assert same(copied(again, its_optimizer), copied(model, optimizer))
     assert again.seen.tolist() == [3, 3]
     assert again.head.weight is again.embedding.weight
