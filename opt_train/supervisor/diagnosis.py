@@ -12,7 +12,7 @@ from opt_logbook.events import Evidence
 from opt_train.protocol.exits import RANK_BAD_CONFIG, RANK_UNSTABLE
 from opt_train.protocol.facts import Leaving, LogLine, RankExited, Stacks
 from opt_train.supervisor.causes import BY_LABEL, Finding, blame_of
-from opt_train.supervisor.diagnosis_patterns import EXCEPTION, ROOTS, TRACEBACK, VICTIMS
+from opt_train.supervisor.diagnosis_patterns import EXCEPTION, FRAME, ROOTS, VICTIMS
 
 SIGKILL = 9
 SIGNAL_NAMES = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
@@ -153,12 +153,13 @@ def _by_line(tail: tuple[LogLine, ...]) -> tuple[int, Finding, tuple[Evidence, .
         lines = [line for line in tail if pattern.expression.search(line.text)]
         if lines:
             return VICTIM, pattern.finding, (_evidence(lines[-1]),)
-    if not any(TRACEBACK in line.text for line in tail):
+    frames = [place for place, line in enumerate(tail) if FRAME.search(line.text)]
+    if not frames:
         return None
-    raised = [(line, match[1]) for line in tail if (match := EXCEPTION.match(line.text.strip()))]
+    raised = [(line, match[1]) for line in tail[frames[-1] :] if (match := EXCEPTION.match(line.text))]
     if not raised:
         return None
-    line, name = raised[-1]
+    line, name = raised[0]
     return USER_CODE, Finding("user_code", name, 0.85), (_evidence(line),)
 
 
@@ -170,7 +171,9 @@ def _as_seen(case: Case) -> list[Suspect]:
         if stack is not None:
             seen += tuple(_evidence(line) for line in stack[1].tail[-3:])
         stopped = stack is not None and stack[1].process_state == "T"
-        detail = "its process was stopped" if stopped else "no movement within the limit"
+        ended = case.exits.get(case.rank)
+        where = f" in phase {ended[1].phase}" if ended is not None and ended[1].phase else ""
+        detail = f"stopped moving{where}" + ("; its process was stopped" if stopped else "")
         return [Suspect(STOPPED_MOVING, Finding("hang", detail, 0.8), case.node, case.rank, seen)]
     label, detail, confidence, order = {
         "in_force": ("config", "what is in force is not what the configuration says", 0.99, 0),

@@ -91,8 +91,7 @@ VICTIMS: tuple[Pattern, ...] = (
 )  # fmt: skip
 """What a rank says whose *peer* died. Alone, on every rank, they are all there is to go by."""
 
-TRACEBACK = "Traceback (most recent call last)"
-EXCEPTION = re.compile(
-    r"^(?:\[rank\d+\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Warning|Exit|Input))(?::\s|$)"
-)
+FRAME = re.compile(r"Traceback \(most recent call last\)|^(?:\[rank\d+\]:)?\s*File \"[^\"]+\", line \d+")
+"""A traceback. The end of a log may hold its last frames only."""
+EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?::\s|$)")
 """The last line of a traceback; torch puts `[rank0]: ` before it."""

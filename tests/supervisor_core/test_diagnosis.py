@@ -96,7 +96,8 @@ def test_a_hang_is_a_hang_when_everyone_was_killed_for_it() -> None:
     exits = [ended(rank, signal=9, by_agent=True) for rank in range(2)]
     stacks = {1: ("n1", Stacks(1, 1, False, "T"))}
     found = verdict(*exits, sign="hang", rank=1, stacks=stacks)
-    assert (found.cause, found.detail, found.rank) == ("hang", "its process was stopped", 1)
+    detail = "stopped moving in phase step; its process was stopped"
+    assert (found.cause, found.detail, found.rank) == ("hang", detail, 1)
 
 
 def test_a_silent_crash_is_unknown_and_says_how_it_ended() -> None:
@@ -107,3 +108,11 @@ def test_a_silent_crash_is_unknown_and_says_how_it_ended() -> None:
 
 def test_of_two_that_say_the_same_the_first_seen_is_named() -> None:
     assert verdict(ended(0, signal=9), ended(1, signal=9), rank=1).rank == 1
+
+
+def test_the_end_of_a_traceback_is_enough() -> None:
+    """A log's tail holds so many lines; a deep traceback's first one is not among them."""
+    tail = ('  File "/run/code/loop.py", line 57, in save', "       ~~~~~^^^^^^^^", "KeyError: 'step'", "WARNING: done")
+    found = verdict(ended(0, *tail))
+    assert (found.cause, found.detail) == ("user_code", "KeyError")
+    assert verdict(ended(0, "INFO: no traceback here", "Config: fine")).cause == "unknown"
