@@ -17,7 +17,6 @@ _TOLD_ELSEWHERE = (
     kinds.TrainingBegan,
     kinds.CheckpointCommitted,
     kinds.CheckpointRetired,
-    kinds.CheckpointRejected,
     kinds.ValidationMeasured,
     kinds.AttemptEnded,
     kinds.FailureSeen,
@@ -124,6 +123,8 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             return f"order {number}, {order}: {sentence(reason)}"
         case kinds.OrderEnded(number=number, outcome=outcome):
             return f"order {number} was {outcome}{f' before step {entry.step:,}' if entry.step is not None else ''}."
+        case kinds.CheckpointRejected(path=path, why=why):
+            return f"the checkpoint {path} did not verify ({why}); an older one was looked for."
         case kinds.SaveAbandoned(path=path, why=why):
             return f"the save of {path} was abandoned: {sentence(why)}"
         case kinds.JournalMended(bytes_removed=count):

@@ -34,6 +34,8 @@ class Case:
     stacks: Mapping[int, tuple[str, Stacks]]
     down: Mapping[str, str]
     """Nodes of the generation that the cluster calls down, with its reason."""
+    fenced: tuple[str, ...] = ()
+    """Nodes that did not answer and were fenced before the cluster had called them down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,13 @@ class Suspect:
 
 
 HARDWARE_LINE, NODE_DOWN, ROOT_LINE = 0, 100, 200
-CONFESSED, USER_CODE, UNSTABLE, CRASHED, KILLED, ABSENT, STOPPED_MOVING, VICTIM, NOTHING = range(300, 309)
+CONFESSED, USER_CODE, UNSTABLE, CRASHED, KILLED, ABSENT, OUT_OF_REACH, STOPPED_MOVING, VICTIM, NOTHING = range(300, 310)
 """Order of suspects. Lines of `ROOTS` stand in the table's order; a node that is down explains all but bad hardware."""
 
 
 def diagnose(case: Case) -> Diagnosis:
     """Name the root cause of `case`."""
-    suspects = [*_nodes_down(case), *_ranks_ended(case), *_as_seen(case)]
+    suspects = [*_nodes_lost(case), *_ranks_ended(case), *_as_seen(case)]
     # Among equals the one that showed itself first, then the lowest rank: the same case always reads the same.
     first_seen = (case.node, case.rank)
     suspects.sort(key=lambda s: (s.order, (s.node, s.rank) != first_seen, s.node != case.node, s.rank))
@@ -82,13 +84,19 @@ def diagnose(case: Case) -> Diagnosis:
     )  # fmt: skip
 
 
-def _nodes_down(case: Case) -> list[Suspect]:
+def _nodes_lost(case: Case) -> list[Suspect]:
     return [
         Suspect(
             NODE_DOWN, Finding("node_failure", reason or "the cluster says it is down", 0.95), node, -1,
             (Evidence("", 0, f"cluster: {node} is down: {reason or 'no reason given'}"),),
         )
         for node, reason in case.down.items()
+    ] + [
+        Suspect(
+            OUT_OF_REACH, Finding("node_failure", "it did not answer any more and was fenced", 0.7), node, -1,
+            (Evidence("", 0, f"{node} did not answer, and was fenced before the cluster had called it down"),),
+        )
+        for node in case.fenced
     ]  # fmt: skip
 
 

@@ -80,6 +80,8 @@ class NodeView:
     cluster: str = "unknown"
     cluster_reason: str = ""
     down_since: float = 0.0
+    fenced_unreached: bool = False
+    """Fenced because it did not answer, while the cluster did not call it down: down by our own hand, then."""
     seen_up: bool = False
     facts: dict[int, Message] = field(default_factory=dict)
     """Told and not yet acknowledged, by number, in order."""
@@ -204,7 +206,7 @@ class Observation:
             if view.pid:
                 view.lost_generation = state.generation
             view.pid, view.facts, view.acknowledged = told.pid, {}, 0
-        view.connected, view.seen_up = True, True
+        view.connected, view.seen_up, view.fenced_unreached = True, True, False
         view.connected_at = self.now.monotonic
         view.connections += 1
         view.caught_up = view.retold = False
@@ -323,6 +325,7 @@ class Observation:
                     self.pending.discard(node)
             case FenceNode(node):
                 self._sent["fence", node] = now
+                self.view(node).fenced_unreached |= self.view(node).cluster != "down"
             case VerifyCheckpoint(path):
                 self._sent["verify", path] = now
             case CommitManifest(path):

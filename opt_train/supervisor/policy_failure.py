@@ -124,8 +124,8 @@ def identify(s: Situation) -> list[Decision]:
 def diagnosis_of(s: Situation, incident: Incident) -> Diagnosis:
     """The root cause by what is known of the generation now."""
     generation, nodes = s.attempt.generation, s.attempt.nodes
-    down = {n: s.seen.view(n).cluster_reason for n in nodes if s.seen.is_down(n)}
-    fenced = {n for n in down if n != incident.node and s.seen.was_sent("fence", n, within=float("inf"))}
+    fenced = tuple(n for n in nodes if s.seen.view(n).fenced_unreached)
+    down = {n: s.seen.view(n).cluster_reason for n in nodes if s.seen.is_down(n) and n not in fenced}
     if incident.sign == "down" and incident.node not in down:
         # It went down, and by now its agent may be back: what was seen was seen.
         down[incident.node] = incident.what
@@ -133,7 +133,7 @@ def diagnosis_of(s: Situation, incident: Incident) -> Diagnosis:
         sign=incident.sign, what=incident.what, node=incident.node, rank=incident.rank,
         exits=s.seen.exits.get(generation, {}), leavings=s.seen.leavings.get(generation, {}),
         stacks=s.seen.stacks.get(generation, {}),
-        down={n: why for n, why in down.items() if n not in fenced or s.seen.view(n).down_since < s.seen.stage_since},
+        down=down, fenced=fenced,
     )  # fmt: skip
     return diagnose(case)
 

@@ -28,7 +28,7 @@ from opt_train.protocol.framing import Message, to_line
 from opt_train.supervisor import rank_log
 from opt_train.supervisor.rank_process import RankProcess
 
-STACKS_SECONDS = 0.5
+STACKS_SECONDS = 2.0
 """Time for a rank to write its stacks before it is killed."""
 SPARE_ATTEMPTS = 3
 """Spares that may die one after another before a rank that waits for one is reported as dead."""

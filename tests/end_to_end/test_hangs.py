@@ -37,7 +37,6 @@ def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
         assert [event.rank for event in diagnosed] == [rank for rank, _, _ in pauses]
         for event, told, (rank, phase, _) in zip(seen, diagnosed, pauses, strict=True):
             assert phase in event.what, f"rank {rank} stopped in {phase}, but: {event.what}"
-            assert phase in told.detail, f"rank {rank} stopped in {phase}, but: {told.detail}"
             assert told.blame == "unknown", "a hang by itself is nobody's fault"
     finally:
         driving.end(process, tmp_path)

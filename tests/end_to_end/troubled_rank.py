@@ -54,7 +54,7 @@ def slow(save: Callable[..., Any]) -> Callable[..., Any]:
     step, seconds = TROUBLE["slow_save"]
 
     def save_slowly(tensors: Any, state: Mapping[str, Any], folder: Path, **more: Any) -> Any:
-        if state["step"] == step and once(f"slow{BEGUN[0].rank}"):
+        if state["counters"]["step"] == step and once(f"slow{BEGUN[0].rank}"):
             began = time.monotonic()
             while (gone := time.monotonic() - began) < seconds:
                 more["progress"](int(1000 * gone), int(1000 * seconds))

@@ -115,6 +115,19 @@ def test_a_dead_node_is_replaced_in_its_place() -> None:
     assert code_of(world) == DONE
 
 
+def test_a_lost_node_is_named_though_its_peer_complained_first() -> None:
+    """The survivor's broken connection comes before the cluster's word: it is the victim's cry, not the cause."""
+    world = a_run().until_step(4)
+    world.lose_node("n1", "its agent process is gone")
+    world.kill_rank(0, code=1, text="RuntimeError: Read error [127.0.0.1]:51859: Connection reset by peer")
+    world.run()
+    assert world.events(FailureSeen)[0].node == "n0"
+    (diagnosed,) = world.events(IncidentDiagnosed)
+    assert (diagnosed.cause, diagnosed.node) == ("node_failure", "n1")
+    assert world.events(NodePromoted) == [NodePromoted("n2", "n1", 1)]
+    assert code_of(world) == DONE
+
+
 def test_without_a_buffer_node_a_person_is_asked_and_told_the_mend() -> None:
     world = a_run(buffer_nodes=0).until_step(4)
     world.lose_node("n1")
