@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from opt_train.checkpoint.manifest import CheckpointError, build, commit, read
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
-from opt_train.checkpoint.tensors import tensors_of
+from opt_train.checkpoint.tensors import reshard, tensors_of
 from opt_train.protocol.facts import SavedFile
 
 WIDTH = 5
@@ -133,6 +133,11 @@ def after_evaluation(root: Path) -> None:
     train(model, optimizer, 0, 2)
     at_save = whole(model, optimizer)
     tokens = torch.zeros(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        model(tokens)
+    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    reshard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     with torch.no_grad():
         model(tokens)
     folder = root / "evaluated"

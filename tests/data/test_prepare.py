@@ -218,6 +218,16 @@ def test_a_killed_prepare_leaves_nothing_half_valid(corpus: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_crashed_prepare_left_does_not_get_into_the_data(corpus: Path, tmp_path: Path) -> None:
+    left = tmp_path / "out.partial"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "file").write_text("old")
+    (left / "train-00099.bin").write_text("old")
+    manifest = prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
+    expected = {"dataset.json", "tokenizer.json", *(shard.path for shard in manifest.shards)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+
+
 def test_two_at_once_prepare_one_dataset(corpus: Path, tmp_path: Path) -> None:
     processes = [start(corpus, tmp_path / "out") for _ in range(2)]
     outputs = [process.communicate(timeout=90)[0] for process in processes]
