@@ -1,7 +1,8 @@
 """One message is one line of JSON; this file turns messages into lines and back.
 
 Non-finite numbers travel as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, because JSON has no
-word for them and ``float()`` reads all three. A fact of a rank fits `MAX_FACT_BYTES`: up to PIPE_BUF a write to a
+word for them: a field of type float is a float again at the other end, and ``float()`` reads all three where a field
+is a plain mapping. A fact of a rank fits `MAX_FACT_BYTES`: up to PIPE_BUF a write to a
 non-blocking pipe is all or nothing, so lines never tear.
 """
 
@@ -18,6 +19,13 @@ MAX_MESSAGE_BYTES = 1 << 20
 """The longest line that agent and supervisor accept from one another."""
 
 
+MAX_DEPTH = 32
+"""Objects and lists within one another. Messages need a quarter of it, and what is deeper could be read but not told
+again: the way back to JSON takes more of the interpreter's stack than the way from it."""
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 class ProtocolError(Exception):
     """A line that is no message: not JSON, too long, of an unknown kind, or with wrong fields."""
 
@@ -25,6 +33,7 @@ class ProtocolError(Exception):
 class Message:
     """Base of every fact, order and command: a frozen dataclass whose `kind` names it on the wire."""
 
+    __slots__ = ()
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type["Message"]]] = {}
 
@@ -40,7 +49,7 @@ class Message:
         """Build the message from its decoded JSON object.
 
         Raises:
-            ProtocolError: a field is missing or unknown.
+            ProtocolError: a field is missing, unknown or of another type.
         """
         hints = get_type_hints(cls)
         names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
@@ -49,7 +58,7 @@ class Message:
             raise ProtocolError(f"{cls.__name__} has no field {sorted(extra)[0]!r}")
         try:
             return cls(**{name: _typed(payload[name], hints[name]) for name in names if name in payload})
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise ProtocolError(f"{cls.__name__}: {error}") from None
 
 
@@ -97,15 +106,32 @@ def parse(line: bytes) -> dict[str, Any]:
     """The JSON object on `line`.
 
     Raises:
-        ProtocolError: the line is not a JSON object.
+        ProtocolError: the line is not a JSON object, or nested deeper than `MAX_DEPTH`.
     """
     try:
-        payload = json.loads(line)
+        payload = _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not a line of JSON: {error}") from None
     if not isinstance(payload, dict):
         raise ProtocolError("not a JSON object")
+    if _is_deeper(payload, MAX_DEPTH):
+        raise ProtocolError("nested too deeply")
     return payload
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_json)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether `value` holds more than `levels` objects and lists within one another."""
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(v, levels - 1) for v in inner)
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -113,19 +139,31 @@ def _typed(value: Any, hint: Any) -> Any:
     origin = getattr(hint, "__origin__", None)
     if origin is tuple:
         inner = hint.__args__[0]
-        return tuple(_typed(v, inner) for v in value)
+        return tuple(_typed(v, inner) for v in _exactly(value, list))
+    if origin is Mapping:
+        return _exactly(value, dict)
     if isinstance(hint, type) and issubclass(hint, Message):
-        return from_payload(value) if hint is Message else hint.from_payload(value)
+        message = from_payload(value)
+        if not isinstance(message, hint):
+            raise ValueError(f"{message.kind} is not {hint.kind}")
+        return message
     if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
         return hint(**{k: _typed(v, hints[k]) for k, v in value.items()})
     if hint is float:
-        return float(value)
+        if isinstance(value, str) and value in _NON_FINITE:
+            return _NON_FINITE[value]
+        return float(value) if type(value) is int else _exactly(value, float)
     if hint in (int, str, bool):
-        if type(value) is not hint:
-            raise ValueError(f"{value!r} is not {hint.__name__}")
-        return value
+        return _exactly(value, hint)
     arguments = getattr(hint, "__args__", ())
     if type(None) in arguments:
         return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
+    return value
+
+
+def _exactly(value: Any, expected: type) -> Any:
+    # Not isinstance: to Python, true is an int.
+    if type(value) is not expected:
+        raise ValueError(f"{value!r} is not {expected.__name__}")
     return value
