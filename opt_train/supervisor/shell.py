@@ -59,6 +59,9 @@ def supervise(
         with Lock.acquire(run) as lock, SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
             state = _folded(journal)
             cluster = _cluster(config, run)
+            if state.created is None:
+                # The folder was perhaps removed under a run whose agents still live: nothing of it may meet this one.
+                cluster.release()
             identity = Identity(
                 leader=state.leader + 1,
                 host=socket.gethostname(),

@@ -1,0 +1,31 @@
+"""A run directory is removed under living agents and the run begun anew: nothing of the old run is left beside it."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import driving
+
+
+@pytest.mark.timeout(180)
+def test_ranks_of_a_removed_run_do_not_live_beside_the_new_one(tmp_path: Path) -> None:
+    process = driving.start(tmp_path)
+    run = driving.run_directory(tmp_path)
+    try:
+        driving.wait_for(lambda: driving.newest_step(run) >= 3, 120, process, tmp_path)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        old = set(driving.processes_of(tmp_path))
+        assert len(old) >= 5, "three agents and two ranks should have outlived their supervisor"
+        shutil.rmtree(run.path, ignore_errors=True)
+        shutil.rmtree(run.path, ignore_errors=True)  # the living may have written into it meanwhile
+
+        process = driving.start(tmp_path)
+        driving.wait_for(lambda: driving.newest_step(run) >= 3, 120, process, tmp_path)
+        assert not old & set(driving.processes_of(tmp_path))
+        process.send_signal(signal.SIGINT)
+        assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
+    finally:
+        driving.end(process, tmp_path)
