@@ -16,7 +16,7 @@ from opt_train.supervisor import policy_watch as watch
 from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import Identity
 from opt_train.supervisor.observation import Observation
-from opt_train.supervisor.policy_situation import Decision, Situation
+from opt_train.supervisor.policy_situation import Decision, Situation, number_in
 from opt_train.supervisor.state import TERMINAL, RunState
 
 Rule = Callable[[Situation], list[Decision]]
@@ -110,10 +110,10 @@ def show(s: Situation) -> list[Decision]:
     standing = [n for n, r in s.state.nodes.items() if r.role == "buffer" and s.seen.view(n).connected]
     line = s.seen.line
     now = Show(
-        stage=s.state.stage, step=s.step, steps=s.state.created.steps, loss=line.get("loss"),
-        tokens_per_second=line.get("tokens_per_second"), active_nodes=sum(s.seen.view(n).connected for n in places),
-        buffer_nodes=len(standing), attempt=s.state.attempt.name if s.state.attempt else "",
-        last_incident=s.state.last_incident,
+        stage=s.state.stage, step=s.step, steps=s.state.created.steps, loss=number_in(line, "loss"),
+        tokens_per_second=number_in(line, "tokens_per_second"),
+        active_nodes=sum(s.seen.view(n).connected for n in places), buffer_nodes=len(standing),
+        attempt=s.state.attempt.name if s.state.attempt else "", last_incident=s.state.last_incident,
     )  # fmt: skip
     return [] if now == s.seen.shown else [now]
 

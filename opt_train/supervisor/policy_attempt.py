@@ -25,7 +25,7 @@ from opt_train.protocol.facts import Store
 from opt_train.supervisor.effects import Send, VerifyCheckpoint
 from opt_train.supervisor.policy_nodes import close_incidents, halt, is_warm
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
-from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.policy_situation import Decision, Record, Situation, number_in
 from opt_train.supervisor.state import Attempt
 
 BUFFER_SECONDS = 5.0
@@ -257,11 +257,13 @@ def report_dropped(s: Situation) -> list[Decision]:
 def finish(s: Situation) -> list[Decision]:
     """All steps are done."""
     measured = s.state.validation
-    loss = s.seen.last_line.get("loss", measured.loss if measured else math.nan)
+    loss = number_in(s.seen.last_line, "loss")
+    if loss is None:
+        loss = measured.loss if measured else math.nan
     created = s.state.created
     tokens = s.seen.last_line.get("tokens", created.steps * created.tokens_per_step if created else 0)
     finished = RunFinished(
-        loss=float(loss),
+        loss=loss,
         validation_perplexity=measured.perplexity if measured else math.nan,
         tokens=int(tokens),
         seconds=round(max(0.0, s.seen.now.wall - s.state.created_time), 3),

@@ -1,8 +1,9 @@
 """What the rules of the policy look at: state, observation and configuration in one, and questions about them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opt_logbook.events import Event
 from opt_logbook.run_directory import RunDirectory
@@ -128,6 +129,14 @@ class Situation:
         if self.seen.was_sent("fence", node, within=FENCE_AGAIN_SECONDS):
             return False
         return self.seen.is_down(node) or self.seen.age(view.silent_since) >= UNREACHABLE_SECONDS
+
+
+def number_in(line: Mapping[str, Any], key: str) -> float | None:
+    """The number under `key` of a metrics line, NaN and infinities too, which travel as words; None: there is none."""
+    try:
+        return float(line[key])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def path_of_save(attempt: str, step: int) -> str:

@@ -10,7 +10,9 @@ import time
 import pytest
 
 from opt_train.supervisor.effects import Show
+from opt_train.supervisor.inputs import MetricsTold, Tick
 from opt_train.supervisor.status_line import StatusLine, describe
+from tests.supervisor_core.world import World
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -23,6 +25,19 @@ def test_the_line_says_what_a_person_asks_first() -> None:
     line = describe(show(incident="node_failure: node-2 is gone"))
     for part in ("training", "step 120/200", "loss 4.123", "12,346 tokens/s", "nodes 2+1", "1.01", "node-2 is gone"):
         assert part in line
+
+
+def test_a_loss_that_is_no_number_is_shown_and_does_not_end_the_line() -> None:
+    """NaN travels as a word: formatting it as a number ended the thread that writes, for the rest of the run."""
+    world = World()
+    world.start_supervisor()
+    world.until_step(2)
+    assert world.replayed.live is not None
+    world.tell(MetricsTold("n0", world.replayed.live.generation, {"step": 3, "loss": "NaN"}))
+    world.now += 1
+    world.tell(Tick())
+    shown = [effect for effect in world.effects if isinstance(effect, Show)][-1]
+    assert "loss nan" in describe(shown)
 
 
 def test_text_from_a_log_cannot_command_the_terminal() -> None:
