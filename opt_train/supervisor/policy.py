@@ -110,7 +110,7 @@ def show(s: Situation) -> list[Decision]:
     standing = [n for n, r in s.state.nodes.items() if r.role == "buffer" and s.seen.view(n).connected]
     line = s.seen.line
     now = Show(
-        stage=s.state.stage, step=s.step, steps=s.state.created.steps, loss=number_in(line, "loss"),
+        stage=s.state.stage, step=s.step, steps=s.config.train.steps, loss=number_in(line, "loss"),
         tokens_per_second=number_in(line, "tokens_per_second"),
         active_nodes=sum(s.seen.view(n).connected for n in places), buffer_nodes=len(standing),
         attempt=s.state.attempt.name if s.state.attempt else "", last_incident=s.state.last_incident,

@@ -260,12 +260,12 @@ def finish(s: Situation) -> list[Decision]:
     loss = number_in(s.seen.last_line, "loss")
     if loss is None:
         loss = measured.loss if measured else math.nan
-    created = s.state.created
-    tokens = s.seen.last_line.get("tokens", created.steps * created.tokens_per_step if created else 0)
+    train = s.config.train
+    tokens = s.seen.last_line.get("tokens", train.steps * train.global_batch * s.config.data.sequence_length)
     finished = RunFinished(
         loss=loss,
         validation_perplexity=measured.perplexity if measured else math.nan,
         tokens=int(tokens),
         seconds=round(max(0.0, s.seen.now.wall - s.state.created_time), 3),
     )
-    return [*close_incidents(s, "recovered"), Record(finished, step=created.steps if created else None)]
+    return [*close_incidents(s, "recovered"), Record(finished, step=train.steps)]

@@ -237,7 +237,9 @@ def _run_created(s: RunState, entry: Entry, event: RunCreated) -> RunState:
 
 
 def _lineage_opened(s: RunState, entry: Entry, event: LineageOpened) -> RunState:
-    return replace(s, lineage=event.lineage, config_sha256=event.config_sha256)
+    # A run that was done goes on, for example for more steps.
+    stage = "assembling" if s.stage == "finished" else s.stage
+    return replace(s, stage=stage, finished=None, lineage=event.lineage, config_sha256=event.config_sha256)
 
 
 def _supervisor_started(s: RunState, entry: Entry, event: SupervisorStarted) -> RunState:
