@@ -1,6 +1,7 @@
 """A rank that stops in any phase is found and its phase named; a checkpoint that is slow but moves is left alone."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -66,7 +67,12 @@ def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) 
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
         victim = driving.rank_process(tmp_path, rank=1)
-        signal.pidfd_send_signal(victim, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
+        driving.wait_for(lambda: "incident_closed" in driving.kinds(run), 120, process, tmp_path)
+        # No restart pays for an import: the ranks of the new attempt were there, warm, before the old one failed.
+        [failed] = driving.of_kind(run, "failure_seen")
+        for rank in (0, 1):
+            assert driving.started_at(driving.rank_process(tmp_path, rank)) < failed.time
         assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
         [killed] = [entry.event for entry in driving.of_kind(run, "generation_killed")]
         assert killed.killed == 1, "the deaf survivor was not killed"
