@@ -66,12 +66,13 @@ class RunCreated(Event, kind="run_created"):
 
 @dataclass(frozen=True, slots=True)
 class LineageOpened(Event, kind="lineage_opened"):
-    """A configuration of training keys begins; its attempts are `<lineage>.<n>`."""
+    """A configuration of training keys, and the code for it, begin; its attempts are `<lineage>.<n>`."""
 
     lineage: int
     config_sha256: str
     difference: tuple[str, ...] = ()
-    """`key: old -> new`, a line each; empty for the first lineage."""
+    """What is not as in the lineage before: `key: old -> new`, `package: old -> new`, `code: file changed`; empty for
+    the first lineage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,8 @@ class FailureSeen(Event, kind="failure_seen"):
     what: str
     """One sentence: what was observed, not why."""
     sign: str = ""
-    """What kind of observation it was: ``exit``, ``down``, ``hang``, ``silence``, ``missing``, ``in_force``."""
+    """What kind of observation it was: ``exit``, ``down``, ``hang``, ``silence``, ``missing``, ``in_force``,
+    ``takeover`` (a new supervisor did not find what it should lead), ``unsaved`` (done, but in no checkpoint)."""
 
 
 @dataclass(frozen=True, slots=True)

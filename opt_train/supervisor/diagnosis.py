@@ -187,6 +187,7 @@ def _as_seen(case: Case) -> list[Suspect]:
         "in_force": ("config", "what is in force is not what the configuration says", 0.99, 0),
         "takeover": ("none", "their supervisor was lost at their start, or its configuration changed", 0.9, NOTHING),
         "silence": ("node_failure", "no word from the node, and nothing moves", 0.6, STOPPED_MOVING),
+        "unsaved": ("storage", "the last checkpoint could not be committed", 0.8, NOTHING),
         "missing": ("killed", "the rank is gone and nobody saw how", 0.4, ABSENT),
     }.get(case.sign, ("unknown", "the evidence does not say", 0.1, NOTHING))  # fmt: skip
     return [Suspect(order, Finding(label, detail, confidence), case.node, case.rank, seen)]

@@ -62,9 +62,11 @@ TAKE_OVER: tuple[Rule, ...] = (
     watch.watch_silence,
 )
 TRAIN: tuple[Rule, ...] = (
-    *LISTEN, *SAVE, saves.retire, attempt.end_by_itself, *SIGNS, attempt.begin_ranks, *KEEP,
+    *LISTEN, *SAVE, saves.retire, failure.see_unsaved_end, attempt.end_by_itself, *SIGNS, attempt.begin_ranks, *KEEP,
 )  # fmt: skip
-STOP: tuple[Rule, ...] = (stop.hear_obedience, *LISTEN, *SAVE, saves.retire, attempt.end_by_itself, stop.withdraw)
+STOP: tuple[Rule, ...] = (
+    stop.hear_obedience, *LISTEN, *SAVE, saves.retire, failure.see_unsaved_end, attempt.end_by_itself, stop.withdraw,
+)  # fmt: skip
 
 STAGES: Mapping[str, tuple[Rule, ...]] = {
     "assembling": GATHER,

@@ -12,6 +12,7 @@ from opt_logbook.events import (
 )
 
 from opt_train.optim.in_force import differences, in_force
+from opt_train.protocol.exits import DONE
 from opt_train.supervisor.diagnosis import Case, Diagnosis, diagnose
 from opt_train.supervisor.effects import FenceNode
 from opt_train.supervisor.policy_attempt import report_dropped
@@ -53,6 +54,20 @@ def see_node_down(s: Situation) -> list[Decision]:
         reason = s.seen.view(node).cluster_reason
         return failure(s, node, -1, f"{node} is down{': ' + reason if reason else ''}", "down")
     return []
+
+
+def see_unsaved_end(s: Situation) -> list[Decision]:
+    """All ranks are done, and what they trained is in no checkpoint: finished it would be lost for good."""
+    attempt = s.attempt
+    exits = s.seen.exits.get(attempt.generation, {})
+    deaths = s.seen.deaths.get(attempt.generation)
+    if len(exits) < attempt.world_size or deaths or saves_in_flight(s):
+        return []
+    last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
+    done = all(exited.code == DONE for _, exited in exits.values())
+    if not done or any(saved.step == last for saved in s.state.chain()):
+        return []
+    return failure(s, "", -1, f"all steps are done, but there is no checkpoint of step {last}", "unsaved")
 
 
 def see_difference(s: Situation) -> list[Decision]:
