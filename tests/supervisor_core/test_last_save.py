@@ -14,7 +14,7 @@ from tests.supervisor_core.world import World
 
 
 def test_steps_whose_last_save_was_not_committed_are_done_again() -> None:
-    """A full disk at the last moment must not end a run of weeks as finished, with its last weights in no checkpoint."""
+    """A full disk at the last moment must not end a run of weeks as finished, its last weights in no checkpoint."""
     world = World()
     world.start_supervisor()
     world.until(CheckpointCommitted, 2)
