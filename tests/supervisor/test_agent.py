@@ -161,6 +161,7 @@ def test_a_deaf_or_stopped_generation_dies_on_command(run: RunDirectory, stopped
             )
             if stopped:
                 os.kill(states[1].pid, signal.SIGSTOP)
+                await listener.until(lambda: (stat := stat_of(states[1].pid)) and stat.state == "T")
             asked = time.monotonic()
             listener.server.send("node-1", Kill(1, stacks=True))
             assert (await listener.fact(GenerationGone)).generation == 1
