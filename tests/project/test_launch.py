@@ -15,7 +15,10 @@ SCRIPT = ROOT / "launch" / "one-node.sbatch"
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a stand-in for `opt-train`, that saves slowly when asked to stop, and one for `scontrol`."""
+    """A folder with stand-ins: an `opt-train` that saves slowly when asked to stop, `squeue` and `scontrol`.
+
+    `squeue` answers with what the file `state` says, `scontrol` fails as often as there are lines in `refusals`.
+    """
     program = tmp_path / "opt-train"
     program.write_text(
         f"""#!{sys.executable}
@@ -32,8 +35,15 @@ sys.exit(next((int(word[5:]) for word in sys.argv if word.startswith("code=")), 
 """
     )
     program.chmod(0o755)
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
-    (tmp_path / "scontrol").chmod(0o755)
+    stand_ins = {
+        "squeue": f"cat {tmp_path}/state",
+        "scontrol": f"if [ -s {tmp_path}/refusals ]; then sed -i 1d {tmp_path}/refusals; exit 1; fi\n"
+        f'echo "$@" >> {tmp_path}/scontrol.log',
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING None\n")
     return tmp_path
 
 
@@ -62,11 +72,31 @@ def test_without_slurm_it_is_the_command_itself(place: Path, code: int) -> None:
     assert not (place / "scontrol.log").exists()
 
 
-def test_the_time_limit_saves_and_queues_the_job_again(place: Path) -> None:
+@pytest.mark.parametrize("state", ["RUNNING None", "SIGNALING None", "COMPLETING TimeLimit"])
+def test_the_time_limit_saves_and_queues_the_job_again(place: Path, state: str) -> None:
+    (place / "state").write_text(f"{state}\n")
     process = start(place, "wait=yes", job="42")
     output = signalled(process, place)
     assert process.returncode == 75
     assert "saved" in output
+    assert (place / "scontrol.log").read_text() == "requeue 42\n"
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(place: Path) -> None:
+    (place / "state").write_text("COMPLETING None\n")
+    process = start(place, "wait=yes", job="42")
+    output = signalled(process, place)
+    assert process.returncode == 75
+    assert "saved" in output
+    assert "was cancelled" in output
+    assert not (place / "scontrol.log").exists()
+
+
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(place: Path) -> None:
+    (place / "refusals").write_text("busy\n")
+    process = start(place, "wait=yes", job="42")
+    signalled(process, place)
+    assert process.returncode == 75
     assert (place / "scontrol.log").read_text() == "requeue 42\n"
 
 

@@ -1,0 +1,156 @@
+"""A real Slurm of a few nodes on this machine, inside namespaces: nothing of the machine's own is touched.
+
+Each host (the controller, which is the login node too, and the nodes `n1` to `nN`) is a set of network, host name,
+mount and process namespaces; `slurm_lab.sh` is what runs inside. Ending the one process that was started from here ends
+everything: the kernel kills a process namespace with its first process, and that one dies with its starter.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
+SCRIPT = Path(__file__).with_name("slurm_lab.sh")
+NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+START_SECONDS = 30.0
+
+CONFIGURATION = """\
+ClusterName=lab
+SlurmctldHost=controller(10.77.0.254)
+SlurmUser=root
+AuthType=auth/munge
+# Also the time that a job which was queued again waits; 120 s by default.
+AuthInfo=cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n.spool
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SwitchType=switch/none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+ReturnToService=2
+KillWait=30
+PropagateResourceLimits=NONE
+# Believe CPUs= below, whatever the machine has.
+SlurmdParameters=config_overrides
+NodeName=n[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Why there can be no Slurm here; empty where there can."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    absent = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    if absent:
+        return f"Slurm's tests need {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
+    if os.geteuid() != 0:
+        return "Slurm's tests need root, for namespaces of their own"
+    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"], capture_output=True, check=False)
+    return "" if tried.returncode == 0 else f"Slurm's tests need namespaces: {tried.stderr.decode().strip()}"
+
+
+class SlurmLab:
+    """Use as ``with SlurmLab(folder, nodes=1) as slurm:``; `folder` takes its configuration, state and logs."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder = folder
+        self._nodes = nodes
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))} | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+
+    def __enter__(self) -> "SlurmLab":
+        for part in ("state", *(f"n{number}.spool" for number in range(1, self._nodes + 1))):
+            (self.folder / part).mkdir(parents=True)
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, nodes=self._nodes))
+        # Without this slurmd wants systemd, to make itself a control group of version 2.
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        hosts = [f"10.77.0.{number} n{number}" for number in range(1, self._nodes + 1)]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "10.77.0.254 controller", *hosts, ""]))
+        # Should the tests be killed, Slurm dies too.
+        starter = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        with (self.folder / "controller.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*starter, str(SCRIPT), "controller", str(self.folder), str(self._nodes)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+            )
+        try:
+            self._wait_until_idle()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
+        """Standard output of `command` on the login node.
+
+        Raises:
+            CalledProcessError: it failed.
+        """
+        inside = ["nsenter", "-t", str(self._first()), *NAMESPACES, f"--wdns={cwd or self.folder}", "--", *command]
+        done = subprocess.run(
+            inside, capture_output=True, text=True, check=False, env=self._environment | (environment or {})
+        )
+        if done.returncode != 0:
+            raise subprocess.CalledProcessError(done.returncode, inside, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says, as JobState=COMPLETED, Restarts=1, ExitCode=0:0 and so on."""
+        words = self.run("scontrol", "--oneliner", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def said(self) -> str:
+        """The ends of the daemons' logs, for a failed test."""
+        return "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+
+    def _first(self) -> int:
+        """PID 1 of the login node, as this process sees it."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def _wait_until_idle(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        idle = ""
+        while idle != str(self._nodes):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"Slurm did not come up:\n{self.said()}")
+            time.sleep(0.1)
+            try:
+                idle = self.run("sinfo", "--noheader", "--states=idle", "--format=%D")
+            except (subprocess.CalledProcessError, OSError, IndexError):
+                continue
+
+    def _end(self) -> None:
+        # The first process inside, not its starter: that one then reaps it, and returns when all is over.
+        with contextlib.suppress(OSError, IndexError):
+            os.kill(self._first(), signal.SIGKILL)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
