@@ -53,6 +53,8 @@ from opt_train.supervisor.inputs import (
 from opt_train.supervisor.state import RunState
 from opt_train.supervisor.timeouts import FIRST_STEPS, PhaseTimeouts
 
+STOP_ECHO_SECONDS = 2.0
+"""A Ctrl-C this soon after another is the same one: a nervous finger must not cost the state."""
 PULSE_GAP_SECONDS = 3.0
 """Pulses come every second; across a longer gap the length of a phase is not known."""
 
@@ -110,6 +112,7 @@ class Observation:
         self.highest_generation = 0
         self.stage_since = now.monotonic
         self.stops = 0
+        self._stopped_at = float("-inf")
         self.order_since = now.monotonic
         self.finished = False
         self.moved_at = now.monotonic
@@ -197,7 +200,11 @@ class Observation:
                 self.committing.pop(path, None)
                 self.committed[path] = given
             case StopAsked():
-                self.stops += 1
+                # Nor does a TERM hurry. Schedulers repeat it: `scancel` reaches the supervisor and the launch script,
+                # which hands its own on, and the time limit sends a second one while a long save is under way.
+                if given.by != "SIGTERM" and self.age(self._stopped_at) > STOP_ECHO_SECONDS:
+                    self.stops += 1
+                    self._stopped_at = now.monotonic
             case _:
                 pass
 

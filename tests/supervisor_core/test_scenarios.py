@@ -1,5 +1,6 @@
 """Each path of a run's life, told to the core by a small world in virtual time."""
 
+import pytest
 from opt_logbook.events import (
     AgentsAdopted,
     AttemptEnded,
@@ -208,12 +209,29 @@ def test_a_stop_saves_and_leaves_and_the_same_command_goes_on() -> None:
     assert code_of(world) == DONE
 
 
-def test_a_second_stop_does_not_wait_for_the_ranks() -> None:
+def test_a_ctrl_c_that_comes_twice_at_once_saves() -> None:
     world = a_run().until_step(4)
-    world.ask_stop()
-    world.ask_stop()
-    world.run(20)
-    assert world.events(OrderEnded) == [OrderEnded(1, "withdrawn")]
+    world.ask_stop("SIGINT")
+    world.ask_stop("SIGINT")
+    world.run()
+    assert world.events(OrderEnded) == [OrderEnded(1, "obeyed")]
+    assert world.events(RunStopped)[0].saved_step == 4
+
+
+@pytest.mark.parametrize(("by", "hurries"), [("SIGINT", True), ("SIGTERM", False)])
+def test_a_second_ctrl_c_does_not_wait_for_the_ranks_and_a_schedulers_second_term_does(by: str, hurries: bool) -> None:
+    """Slurm sends TERM before the time limit, and again at the limit, when the ranks may be in the middle of a save."""
+    world = a_run(minimum_seconds=60.0, step_seconds=60.0).until_step(4)
+    world.stop_rank(1)
+    world.ask_stop(by)
+    for _ in range(3):
+        world.second()
+    assert world.events(OrderEnded) == []
+    world.ask_stop(by)
+    for _ in range(10):
+        world.second()
+    assert world.events(OrderEnded) == ([OrderEnded(1, "withdrawn")] if hurries else [])
+    world.run()
     assert world.events(RunStopped)[0].saved_step == 3
     assert code_of(world) == STOPPED
 

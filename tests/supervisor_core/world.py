@@ -446,8 +446,8 @@ class World:
             self.second()
         raise AssertionError(f"no {kind.__name__}: {self.replayed.stage}, {self.kinds()[-8:]}")
 
-    def ask_stop(self) -> None:
-        self.tell(StopAsked("a person"))
+    def ask_stop(self, by: str = "a person") -> None:
+        self.tell(StopAsked(by))
         self._drain()
 
     # What was journalled --------------------------------------------------------------------------------------
