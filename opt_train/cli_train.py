@@ -35,7 +35,6 @@ from opt_logbook.metrics import MetricsWriter, number_of
 from opt_logbook.run_directory import RunDirectory
 
 from opt_train import cli_run
-from opt_train.checkpoint import manifest as manifests
 from opt_train.cli_about import summary
 from opt_train.config import RunConfig, sha256_of
 from opt_train.config_checks import check
@@ -43,6 +42,7 @@ from opt_train.data.manifest import DatasetManifest, check_fits
 from opt_train.protocol.exits import (
     BAD_INPUT,
     DONE,
+    NO,
     PERSON_MUST_DECIDE,
     RANK_BAD_CONFIG,
     RANK_UNSTABLE,
@@ -51,6 +51,9 @@ from opt_train.protocol.exits import (
 )
 from opt_train.protocol.facts import InForce, Leaving, Metrics, SavedFile, SaveFailed, ShardsSaved, Validation
 from opt_train.protocol.framing import Message
+from opt_train.supervisor.checkpoints import CheckpointKeeper
+from opt_train.supervisor.clusters.local import LocalCluster
+from opt_train.supervisor.effects import CommitManifest
 from opt_train.supervisor.state import Checkpoint, RunState, fold
 from opt_train.train.alone import Lone, train_alone
 
@@ -77,6 +80,8 @@ def train(config: RunConfig) -> int:
         code = train_alone(resolved, alone.open, alone.tell)
     finally:
         alone.close()
+    if alone.is_unsaved:
+        code = NO
     if leads:
         _render(directory)
         print(summary(directory))
@@ -111,6 +116,7 @@ class LoneRun:
         self._plan = plan
         self._lock: Lock | None = None
         self._journal: Journal | None = None
+        self._keeper: CheckpointKeeper
         self._metrics = MetricsWriter(directory)
         self._state = RunState()
         self._attempt = ""
@@ -118,13 +124,22 @@ class LoneRun:
         self._tokens = 0
         self._reports: dict[int, ShardsSaved] = {}
         """Rank to what it saved of the checkpoint that is being made."""
+        self.is_unsaved = False
+        """All steps are done, but the last checkpoint could not be committed."""
 
     def open(self) -> Lone:
         """Take the lock, journal the attempt, and decide which checkpoint it begins with.
 
         Raises:
-            BadInput: somebody else has the run, or its checkpoints are all damaged.
+            BadInput: somebody else has the run, its directory cannot be used, or its checkpoints are all damaged.
         """
+        try:
+            return self._open()
+        except OSError as error:
+            where = error.filename or self._directory.path
+            raise BadInput(f"{where}: {error.strerror or error}; mend it and start again") from None
+
+    def _open(self) -> Lone:
         config, plan = self._config, self._plan
         if plan.is_new:
             cli_run.check_room(self._directory, config)
@@ -136,6 +151,8 @@ class LoneRun:
             self._lock = Lock.acquire(self._directory)
         except LockHeld as error:
             raise BadInput(str(error)) from None
+        self._check_nobody_else_trains()
+        self._keeper = CheckpointKeeper(self._directory, self._lock, sha256_of(config))
         cli_run.write_configuration(self._directory, config, plan)
         journal = self._journal = Journal.open(self._directory, self._lock)
         for entry in journal.entries:
@@ -147,6 +164,16 @@ class LoneRun:
         if plan.is_new or plan.opens_lineage:
             self._append(LineageOpened(plan.lineage, sha256_of(config), plan.lineage_difference))
         return self._begin(journal)
+
+    def _check_nobody_else_trains(self) -> None:
+        """A supervisor that died leaves agents, and ranks that train on until their lease is over."""
+        cluster = LocalCluster(self._directory, 0, 0)
+        living = [folder.name for folder in self._directory.nodes.glob("*") if cluster.agent_pid(folder.name)]
+        if living:
+            raise BadInput(
+                f"the agents of {self._directory.path} ({', '.join(sorted(living))}) still live, without a supervisor; "
+                f"go on with `opt-train run`, or wait {self._config.supervisor.orphan_seconds:g} s until they have left"
+            )
 
     def _begin(self, journal: Journal) -> Lone:
         state = self._state
@@ -187,12 +214,10 @@ class LoneRun:
 
     def _newest_verified(self) -> Checkpoint | None:
         while (checkpoint := self._state.newest_good()) is not None:
-            try:
-                manifests.verify(self._directory.path / checkpoint.path, checkpoint.manifest_sha256)
-            except manifests.CheckpointError as error:
-                self._append(CheckpointRejected(checkpoint.path, str(error)), checkpoint.attempt, checkpoint.step)
-                continue
-            return checkpoint
+            verified = self._keeper.verify(checkpoint.path, checkpoint.manifest_sha256)
+            if not verified.why:
+                return checkpoint
+            self._append(CheckpointRejected(checkpoint.path, verified.why), checkpoint.attempt, checkpoint.step)
         if self._state.chain():
             # Never silently from scratch.
             raise BadInput(
@@ -217,11 +242,9 @@ class LoneRun:
             case ShardsSaved():
                 self._reports[rank] = fact
                 if len(self._reports) == self._config.world_size:
-                    self._commit(fact.step, Path(fact.folder))
+                    self._commit(fact.step, fact.folder)
             case SaveFailed():
-                path = self._relative(self._directory.checkpoint(self._attempt, fact.step))
-                self._append(SaveAbandoned(path, fact.reason), step=fact.step)
-                print(f"step {fact.step}: the checkpoint could not be saved: {fact.reason}", flush=True)
+                self._abandon(fact.step, fact.reason)
             case Leaving():
                 self._left(fact)
             case _:
@@ -238,30 +261,26 @@ class LoneRun:
         self._loss = math.nan if loss is None else loss
         self._tokens = int(tokens or self._tokens)
 
-    def _commit(self, step: int, folder: Path) -> None:
+    def _commit(self, step: int, folder: str) -> None:
         assert self._journal is not None
         saved: list[SavedFile] = [file for report in self._reports.values() for file in report.files]
-        seconds = max(report.seconds for report in self._reports.values())
+        seconds = round(max(report.seconds for report in self._reports.values()), 3)
         self._reports = {}
-        path = self._relative(folder)
-        try:
-            manifest = manifests.build(
-                folder,
-                self._attempt,
-                step,
-                {file.path: (file.bytes, file.sha256) for file in saved},
-                config_sha256=sha256_of(self._config),
-                journal_head=self._journal.head.hash,
-            )
-            sha256 = manifests.commit(folder, manifest)
-        except (manifests.CheckpointError, OSError) as error:
-            self._append(SaveAbandoned(path, str(error)), step=step)
+        path = self._relative(self._directory.checkpoint(self._attempt, step))
+        files = {file.path: (file.bytes, file.sha256) for file in saved}
+        wanted = CommitManifest(path, folder, self._attempt, step, files, seconds)
+        done = self._keeper.commit(wanted, self._journal.head.hash)
+        if done.why:
+            self._abandon(step, done.why)
             return
-        committed = CheckpointCommitted(
-            path, sha256, manifest.bytes, len(manifest.files), round(seconds, 3), manifest.healthy
-        )
+        committed = CheckpointCommitted(path, done.manifest_sha256, done.bytes, done.files, done.seconds, done.healthy)
         self._append(committed, step=step)
         self._retire()
+
+    def _abandon(self, step: int, why: str) -> None:
+        path = self._relative(self._directory.checkpoint(self._attempt, step))
+        self._append(SaveAbandoned(path, why), step=step)
+        print(f"step {step}: the checkpoint could not be saved: {why}", flush=True)
 
     def _retire(self) -> None:
         """Keep the newest `checkpoint.keep` of the live chain, two good ones at the least."""
@@ -270,19 +289,24 @@ class LoneRun:
         for checkpoint in self._state.checkpoints:
             if checkpoint.path not in kept:
                 self._append(CheckpointRetired(checkpoint.path), checkpoint.attempt, checkpoint.step)
-                manifests.retire(self._directory.path / checkpoint.path)
+                self._keeper.retire(checkpoint.path)
 
     def _left(self, leaving: Leaving) -> None:
         assert self._state.attempt is not None
+        saved = max((c.step for c in self._state.chain()), default=-1)
+        self.is_unsaved = leaving.code == DONE and saved != leaving.step
         outcome = {DONE: "finished", STOPPED: "stopped"}.get(leaving.code, "failed")
+        outcome = "failed" if self.is_unsaved else outcome
         self._append(AttemptEnded(self._state.attempt.generation, outcome), step=max(0, leaving.step))
-        if leaving.code == DONE:
+        if self.is_unsaved:
+            print(f"step {leaving.step} is done, but in no checkpoint; start again to train the last steps again")
+        elif leaving.code == DONE:
             perplexity = self._state.validation.perplexity if self._state.validation else math.nan
             seconds = round(time.time() - self._state.created_time, 3)
             self._append(RunFinished(self._loss, perplexity, self._tokens, seconds), step=leaving.step)
         elif leaving.code == STOPPED:
             by = leaving.reason.partition(";")[0].removeprefix("asked to stop by ")
-            self._append(RunStopped(by, max((c.step for c in self._state.chain()), default=-1)), step=leaving.step)
+            self._append(RunStopped(by, saved), step=leaving.step)
         else:
             print(f"opt-train: {leaving.reason}", flush=True)
 

@@ -1,0 +1,113 @@
+"""What a lone rank's record-keeper must not do: train beside others, trust a path, or call done what is lost."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from opt_logbook.events import CheckpointCommitted, Entry
+from opt_logbook.journal import Journal, read
+from opt_logbook.lock import Lock
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train import cli_run, cli_train
+from opt_train.cli_train import LoneRun
+from opt_train.config import RunConfig, compose
+from opt_train.protocol.exits import DONE, NO, BadInput
+from opt_train.protocol.facts import Leaving, SavedFile, ShardsSaved
+from opt_train.supervisor.processes import stat_of
+
+SMALL = (
+    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
+    "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32", "optim.warmup_steps=2", "train.steps=12",
+    "train.global_batch=4", "train.micro_batch=2", "train.threads=1", "checkpoint.every_steps=4", "checkpoint.keep=2",
+    "data.validation_fraction=0.2", "name=small",
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(workplace: Path) -> RunConfig:
+    return compose(SMALL)
+
+
+def a_lone_run(config: RunConfig) -> tuple[LoneRun, RunDirectory]:
+    run, resolved = cli_run.resolve(config)
+    return LoneRun(run, resolved, cli_run.plan_of(run, resolved, asked_for_lineage=False)), run
+
+
+def save(alone: LoneRun, run: RunDirectory, attempt: str, step: int, missing_bytes: int = 0) -> None:
+    """What a rank writes and says when it saves."""
+    folder = run.checkpoint(attempt, step)
+    folder.mkdir(parents=True)
+    files = []
+    for name, content in (("state.json", b"{}"), ("model.safetensors", b"weights")):
+        (folder / name).write_bytes(content)
+        files.append(SavedFile(name, len(content) + missing_bytes, hashlib.sha256(content).hexdigest()))
+    alone.tell(0, ShardsSaved(step, str(folder), tuple(files), 0.1))
+
+
+def test_ranks_of_a_dead_supervisor_are_not_joined_by_a_lone_one(config: RunConfig) -> None:
+    """Its lock is free and its ranks train on until their agents' lease is over: two generations at once."""
+    alone, run = a_lone_run(config)
+    (run.nodes / "node-1").mkdir(parents=True)
+    me = stat_of(os.getpid())
+    assert me is not None
+    registration = {"node": "node-1", "pid": os.getpid(), "start_ticks": me.start_ticks}
+    (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration))
+    with pytest.raises(BadInput, match=r"node-1.*still live.*opt-train run"):
+        alone.open()
+    alone.close()
+    assert not run.journal.exists()
+
+    (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration | {"start_ticks": 1}))
+    assert alone.open().attempt == "1.00", "an agent that is gone keeps nobody out"
+    alone.close()
+
+
+def test_a_path_in_the_journal_does_not_lead_retirement_out_of_the_run(config: RunConfig, workplace: Path) -> None:
+    precious = workplace / "precious" / "folder"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").write_text("years of work")
+    alone, run = a_lone_run(config)
+    alone.open()
+    save(alone, run, "1.00", 4)
+    alone.close()
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        planted = CheckpointCommitted("../../precious/folder", "0" * 64, 1, 1, 0.1, healthy=True)
+        journal.append(Entry(1.7e9, "1.00", 1, planted))
+
+    alone, run = a_lone_run(config)
+    assert alone.open().checkpoint == str(run.checkpoint("1.00", 4))
+    for step in (8, 12):
+        save(alone, run, "1.01", step)
+    alone.close()
+    assert not run.checkpoint("1.00", 4).exists()
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_done_is_only_what_a_checkpoint_holds(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the last save: the run is not finished, says so, and trains the last steps again when asked."""
+
+    def ranks(_config: RunConfig, open_run: Callable[[], object], tell: Callable[[int, object], None]) -> int:
+        alone = tell.__self__  # type: ignore[attr-defined]  # LoneRun.tell is a method
+        open_run()
+        save(alone, RunDirectory(Path(config.runs, config.name).absolute()), "1.00", 12, missing_bytes=1)
+        tell(0, Leaving(DONE, 12, "all 12 steps are done"))
+        return DONE
+
+    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    assert cli_train.train(config) == NO
+    run = RunDirectory(Path(config.runs, config.name))
+    last = [entry.event for entry in read(run.journal).entries][-2:]
+    assert [event.kind for event in last] == ["save_abandoned", "attempt_ended"]
+    assert last[1].outcome == "failed"
+
+
+def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) -> None:
+    alone, run = a_lone_run(config)
+    run.lock.mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"journal\.lock.*mend it"):
+        alone.open()
+    alone.close()
