@@ -139,6 +139,8 @@ class Observation:
         """(generation, rank) seen in a slot."""
         self.begun: set[tuple[int, int]] = set()
         """(generation, rank) that were told to begin."""
+        self.kill_asked: dict[tuple[str, int], float] = {}
+        """(node, generation) -> when its agent was first told to kill it."""
         self.committing: dict[str, float] = {}
         self.committed: dict[str, ManifestCommitted] = {}
         self.verified: dict[str, CheckpointVerified] = {}
@@ -321,6 +323,8 @@ class Observation:
         match effect:
             case Send(node, command):
                 self._sent[self.key_of(node, command)] = now
+                if isinstance(command, Kill):
+                    self.kill_asked.setdefault((node, command.generation), now)
                 if isinstance(command, Begin):
                     self.begun.add((command.generation, command.rank))
                     self.view(node).gone_generation = min(self.view(node).gone_generation, command.generation - 1)
@@ -370,7 +374,7 @@ class Observation:
         if before.generation != state.generation:
             self.moved_at = now
             self.step, self.line = -1, {}
-            self.verified, self.failed_saves, self._sent = {}, {}, {}
+            self.verified, self.failed_saves, self._sent, self.kill_asked = {}, {}, {}, {}
             for table in (self.stores, self.in_force, self.exits, self.deaths, self.leavings, self.stacks):
                 _forget(table, state.generation)
             self.shards = {k: v for k, v in self.shards.items() if k[0] >= state.generation}

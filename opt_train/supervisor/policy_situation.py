@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from opt_train.supervisor.state import Attempt, RunState
 
 REPEAT_SECONDS = 2.0
 """A kill that was not answered is sent again after this."""
+UNKILLED_SECONDS = 60.0
+"""An agent that cannot tell the end of its ranks by then (one hangs in the kernel, say) is fenced with its node."""
 FENCE_AGAIN_SECONDS = 10.0
 UNREACHABLE_SECONDS = 5.0
 """Grace for an agent to dial in again before its node is fenced: an agent that lives redials at once."""
@@ -110,11 +113,15 @@ class Situation:
         return self.lease_is_over(view)
 
     def end_of(self, generation: int, nodes: tuple[str, ...]) -> list[Decision]:
-        """What brings `generation` to its end: kills where agents can be told, fences where they cannot."""
+        """What brings `generation` to its end: kills where agents can be told, fences where that does not help."""
         decisions: list[Decision] = []
         for node in nodes:
             view = self.seen.view(node)
-            if view.connected:
+            if view.connected and self.seen.age(self.seen.kill_asked.get((node, generation), inf)) > UNKILLED_SECONDS:
+                fenced = self.seen.was_sent("fence", node, within=FENCE_AGAIN_SECONDS)
+                if view.gone_generation < generation and not fenced:
+                    decisions.append(FenceNode(node))
+            elif view.connected:
                 kill = Kill(generation=generation, stacks=True)
                 due = not self.seen.was_sent(*self.seen.key_of(node, kill), within=REPEAT_SECONDS)
                 if view.gone_generation < generation and due:

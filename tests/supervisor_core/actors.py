@@ -67,6 +67,8 @@ class Agent:
     number: int = 0
     kept: dict[int, Message] = field(default_factory=dict)
     frozen: bool = False
+    unkillable: bool = False
+    """A rank of it hangs in the kernel: it takes kills and can never tell the end."""
 
 
 @dataclass

@@ -57,6 +57,12 @@ def freeze_an_agent(world: World, draw: random.Random) -> None:
         agent.frozen = True
 
 
+def hang_a_rank_in_the_kernel(world: World, draw: random.Random) -> None:
+    agent = world.agents.get(draw.choice(world.names))
+    if agent is not None:
+        agent.unkillable = True
+
+
 def spoil_a_checkpoint(world: World, draw: random.Random) -> None:
     if world.disk:
         world.disk[draw.choice(sorted(world.disk)[-2:])] = "rank0.safetensors has another sha256"
@@ -91,6 +97,7 @@ FAULTS: tuple[tuple[Fault, int], ...] = (
     (cut_a_link, 4),
     (cut_all_links, 1),
     (freeze_an_agent, 1),
+    (hang_a_rank_in_the_kernel, 1),
     (spoil_a_checkpoint, 2),
     (fail_a_commit, 2),
     (kill_the_supervisor, 6),

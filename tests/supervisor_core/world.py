@@ -250,6 +250,8 @@ class World:
         match command:
             case Begin():
                 self._begin(agent, command)
+            case Kill() if agent.unkillable:
+                pass
             case Kill(generation, stacks):
                 agent.killed_up_to = max(agent.killed_up_to, generation)
                 for slot in agent.slots:
