@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,10 @@ BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the weight and AdamW's two moments, each in fp32."""
 
 PACKAGES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "safetensors")
-"""What else decides the numbers; their versions go into every attempt's journal line."""
+"""What else decides the numbers; their versions go into every attempt's journal line, and a lineage keeps to them."""
+
+FILES_NAMED = 3
+"""Sources that are told by name when they are not those a lineage began with; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,11 @@ def resolve(config: RunConfig) -> tuple[RunDirectory, RunConfig]:
 
 
 def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool) -> Plan:
-    """Compare `config` with what the run directory says was trained there.
+    """Compare `config` and the code that runs with what the run directory says was trained there.
 
     Raises:
-        BadInput: training keys differ and no new lineage was asked for; or the folder is none of ours; or a lineage was
-            asked for where there is nothing to go on from.
+        BadInput: training keys or code differ and no new lineage was asked for; or the folder is none of ours; or a
+            lineage was asked for where there is nothing to go on from.
     """
     entries = journal.read(directory.journal).entries
     lineages = [entry.event.lineage for entry in entries if isinstance(entry.event, LineageOpened)]
@@ -120,17 +123,21 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
         return Plan(1, False, (), (), is_new=True, is_finished=False)
     # A lineage's own copy is compared, not the newest configuration: a crash between writing that and journalling the
     # new lineage must not make the change look as if it had been agreed to.
-    training, _ = difference(_read(_code_of(directory, lineages[-1]) / "config.json"), config)
+    kept = _code_of(directory, lineages[-1])
+    training, _ = difference(_read(kept / "config.json"), config)
     _, operational = difference(_read(directory.config_json), config)
-    if training and not asked_for_lineage:
+    if not training and isinstance(entries[-1].event, RunFinished):
+        # Nothing will be computed any more, so newer code changes nothing.
+        return Plan(lineages[-1], False, (), tuple(operational), is_new=False, is_finished=True)
+    changed = (*training, *_code_difference(kept))
+    if changed and not asked_for_lineage:
+        what, this = ("another configuration", "this one") if training else ("other code", "this code")
         raise BadInput(
-            f"{directory.path} was trained with another configuration ({'; '.join(training)}); "
-            "add lineage=new to go on from its newest checkpoint with this one, or choose another name="
+            f"{directory.path} was trained with {what} ({'; '.join(changed)}); "
+            f"add lineage=new to go on from its newest checkpoint with {this}, or choose another name="
         )
-    finished = not training and isinstance(entries[-1].event, RunFinished)
-    return Plan(
-        lineages[-1] + bool(training), bool(training), tuple(training), tuple(operational), False, is_finished=finished
-    )
+    lineage = lineages[-1] + bool(changed)
+    return Plan(lineage, bool(changed), changed, tuple(operational), is_new=False, is_finished=False)
 
 
 def _read(path: Path) -> RunConfig:
@@ -138,6 +145,48 @@ def _read(path: Path) -> RunConfig:
         return from_json(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); restore it, or choose another name=") from None
+
+
+def _code_difference(kept: Path) -> list[str]:
+    """What runs now and is not in `kept`, a lineage's copy: versions of `PACKAGES` first, then sources.
+
+    Raises:
+        BadInput: the copy cannot be read.
+    """
+    try:
+        lines = (kept / "packages.txt").read_text().splitlines()
+        before = _sources({package: kept / package for package in _packages()})
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{kept} cannot be read ({error}); restore it, or choose another name=") from None
+    recorded = dict(line.split("==", 1) for line in lines if "==" in line)
+    installed = versions()
+    found = [
+        f"{package}: {recorded.get(package, 'absent')} -> {installed[package]}"
+        for package in PACKAGES
+        if recorded.get(package) != installed[package]
+    ]
+    now = _sources(_packages())
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    for name in names[:FILES_NAMED]:
+        fate = "new" if name not in before else "gone" if name not in now else "changed"
+        found.append(f"code: {name} {fate}")
+    if len(names) > FILES_NAMED:
+        found.append(f"code: and {len(names) - FILES_NAMED} more")
+    return found
+
+
+def _packages() -> dict[str, Path]:
+    """The packages whose code decides what a run computes and records, and where they run from."""
+    return {package.__name__: Path(package.__path__[0]) for package in (opt_train, opt_logbook)}
+
+
+def _sources(packages: Mapping[str, Path]) -> dict[str, bytes]:
+    """Name to content of each source file. Presets and launch scripts, which a wheel carries along, are none."""
+    return {
+        f"{package}/{path.relative_to(folder).as_posix()}": path.read_bytes()
+        for package, folder in packages.items()
+        for path in folder.rglob("*.py")
+    }
 
 
 def check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
@@ -244,11 +293,14 @@ def _copy_code(target: Path, config: RunConfig) -> None:
     # What an earlier start left that died before it could journal the lineage.
     shutil.rmtree(target, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for package in (opt_train, opt_logbook):
-        [source] = package.__path__
-        shutil.copytree(source, target / package.__name__, ignore=ignore, dirs_exist_ok=True)
-    installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}, key=str.lower)
-    _replace(target / "packages.txt", "\n".join([f"# Python {sys.version.split()[0]}", *installed]) + "\n")
+    for package, source in _packages().items():
+        shutil.copytree(source, target / package, ignore=ignore, dirs_exist_ok=True)
+    installed: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        # The first on the path is the one that is imported.
+        installed.setdefault(distribution.name.lower().replace("_", "-"), distribution.version)
+    listed = sorted(f"{name}=={version}" for name, version in installed.items())
+    _replace(target / "packages.txt", "\n".join([f"# Python {sys.version.split()[0]}", *listed]) + "\n")
     _replace(target / "config.json", to_json(config))
 
 

@@ -66,7 +66,7 @@ class RunCreated(Event, kind="run_created"):
 
 @dataclass(frozen=True, slots=True)
 class LineageOpened(Event, kind="lineage_opened"):
-    """A configuration of training keys, and the code for it, begin; its attempts are `<lineage>.<n>`."""
+    """Training keys and code that all attempts from here on share; these are `<lineage>.<n>`."""
 
     lineage: int
     config_sha256: str

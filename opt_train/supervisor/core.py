@@ -41,13 +41,12 @@ class Supervisor:
         """Take the run over, or create it: the first lines of this supervisor, and an agent on every node."""
         self.seen = Observation(self.config.supervisor, now)
         identity = self.identity
-        new_training = identity.opens_lineage and self.state.config_sha256 != identity.config_sha256
-        if self.state.stage == "finished" and not new_training:
+        if self.state.stage == "finished" and not identity.opens_lineage:
             self.seen.finished = True
             return [farewell(Situation(self.state, self.seen, self.config, identity))]
         resumed = self.state.created is not None
         effects = [] if resumed else self._append(Record(identity.created))
-        if self.state.lineage == 0 or new_training:
+        if self.state.lineage == 0 or identity.opens_lineage:
             difference = identity.lineage_difference if self.state.lineage else ()
             opened = LineageOpened(self.state.lineage + 1, identity.config_sha256, difference)
             effects += self._append(Record(opened))

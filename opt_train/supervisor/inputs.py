@@ -35,7 +35,7 @@ class Identity:
     created: RunCreated
     """Journalled if the journal is empty."""
     opens_lineage: bool = False
-    """Training keys changed and the user said `lineage=new` (a first run always opens lineage 1)."""
+    """Training keys or code changed and the user said `lineage=new` (a first run always opens lineage 1)."""
     lineage_difference: tuple[str, ...] = ()
     operational_difference: tuple[str, ...] = ()
     git_commit: str = ""

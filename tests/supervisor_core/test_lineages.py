@@ -25,3 +25,19 @@ def test_a_finished_run_goes_on_under_a_new_lineage() -> None:
     )
     assert world.finish is not None
     assert world.finish.code == DONE
+
+
+def test_other_code_under_the_same_configuration_is_a_lineage_of_its_own() -> None:
+    """Ranks that train with the old code must not be adopted, nor their steps be told as the new code's."""
+    world = World(make_config(steps=9))
+    world.start_supervisor()
+    world.until_step(4)
+    world.kill_supervisor()
+    world.second()
+    world.start_supervisor("c0", opens_lineage=True, lineage_difference=("torch: 2.12.0 -> 2.13.0",))
+    world.run()
+    assert world.events(LineageOpened)[1:] == [LineageOpened(2, "c0", ("torch: 2.12.0 -> 2.13.0",))]
+    newest = world.entries(AttemptStarted)[-1]
+    assert (newest.attempt, newest.step, newest.event.parent) == ("2.00", 3, "1.00")
+    assert world.finish is not None
+    assert world.finish.code == DONE
