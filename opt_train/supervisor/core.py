@@ -52,8 +52,8 @@ class Supervisor:
             effects += self._append(Record(opened))
         started = SupervisorStarted(identity.leader, identity.host, identity.pid, identity.version, resumed)
         effects += self._append(Record(started))
-        # Journalled as retired, but the crash may have come before the folder was gone.
-        effects += [RetireCheckpoint(path) for path in self.state.retired]
+        # Journalled as retired or abandoned, but the crash may have come before the folder was gone.
+        effects += [RetireCheckpoint(path) for path in (*self.state.retired, *self.state.abandoned)]
         effects += [StartAgent(node) for node in identity.nodes if not self.state.has_failed(node)]
         return [*effects, *self._settle()]
 

@@ -50,7 +50,7 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
-from opt_train.supervisor.state import RunState
+from opt_train.supervisor.state import RunState, path_of_save
 from opt_train.supervisor.timeouts import FIRST_STEPS, PhaseTimeouts
 
 STOP_ECHO_SECONDS = 2.0
@@ -381,6 +381,20 @@ class Observation:
             self.validations = {k: v for k, v in self.validations.items() if k[0] >= state.generation}
             self.seen_running = {k for k in self.seen_running if k[0] >= state.generation}
             self.begun = {k for k in self.begun if k[0] >= state.generation}
+
+        self._forget_settled(before, state)
+
+    def _forget_settled(self, before: RunState, state: RunState) -> None:
+        """An attempt may last for weeks: what is journalled of its saves and validations is not kept here as well."""
+        name = state.attempt.name if state.attempt is not None else ""
+        if before.settled_saves != state.settled_saves:
+            settled = [key for key in self.shards if path_of_save(name, key[1]) in state.settled_saves]
+            for key in settled:
+                del self.shards[key]
+        if before.validations != state.validations:
+            told = [key for key in self.validations if key[1:] in state.validations]
+            for seen in told:
+                del self.validations[seen]
 
     def saves_of(self, generation: int) -> Iterator[tuple[int, dict[int, ShardsSaved]]]:
         """(step, reports by rank) of every save that a rank of `generation` reported."""

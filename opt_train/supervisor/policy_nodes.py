@@ -18,8 +18,8 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.framing import Message
 from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
-from opt_train.supervisor.policy_situation import REPEAT_SECONDS, Decision, Record, Situation, path_of_save
-from opt_train.supervisor.state import Attempt
+from opt_train.supervisor.policy_situation import REPEAT_SECONDS, Decision, Record, Situation
+from opt_train.supervisor.state import Attempt, path_of_save
 
 LEAVE_AGAIN_SECONDS = 10.0
 

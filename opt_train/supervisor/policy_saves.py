@@ -3,7 +3,8 @@
 from opt_logbook.events import CheckpointCommitted, CheckpointRetired, SaveAbandoned
 
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
-from opt_train.supervisor.policy_situation import Decision, Record, Situation, path_of_save
+from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.state import path_of_save
 
 FEWEST_KEPT = 2
 """The newest two good ones of the live chain are never retired, whatever `checkpoint.keep` says."""
@@ -32,7 +33,7 @@ def conclude(s: Situation) -> list[Decision]:
             continue
         if answer.why:
             if path not in s.state.settled_saves:
-                decisions.append(Record(SaveAbandoned(path, answer.why), answer.step, answer.attempt))
+                decisions += abandon(s, path, answer.why, answer.step, answer.attempt)
             continue
         made = CheckpointCommitted(
             path, answer.manifest_sha256, answer.bytes, answer.files, answer.seconds, answer.healthy
@@ -48,18 +49,28 @@ def abandon_failed(s: Situation) -> list[Decision]:
     for (generation, step), (rank, reason) in s.seen.failed_saves.items():
         path = path_of_save(attempt.name, step)
         if generation == attempt.generation and path not in s.state.settled_saves:
-            decisions.append(Record(SaveAbandoned(path, f"rank {rank}: {reason}"), step))
+            decisions += abandon(s, path, f"rank {rank}: {reason}", step, attempt.name)
     return decisions
 
 
 def abandon_unfinished(s: Situation, why: str) -> list[Decision]:
     """The generation is at its end: what it has not saved completely will never be complete."""
     attempt = s.attempt
-    return [
-        Record(SaveAbandoned(path, f"{why} ({len(reports)} of {attempt.world_size} ranks had reported)"), step)
-        for step, reports in s.seen.saves_of(attempt.generation)
-        if (path := path_of_save(attempt.name, step)) not in s.state.settled_saves
-    ]
+    decisions: list[Decision] = []
+    for step, reports in s.seen.saves_of(attempt.generation):
+        path = path_of_save(attempt.name, step)
+        if path not in s.state.settled_saves:
+            told = f"{why} ({len(reports)} of {attempt.world_size} ranks had reported)"
+            decisions += abandon(s, path, told, step, attempt.name)
+    return decisions
+
+
+def abandon(s: Situation, path: str, why: str, step: int, attempt: str) -> list[Decision]:
+    """Say that a save came to nothing, and give its space back: a large model's shards fill a disk in a few."""
+    decisions: list[Decision] = [Record(SaveAbandoned(path, why), step, attempt)]
+    if path not in s.seen.committing:
+        decisions.append(RetireCheckpoint(path))
+    return decisions
 
 
 def saves_in_flight(s: Situation) -> bool:

@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from typing import Any
 
 from opt_logbook.events import Event
-from opt_logbook.run_directory import RunDirectory
 
 from opt_train.config import RunConfig
 from opt_train.protocol.commands import Kill
@@ -26,8 +24,6 @@ UNREACHABLE_SECONDS = 5.0
 """Grace for an agent to dial in again before its node is fenced: an agent that lives redials at once."""
 LEASE_MARGIN = 1.25
 """An agent without a leader has killed its ranks after this many times `supervisor.orphan_seconds`."""
-
-RELATIVE = RunDirectory(Path())
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +140,3 @@ def number_in(line: Mapping[str, Any], key: str) -> float | None:
         return float(line[key])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def path_of_save(attempt: str, step: int) -> str:
-    """A checkpoint's path relative to the run directory."""
-    return str(RELATIVE.checkpoint(attempt, step))

@@ -6,6 +6,7 @@ A supervisor that starts folds the journal and stands where the one before stood
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from opt_logbook.events import (
@@ -38,11 +39,14 @@ from opt_logbook.events import (
     TrainingBegan,
     ValidationMeasured,
 )
+from opt_logbook.run_directory import RunDirectory
 
 TERMINAL = frozenset({"finished", "stopped", "halted"})
 """Stages in which nothing more happens until somebody starts the run again."""
 
 SAVE_AND_STOP = "save_and_stop"
+
+RELATIVE = RunDirectory(Path())
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,8 @@ class RunState:
     """Paths of the current attempt's saves that were committed or abandoned: facts about them are old news."""
     retired: tuple[str, ...] = ()
     """The last few retired paths: a crash may have kept their folders."""
+    abandoned: tuple[str, ...] = ()
+    """The last few abandoned paths, likewise."""
     furthest_save: int = -1
     """The largest step ever committed: passing it is progress."""
     open_incidents: tuple[Incident, ...] = ()
@@ -224,6 +230,11 @@ class RunState:
         good = [c for c in self.chain() if not c.rejected]
         best = [c for c in good if c.healthy] or good
         return best[-1] if best else None
+
+
+def path_of_save(attempt: str, step: int) -> str:
+    """A checkpoint's path relative to the run directory."""
+    return str(RELATIVE.checkpoint(attempt, step))
 
 
 def fold(state: RunState, entry: Entry) -> RunState:
@@ -340,6 +351,7 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
     progress = step > s.furthest_save
     return replace(
         s, checkpoints=(*s.checkpoints, made), settled_saves=s.settled_saves | {event.path},
+        abandoned=tuple(path for path in s.abandoned if path != event.path),
         furthest_save=max(s.furthest_save, step), restarts={} if progress else s.restarts,
     )  # fmt: skip
 
@@ -355,7 +367,8 @@ def _checkpoint_retired(s: RunState, entry: Entry, event: CheckpointRetired) -> 
 
 
 def _save_abandoned(s: RunState, entry: Entry, event: SaveAbandoned) -> RunState:
-    return replace(s, settled_saves=s.settled_saves | {event.path})
+    abandoned = (*s.abandoned, event.path)[-RETIRED_REMEMBERED:]
+    return replace(s, settled_saves=s.settled_saves | {event.path}, abandoned=abandoned)
 
 
 def _order_given(s: RunState, entry: Entry, event: OrderGiven) -> RunState:
