@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from opt_logbook.attempt import AttemptId
 from opt_logbook.events import (
     AttemptEnded,
     AttemptStarted,
@@ -181,9 +180,7 @@ class LoneRun:
             # Whoever trained it died without a word: the lock was free.
             self._append(AttemptEnded(state.live.generation, "failed"), attempt=state.live.name)
         checkpoint = self._newest_verified()
-        last = AttemptId.parse(state.attempt.name) if state.attempt else None
-        same = last is not None and last.lineage == self._plan.lineage
-        self._attempt = str(last.next() if last is not None and same else AttemptId(self._plan.lineage, 0))
+        self._attempt = state.next_attempt(self._plan.lineage)
         commit, dirty = cli_run.git_state()
         started = AttemptStarted(
             generation=state.generation + 1,

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-from opt_logbook.attempt import AttemptId
 from opt_logbook.events import (
     AgentsAdopted,
     AttemptEnded,
@@ -90,7 +89,7 @@ def start(s: Situation) -> list[Decision]:
         packages=s.identity.packages,
         difference=s.identity.operational_difference if news else (),
     )
-    return [Record(started, step=wanted.step if wanted else 0, attempt=str(_next_attempt(s)))]
+    return [Record(started, step=wanted.step if wanted else 0, attempt=s.state.next_attempt(max(1, s.state.lineage)))]
 
 
 def _old_ranks_live(s: Situation) -> bool:
@@ -104,12 +103,6 @@ def _reason(s: Situation) -> str:
     if incident is not None:
         return f"recovery from incident {incident.number}: {incident.cause or incident.what}"
     return "first start" if s.state.attempt is None else "resumed"
-
-
-def _next_attempt(s: Situation) -> AttemptId:
-    lineage = max(1, s.state.lineage)
-    last = AttemptId.parse(s.state.attempt.name) if s.state.attempt is not None else None
-    return last.next() if last is not None and last.lineage == lineage else AttemptId(lineage, 0)
 
 
 # Its ranks ----------------------------------------------------------------------------------------------------

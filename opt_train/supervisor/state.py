@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from opt_logbook.attempt import AttemptId
 from opt_logbook.events import (
     AgentsAdopted,
     AttemptEnded,
@@ -23,6 +24,7 @@ from opt_logbook.events import (
     IncidentClosed,
     IncidentDiagnosed,
     InForceReported,
+    JournalDamaged,
     LineageOpened,
     MetricsDropped,
     NodeFailed,
@@ -157,6 +159,8 @@ class RunState:
     config_sha256: str = ""
     leader: int = 0
     """The highest fencing number of a supervisor."""
+    attempts_lost: int = 0
+    """Attempts that may have begun on journal lines that cannot be read any more: their names are not used again."""
     nodes: Mapping[str, Node] = field(default_factory=dict)
     replacements: Mapping[str, str] = field(default_factory=dict)
     """Node -> the buffer node that took its place."""
@@ -209,6 +213,12 @@ class RunState:
     def stop_wanted(self) -> OrderRecord | None:
         """The stop that was asked for and that the run has not yet come to the end of."""
         return self.order if self.order is not None and self.order.order == SAVE_AND_STOP else None
+
+    def next_attempt(self, lineage: int) -> str:
+        """The name of the attempt to begin in `lineage`: one that no attempt has ever had."""
+        last = AttemptId.parse(self.attempt.name) if self.attempt is not None else None
+        first = last.next() if last is not None and last.lineage == lineage else AttemptId(lineage, 0)
+        return str(AttemptId(lineage, first.number + self.attempts_lost))
 
     def has_failed(self, node: str) -> bool:
         record = self.nodes.get(node)
@@ -294,7 +304,7 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
     return replace(
         s, stage="starting", attempt=attempt, generation=max(s.generation, event.generation), open_incidents=restored,
         history={**s.history, entry.attempt: (event.parent, start)}, settled_saves=frozenset(),
-        validations=frozenset(), dropped_metrics=frozenset(),
+        validations=frozenset(), dropped_metrics=frozenset(), attempts_lost=0,
     )  # fmt: skip
 
 
@@ -404,6 +414,16 @@ def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
     return replace(s, stage="halted", question=event.question, open_incidents=(), order=None)
 
 
+def _journal_damaged(s: RunState, entry: Entry, event: JournalDamaged) -> RunState:
+    # Any lost line may have begun something under a number that fences it: what is numbered next leaves all of them
+    # out. A line behind this entry tells a tail that is gone, as long as the distance; one more may have been torn.
+    lost = 2 + max(0, event.line - entry.seq)
+    return replace(
+        s, leader=s.leader + lost, generation=s.generation + lost, attempts_lost=s.attempts_lost + lost,
+        orders=s.orders + lost, incidents=s.incidents + lost,
+    )  # fmt: skip
+
+
 def _of_attempt(s: RunState, generation: int, **changes: Any) -> RunState:
     """`s` with its attempt changed, if it is the one of `generation`."""
     if s.attempt is None or s.attempt.generation != generation:
@@ -440,5 +460,6 @@ HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     RunFinished: _run_finished,
     RunStopped: _run_stopped,
     RunHalted: _run_halted,
+    JournalDamaged: _journal_damaged,
 }
-"""The state machine: what each kind of line does. Kinds not listed (notes, damage, stalls) change nothing."""
+"""The state machine: what each kind of line does. Kinds not listed (notes, stalls) change nothing."""
