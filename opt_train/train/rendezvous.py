@@ -1,5 +1,6 @@
 """How the ranks of a generation find each other. Nobody guesses a port."""
 
+import socket
 from datetime import timedelta
 
 import torch
@@ -45,9 +46,16 @@ def join(begin: Begin, config: RunConfig, device: torch.device, tell: Tell) -> d
     timeout = timedelta(seconds=config.train.collective_timeout_seconds)
     host = begin.store_host or "127.0.0.1"
     leads = begin.rank == 0
-    store = TCPStore(host, 0 if leads else begin.store_port, is_master=leads, timeout=timeout, wait_for_workers=False)
     if leads:
+        # torch would listen on every interface; whoever reaches the store can put keys into it.
+        listening = socket.create_server((host, 0))
+        store = TCPStore(
+            host, listening.getsockname()[1], is_master=True, timeout=timeout, wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )  # fmt: skip
         tell(Store(host, store.port))
+    else:
+        store = TCPStore(host, begin.store_port, is_master=False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         _backend(device),
         store=PrefixStore(f"generation-{begin.generation}", store),
