@@ -183,7 +183,7 @@ class Supervision:
 
     async def _read_inbox(self) -> None:
         while True:
-            for letter in await asyncio.to_thread(inbox.waiting, self._run):
+            for letter in await asyncio.to_thread(self._letters_waiting):
                 if letter.path in self._letters:
                     continue
                 self._letters.add(letter.path)
@@ -196,10 +196,22 @@ class Supervision:
                 self._performer.then(partial(self._remove, letter))
             await asyncio.sleep(INBOX_SECONDS)
 
+    def _letters_waiting(self) -> list[inbox.Dropped]:
+        try:
+            return inbox.waiting(self._run)
+        except OSError as error:
+            # A sick file system is no reason to leave the ranks without a leader.
+            log.warning("the inbox cannot be read: %s", error)
+            return []
+
     def _remove(self, letter: inbox.Dropped) -> None:
-        with contextlib.suppress(OSError):
+        try:
             letter.remove()
-        self._letters.discard(letter.path)
+        except OSError as error:
+            # It stays among the letters that were told: told again twice a second, it would fill the journal.
+            log.warning("%s cannot be removed: %s", letter.path.name, error)
+        else:
+            self._letters.discard(letter.path)
 
     def _durable(self, entry: Entry) -> None:
         log.info("journal %d: %s", entry.seq, type(entry.event).__name__)
@@ -236,11 +248,19 @@ class Supervision:
         await asyncio.to_thread(self._cluster.release)
 
     def _failure(self, error: Exception) -> Finish:
+        if isinstance(error, LockLost) and not self._run.lock.exists():
+            return Finish(
+                PERSON_MUST_DECIDE,
+                f"{self._run.path} was removed, or its file system is gone; nothing can be saved any more, and its "
+                "ranks end when nobody has led them for supervisor.orphan_seconds",
+            )
         if isinstance(error, LockLost):
             log.error("succeeded by another supervisor: %s", error)
             return Finish(PERSON_MUST_DECIDE, "another process has taken the run; this supervisor leaves it alone")
         log.critical("the supervisor is broken", exc_info=error)
-        self._run.supervisor_address.unlink(missing_ok=True)
+        published = read_address(self._run.supervisor_address)
+        if published is not None and published.leader == self._identity.leader:  # not a successor's
+            self._run.supervisor_address.unlink(missing_ok=True)
         return Finish(
             PERSON_MUST_DECIDE,
             f"the supervisor failed ({type(error).__name__}: {error}); logs/supervisor.log has the details. "

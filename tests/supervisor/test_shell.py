@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from opt_train.supervisor.effects import Effect, Finish, Send
 from opt_train.supervisor.inputs import InboxTold, Input, JournalWasStalled, Now, PulseTold, Tick
 from opt_train.supervisor.shell import supervise
 from tests.supervisor.conftest import processes_of
-from tests.supervisor.harness import HERE, begin, config_of, created
+from tests.supervisor.harness import HERE, begin, config_of, created, make_run
 from tests.supervisor.tiny_core import TinyCore, entry
 
 pytestmark = pytest.mark.timeout(60)
@@ -151,6 +152,31 @@ def test_what_lies_in_the_inbox_is_journalled_within_a_second_and_then_removed(r
     assert [p.name for p in run.inbox.iterdir()] == ["refused"]
 
 
+def test_an_inbox_that_cannot_be_read_leaves_nobody_without_a_supervisor(run: RunDirectory) -> None:
+    """A file server that answers with errors for a moment must not end the one process that would handle it."""
+
+    def react(told: Input, now: Now) -> list[Effect] | None:
+        if isinstance(told, PulseTold) and not run.inbox.is_symlink():
+            run.inbox.symlink_to(run.inbox)  # a loop: listing it is an OSError
+        return None
+
+    code, output = run_shell(run, TinyCore(run, react, steps=60, step_seconds=0.02))
+    assert (code, notes(run)) == (0, ["begin", "exit 0"]), output
+    assert "the inbox cannot be read" in (run.logs / "supervisor.log").read_text()
+
+
+def test_a_letter_that_cannot_be_removed_is_journalled_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told again at every look, it would fill the journal with a line twice a second."""
+
+    def refuse(dropped: inbox.Dropped) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(inbox.Dropped, "remove", refuse)
+    inbox.drop(run, {"kind": "note", "author": "ada", "text": "the loss looks odd"})
+    run_shell(run, TinyCore(run, steps=120, step_seconds=0.02))
+    assert notes(run).count("the loss looks odd") == 1
+
+
 def test_a_signal_is_told_and_the_nodes_are_given_back(run: RunDirectory, tmp_path: Path) -> None:
     asked: list[float] = []
 
@@ -229,6 +255,25 @@ def test_a_run_that_somebody_has_is_refused_in_a_sentence(run: RunDirectory) -> 
         child.kill()
         child.wait()
         run.lock.unlink()
+
+
+def test_a_run_that_was_removed_is_told_as_such_and_not_made_again(tmp_path: Path) -> None:
+    """The rendered chronicle of nothing was all that then lay there, and another process was blamed."""
+    (tmp_path / "short").mkdir()
+    run = make_run(tmp_path / "short", orphan_seconds=2.0)
+
+    def react(told: Input, now: Now) -> list[Effect] | None:
+        if isinstance(told, PulseTold) and told.pulse.slots[0].step > 3:
+            while run.path.exists():  # the ranks and the agent still write there
+                shutil.rmtree(run.path, ignore_errors=True)
+            return [entry(now, Note("core", "too late"))]
+        return None
+
+    code, output = run_shell(run, TinyCore(run, react, steps=10_000))
+    assert code == PERSON_MUST_DECIDE
+    assert "was removed" in output
+    assert "another process" not in output
+    assert not run.chronicle.exists()
 
 
 def test_a_supervisor_that_lost_the_lock_writes_and_kills_nothing_more(run: RunDirectory, tmp_path: Path) -> None:

@@ -34,15 +34,18 @@ class TinyCore:
         self.run, self.rank, self.react = run, rank, react
         self.told: list[tuple[float, Input]] = []
         self.identity: Identity | None = None
+        self.is_new = True
 
     def __call__(self, config: Any, state: Any, identity: Identity) -> "TinyCore":
         self.identity = identity
+        self.is_new = state.created is None
         return self
 
     def begin(self, now: Now) -> list[Effect]:
         assert self.identity is not None
         started = SupervisorStarted(self.identity.leader, self.identity.host, self.identity.pid, "0", False)
-        return [entry(now, started), StartAgent("node-1")]
+        created = [entry(now, self.identity.created)] if self.is_new else []
+        return [*created, entry(now, started), StartAgent("node-1")]
 
     def handle(self, told: Input, now: Now) -> list[Effect]:
         self.told.append((time.monotonic(), told))
