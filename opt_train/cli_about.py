@@ -1,5 +1,6 @@
 """What a run's directory says of it: `opt-train status`, `checkpoints`, `stop`, and the summary at a run's end."""
 
+import getpass
 import json
 import os
 import socket
@@ -149,7 +150,8 @@ def status(path: Path, as_json: bool) -> int:
         return DONE
     print(about.headline)
     print(f"  attempt {about.payload()['attempt'] or '-'}, {about.progress}")
-    print(f"  nodes: {', '.join(f'{name} {node.role}' for name, node in about.state.nodes.items()) or 'none yet'}")
+    nodes = ", ".join(f"{name} {node.role}" for name, node in sorted(about.state.nodes.items())) or "none yet"
+    print(f"  {'nodes at the end' if about.stage in TERMINAL else 'nodes'}: {nodes}")
     print("\n".join(about.incident_lines()))
     return DONE
 
@@ -158,13 +160,24 @@ def stop(path: Path) -> int:
     """Ask whoever leads the run to save and stop."""
     run = RunDirectory(path)
     about = About(run)
-    if lock.live_holder_of(run) is None:
+    holder = lock.live_holder_of(run)
+    if holder is None:
         print(f"nothing to stop: {about.headline}")
         return NO
-    user = os.environ.get("USER") or f"user {os.getuid()}"
-    inbox.drop(run, {"kind": "stop", "by": f"{user} on {socket.gethostname()}"})
+    try:
+        inbox.drop(run, {"kind": "stop", "by": f"{_user()} on {socket.gethostname()}"})
+    except OSError as error:
+        mend = f"make it writable, or send TERM to process {holder.pid} on {holder.host}"
+        raise BadInput(f"{run.inbox} cannot be written ({error.strerror}); {mend}") from None
     print(f"asked {about.created.name} to save and stop; `opt-train status {path}` tells when it has")
     return DONE
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user number without a name, as in many containers
+        return f"user {os.getuid()}"
 
 
 def checkpoints(path: Path, as_json: bool) -> int:

@@ -1,0 +1,46 @@
+"""What is asked about a run from outside it must be answered truly, and never with a traceback."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from opt_logbook.events import Entry, NodeJoined, RunCreated, RunStopped
+from opt_logbook.journal import Journal
+from opt_logbook.lock import Lock
+from opt_logbook.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run that has begun, with one node."""
+    run = RunDirectory(tmp_path / "small")
+    run.path.mkdir()
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        journal.append(Entry(time.time(), "", None, RunCreated("small", 0, "tiny", 1, 10, 1)))
+        journal.append(Entry(time.time(), "", None, NodeJoined("node-1", "active", 1)))
+    return run
+
+
+def test_a_request_to_stop_names_who_asked(run: RunDirectory, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")
+    with Lock.acquire(run):
+        assert say("stop", str(run.path)).code == 0
+    [letter] = run.inbox.iterdir()
+    assert json.loads(letter.read_text())["by"].startswith("ada on ")
+
+
+def test_a_request_that_cannot_be_left_is_one_sentence_with_another_way(run: RunDirectory, say) -> None:
+    run.inbox.write_text("a file where the folder should be")
+    with Lock.acquire(run):
+        said = say("stop", str(run.path))
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert "TERM to process" in said.err
+
+
+def test_nodes_of_a_run_at_rest_are_not_told_as_working(run: RunDirectory, say) -> None:
+    with Lock.acquire(run):
+        assert "  nodes: node-1 active\n" in say("status", str(run.path)).out
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        journal.append(Entry(time.time(), "", None, RunStopped("ada", -1)))
+    assert "  nodes at the end: node-1 active\n" in say("status", str(run.path)).out
