@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from opt_logbook import inbox
 from opt_logbook.codec import fields_of, kind_of, time_to_text
@@ -28,9 +29,10 @@ class BadInput(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    chosen = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = chosen.command
+    chosen = argparse.Namespace(run="")
     try:
+        _parser().parse_args(arguments, chosen)
+        command: Callable[[argparse.Namespace], int] = chosen.command
         return command(chosen)
     except BadInput as error:
         print(f"logbook: {error}", file=sys.stderr)
@@ -46,8 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as sentences."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="logbook", description="Read, check and annotate the journal of a run.")
+    parser = _Parser(
+        prog="logbook",
+        description="Read, check and annotate the journal of a run.",
+        epilog="exit codes: 0 done, 1 the answer is no, 2 bad input",
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, command: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:

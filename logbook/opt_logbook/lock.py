@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -106,12 +106,14 @@ class Lock:
         return holder_of(self._run) == self._holder
 
     def release(self) -> None:
-        """Give the lock back. Harmless where it is lost already."""
-        if not self._run.lock.exists():
-            return
-        with _opened(self._run.lock) as descriptor:
-            if _read(descriptor) == self._holder:
-                os.ftruncate(descriptor, 0)
+        """Give the lock back. Harmless where it is lost already, or where nothing can be written any more: a lock
+        whose process is gone is stale by itself, and this must not hide what the process came to."""
+        with suppress(OSError):
+            if not self._run.lock.exists():
+                return
+            with _opened(self._run.lock) as descriptor:
+                if _read(descriptor) == self._holder:
+                    os.ftruncate(descriptor, 0)
 
     def __enter__(self) -> Self:
         return self

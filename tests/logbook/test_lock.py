@@ -74,6 +74,14 @@ def test_a_live_holder_is_named(tmp_path: Path) -> None:
     assert Lock.acquire(run, leader=5).still_held()
 
 
+def test_a_lock_that_cannot_be_given_back_does_not_hide_what_the_run_came_to(tmp_path: Path) -> None:
+    """A file system that has become read-only raised at the very end, and a saved state was told as bad input."""
+    run = RunDirectory(tmp_path)
+    with Lock.acquire(run):
+        run.lock.unlink()
+        run.lock.mkdir()  # cannot be opened for writing, root or not
+
+
 def plant(run: RunDirectory, **changes: object) -> None:
     run.lock.write_text(json.dumps(dataclasses.asdict(Holder.myself()) | changes))
 

@@ -27,6 +27,17 @@ def test_verify_of_a_spoilt_run_exits_1_and_names_the_line(demo: RunDirectory, c
     assert capsys.readouterr().out.startswith("journal.jsonl:14: ")
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["rendr", "run"], ["tail"], ["tail", "run", "-n", "x"], ["note", "--who", "run"]]
+)
+def test_a_mistyped_command_is_one_sentence_and_exit_2(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("logbook: ")
+    assert "--help" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("verb", ["render", "verify", "note", "tail"])
 def test_a_missing_run_is_one_sentence_and_exit_2(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["hello"] if verb == "note" else []
