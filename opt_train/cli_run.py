@@ -12,7 +12,7 @@ from pathlib import Path
 
 import opt_logbook
 from opt_logbook import journal
-from opt_logbook.events import LineageOpened, RunCreated, RunFinished
+from opt_logbook.events import JournalDamaged, JournalMended, LineageOpened, Note, RunCreated, RunFinished
 from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.run_directory import RunDirectory
 
@@ -23,6 +23,9 @@ from opt_train.data.manifest import DatasetManifest, check_fits
 from opt_train.data.prepare import directory_of
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
+
+REMARKS = (Note, JournalMended, JournalDamaged)
+"""Lines that anybody may add to a run at rest; it stays what it was."""
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the weight and AdamW's two moments, each in fp32."""
@@ -74,7 +77,8 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     _write_configuration_if_free(directory, resolved, plan)
 
     code = _supervise(directory, resolved, created_event(resolved, manifest), plan)
-    print(summary(directory))
+    if directory.journal.exists():  # somebody may have removed the run under its supervisor
+        print(summary(directory))
     return code
 
 
@@ -126,7 +130,8 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
     kept = _code_of(directory, lineages[-1])
     training, _ = difference(_read(kept / "config.json"), config)
     _, operational = difference(_read(directory.config_json), config)
-    if not training and isinstance(entries[-1].event, RunFinished):
+    last = next(entry.event for entry in reversed(entries) if not isinstance(entry.event, REMARKS))
+    if not training and isinstance(last, RunFinished):
         # Nothing will be computed any more, so newer code changes nothing.
         return Plan(lineages[-1], False, (), tuple(operational), is_new=False, is_finished=True)
     changed = (*training, *_code_difference(kept))

@@ -71,6 +71,19 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
     assert finished.journal.read_bytes() == before
 
 
+def test_a_note_does_not_reopen_a_finished_run(prepared_once: Path, finished: RunDirectory) -> None:
+    """It was supervised once more, and refused after an update of the code, though nothing was left to compute."""
+    drop = [sys.executable, "-m", "opt_logbook.cli", "note", str(finished.path), "well done"]
+    subprocess.run(drop, check=True, capture_output=True)
+    before = finished.journal.read_bytes()
+    again = subprocess.run(
+        command("run", *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+    )
+    assert (again.returncode, again.stdout.partition("\n")[0]) == (0, "whole: finished")
+    assert finished.journal.read_bytes() == before
+    assert "supervisor.log" not in [path.name for path in finished.logs.glob("*")]
+
+
 def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         command("train", *SMALL, "train.steps=4000", *words), cwd=workplace, stdout=subprocess.PIPE, text=True
