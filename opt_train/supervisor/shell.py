@@ -116,6 +116,8 @@ def _folded(journal: Journal) -> RunState:
 
 
 def _tell_story(run: RunDirectory, stream: TextIO) -> None:
+    if not run.journal.exists():  # the run was removed; a chronicle of nothing must not make its folder again
+        return
     try:
         from opt_logbook.render import render  # noqa: PLC0415 - plotting is loaded when there is something to plot
 
