@@ -7,6 +7,7 @@ imports what it needs: `--help` answers at once, and `run`, which stays for mont
 import argparse
 import difflib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -108,15 +109,20 @@ def _run_jobs(flags: argparse.Namespace, jobs: list[tuple[list[str], "RunConfig"
 def _call(arguments: list[str]) -> int:
     """`opt-train` with `arguments` as a process of its own, with this one's terminal; its exit code.
 
-    Ctrl-C reaches the child too, so this process only waits for the child's own answer.
+    Ctrl-C reaches the child too, so this process only waits for the child's own answer; TERM, which reaches this one
+    alone, is handed on.
     """
     child = subprocess.Popen([sys.executable, "-m", "opt_train.cli", *arguments])
-    while True:
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            continue
-        return code if code >= 0 else 128 - code
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:
+                continue
+            return code if code >= 0 else 128 - code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:

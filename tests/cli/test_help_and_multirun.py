@@ -87,6 +87,25 @@ def test_a_failing_job_does_not_keep_the_next_from_running(workplace: Path, say)
     assert said.out.splitlines()[-2:] == ["job 0 small-0: exit 2", "job 1 small-1: done"]
 
 
+def test_a_term_ends_the_job_of_a_multirun_too(workplace: Path) -> None:
+    """A scheduler's TERM reached the parent alone, and the job trained on with nobody to ask about it."""
+    words = ["train", "--multirun", *SMALL, "train.steps=4000", "seed=1,2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opt_train.cli", *words], cwd=workplace, stdout=subprocess.PIPE, text=True
+    )
+    journal = workplace / "runs" / "small-0" / "metrics" / "1.00.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert output.splitlines()[-2:] == ["stopped; the same command goes on with small-0", "job 0 small-0: exit 75"]
+    assert read(workplace / "runs" / "small-0" / "journal.jsonl").entries[-1].event.kind == "run_stopped"
+
+
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} -m opt_train.cli run --cfg job experiment=demo | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
