@@ -150,7 +150,7 @@ def status(path: Path, as_json: bool) -> int:
         return DONE
     print(about.headline)
     print(f"  attempt {about.payload()['attempt'] or '-'}, {about.progress}")
-    nodes = ", ".join(f"{name} {node.role}" for name, node in sorted(about.state.nodes.items())) or "none yet"
+    nodes = ", ".join(f"{name} {node.role}" for name, node in sorted(about.state.nodes.items())) or "none"
     print(f"  {'nodes at the end' if about.stage in TERMINAL else 'nodes'}: {nodes}")
     print("\n".join(about.incident_lines()))
     return DONE

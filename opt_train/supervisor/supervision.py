@@ -237,12 +237,14 @@ class Supervision:
     async def _dismiss(self, reason: str) -> None:
         """Have every agent leave, and fence what stays: no allocation outlives its run."""
         self._over.set()
-        for node in self._server.connected:
+        # An agent that has not dialled in yet has nothing to lose: it is fenced at once.
+        told = tuple(self._server.connected)
+        for node in told:
             self._server.send(node, Leave(reason))
         deadline = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < deadline:
             seen = await asyncio.to_thread(self._cluster.observe)
-            if all(view.state != UP for view in seen.values()):
+            if all(seen[node].state != UP for node in told):
                 break
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._cluster.release)

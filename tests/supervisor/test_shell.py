@@ -193,6 +193,19 @@ def test_a_signal_is_told_and_the_nodes_are_given_back(run: RunDirectory, tmp_pa
     assert not processes_of(tmp_path)
 
 
+def test_an_agent_that_has_not_dialled_in_is_not_waited_for(run: RunDirectory, tmp_path: Path) -> None:
+    """Ctrl-C while nodes were assembling took eight seconds."""
+    ended: list[float] = []
+
+    def react(told: Input, now: Now) -> list[Effect] | None:
+        ended.append(time.monotonic())
+        return [Finish(75, "stopped")]
+
+    run_shell(run, TinyCore(run, react))
+    assert time.monotonic() - ended[0] < 6.0
+    assert not processes_of(tmp_path)
+
+
 def test_a_mistake_in_the_core_is_told_and_the_ranks_are_left_to_the_next_supervisor(
     run: RunDirectory, tmp_path: Path
 ) -> None:
