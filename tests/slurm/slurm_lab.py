@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
+PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2"
 SCRIPT = Path(__file__).with_name("slurm_lab.sh")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 START_SECONDS = 30.0
@@ -56,7 +57,7 @@ def missing() -> str:
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     absent = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if absent:
-        return f"Slurm's tests need {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
+        return f"Slurm's tests need {', '.join(absent)}: apt-get install {PACKAGES}"
     if os.geteuid() != 0:
         return "Slurm's tests need root, for namespaces of their own"
     tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"], capture_output=True, check=False)
