@@ -94,6 +94,23 @@ def test_the_next_spare_warms_after_the_first_step_and_takes_over_at_once(run: R
     play(scene())
 
 
+def test_a_newer_generation_ends_the_one_that_runs_in_its_slot(run: RunDirectory) -> None:
+    """A kill may be lost with a link: no begin may find, or wait for, ranks of the generation before."""
+
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, step_seconds=0.05, steps=10_000))
+            await listener.until(lambda: (s := listener.slot()) and s.generation == 1 and s.step > 1)
+            listener.server.send("node-1", begin(run, generation=2, steps=1000))
+            await listener.until(lambda: (s := listener.slot()) and s.generation == 2 and s.step > 1)
+            assert [(e.generation, e.killed_by_agent) for e in listener.facts(RankExited)] == [(1, True)]
+            await leave(listener, agent)
+
+    play(scene())
+
+
 def test_unacknowledged_facts_come_again_on_a_new_connection_and_acknowledged_ones_do_not(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
