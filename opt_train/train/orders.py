@@ -3,13 +3,13 @@
 import os
 import select
 import signal
-import sys
 from types import FrameType
 from typing import Protocol
 
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import MAX_MESSAGE_BYTES, Message, ProtocolError, from_line
 from opt_train.protocol.orders import Order, Save, SaveAndStop
+from opt_train.train.telling import log_line
 
 _READ_BYTES = 1 << 16
 
@@ -88,7 +88,7 @@ def _message(line: bytes) -> Message | None:
         return from_line(line)
     except ProtocolError as error:
         # An order that cannot be read must not end training; the supervisor withdraws what nobody obeys.
-        print(f"control pipe: {error}", file=sys.stderr, flush=True)
+        log_line(f"control pipe: {error}")
         return None
 
 

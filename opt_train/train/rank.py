@@ -27,7 +27,7 @@ from opt_train.train.loop import train
 from opt_train.train.orders import OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, join
 from opt_train.train.state import TrainState
-from opt_train.train.telling import Tell
+from opt_train.train.telling import Tell, log_line
 from opt_train.train.training import Training
 from opt_train.train.word import Agreement
 
@@ -54,7 +54,7 @@ def run_rank(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals
         leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
     except BadInput as error:
         leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause="config")
-    print(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}", flush=True)
+    log_line(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}")
     tell(leaving)
     return leaving.code
 

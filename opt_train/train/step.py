@@ -14,6 +14,7 @@ from opt_train.optim.in_force import in_force
 from opt_train.parallel.fsdp import sync_gradients
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.state import seed_step
+from opt_train.train.telling import log_line
 from opt_train.train.training import Training
 from opt_train.train.word import Own, Readback
 
@@ -96,4 +97,4 @@ def _log(run: Training) -> None:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     begin = run.begin
     heard = f"loss {run.newest.loss:.6f} at step {run.newest.step + 1}" if run.newest else "no loss yet"
-    print(f"{now} attempt {begin.attempt} generation {begin.generation} step {run.state.step + 1} {heard}", flush=True)
+    log_line(f"{now} attempt {begin.attempt} generation {begin.generation} step {run.state.step + 1} {heard}")

@@ -1,5 +1,6 @@
 """A rank's voice: facts down a pipe whose reader may be slow, stuck or gone, without ever waiting for it."""
 
+import contextlib
 import os
 import select
 import time
@@ -99,3 +100,9 @@ def fitting_line(fact: Message) -> bytes:
     if len(line) > MAX_FACT_BYTES:
         raise ValueError(f"a {fact.kind} fact of {len(line)} bytes does not fit a pipe's {MAX_FACT_BYTES}")
     return line
+
+
+def log_line(text: str) -> None:
+    """One line for the rank's log, at once. A log that takes no more, on a full disk, must not end training."""
+    with contextlib.suppress(OSError):
+        os.write(1, text.encode("utf-8", "replace") + b"\n")

@@ -1,6 +1,8 @@
 """Facts down a real pipe: whole lines, in order, never a wait."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -118,3 +120,12 @@ def test_fact_that_cannot_be_cut_is_refused_rather_than_torn() -> None:
 def test_non_finite_numbers_survive() -> None:
     fact = from_line(fitting_line(Metrics({"loss": float("nan"), "grad_norm": float("inf")})))
     assert dict(fact.line) == {"loss": "NaN", "grad_norm": "Infinity"}
+
+
+def test_a_log_on_a_full_disk_does_not_end_training() -> None:
+    program = "from opt_train.train.telling import log_line; log_line('a step'); open(2, 'w').write('went on')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=True
+        )
+    assert done.stderr == "went on"
