@@ -42,7 +42,7 @@ def test_rubbish_does_not_end_training(capfd: pytest.CaptureFixture[str]) -> Non
     control = ControlPipe(reader)
     os.write(writer, b'not json\n{"kind":"of_the_future"}\n' + to_line(Save(2, "x")))
     assert control.poll() == [Save(2, "x")]
-    assert "control pipe" in capfd.readouterr().err
+    assert "control pipe" in capfd.readouterr().out
 
 
 def test_agent_that_dies_is_noticed() -> None:
