@@ -179,6 +179,7 @@ class LoneRun:
         if state.live is not None:
             # Whoever trained it died without a word: the lock was free.
             self._append(AttemptEnded(state.live.generation, "failed"), attempt=state.live.name)
+        self._keeper.clear(state.history, {saved.path for saved in state.checkpoints})
         checkpoint = self._newest_verified()
         self._attempt = state.next_attempt(self._plan.lineage)
         commit, dirty = cli_run.git_state()

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from opt_logbook.lock import Lock
@@ -63,6 +64,15 @@ class CheckpointKeeper:
                 manifest.retire(self._folder(path))
         except (CheckpointError, OSError) as error:
             log.error("%s cannot be removed: %s", path, error)
+
+    def clear(self, attempts: Collection[str], kept: Collection[str]) -> None:
+        """Remove every save of `attempts` but those in `kept`: ranks that died while they saved told nobody of it."""
+        for attempt in attempts:
+            for folder in sorted((self._run.checkpoints / attempt).glob("step-*")):
+                path = folder.relative_to(self._run.path).as_posix()
+                if path not in kept:
+                    log.info("%s was never committed: removed", path)
+                    self.retire(path)
 
     def _folder(self, path: str) -> Path:
         folder = self._run.path / path

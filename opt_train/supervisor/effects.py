@@ -89,6 +89,14 @@ class RetireCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class ClearUncommitted:
+    """Remove what saves left under `attempts`, of which nothing lives any more, but for the paths in `kept`."""
+
+    attempts: tuple[str, ...]
+    kept: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Show:
     """What a person at the terminal may want to know now."""
 
@@ -121,6 +129,7 @@ Effect = (
     | VerifyCheckpoint
     | CommitManifest
     | RetireCheckpoint
+    | ClearUncommitted
     | Show
     | Finish
 )

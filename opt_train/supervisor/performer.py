@@ -25,6 +25,7 @@ from opt_train.supervisor.clusters.cluster import Cluster
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
     Append,
+    ClearUncommitted,
     CommitManifest,
     Effect,
     FenceNode,
@@ -134,6 +135,8 @@ class Performer:
                 self._spawn(self._answer(partial(self._checkpoints.commit, effect, self._journal.head.hash)))
             case RetireCheckpoint(path):
                 self._checking.submit(self._checkpoints.retire, path)
+            case ClearUncommitted(attempts, kept):
+                self._checking.submit(self._checkpoints.clear, attempts, kept)
             case _ if callable(effect):
                 effect()
 

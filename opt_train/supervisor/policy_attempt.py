@@ -21,7 +21,7 @@ from opt_logbook.run_directory import RunDirectory
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import Store
-from opt_train.supervisor.effects import Send, VerifyCheckpoint
+from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.policy_nodes import close_incidents, halt, is_warm
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation, number_in
@@ -89,7 +89,11 @@ def start(s: Situation) -> list[Decision]:
         packages=s.identity.packages,
         difference=s.identity.operational_difference if news else (),
     )
-    return [Record(started, step=wanted.step if wanted else 0, attempt=s.state.next_attempt(max(1, s.state.lineage)))]
+    kept = frozenset({c.path for c in s.state.checkpoints} | s.seen.committing.keys())
+    return [
+        ClearUncommitted(tuple(s.state.history), kept),
+        Record(started, step=wanted.step if wanted else 0, attempt=s.state.next_attempt(max(1, s.state.lineage))),
+    ]
 
 
 def _old_ranks_live(s: Situation) -> bool:

@@ -68,6 +68,16 @@ def test_a_path_that_is_no_checkpoint_of_the_run_is_not_touched(run: RunDirector
         assert (run.checkpoints / "1.00").exists()
 
 
+def test_what_was_never_committed_is_cleared_and_nothing_else(run: RunDirectory) -> None:
+    with Lock.acquire(run, leader=1) as lock:
+        keeper = CheckpointKeeper(run, lock, "c0")
+        for name in (PATH, "checkpoints/1.00/step-00000006", "checkpoints/1.01/step-00000004", "step-00000001"):
+            saved(run, run.path / name)
+        keeper.clear(("1.00", "..", "1.07"), {PATH})
+        left = sorted(str(folder.relative_to(run.path)) for folder in run.path.rglob("step-*"))
+        assert left == [PATH, "checkpoints/1.01/step-00000004", "step-00000001"]
+
+
 def test_shards_that_lie_elsewhere_are_not_vouched_for(run: RunDirectory) -> None:
     with Lock.acquire(run, leader=1) as lock:
         keeper = CheckpointKeeper(run, lock, "c0")

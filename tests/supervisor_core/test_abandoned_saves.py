@@ -1,7 +1,7 @@
 """What is left of a save that came to nothing: neither files on the disk nor reports in memory."""
 
 import pytest
-from opt_logbook.events import CheckpointCommitted, SaveAbandoned
+from opt_logbook.events import AttemptStarted, CheckpointCommitted, SaveAbandoned
 
 from opt_train.protocol.facts import SavedFile, ShardsSaved
 from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint
@@ -68,6 +68,22 @@ def test_a_supervisor_that_died_before_removing_it_is_made_up_for() -> None:
     world.start_supervisor()
     assert removed(world) == [path]
     world.run()
+
+
+def test_what_nobody_could_tell_of_is_cleared_before_the_next_attempt() -> None:
+    """Ranks and agents die together while they save, in every job that reaches its time limit, for example."""
+    world = World()
+    world.start_supervisor()
+    world.until_step(4)
+    world.disk["checkpoints/1.00/step-00000004"] = ""
+    world.kill_supervisor()
+    for node in world.names:
+        world.lose_node(node)
+        world.down.pop(node)
+    world.start_supervisor()
+    world.run()
+    assert world.cleared == ["checkpoints/1.00/step-00000004"]
+    assert [entry.step for entry in world.entries(AttemptStarted)] == [0, 3]
 
 
 def test_saves_on_record_are_not_kept_in_memory() -> None:

@@ -39,6 +39,7 @@ from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
     Append,
+    ClearUncommitted,
     CommitManifest,
     Effect,
     FenceNode,
@@ -102,6 +103,8 @@ class World:
         self.settled_saves: set[str] = set()
         self.heard_saves: set[tuple[int, str]] = set()
         """(generation, path) of reports that this supervisor was told."""
+        self.cleared: list[str] = []
+        """Saves that were in no record and were removed."""
         self.ended: set[int] = set()
         self.failed_nodes: set[str] = set()
         self.begun: list[tuple[int, int, str]] = []
@@ -194,6 +197,11 @@ class World:
             case RetireCheckpoint(path):
                 assert path not in [c.path for c in self.replayed.chain() if not c.rejected][-2:]
                 self.disk.pop(path, None)
+            case ClearUncommitted(attempts, kept):
+                assert kept >= {c.path for c in self.replayed.checkpoints}, "what is on record stays"
+                assert not self.ranks(), "somebody may still be saving"
+                self.cleared += [p for p in self.disk if p.split("/")[1] in attempts and p not in kept]
+                self.disk = {path: why for path, why in self.disk.items() if path not in self.cleared}
             case Finish():
                 self.finish = effect
                 self.core = None
