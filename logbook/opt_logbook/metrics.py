@@ -17,6 +17,9 @@ from opt_logbook.run_directory import RunDirectory
 JOURNAL_HEAD = "journal_head"
 """Key of an attempt's first line: `seq hash` of the journal then, which finds a tail that was cut off it later."""
 
+_TAIL_BYTES = 1 << 16
+"""More than the longest line, by far."""
+
 
 @dataclass(frozen=True, slots=True)
 class MetricsReading:
@@ -135,6 +138,18 @@ def read(run: RunDirectory) -> MetricsReading:
                 conflicts.append((attempt, payload["step"], number))
         lines += [by_step[step] for step in sorted(by_step)]
     return MetricsReading(tuple(lines), tuple(conflicts), tuple(broken), tuple(torn))
+
+
+def newest(run: RunDirectory, attempt: str) -> dict[str, Any] | None:
+    """The attempt's last whole line; None where there is none. Reads the end of the file alone."""
+    try:
+        with run.metrics_of(attempt).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            data = file.read()
+    except FileNotFoundError:
+        return None
+    whole = data[: data.rfind(b"\n") + 1].splitlines()
+    return next((line for text in reversed(whole) if (line := _parse(text)) is not None), None)
 
 
 def number_of(line: Mapping[str, Any], key: str) -> float | None:

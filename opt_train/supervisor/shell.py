@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TextIO
 
+from opt_logbook import metrics
 from opt_logbook.events import Entry, RunCreated
 from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock, LockHeld
@@ -20,7 +21,7 @@ from opt_train.protocol.exits import BadInput
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.faults import FaultPlan
-from opt_train.supervisor.inputs import Identity
+from opt_train.supervisor.inputs import Identity, MetricsTold
 from opt_train.supervisor.secret import SecretUnusable, ensure_secret
 from opt_train.supervisor.state import RunState, fold
 from opt_train.supervisor.status_line import StatusLine, printable
@@ -85,6 +86,7 @@ def supervise(
             status = StatusLine(stream, config.supervisor.status_seconds)
             try:
                 supervision = Supervision(run, lock, journal, cluster, plan, core, identity, status, secret)
+                supervision.recalls = _recalled(run, state)
                 finish = asyncio.run(supervision.run())
             finally:
                 status.close()
@@ -95,6 +97,13 @@ def supervise(
     _tell_story(run, stream)
     _print(finish.message, stream)
     return finish.code
+
+
+def _recalled(run: RunDirectory, state: RunState) -> MetricsTold | None:
+    """The newest line that the supervisor before heard of the attempt that may still live: where training was."""
+    live = state.live
+    line = None if live is None else metrics.newest(run, live.name)
+    return None if live is None or line is None else MetricsTold(live.nodes[0], live.generation, line)
 
 
 def _cluster(config: RunConfig, run: RunDirectory) -> LocalCluster:

@@ -208,3 +208,7 @@ def started_at(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,5 +1,6 @@
 """The supervisor is killed at 20 seeded moments; the same command, started again, adopts or fences and goes on."""
 
+import os
 import random
 import signal
 import time
@@ -57,3 +58,28 @@ def no_two_generations_trained_at_once(run: driving.RunDirectory) -> bool:
     assert spans, "the ranks wrote no steps to their logs"
     ordered = [spans[generation] for generation in sorted(spans)]
     return all(earlier[1] < later[0] for earlier, later in pairwise(ordered))
+
+
+@pytest.mark.timeout(180)
+def test_a_node_that_dies_with_the_supervisor_costs_what_the_chronicle_says(tmp_path: Path) -> None:
+    folder, run = tmp_path, driving.run_directory(tmp_path)
+    process = driving.start(folder)
+    try:
+        driving.wait_for(lambda: driving.newest_step(run) >= 16, 120, process, folder)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        rank = driving.rank_process(folder, rank=1)
+        agent = driving.parent_of(rank)
+        for pid in (agent, rank):
+            os.kill(pid, signal.SIGKILL)
+        known = driving.newest_step(run)
+
+        process = driving.start(folder)
+        assert driving.finish(process, folder, 120) == 0, driving.tail(folder)
+        [failed] = driving.of_kind(run, "failure_seen")
+        [closed] = driving.of_kind(run, "incident_closed")
+        restarted = driving.of_kind(run, "attempt_started")[-1]
+        assert failed.step >= known, "the new supervisor had forgotten how far training was"
+        assert closed.event.steps_lost == failed.step - restarted.step
+    finally:
+        driving.end(process, folder)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from opt_logbook.metrics import JOURNAL_HEAD, MetricsWriter, number_of, read
+from opt_logbook.metrics import JOURNAL_HEAD, MetricsWriter, newest, number_of, read
 from opt_logbook.run_directory import RunDirectory
 
 
@@ -58,3 +58,16 @@ def test_lines_that_contradict_one_another_are_told(tmp_path: Path) -> None:
 def test_what_is_no_number_is_none() -> None:
     line = {"a": 1, "b": "NaN", "c": None, "d": True, "e": math.inf}
     assert [number_of(line, key) for key in "abcdef"] == [1.0, None, None, None, None, None]
+
+
+def test_the_newest_line_is_the_last_whole_one_however_long_the_file(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert newest(run, "1.00") is None
+    with MetricsWriter(run) as writer:
+        for step in range(1, 2001):
+            writer.append("1.00", {"step": step, "padding": "x" * 100})
+    with run.metrics_of("1.00").open("ab") as file:
+        file.write(b'{"step":2001,"lo')
+    line = newest(run, "1.00")
+    assert line is not None
+    assert line["step"] == 2000
