@@ -11,13 +11,13 @@ from importlib.metadata import version
 from typing import TextIO
 
 from opt_logbook import metrics
-from opt_logbook.events import Entry, RunCreated
+from opt_logbook.events import Entry, JournalDamaged, RunCreated
 from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.run_directory import RunDirectory
 
 from opt_train.config import RunConfig, sha256_of
-from opt_train.protocol.exits import BadInput
+from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.faults import FaultPlan
@@ -59,6 +59,11 @@ def supervise(
     try:
         with Lock.acquire(run) as lock, SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
             state = _folded(journal)
+            damage = [event for event in journal.repairs if isinstance(event, JournalDamaged)]
+            if damage:
+                # Journalled by now, so that the next start is a person's yes.
+                _print(_question_about(run, damage), stream)
+                return PERSON_MUST_DECIDE
             cluster = _cluster(config, run)
             if state.created is None:
                 # The folder was perhaps removed under a run whose agents still live: nothing of it may meet this one.
@@ -122,6 +127,14 @@ def _folded(journal: Journal) -> RunState:
         log.warning("the journal needed mending: %s", repair)
         state = fold(state, journal.append(Entry(round(time.time(), 3), attempt, None, repair)))
     return state
+
+
+def _question_about(run: RunDirectory, damage: list[JournalDamaged]) -> str:
+    lines = "; ".join(f"line {event.line}: {event.why}" for event in damage)
+    return (
+        f"{run.journal} is damaged ({lines}), and what stood there is forgotten: perhaps a failed node or checkpoint; "
+        "restore the file from a copy, or start the same command again to go on without"
+    )
 
 
 def _tell_story(run: RunDirectory, stream: TextIO) -> None:

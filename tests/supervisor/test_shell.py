@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from opt_logbook import inbox, journal
-from opt_logbook.events import Entry, Note
+from opt_logbook.events import Entry, JournalDamaged, Note
 from opt_logbook.lock import Lock, live_holder_of
 from opt_logbook.run_directory import RunDirectory
 
@@ -252,6 +252,24 @@ def test_a_killed_supervisor_is_replaced_while_the_same_ranks_train_on(run: RunD
     assert sorted(steps) == list(range(200)), "metrics of the time without a supervisor were lost or written twice"
     assert published is not None
     assert not published.socket.parent.exists(), "the killed supervisor's socket folder is still there"
+
+
+def test_a_damaged_journal_is_led_on_only_after_a_person_has_looked(run: RunDirectory) -> None:
+    code, _ = run_shell(run, TinyCore(run, steps=3))
+    assert code == 0
+    lines = run.journal.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"seq":2', b'"seq":7')
+    run.journal.write_bytes(b"".join(lines))
+
+    code, output = run_shell(run, TinyCore(run, steps=3))
+    assert code == PERSON_MUST_DECIDE
+    assert f"{run.journal} is damaged (line 2: " in output
+    assert not list(run.nodes.glob("*/agent.json")), "agents were started over a damaged journal"
+    damaged = [e for e in journal.read(run.journal).entries if isinstance(e.event, JournalDamaged)]
+    assert damaged[0].event.line == 2
+
+    code, _ = run_shell(run, TinyCore(run, steps=3))
+    assert code == 0, "the person's second start is the yes"
 
 
 def test_a_run_that_somebody_has_is_refused_in_a_sentence(run: RunDirectory) -> None:
