@@ -115,15 +115,25 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
 
     Raises:
         BadInput: training keys or code differ and no new lineage was asked for; or the folder is none of ours; or a
-            lineage was asked for where there is nothing to go on from.
+            lineage was asked for where there is nothing to go on from; or the journal is too damaged to tell.
     """
-    entries = journal.read(directory.journal).entries
+    reading = journal.read(directory.journal)
+    entries = reading.entries
     lineages = [entry.event.lineage for entry in entries if isinstance(entry.event, LineageOpened)]
     if not lineages:
+        if reading.damaged:
+            lines = ", ".join(str(damage.line) for damage in reading.damaged)
+            raise BadInput(
+                f"{directory.journal} is damaged (line {lines}), and no line is left that tells what was trained here; "
+                "restore it from a copy, or choose another name="
+            )
         if asked_for_lineage:
             raise BadInput(f"lineage=new has nothing to go on from: {directory.path} holds no run")
         if directory.path.exists() and any(directory.path.iterdir()) and not directory.config_json.exists():
-            raise BadInput(f"{directory.path} exists and is no run directory; choose another name= or runs=")
+            raise BadInput(
+                f"{directory.path} exists and is no run directory; choose another name= or runs=, "
+                "or remove it if nothing in it is wanted"
+            )
         return Plan(1, False, (), (), is_new=True, is_finished=False)
     # A lineage's own copy is compared, not the newest configuration: a crash between writing that and journalling the
     # new lineage must not make the change look as if it had been agreed to.

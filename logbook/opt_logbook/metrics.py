@@ -88,7 +88,7 @@ class MetricsWriter:
         AttemptId.parse(attempt)  # a name from a message becomes a path here
         self.close()
         path = self._run.metrics_of(attempt)
-        path.parent.mkdir(exist_ok=True)
+        self._run.make_folder(path.parent)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         data = path.read_bytes()
         end = data.rfind(b"\n") + 1

@@ -44,7 +44,7 @@ def render(run: RunDirectory) -> Rendered:
     figures = plots.draw(story)
 
     folder = run.chronicle / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    run.make_folder(folder)
     drawn = tuple(_replace(folder / f"{name}.svg", text) for name, text in figures.items())
     return Rendered(
         page=_replace(run.chronicle / "index.html", to_html(chronicle, figures)),

@@ -1,4 +1,4 @@
-"""Where everything of a run lies (docs/journal.md). Paths only: nothing here opens a file."""
+"""Where everything of a run lies (docs/journal.md). Paths and folders: nothing here opens a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,18 @@ class RunDirectory:
     def nodes(self) -> Path:
         """Local cluster: one folder a node, with its agent's pid and log."""
         return self.path / "nodes"
+
+    def make_folder(self, folder: Path) -> None:
+        """Make `folder`, somewhere below the run directory; that itself is never made again.
+
+        A person who removes a run means it: a process of it that still lives must not bring its folder back.
+
+        Raises:
+            OSError: the run directory is not there, or the folder cannot be made.
+        """
+        below = folder.relative_to(self.path)
+        for part in (*reversed(below.parents[:-1]), below):
+            (self.path / part).mkdir(exist_ok=True)
 
     def metrics_of(self, attempt: str) -> Path:
         return self.metrics / f"{attempt}.jsonl"

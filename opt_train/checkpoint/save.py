@@ -147,7 +147,10 @@ def _make_empty(folder: Path) -> None:
     if (folder / MANIFEST).exists():
         raise CheckpointError("it is a committed checkpoint already")
     retire(folder)
-    folder.mkdir(parents=True)
+    # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not want it back.
+    folder.parent.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir()
     sync_folder(folder.parent)
     sync_folder(folder.parent.parent)
 

@@ -78,7 +78,7 @@ class Agent:
         warm_logs = run.logs / "warm" / options.node
         self._slots = [
             RankSlot(
-                slot, command, environment, run.path, warm_logs,
+                slot, command, environment, run, warm_logs,
                 self._outbox.tell, self._outbox.relay, self._changed.set,
             )
             for slot in range(options.slots)
@@ -248,12 +248,13 @@ def read_options(arguments: list[str]) -> AgentOptions:
     )
 
 
-def hold_node(folder: Path, node: str) -> Callable[[], None] | None:
+def hold_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
     """Become the node's one agent, for the life of this process, and register; None if the node has one already.
 
     The result takes the registration back.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run.nodes / node
+    run.make_folder(folder)
     lock = os.open(folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     registration = folder / "agent.json"
     deadline = time.monotonic() + 2 * LEAVE_SECONDS
@@ -285,7 +286,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     options = read_options(arguments)
     os.environ[NODE_MARK] = mark_of(options.run.path, options.node)
-    deregister = hold_node(options.run.nodes / options.node, options.node)
+    deregister = hold_node(options.run, options.node)
     if deregister is None:
         log.info("node %s has an agent already", options.node)
         return 1

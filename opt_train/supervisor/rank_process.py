@@ -52,7 +52,6 @@ class RankProcess:
         self._loop = asyncio.get_running_loop()
         facts_read, facts_write = os.pipe()
         control_read, control_write = os.pipe()
-        log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(log_path, "ab") as output:
                 self._child = subprocess.Popen(

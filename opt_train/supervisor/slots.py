@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opt_logbook.run_directory import RunDirectory
+
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import (
     Leaving,
@@ -61,7 +63,7 @@ class RankSlot:
         slot: int,
         command: Sequence[str],
         environment: Mapping[str, str],
-        run_directory: Path,
+        run: RunDirectory,
         warm_logs: Path,
         tell: Callable[[Message], None],
         relay: Callable[[RankFact], None],
@@ -69,7 +71,7 @@ class RankSlot:
     ) -> None:
         self.slot = slot
         self._command, self._environment = command, environment
-        self._run_directory, self._warm_logs = run_directory, warm_logs
+        self._run, self._warm_logs = run, warm_logs
         self._tell, self._relay, self._changed = tell, relay, changed
         self._spare: RankProcess | None = None
         self._spare_is_warm = False
@@ -179,6 +181,7 @@ class RankSlot:
         self._spares_started += 1
         self._spare_is_warm = False
         try:
+            self._run.make_folder(path.parent)
             self._spare = RankProcess(self._command, self._environment, path, self._heard, self._gone)
         except OSError as error:
             log.error("slot %d: a spare cannot be started: %s", self.slot, error)
@@ -252,7 +255,7 @@ class RankSlot:
                 self._pending = None
         elif self._running is not None and process is self._running.process:
             rank, self._running = self._running, None
-            self._tell_exit(rank, self._run_directory / rank.begin.log_path)
+            self._tell_exit(rank, self._run.path / rank.begin.log_path)
             self._begin_pending()
             self._ensure_spare()
         if rank_log.size_of(process.log_path) == 0:
@@ -262,7 +265,7 @@ class RankSlot:
     def _tell_exit(self, rank: _Rank, log_path: Path) -> None:
         process = rank.process
         code = process.returncode if process.returncode is not None else 0
-        lines = rank_log.tail(log_path, self._run_directory) or rank_log.tail(process.log_path, self._run_directory)
+        lines = rank_log.tail(log_path, self._run.path) or rank_log.tail(process.log_path, self._run.path)
         self._tell(
             RankExited(
                 generation=rank.begin.generation,
@@ -280,7 +283,7 @@ class RankSlot:
         )
 
     async def _collect_stacks(self, rank: _Rank) -> None:
-        path = self._run_directory / rank.begin.log_path
+        path = self._run.path / rank.begin.log_path
         state, before = rank.process.process_state, rank_log.size_of(path)
         rank.process.ask_stacks()
         size, deadline = before, time.monotonic() + STACKS_SECONDS
@@ -290,7 +293,7 @@ class RankSlot:
             if size > before and grown == size:
                 break  # it wrote, and has finished
             size = grown
-        written = rank_log.tail(path, self._run_directory, after_byte=before)
+        written = rank_log.tail(path, self._run.path, after_byte=before)
         self._tell(Stacks(rank.begin.generation, rank.begin.rank, bool(written), state, written))
 
 

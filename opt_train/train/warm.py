@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
@@ -98,7 +99,10 @@ def write_to_log(path: str) -> None:
     """From now on standard output and error are this file, appended, a line at a time."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    node = Path(path).parent
+    # logs/<attempt>/<node>, and not the run directory itself: whoever removed it does not want it back.
+    for folder in (node.parent.parent, node.parent, node):
+        folder.mkdir(exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

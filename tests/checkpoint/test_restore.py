@@ -275,6 +275,13 @@ def test_saving_over_a_committed_checkpoint_is_refused(tmp_path: Path) -> None:
     assert manifests.verify(tmp_path / "c") == manifest
 
 
+def test_a_save_does_not_bring_a_removed_run_back(tmp_path: Path) -> None:
+    run = tmp_path / "removed"
+    with pytest.raises(CheckpointError, match=r"cannot be prepared"):
+        save(copied(*made(0)), {}, run / "checkpoints" / "1.00" / "step-00000004")
+    assert not run.exists()
+
+
 def test_what_an_aborted_save_left_is_harmless(tmp_path: Path) -> None:
     """A shard of a larger, dead generation in the same folder would be read as part of the checkpoint."""
     folder = tmp_path / "c"

@@ -211,6 +211,20 @@ def test_a_crash_before_a_lineage_is_journalled_does_not_pass_for_consent(begun:
     assert "lineage=new" in say("run", *SMALL, "optim.lr=1e-3").err
 
 
+def test_a_run_whose_lineage_cannot_be_read_does_not_pass_for_a_new_one(begun: Path, say) -> None:
+    journal = begun / "journal.jsonl"
+    created, opened = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(created + opened.replace(b'"lineage":1', b'"lineage":7'))
+    before = contents(begun)
+    said = say("run", *SMALL, "optim.lr=1e-3")
+    assert (said.code, said.err) == (
+        2,
+        f"opt-train: {journal} is damaged (line 2), and no line is left that tells what was trained here; "
+        "restore it from a copy, or choose another name=\n",
+    )
+    assert contents(begun) == before
+
+
 def test_a_run_that_somebody_trains_is_left_alone(begun: Path, say) -> None:
     directory, _ = cli_run.resolve(compose(SMALL))
     before = contents(begun)
@@ -238,7 +252,8 @@ def test_a_folder_that_is_no_run_is_left_alone(workplace: Path, say) -> None:
     said = say("run", *SMALL)
     assert (said.code, said.err) == (
         2,
-        f"opt-train: {workplace}/runs/small exists and is no run directory; choose another name= or runs=\n",
+        f"opt-train: {workplace}/runs/small exists and is no run directory; choose another name= or runs=, "
+        "or remove it if nothing in it is wanted\n",
     )
     assert [p.name for p in (workplace / "runs" / "small").iterdir()] == ["thesis.tex"]
 

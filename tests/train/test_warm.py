@@ -31,6 +31,16 @@ def test_stray_signals_before_begin_neither_kill_nor_stop(tmp_path: Path) -> Non
         assert max(rank.metrics) == 3
 
 
+def test_a_begin_into_a_removed_run_fails_and_does_not_bring_it_back(tmp_path: Path) -> None:
+    removed = tmp_path / "removed"
+    with World(tmp_path, tiny_config(tmp_path), world_size=1) as world:
+        (rank,) = world.ranks
+        world.begin(log_path=str(removed / "logs" / "1.00" / "n0" / "rank0.log"))
+        assert wait_for_exit(rank) == 1
+        assert "FileNotFoundError" in rank.log.read_text()
+        assert not removed.exists()
+
+
 def test_stacks_go_to_the_log(tmp_path: Path) -> None:
     with World(tmp_path, tiny_config(tmp_path), world_size=1) as world:
         rank = world.ranks[0]

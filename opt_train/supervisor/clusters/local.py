@@ -58,7 +58,7 @@ class LocalCluster:
         if (registered is not None and registered.alive) or (child is not None and child.poll() is None):
             return
         folder = self._run.nodes / node
-        folder.mkdir(parents=True, exist_ok=True)
+        self._run.make_folder(folder)
         command = [sys.executable, "-P", "-m", "opt_train.supervisor.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
         with open(folder / "agent.log", "ab") as output:
