@@ -20,7 +20,7 @@ from opt_train.protocol.exits import BAD_INPUT, DONE, STOPPED, BadInput
 if TYPE_CHECKING:
     from opt_train.config import RunConfig
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 """What a shell reports for a program that Ctrl-C ended; nothing of it needs saving."""
 
 
@@ -98,7 +98,7 @@ def _run_jobs(flags: argparse.Namespace, jobs: list[tuple[list[str], "RunConfig"
     for number, (job, config) in enumerate(jobs):
         print(f"job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
         codes.append(_call([flags.verb, *directory, *job]))
-        if codes[-1] in (STOPPED, INTERRUPTED):
+        if codes[-1] in (STOPPED, INTERRUPTED, TERMINATED):
             print(f"stopped; the same command goes on with {config.name}")
             break
     for number, code in enumerate(codes):
@@ -112,9 +112,17 @@ def _call(arguments: list[str]) -> int:
     Ctrl-C reaches the child too, so this process only waits for the child's own answer; TERM, which reaches this one
     alone, is handed on.
     """
-    child = subprocess.Popen([sys.executable, "-m", "opt_train.cli", *arguments])
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    children: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(*_: object) -> None:
+        for child in children:
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
     try:
+        # -P: a file of the user's that is called datasets.py is not the library.
+        child = subprocess.Popen([sys.executable, "-P", "-m", "opt_train.cli", *arguments])
+        children.append(child)
         while True:
             try:
                 code = child.wait()
@@ -126,15 +134,14 @@ def _call(arguments: list[str]) -> int:
 
 
 def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:
-    from opt_train.data.batches import open_split
-    from opt_train.data.manifest import SPLITS, check_fits
+    from opt_train.data.batches import verify_dataset
+    from opt_train.data.manifest import check_fits
     from opt_train.data.prepare import directory_of, prepare
 
     directory = directory_of(config.data, config.tokenizer)
     manifest = prepare(config.data, config.tokenizer, lambda line: print(line, flush=True))
     check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
-    for split in SPLITS:
-        open_split(directory, split, verify=True)
+    verify_dataset(directory)
     print(
         f"{directory}: {manifest.train_tokens:,} training and "
         f"{manifest.validation_tokens:,} validation tokens, vocabulary {manifest.vocab_size:,}"
@@ -296,6 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as in `| head`; the interpreter must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        if error.filename is None:  # no file that a person could mend: a mistake of ours
+            raise
+        print(f"opt-train: {error.filename}: {error.strerror}; mend it and try again", file=sys.stderr)
+        return BAD_INPUT
 
 
 if __name__ == "__main__":

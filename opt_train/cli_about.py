@@ -30,6 +30,11 @@ class About:
         state = RunState()
         for entry in reading.entries:
             state = fold(state, entry)
+        if state.created is None and reading.damaged:
+            lines = ", ".join(str(damage.line) for damage in reading.damaged)
+            raise BadInput(
+                f"{run.journal} is damaged (line {lines}) and does not tell what the run is; restore it from a copy"
+            )
         if state.created is None:
             raise BadInput(f"{run.path} is no run directory: it has no journal; give one like runs/demo")
         self.run = run
@@ -164,6 +169,11 @@ def stop(path: Path) -> int:
     if holder is None:
         print(f"nothing to stop: {about.headline}")
         return NO
+    if not holder.leader:
+        raise BadInput(
+            f"{path} is trained by `opt-train train`, which obeys signals alone; "
+            f"send TERM to process {holder.pid} on {holder.host}"
+        )
     try:
         inbox.drop(run, {"kind": "stop", "by": f"{_user()} on {socket.gethostname()}"})
     except OSError as error:

@@ -13,14 +13,13 @@ from pathlib import Path
 import opt_logbook
 from opt_logbook import journal
 from opt_logbook.events import JournalDamaged, JournalMended, LineageOpened, Note, RunCreated, RunFinished
-from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.run_directory import RunDirectory
 
 import opt_train
 from opt_train.cli_about import summary
 from opt_train.config import RunConfig, difference, from_json, to_json, to_yaml
 from opt_train.data.manifest import DatasetManifest, check_fits
-from opt_train.data.prepare import directory_of
+from opt_train.data.prepare import check_prepared_by, directory_of
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
 
@@ -72,24 +71,37 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
         if code != DONE:
             return code
     manifest = DatasetManifest.read(data)
+    check_prepared_by(manifest, resolved.data, resolved.tokenizer, data)
     check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
     check_same_data(directory, manifest)
-    _write_configuration_if_free(directory, resolved, plan)
 
-    code = _supervise(directory, resolved, created_event(resolved, manifest), plan)
+    code = _supervise(directory, resolved, created_event(resolved, manifest), plan, config.lineage == "new")
     if directory.journal.exists():  # somebody may have removed the run under its supervisor
         print(summary(directory))
     return code
 
 
-def _supervise(directory: RunDirectory, config: RunConfig, created: RunCreated, plan: Plan) -> int:
+def _supervise(
+    directory: RunDirectory, config: RunConfig, created: RunCreated, plan: Plan, asked_for_lineage: bool
+) -> int:
     from opt_train.supervisor.shell import supervise
 
+    def write() -> None:
+        # Somebody else may have had the run since the plan was made.
+        if plan_of(directory, config, asked_for_lineage) != plan:
+            raise BadInput(f"{directory.path} was changed by another process meanwhile; start again")
+        write_configuration(directory, config, plan)
+
     commit, dirty = git_state()
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(directory, error) from None
     return supervise(
         config,
         directory,
         created,
+        write_configuration=write,
         opens_lineage=plan.opens_lineage,
         lineage_difference=plan.lineage_difference,
         operational_difference=plan.operational_difference,
@@ -114,8 +126,8 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
     """Compare `config` and the code that runs with what the run directory says was trained there.
 
     Raises:
-        BadInput: training keys or code differ and no new lineage was asked for; or the folder is none of ours; or a
-            lineage was asked for where there is nothing to go on from; or the journal is too damaged to tell.
+        BadInput: fixed keys differ; training keys or code differ and no new lineage was asked for; the folder is none
+            of ours; a lineage was asked for where there is nothing to go on from; the journal is too damaged to tell.
     """
     reading = journal.read(directory.journal)
     entries = reading.entries
@@ -129,7 +141,7 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
             )
         if asked_for_lineage:
             raise BadInput(f"lineage=new has nothing to go on from: {directory.path} holds no run")
-        if directory.path.exists() and any(directory.path.iterdir()) and not directory.config_json.exists():
+        if not directory.config_json.exists() and _strangers_in(directory):
             raise BadInput(
                 f"{directory.path} exists and is no run directory; choose another name= or runs=, "
                 "or remove it if nothing in it is wanted"
@@ -138,12 +150,18 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
     # A lineage's own copy is compared, not the newest configuration: a crash between writing that and journalling the
     # new lineage must not make the change look as if it had been agreed to.
     kept = _code_of(directory, lineages[-1])
-    training, _ = difference(_read(kept / "config.json"), config)
-    _, operational = difference(_read(directory.config_json), config)
+    began_with = difference(_read(kept / "config.json"), config)
+    if began_with.fixed:
+        raise BadInput(
+            f"{directory.path} was trained with another model or other data ({'; '.join(began_with.fixed)}), "
+            "which nothing trained there fits; choose another name="
+        )
+    training = began_with.training
+    operational = difference(_read(directory.config_json), config).operational
     last = next(entry.event for entry in reversed(entries) if not isinstance(entry.event, REMARKS))
     if not training and isinstance(last, RunFinished):
         # Nothing will be computed any more, so newer code changes nothing.
-        return Plan(lineages[-1], False, (), tuple(operational), is_new=False, is_finished=True)
+        return Plan(lineages[-1], False, (), operational, is_new=False, is_finished=True)
     changed = (*training, *_code_difference(kept))
     if changed and not asked_for_lineage:
         what, this = ("another configuration", "this one") if training else ("other code", "this code")
@@ -152,13 +170,18 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
             f"add lineage=new to go on from its newest checkpoint with {this}, or choose another name="
         )
     lineage = lineages[-1] + bool(changed)
-    return Plan(lineage, bool(changed), changed, tuple(operational), is_new=False, is_finished=False)
+    return Plan(lineage, bool(changed), changed, operational, is_new=False, is_finished=False)
+
+
+def _strangers_in(directory: RunDirectory) -> bool:
+    """Whether the folder holds more than a start leaves that came no further than its lock."""
+    return directory.path.exists() and any(path != directory.lock for path in directory.path.iterdir())
 
 
 def _read(path: Path) -> RunConfig:
     try:
         return from_json(path)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, BadInput) as error:
         raise BadInput(f"{path} cannot be read ({error}); restore it, or choose another name=") from None
 
 
@@ -252,22 +275,6 @@ def _size(count: int) -> str:
 
 
 # The run directory --------------------------------------------------------------------------------------------
-
-
-def _write_configuration_if_free(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:
-    """A configuration must not change under a run that somebody is training.
-
-    Raises:
-        BadInput: another process holds the run, or the folder cannot be written.
-    """
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        with Lock.acquire(directory):
-            write_configuration(directory, config, plan)
-    except LockHeld as error:
-        raise BadInput(str(error)) from None
-    except OSError as error:
-        raise _unwritable(directory, error) from None
 
 
 def write_configuration(directory: RunDirectory, config: RunConfig, plan: Plan) -> None:

@@ -37,7 +37,9 @@ from opt_train import cli_run
 from opt_train.cli_about import summary
 from opt_train.config import RunConfig, sha256_of
 from opt_train.config_checks import check
+from opt_train.data.batches import verify_dataset
 from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.data.prepare import check_prepared_by
 from opt_train.protocol.exits import (
     BAD_INPUT,
     DONE,
@@ -53,6 +55,7 @@ from opt_train.protocol.framing import Message
 from opt_train.supervisor.checkpoints import CheckpointKeeper
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.effects import CommitManifest
+from opt_train.supervisor.shell import damage_question
 from opt_train.supervisor.state import Checkpoint, RunState, fold
 from opt_train.train.alone import Lone, train_alone
 
@@ -77,6 +80,11 @@ def train(config: RunConfig) -> int:
     alone = LoneRun(directory, resolved, plan)
     try:
         code = train_alone(resolved, alone.open, alone.tell)
+    except BadInput:
+        if not alone.question:
+            raise
+        print(f"opt-train: {alone.question}")
+        return PERSON_MUST_DECIDE
     finally:
         alone.close()
     if alone.is_unsaved:
@@ -99,11 +107,18 @@ def _render(directory: RunDirectory) -> None:
 
 def _as_started(config: RunConfig) -> RunConfig:
     """The configuration with the nodes and slots that torchrun gave, or a single rank."""
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world, local = _degree("WORLD_SIZE"), _degree("LOCAL_WORLD_SIZE")
     cluster = replace(config.cluster, nodes=max(1, world // local), slots_per_node=local, buffer_nodes=0)
     config = replace(config, cluster=cluster)
     check(config)
     return config
+
+
+def _degree(name: str) -> int:
+    text = os.environ.get(name, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"{name}={text} in the environment is no number of ranks; start the ranks with torchrun")
+    return int(text)
 
 
 class LoneRun:
@@ -123,6 +138,8 @@ class LoneRun:
         self._tokens = 0
         self._reports: dict[int, ShardsSaved] = {}
         """Rank to what it saved of the checkpoint that is being made."""
+        self.question = ""
+        """What a person must decide before training can begin."""
         self.is_unsaved = False
         """All steps are done, but the last checkpoint could not be committed."""
 
@@ -142,9 +159,13 @@ class LoneRun:
         config, plan = self._config, self._plan
         if plan.is_new:
             cli_run.check_room(self._directory, config)
-        data = DatasetManifest.read(Path(config.data.directory))
+        folder = Path(config.data.directory)
+        data = DatasetManifest.read(folder)
+        check_prepared_by(data, config.data, config.tokenizer, folder)
         check_fits(data, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
         cli_run.check_same_data(self._directory, data)
+        if plan.is_new:
+            verify_dataset(folder)
         self._directory.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = Lock.acquire(self._directory)
@@ -158,6 +179,9 @@ class LoneRun:
             self._state = fold(self._state, entry)
         for repair in journal.repairs:
             self._append(repair)
+        self.question = damage_question(self._directory, journal.repairs)
+        if self.question:
+            raise BadInput(self.question)
         if plan.is_new:
             self._append(cli_run.created_event(config, data))
         if plan.is_new or plan.opens_lineage:

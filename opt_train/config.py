@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config_checks import check
@@ -72,10 +72,13 @@ def sha256_of(config: RunConfig) -> str:
 
 
 def from_json(path: Path) -> RunConfig:
-    """The configuration that `to_json` wrote to `path`."""
-    values: dict[str, Any] = json.loads(path.read_text())
-    rooms = {f.name: f.default_factory for f in fields(RunConfig) if callable(f.default_factory)}
-    return RunConfig(**{k: rooms[k](**v) if k in rooms else v for k, v in values.items()})
+    """The configuration that `to_json` wrote to `path`.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is no JSON.
+        BadInput: a key is unknown or its value of another type.
+    """
+    return build(RunConfig, json.loads(path.read_text()))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -85,7 +88,23 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-# Training and operational keys --------------------------------------------------------------------------------
+# Fixed, training and operational keys -------------------------------------------------------------------------
+
+FIXED = (
+    "model.layers",
+    "model.heads",
+    "model.d_model",
+    "model.ffn",
+    "model.vocab_size",
+    "model.positions",
+    "data.corpus",
+    "data.max_bytes",
+    "data.validation_fraction",
+    "data.sequence_length",
+    "tokenizer",
+    "train.global_batch",
+)
+"""Keys, and rooms, that no lineage changes: the run's checkpoints would not fit the model, nor its cursor the data."""
 
 OPERATIONAL = (
     "name",
@@ -105,13 +124,16 @@ OPERATIONAL = (
     "supervisor",
     "faults",
 )
-"""Keys, and rooms, that may change between attempts: where and how the work is done. Every other key is a *training*
-key: it decides what is computed, and changing it opens a lineage."""
+"""Keys, and rooms, that may change between attempts: where and how the work is done. Every key that is neither fixed
+nor operational is a *training* key: it decides what is computed, and changing it opens a lineage."""
 
 
-def is_operational(key: str) -> bool:
-    """Whether the dotted `key` may change between the attempts of one lineage."""
-    return any(key == entry or key.startswith(entry + ".") for entry in OPERATIONAL)
+def kind_of(key: str) -> str:
+    """``fixed`` for the life of a run, ``training`` or ``operational``: what a change of the dotted `key` does."""
+    for kind, entries in (("fixed", FIXED), ("operational", OPERATIONAL)):
+        if any(key == entry or key.startswith(entry + ".") for entry in entries):
+            return kind
+    return "training"
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -122,15 +144,22 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def difference(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
-    """What changed, as `key: old -> new`: training keys, then operational ones. `lineage` is a request, not a value."""
+class Difference(NamedTuple):
+    """What changed between two configurations, by the kind of key, each as `key: old -> new`."""
+
+    fixed: tuple[str, ...]
+    training: tuple[str, ...]
+    operational: tuple[str, ...]
+
+
+def difference(old: RunConfig, new: RunConfig) -> Difference:
+    """What changed from `old` to `new`. `lineage` is a request, not a value."""
     before, after = flatten(old), flatten(new)
-    changed = [key for key in after if before[key] != after[key] and key != "lineage"]
-    lines = {key: f"{key}: {_shown(before[key])} -> {_shown(after[key])}" for key in changed}
-    return (
-        [line for key, line in lines.items() if not is_operational(key)],
-        [line for key, line in lines.items() if is_operational(key)],
-    )
+    lines: dict[str, list[str]] = {kind: [] for kind in Difference._fields}
+    for key in after:
+        if before[key] != after[key] and key != "lineage":
+            lines[kind_of(key)].append(f"{key}: {_shown(before[key])} -> {_shown(after[key])}")
+    return Difference(**{kind: tuple(changes) for kind, changes in lines.items()})
 
 
 def _shown(value: object) -> str:
@@ -181,7 +210,7 @@ def compose(overrides: Sequence[str], config_directory: Path | None = None) -> R
         with initialize_config_dir(str(directories[0]), version_base="1.3"):
             composed = hydra_compose("config", overrides=[*search, *overrides])
             values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"the configuration does not compose: {_one_line(error)}") from None
     config = build(RunConfig, values)
     check(config)
@@ -204,9 +233,16 @@ def expand(overrides: Sequence[str], config_directory: Path | None = None) -> li
         swept = override.value()
         if isinstance(swept, Glob):
             choices = _choices(override.key_or_group, _directories(config_directory))
-            axes.append([f"{key}={choice}" for choice in choices if _matches(choice, swept.include, swept.exclude)])
+            matching = [choice for choice in choices if _matches(choice, swept.include, swept.exclude)]
+            if not matching:
+                known = f"choose from {', '.join(choices)}" if choices else f"{key} is no group of choices"
+                raise BadInput(f"{override.input_line} matches nothing; {known}")
+            axes.append([f"{key}={choice}" for choice in matching])
         elif override.is_discrete_sweep():
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            try:
+                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            except ValueError:
+                raise BadInput(f"{override.input_line} names no values; give a step that is not 0") from None
         elif override.is_sweep_override():
             raise BadInput(f"{key} sweeps over an interval, which has no end of values; list them: {key}=1,2,3")
         else:
@@ -327,7 +363,10 @@ def build(cls: type[Room], values: Any, prefix: str = "") -> Room:
 def _typed(key: str, value: object, kind: type, default: object) -> object:
     """`value` as `kind`, or the sentence that says what would do."""
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise BadInput(f"{key} is too large a number; give one like {_example(kind, default)}") from None
     if type(value) is not kind:
         if kind is str:
             raise BadInput(f"{key}={_shown(value)} is not text; put it in quotes: '{key}=\"{value}\"'")

@@ -1,6 +1,8 @@
 """What must hold between the rooms of one configuration. Every failure is a sentence with the key and the mend."""
 
+import importlib.util
 import re
+import socket
 from typing import TYPE_CHECKING
 
 from opt_train.protocol.exits import BadInput
@@ -41,7 +43,7 @@ BELOW_ONE = ("model.dropout", "data.validation_fraction", "optim.beta1", "optim.
 SMALLEST_BPE = 260
 """The 256 bytes and OPT's four special tokens."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 def check(config: "RunConfig") -> None:
@@ -54,6 +56,7 @@ def check(config: "RunConfig") -> None:
     _model_and_data(config)
     _batches(config)
     _layout(config)
+    _cluster(config)
     if config.optim.warmup_steps >= config.train.steps:
         raise BadInput(
             f"optim.warmup_steps={config.optim.warmup_steps} must be smaller than train.steps={config.train.steps}; "
@@ -81,8 +84,11 @@ def _values(config: "RunConfig") -> None:
     """Each key by itself."""
     if not _NAME.fullmatch(config.name):
         raise BadInput(
-            f'name="{config.name}" names no folder; use letters, digits, dots, dashes and underscores, no dot first'
+            f'name="{config.name}" names no folder; use letters, digits, dots, dashes and underscores, no dot first, '
+            "200 characters at most"
         )
+    if config.seed >= 2**63:
+        raise BadInput(f"seed={config.seed} is too large; use one below 2**63")
     if not config.runs:
         raise BadInput('runs="" is no folder; give one like runs=runs')
     for key, choices in CHOICES.items():
@@ -176,9 +182,24 @@ def _layout(config: "RunConfig") -> None:
         )
 
 
+def _cluster(config: "RunConfig") -> None:
+    """What would make every rank fail, and look like nodes that do."""
+    module, interface = config.cluster.rank_module, config.cluster.interface
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise BadInput(f"cluster.rank_module={module} cannot be imported; the trainer is opt_train.train.warm")
+    names = [name for _, name in socket.if_nameindex()]
+    if config.cluster.kind == "local" and interface and interface not in names:
+        raise BadInput(f"cluster.interface={interface} is no network interface here; use one of {', '.join(names)}")
+
+
 def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    return _listed(sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2]))
+    below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
+    above = next((n for n in range(wanted, min(2 * wanted, number) + 1) if number % n == 0), below)
+    return _listed(sorted({below, above}))
 
 
 def _listed(numbers: list[int]) -> str:

@@ -132,6 +132,16 @@ class ValidationSet:
             yield _micro_batch(self._tokens, self._sequence_length, list(mine[first : first + rows]), rows)
 
 
+def verify_dataset(directory: Path) -> None:
+    """Read every prepared file and compare it with its checksum.
+
+    Raises:
+        BadInput: one is missing or another than `prepare` wrote.
+    """
+    for split in SPLITS:
+        open_split(directory, split, verify=True)
+
+
 def share_of(count: int, rank: int, world: int) -> range:
     """The contiguous part of `range(count)` that is `rank`'s; sizes differ by at most one, rank 0's is the largest."""
     if not 0 <= rank < world:

@@ -102,6 +102,24 @@ def _already_prepared(directory: Path, configuration: dict[str, str | int | floa
     except OSError as error:
         raise _refused(directory, error) from error
     manifest = DatasetManifest.read(directory)
+    _check_configuration(manifest, configuration, directory)
+    return manifest
+
+
+def check_prepared_by(
+    manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path
+) -> None:
+    """Refuse tokens that another corpus or tokenizer made.
+
+    Raises:
+        BadInput: `directory`, whose manifest this is, was prepared by another configuration.
+    """
+    _check_configuration(manifest, configuration_of(data, tokenizer), directory)
+
+
+def _check_configuration(
+    manifest: DatasetManifest, configuration: dict[str, str | int | float], directory: Path
+) -> None:
     keys = sorted(manifest.configuration.keys() | configuration.keys())
     differences = [
         f"{key} was {manifest.configuration.get(key, 'not set')} and is {configuration.get(key, 'not set')}"
@@ -113,7 +131,6 @@ def _already_prepared(directory: Path, configuration: dict[str, str | int | floa
             f"{directory} was prepared by another configuration ({'; '.join(differences)}); "
             "use another data.name or data.directory, or delete that folder"
         )
-    return manifest
 
 
 def _fill(

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +10,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opt_train.model.config import ModelConfig
 
+Progress = Callable[[int, int], None]
+"""Told (done, all)."""
+
 SCALED_DOWN = ("self_attn.out_proj.weight", "fc2.weight")
 """The matrices that write into the residual stream: their standard deviation is divided by sqrt(2 layers)."""
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialise(model: nn.Module, config: ModelConfig, seed: int, progress: Progress | None = None) -> None:
     """Fill `model`'s parameters: N(0, init_std), biases 0, LayerNorms 1 (OPT; Megatron-LM, arXiv 1909.08053).
 
     Each matrix is drawn whole on the CPU from a generator of its own, and every rank keeps its slice. DTensor has no
     random numbers of its own on a CPU mesh: drawing shards in place would give each rank the same ones.
     """
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    for done, (name, parameter) in enumerate(parameters):
+        if progress is not None:
+            progress(done, len(parameters))
         if parameter.ndim == 1:
             parameter.fill_(1.0 if "layer_norm.weight" in name else 0.0)
             continue

@@ -1,5 +1,6 @@
 """AdamW (arXiv 1711.05101) that decides on the device whether a step counts."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -39,18 +40,26 @@ def put_in_force(optimizer: torch.optim.AdamW, values: Mapping[str, float]) -> N
 
 
 def really_in_force(optimizer: torch.optim.AdamW) -> dict[str, float]:
-    """LR, betas, eps, decay and updates as the optimizer itself holds them. Waits for the device."""
-    decayed = next(group for group in optimizer.param_groups if group["decayed"])
-    updates = max(int(state["step"].item()) for state in optimizer.state.values())
-    beta1, beta2 = decayed["betas"]
+    """LR, betas, eps, decay and updates as the optimizer itself holds them. Waits for the device.
+
+    NaN, which equals nothing, where groups or parameters that should agree do not, or where a vector decays.
+    """
+    groups = optimizer.param_groups
+    updates = _only({int(state["step"].item()) for state in optimizer.state.values()})
+    decays = {group["weight_decay"] for group in groups if group["decayed"]}
+    others = {group["weight_decay"] for group in groups if not group["decayed"]}
     return {
-        "lr": decayed["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": decayed["eps"],
-        "weight_decay": decayed["weight_decay"],
+        "lr": _only({group["lr"] for group in groups}),
+        "beta1": _only({group["betas"][0] for group in groups}),
+        "beta2": _only({group["betas"][1] for group in groups}),
+        "eps": _only({group["eps"] for group in groups}),
+        "weight_decay": _only(decays) if others <= {0.0} else math.nan,
         "updates": updates,
     }
+
+
+def _only(values: set[float]) -> float:
+    return next(iter(values)) if len(values) == 1 else math.nan
 
 
 def apply(optimizer: torch.optim.AdamW, skip: Tensor) -> None:

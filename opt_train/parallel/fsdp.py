@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT
-from opt_train.model.init import initialise
+from opt_train.model.init import Progress, initialise
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.exits import BadInput
@@ -30,12 +30,23 @@ def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
 
 
-def build(config: ModelConfig, precision: PrecisionConfig, mesh: DeviceMesh, device: torch.device, seed: int) -> OPT:
+def build(
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    seed: int | None,
+    progress: Progress | None = None,
+) -> OPT:
     """The model with initial weights, each block and then the root sharded over `mesh`.
 
     It is made on the meta device, so a rank never holds more than its shards and one whole parameter. Gradients arrive
     as *sums* over ranks in fp32: the caller divides by the world's number of tokens, so that ranks may hold unequal
     numbers of them.
+
+    Args:
+        seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+        progress: told how many parameters of how many have their initial weights.
 
     Raises:
         BadInput: `precision.compute` is not known.
@@ -44,7 +55,10 @@ def build(config: ModelConfig, precision: PrecisionConfig, mesh: DeviceMesh, dev
         raise BadInput(f"precision.compute={precision.compute!r} must be one of {', '.join(COMPUTE_TYPES)}.")
     with torch.device("meta"):
         model = OPT(config)
-    policy = MixedPrecisionPolicy(param_dtype=COMPUTE_TYPES[precision.compute], reduce_dtype=torch.float32)
+    # Inputs keep their types: the embeddings come out in the compute type, and tokens' weights stay fp32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_TYPES[precision.compute], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.model.decoder.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -54,7 +68,8 @@ def build(config: ModelConfig, precision: PrecisionConfig, mesh: DeviceMesh, dev
         # gloo knows no pre-multiplied sum; a plain sum is what is wanted anyway.
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
-    initialise(model, config, seed)
+    if seed is not None:
+        initialise(model, config, seed, progress)
     return model
 
 

@@ -135,9 +135,14 @@ class Agent:
         for slot in self._slots:
             slot.forget_pending()
         connection.send(AgentState(self._options.node, os.getpid(), self._slot_states(), self._leader))
+        caught_up = asyncio.Event()
         parts = [
             asyncio.create_task(part)
-            for part in (self._outbox.deliver(connection), self._pulse(connection), self._obey(connection))
+            for part in (
+                self._outbox.deliver(connection, caught_up),
+                self._pulse(connection, caught_up),
+                self._obey(connection),
+            )
         ]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -148,7 +153,9 @@ class Agent:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
-    async def _pulse(self, connection: Connection) -> None:
+    async def _pulse(self, connection: Connection, caught_up: asyncio.Event) -> None:
+        # With the first pulse the supervisor believes that it knows all: what waited for it goes before.
+        await caught_up.wait()
         while True:
             if connection.unsent_bytes < _PULSE_BACKLOG_BYTES:
                 connection.send(Pulse(self._slot_states()))

@@ -59,21 +59,26 @@ class Outbox:
     def unacknowledged(self) -> int:
         return len(self._facts)
 
-    async def deliver(self, connection: Connection) -> None:
-        """Send everything there is, and whatever comes, until the connection ends (`LinkRefused`) or is cancelled."""
+    async def deliver(self, connection: Connection, caught_up: asyncio.Event) -> None:
+        """Send everything there is, and whatever comes, until the connection ends (`LinkRefused`) or is cancelled.
+
+        A fact follows the metrics that came before it: behind a rank's end nobody would take its last lines any more.
+        `caught_up` is set when all that had waited has been sent.
+        """
         newest = -1
         self._metrics_told = max(0, self._metrics_told - METRICS_TOLD_AGAIN)
         while True:
             self._news.clear()
-            for number, told in [(n, t) for n, t in self._facts.items() if n > newest]:
-                connection.send(told)
-                newest = number
-                await connection.drain()
             while self._metrics_told < len(self._metrics):
                 connection.send(self._metrics[self._metrics_told])
                 self._metrics_told += 1
                 self._forget_old_metrics()
                 await connection.drain()
+            for number, told in [(n, t) for n, t in self._facts.items() if n > newest]:
+                connection.send(told)
+                newest = number
+                await connection.drain()
+            caught_up.set()
             if all(n <= newest for n in self._facts):
                 await self._news.wait()
 

@@ -6,12 +6,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TextIO
 
 from opt_logbook import metrics
-from opt_logbook.events import Entry, JournalDamaged, RunCreated
+from opt_logbook.events import Entry, Event, JournalDamaged, RunCreated
 from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.run_directory import RunDirectory
@@ -44,57 +44,60 @@ def supervise(
     git_commit: str = "",
     git_dirty: bool = False,
     packages: Mapping[str, str] | None = None,
+    write_configuration: Callable[[], None] = lambda: None,
     make_core: MakeCore = Supervisor,
     stream: TextIO = sys.stdout,
 ) -> int:
     """Supervise the run until it is finished, stopped, or a person must decide; returns the exit code.
 
-    The run directory holds `config.json` already. Call it from the main thread. `make_core` replaces what decides;
-    tests use it.
+    Call it from the main thread. `write_configuration` is called once the run is held, so that nobody else's run can
+    change under it; behind it the run directory holds `config.json`. `make_core` replaces what decides; tests use it.
 
     Raises:
         BadInput: another process has the run, the fault plan is wrong, or the run directory cannot be written or read.
     """
     plan = FaultPlan(config.faults, run.faults)
     try:
-        with Lock.acquire(run) as lock, SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
-            state = _folded(journal)
-            damage = [event for event in journal.repairs if isinstance(event, JournalDamaged)]
-            if damage:
-                # Journalled by now, so that the next start is a person's yes.
-                _print(_question_about(run, damage), stream)
-                return PERSON_MUST_DECIDE
-            cluster = _cluster(config, run)
-            if state.created is None:
-                # The folder was perhaps removed under a run whose agents still live: nothing of it may meet this one.
-                cluster.release()
-            identity = Identity(
-                leader=state.leader + 1,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                version=version("opt-train"),
-                run_directory=str(run.path),
-                config_path=str(run.config_json),
-                config_sha256=sha256_of(config),
-                nodes=cluster.node_names,
-                created=created,
-                opens_lineage=opens_lineage,
-                lineage_difference=lineage_difference,
-                operational_difference=operational_difference,
-                git_commit=git_commit,
-                git_dirty=git_dirty,
-                packages=dict(packages or {}),
-            )
-            lock.lead(identity.leader)
-            secret = ensure_secret(run.secret)
-            core = make_core(config, state, identity)
-            status = StatusLine(stream, config.supervisor.status_seconds)
-            try:
-                supervision = Supervision(run, lock, journal, cluster, plan, core, identity, status, secret)
-                supervision.recalls = _recalled(run, state)
-                finish = asyncio.run(supervision.run())
-            finally:
-                status.close()
+        with Lock.acquire(run) as lock:
+            write_configuration()
+            with SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
+                state = _folded(journal)
+                question = damage_question(run, journal.repairs)
+                if question:
+                    # Journalled by now, so that the next start is a person's yes.
+                    _print(question, stream)
+                    return PERSON_MUST_DECIDE
+                cluster = _cluster(config, run)
+                if state.created is None:
+                    # The folder was perhaps removed under a run whose agents live: none of them may meet this one.
+                    cluster.release()
+                identity = Identity(
+                    leader=state.leader + 1,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    version=version("opt-train"),
+                    run_directory=str(run.path),
+                    config_path=str(run.config_json),
+                    config_sha256=sha256_of(config),
+                    nodes=cluster.node_names,
+                    created=created,
+                    opens_lineage=opens_lineage,
+                    lineage_difference=lineage_difference,
+                    operational_difference=operational_difference,
+                    git_commit=git_commit,
+                    git_dirty=git_dirty,
+                    packages=dict(packages or {}),
+                )
+                lock.lead(identity.leader)
+                secret = ensure_secret(run.secret)
+                core = make_core(config, state, identity)
+                status = StatusLine(stream, config.supervisor.status_seconds)
+                try:
+                    supervision = Supervision(run, lock, journal, cluster, plan, core, identity, status, secret)
+                    supervision.recalls = _recalled(run, state)
+                    finish = asyncio.run(supervision.run())
+                finally:
+                    status.close()
     except (LockHeld, SecretUnusable) as error:
         raise BadInput(str(error)) from None
     except OSError as error:
@@ -129,9 +132,10 @@ def _folded(journal: Journal) -> RunState:
     return state
 
 
-def _question_about(run: RunDirectory, damage: list[JournalDamaged]) -> str:
-    lines = "; ".join(f"line {event.line}: {event.why}" for event in damage)
-    return (
+def damage_question(run: RunDirectory, repairs: Sequence[Event]) -> str:
+    """What a person must decide about a journal with these repairs; empty where nothing in it is damaged."""
+    lines = "; ".join(f"line {event.line}: {event.why}" for event in repairs if isinstance(event, JournalDamaged))
+    return lines and (
         f"{run.journal} is damaged ({lines}), and what stood there is forgotten: perhaps a failed node or checkpoint; "
         "restore the file from a copy, or start the same command again to go on without"
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from opt_train.config import RunConfig
 from opt_train.protocol.commands import Begin
-from opt_train.protocol.exits import BAD_INPUT
+from opt_train.protocol.exits import BAD_INPUT, BadInput
 from opt_train.protocol.facts import ShardsSaved
 from opt_train.protocol.framing import Message, from_line, to_line
 from opt_train.train.orders import NoOrders, StopSignals
@@ -56,8 +56,13 @@ def train_alone(config: RunConfig, open_run: Callable[[], Lone], tell: TellRank)
     device = choose_device(config.train.device, local_rank)
 
     group = join_by_environment(config, device) if "RANK" in os.environ else join(_begin(), config, device, _unheard)
-    lone = _decide(open_run, rank, group)
+    try:
+        lone = _decide(open_run, rank, group)
+    except BadInput:
+        dist.destroy_process_group()
+        raise
     if lone is None:
+        dist.destroy_process_group()
         return BAD_INPUT
     begin = _begin(lone, rank, world_size, local_rank)
     code = run_rank(begin, _Gathering(tell, rank, world_size, group), NoOrders(), signals, lambda *_: group)

@@ -16,7 +16,7 @@ from opt_train.data.batches import Batches, ValidationSet, open_split
 from opt_train.data.manifest import DatasetManifest, check_fits
 from opt_train.data.prepare import directory_of
 from opt_train.model.decoder import OPT
-from opt_train.optim.adamw import make_optimizer, put_in_force, really_in_force
+from opt_train.optim.adamw import make_optimizer, really_in_force
 from opt_train.optim.in_force import differences, in_force
 from opt_train.parallel.fsdp import build, make_mesh
 from opt_train.parallel.layout import Layout
@@ -76,7 +76,12 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     state = read_state(manifest, dataset)
 
     group = joins(begin, config, device, tell)
-    model = build(config.model, config.precision, make_mesh(layout, device), device, config.seed)
+    # A checkpoint fills every weight: drawing them first would cost a restart minutes.
+    seed = config.seed if manifest is None else None
+    model = build(
+        config.model, config.precision, make_mesh(layout, device), device, seed,
+        progress=lambda done, all_: tell(Progress(done, all_)),
+    )  # fmt: skip
     optimizer = make_optimizer(model, in_force(config, (), state.step))
     if manifest is not None:
         load(model, optimizer, begin, manifest, group, tell)
@@ -212,7 +217,6 @@ def report_in_force(
             updates than the checkpoint's state.
     """
     expected = in_force(config, (), state.step)
-    put_in_force(optimizer, expected)
     values = {
         **really_in_force(optimizer),
         "clip": config.optim.clip,

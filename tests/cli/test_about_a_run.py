@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_request_to_stop_names_who_asked(run: RunDirectory, say, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
-    with Lock.acquire(run):
+    with Lock.acquire(run, leader=1):
         assert say("stop", str(run.path)).code == 0
     [letter] = run.inbox.iterdir()
     assert json.loads(letter.read_text())["by"].startswith("ada on ")
@@ -32,10 +32,33 @@ def test_a_request_to_stop_names_who_asked(run: RunDirectory, say, monkeypatch: 
 
 def test_a_request_that_cannot_be_left_is_one_sentence_with_another_way(run: RunDirectory, say) -> None:
     run.inbox.write_text("a file where the folder should be")
-    with Lock.acquire(run):
+    with Lock.acquire(run, leader=1):
         said = say("stop", str(run.path))
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
     assert "TERM to process" in said.err
+
+
+def test_a_lone_rank_is_not_asked_by_a_letter_that_nobody_would_read(run: RunDirectory, say) -> None:
+    with Lock.acquire(run):
+        said = say("stop", str(run.path))
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert "obeys signals alone; send TERM to process" in said.err
+    assert not run.inbox.exists()
+
+
+def test_a_file_that_is_no_run_is_one_sentence(tmp_path: Path, say) -> None:
+    (tmp_path / "notes.txt").write_text("no run")
+    for verb in ("status", "stop", "checkpoints"):
+        said = say(verb, str(tmp_path / "notes.txt"))
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+
+
+def test_a_journal_too_damaged_to_tell_is_said_to_be_damaged(run: RunDirectory, say) -> None:
+    lines = run.journal.read_bytes().splitlines(keepends=True)
+    run.journal.write_bytes(lines[0].replace(b"tiny", b"Tiny") + lines[1])
+    said = say("status", str(run.path))
+    assert said.code == 2
+    assert said.err.startswith(f"opt-train: {run.journal} is damaged (line 1)")
 
 
 def test_nodes_of_a_run_at_rest_are_not_told_as_working(run: RunDirectory, say) -> None:

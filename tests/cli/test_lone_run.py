@@ -15,7 +15,7 @@ from opt_logbook.run_directory import RunDirectory
 from opt_train import cli_run, cli_train
 from opt_train.cli_train import LoneRun
 from opt_train.config import RunConfig, compose
-from opt_train.protocol.exits import DONE, NO, BadInput
+from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
 from opt_train.protocol.facts import Leaving, SavedFile, ShardsSaved
 from opt_train.supervisor.processes import stat_of
 
@@ -103,6 +103,28 @@ def test_done_is_only_what_a_checkpoint_holds(config: RunConfig, monkeypatch: py
     last = [entry.event for entry in read(run.journal).entries][-2:]
     assert [event.kind for event in last] == ["save_abandoned", "attempt_ended"]
     assert last[1].outcome == "failed"
+
+
+def test_a_damaged_journal_is_a_persons_decision_alone_too(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, run = a_lone_run(config)
+    alone.open()
+    alone.close()
+    content = run.journal.read_bytes()
+    run.journal.write_bytes(content.replace(b"started alone", b"started Alone"))
+    begun = []
+
+    def ranks(_config: RunConfig, open_run: Callable[[], object], _tell: object) -> int:
+        begun.append(open_run())
+        return DONE
+
+    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    assert cli_train.train(config) == PERSON_MUST_DECIDE
+    assert "is damaged" in capsys.readouterr().out
+    assert begun == []
+    assert cli_train.train(config) == DONE, "to start again is to say yes"
+    assert len(begun) == 1
 
 
 def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) -> None:

@@ -89,7 +89,27 @@ MISTAKES = {
     "no such precision": ("run precision.compute=fp16", "precision.compute=fp16 is not possible; use fp32 or bf16"),
     "a name that leaves the folder": (
         "run name=../elsewhere",
-        'name="../elsewhere" names no folder; use letters, digits, dots, dashes and underscores, no dot first',
+        'name="../elsewhere" names no folder; use letters, digits, dots, dashes and underscores, no dot first, '
+        "200 characters at most",
+    ),
+    "a seed beyond torch's": (
+        "run seed=9223372036854775808", "seed=9223372036854775808 is too large; use one below 2**63",
+    ),
+    "a rank module that is none": (
+        "run cluster.rank_module=opt_train.train.wram",
+        "cluster.rank_module=opt_train.train.wram cannot be imported; the trainer is opt_train.train.warm",
+    ),
+    "a number beyond all floats": (
+        f"run optim.lr={'9' * 400}", "optim.lr is too large a number; give one like 6e-4",
+    ),
+    "a glob that matches nothing": (
+        "run --multirun model=glob(nothing*)",
+        "model=glob(nothing*) matches nothing; choose from opt-1.3b, opt-125m, opt-13b, opt-175b, opt-2.7b, opt-30b, "
+        "opt-350m, opt-6.7b, opt-66b, opt-demo, tiny",
+    ),
+    "a range without an end": (
+        "run --multirun train.steps=range(1,3,0)",
+        "train.steps=range(1,3,0) names no values; give a step that is not 0",
     ),
     "a plan that is none": (
         "run faults.plan=kill-nod@60",
@@ -195,13 +215,35 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_of_another_configuration_is_refused_with_the_differences(begun: Path, say) -> None:
     before = contents(begun)
-    said = say("run", *SMALL, "optim.lr=1e-3", "model.layers=4", "checkpoint.keep=9")
+    said = say("run", *SMALL, "optim.lr=1e-3", "precision=bf16", "checkpoint.keep=9")
     assert (said.code, said.err) == (
         2,
-        f"opt-train: {begun} was trained with another configuration (model.layers: 2 -> 4; optim.lr: 0.0006 -> 0.001); "
+        f"opt-train: {begun} was trained with another configuration "
+        "(precision.compute: fp32 -> bf16; optim.lr: 0.0006 -> 0.001); "
         "add lineage=new to go on from its newest checkpoint with this one, or choose another name=\n",
     )
     assert contents(begun) == before
+
+
+@pytest.mark.parametrize("asked", [(), ("lineage=new",)])
+@pytest.mark.parametrize("key", ["model.layers=4", "train.global_batch=8", "data.max_bytes=9000"])
+def test_what_checkpoints_stand_on_cannot_change_even_in_a_new_lineage(begun: Path, say, key: str, asked) -> None:
+    """Restored into another model, every good checkpoint of the run would be called corrupt, one after another."""
+    before = contents(begun)
+    said = say("run", *SMALL, key, *asked)
+    assert said.code == 2
+    name, _, _ = key.partition("=")
+    assert said.err.startswith(f"opt-train: {begun} was trained with another model or other data ({name}: ")
+    assert said.err.endswith("which nothing trained there fits; choose another name=\n")
+    assert contents(begun) == before
+
+
+def test_data_prepared_of_another_corpus_is_refused_alone_too(workplace: Path, say) -> None:
+    shutil.copytree(workplace / "corpus", workplace / "other")
+    said = say("train", *SMALL, "data.corpus=other", "name=lone")
+    assert said.code == 2
+    assert "was prepared" in said.err
+    assert len(said.err.splitlines()) == 1
 
 
 def test_a_crash_before_a_lineage_is_journalled_does_not_pass_for_consent(begun: Path, say) -> None:
