@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "opt-train needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "Python's venv module is missing; install it with: apt-get install python3-venv"; exit 1; }
+	  echo "Python's venv module is missing; install it with: apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
 	@echo "making the environment $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH)"
@@ -35,7 +35,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # The trap keeps the shell waiting through Ctrl-C while the run saves its state.
 demo: $(VENV)/installed
-	@test -z "$(FRESH)" || rm -rf runs/demo
+	@test -z "$(filter-out 0,$(FRESH))" || rm -rf runs/demo
 	@trap : INT; $(BIN)/opt-train run experiment=demo; code=$$?; \
 	if [ $$code -eq 75 ]; then echo "stopped with its state saved; make demo goes on from there"; exit 0; fi; \
 	exit $$code

@@ -21,7 +21,8 @@ from opt_train.supervisor.config import FaultsConfig
 from opt_train.supervisor.inputs import AgentConnected, AgentDisconnected, Input, MetricsTold, PulseTold
 
 KINDS = ("kill-node", "kill-rank", "stop-rank", "kill-supervisor")
-_EXAMPLE = "faults.plan='kill-node@60, kill-rank@120'"
+_EXAMPLE = """write 'faults.plan="kill-node@60, kill-rank@120"'"""
+"""As a shell wants it: that eats the outer quotes, and Hydra needs the inner ones."""
 
 
 @dataclass(frozen=True, slots=True)

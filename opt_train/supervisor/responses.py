@@ -118,6 +118,9 @@ def document() -> str:
         "restarts without a new checkpoint after which the run halts and a person must decide; *configured* is",
         "`supervisor.restarts_without_progress`. Over all causes it is three times that.",
         "",
+        "silent_corruption, straggler, loss_scale_floor, loss_spike, drift and plateau have no detector yet: the table",
+        "says what will be done, and nothing names them today.",
+        "",
         "| cause | blame | what it means | response | budget |",
         "|---|---|---|---|---|",
     ]

@@ -114,7 +114,7 @@ MISTAKES = {
     "a plan that is none": (
         "run faults.plan=kill-nod@60",
         "faults.plan: 'kill-nod@60' is not <kind>@<step> with a kind of kill-node, kill-rank, stop-rank, "
-        "kill-supervisor; faults.plan='kill-node@60, kill-rank@120'",
+        "kill-supervisor; write 'faults.plan=\"kill-node@60, kill-rank@120\"'",
     ),
     "a wrong job among good ones": (
         "run --multirun model=tiny seed=1,2,x",

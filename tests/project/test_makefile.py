@@ -42,12 +42,13 @@ def test_an_old_python_is_one_sentence(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
-def test_a_missing_venv_module_is_one_sentence_with_the_command(checkout: Path) -> None:
+@pytest.mark.parametrize("name", ["python3", "python3.12"])
+def test_a_missing_venv_module_is_one_sentence_with_the_command(checkout: Path, name: str) -> None:
     script = f'#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\nexec {sys.executable} "$@"\n'
-    python = stand_in(checkout / "bare", script)
+    python = stand_in(checkout / name, script)
     done = make(checkout, "demo", f"PYTHON={python}")
     assert done.returncode != 0
-    assert done.stdout == "Python's venv module is missing; install it with: apt-get install python3-venv\n"
+    assert done.stdout == f"Python's venv module is missing; install it with: apt-get install {name}-venv\n"
     assert not (checkout / ".venv").exists()
 
 
@@ -77,6 +78,8 @@ def test_only_fresh_removes_the_old_demo(installed: Path) -> None:
     (installed / "code").write_text("0")
     (installed / "runs" / "demo").mkdir(parents=True)
     assert make(installed, "demo").returncode == 0
+    assert (installed / "runs" / "demo").exists()
+    assert make(installed, "demo", "FRESH=0").returncode == 0
     assert (installed / "runs" / "demo").exists()
     assert make(installed, "demo", "FRESH=1").returncode == 0
     assert not (installed / "runs" / "demo").exists()

@@ -45,7 +45,7 @@ def test_a_plan_is_read_in_the_order_of_its_steps() -> None:
 
 @pytest.mark.parametrize("plan", ["kill-nod@60", "kill-node", "kill-node@", "kill-node@-1", "@3", "kill-node@6e1", "x"])
 def test_a_bad_plan_is_refused_with_an_example(plan: str) -> None:
-    with pytest.raises(BadInput, match=r"faults\.plan='kill-node@60, kill-rank@120'"):
+    with pytest.raises(BadInput, match=r"write 'faults\.plan=.kill-node@60, kill-rank@120.'"):
         parse(plan)
 
 
