@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from opt_train.data.manifest import SPLITS, DatasetManifest, Shard
+from opt_train.data.manifest import SPLITS, TOKENIZER_FILE, DatasetManifest, Shard
 from opt_train.data.order import Cursor, SampleOrder
 from opt_train.data.tokenizer import PAD
 from opt_train.protocol.exits import BadInput
@@ -133,11 +133,19 @@ class ValidationSet:
 
 
 def verify_dataset(directory: Path) -> None:
-    """Read every prepared file and compare it with its checksum.
+    """Read every shard and the tokenizer and compare them with their checksums.
 
     Raises:
-        BadInput: one is missing or another than `prepare` wrote.
+        BadInput: one is missing or another than `prepare` wrote; the message names the file.
     """
+    manifest = DatasetManifest.read(directory)
+    tokenizer = directory / TOKENIZER_FILE
+    try:
+        found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _unreadable(tokenizer, directory, error) from None
+    if found != manifest.tokenizer_sha256:
+        raise _changed(tokenizer, directory)
     for split in SPLITS:
         open_split(directory, split, verify=True)
 
@@ -176,10 +184,8 @@ def _check_size(directory: Path, shard: Shard) -> None:
     path = directory / shard.path
     try:
         found = path.stat().st_size
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; delete the folder {directory} and run `opt-train prepare` again") from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk") from None
+        raise _unreadable(path, directory, error) from None
     if found != shard.bytes:
         raise BadInput(
             f"{path} has {found} bytes instead of {shard.bytes}; delete the folder {directory} and run "
@@ -201,10 +207,20 @@ def _check_sum(
                 if progress is not None:
                     progress(done, total)
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk") from None
+        raise _unreadable(path, directory, error) from None
     if digest.hexdigest() != shard.sha256:
-        raise BadInput(
-            f"{path} has a wrong checksum: its bytes changed since it was written; delete the folder {directory} and "
-            "run `opt-train prepare` again"
-        )
+        raise _changed(path, directory)
     return done
+
+
+def _unreadable(path: Path, directory: Path, error: OSError) -> BadInput:
+    if isinstance(error, FileNotFoundError):
+        return BadInput(f"{path} is missing; delete the folder {directory} and run `opt-train prepare` again")
+    return BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk")
+
+
+def _changed(path: Path, directory: Path) -> BadInput:
+    return BadInput(
+        f"{path} has a wrong checksum: its bytes changed since it was written; delete the folder {directory} and "
+        "run `opt-train prepare` again"
+    )

@@ -132,11 +132,11 @@ def _lines(path: Path, content: str) -> Iterator[dict[str, str]]:
 
 def _standard_library() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if path.is_file() and NOT_IN_THE_STANDARD_LIBRARY.isdisjoint(path.relative_to(root).parts[:-1])
-    ]
+    try:
+        below = _below(root, leave_out=NOT_IN_THE_STANDARD_LIBRARY)
+        files = [path for path in below if path.name.endswith(".py") and path.is_file()]
+    except OSError as error:
+        raise _refused("stdlib", error) from None
     if not files:
         raise BadInput(
             f"data.corpus=stdlib found no .py files in {root}; install Python's library sources or name another corpus"
@@ -145,21 +145,51 @@ def _standard_library() -> tuple[Path, ...]:
 
 
 def _files(corpus: str) -> tuple[Path, ...]:
+    try:
+        return _files_at(corpus, Path(corpus).expanduser())
+    except OSError as error:
+        raise _refused(corpus, error) from None
+    except RuntimeError:  # expanduser's
+        raise BadInput(
+            f"data.corpus={corpus} begins with the home folder of nobody known here; write the folder out"
+        ) from None
+
+
+def _files_at(corpus: str, path: Path) -> tuple[Path, ...]:
     kinds = ", ".join((*TEXT_SUFFIXES, LINES_SUFFIX))
-    path = Path(corpus).expanduser()
     if path.is_file():
         if path.suffix not in (*TEXT_SUFFIXES, LINES_SUFFIX):
             raise BadInput(f"data.corpus={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}")
         return (path,)
     if path.is_dir():
-        found = list(path.rglob("*"))
+        found = list(_below(path))
     elif glob.has_magic(corpus):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     else:
         raise BadInput(
             f"data.corpus={corpus} does not exist; name a file, folder or glob of {kinds}, or use data.corpus=stdlib"
         )
-    files = [item for item in found if item.is_file() and item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX)]
+    files = [item for item in found if item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX) and item.is_file()]
     if not files:
         raise BadInput(f"data.corpus={corpus} holds no file of {kinds}; add documents or name another corpus")
     return tuple(sorted(files, key=lambda item: item.as_posix()))
+
+
+def _below(root: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All that is no folder below `root`, outside folders of the names in `leave_out`; links are not entered.
+
+    Raises:
+        OSError: a folder cannot be listed. `Path.rglob` would go on without its documents.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if name not in leave_out]
+        yield from (Path(folder, name) for name in names)
+
+
+def _refused(corpus: str, error: OSError) -> BadInput:
+    where = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    return BadInput(f"data.corpus={corpus} cannot be read ({where}); mend its permissions or name another corpus")

@@ -79,18 +79,67 @@ class DatasetManifest:
             ) from None
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk") from None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, str(error)) from None
+        try:
+            values = _values(cls, payload)
+            if not isinstance(values["shards"], list):
+                raise ValueError("shards is not a list")
+            values["shards"] = tuple(Shard(**_values(Shard, shard)) for shard in values["shards"])
+            manifest = cls(**values)
+            _check_sound(manifest)
         except ValueError as error:
             raise _damaged(path, str(error)) from None
-        names = {f.name for f in fields(cls)}
-        if not isinstance(payload, dict) or not names <= payload.keys():
-            missing = sorted(names - payload.keys())[0] if isinstance(payload, dict) else "everything"
-            raise _damaged(path, f"{missing} is missing")
-        try:
-            shards = tuple(Shard(**shard) for shard in payload["shards"])
-            # Fields of a newer version are no reason to refuse its data.
-            return cls(**{**{name: payload[name] for name in names}, "shards": shards})
-        except TypeError as error:
-            raise _damaged(path, str(error)) from None
+        return manifest
+
+
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    str: ("text", (str,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+}
+"""How JSON must hold a field of this type."""
+
+
+def _values(kind: type["DatasetManifest | Shard"], payload: object) -> dict[str, Any]:
+    """The fields of `kind` in `payload`. Fields of a newer version are left out: no reason to refuse its data.
+
+    Raises:
+        ValueError: one is missing or of another type.
+    """
+    if not isinstance(payload, dict):
+        raise ValueError(f"{payload!r:.40} is not a JSON object")
+    for field in fields(kind):
+        if field.name not in payload:
+            raise ValueError(f"{field.name} is missing")
+        words, types = _KINDS.get(field.type, ("", (object,)))
+        value = payload[field.name]
+        if not isinstance(value, types) or (words and isinstance(value, bool)):
+            raise ValueError(f"{field.name} is not {words}")
+    return {field.name: payload[field.name] for field in fields(kind)}
+
+
+def _check_sound(manifest: DatasetManifest) -> None:
+    """Check what the types do not say.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError("dtype is neither uint16 nor uint32")
+    if not isinstance(manifest.configuration, dict) or not all(
+        isinstance(value, str | int | float) for value in manifest.configuration.values()
+    ):
+        raise ValueError("configuration does not map keys to values")
+    if manifest.vocab_size < 1 or manifest.eos < 0 or manifest.documents < 1:
+        raise ValueError("a count is negative or zero")
+    for split, tokens in zip(SPLITS, (manifest.train_tokens, manifest.validation_tokens), strict=True):
+        if sum(shard.tokens for shard in manifest.shards_of(split)) != tokens:
+            raise ValueError(f"the {split} shards do not hold {tokens} tokens in all")
+    width = {"uint16": 2, "uint32": 4}[manifest.dtype]
+    for shard in manifest.shards:
+        if shard.tokens < 1 or shard.bytes != shard.tokens * width:
+            raise ValueError(f"the tokens and bytes of {shard.path} do not agree")
 
 
 def _damaged(path: Path, why: str) -> BadInput:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,14 +50,15 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[st
     if (prepared := _already_prepared(directory, configuration)) is not None:
         return prepared
     _check(data, tokenizer)
+    place = _place_of(directory)
     corpus = open_corpus(data)
     try:
-        with Workplace.beside(directory, progress) as workplace:
+        with Workplace.beside(place, progress) as workplace:
             # Somebody else may have finished while this process waited for the workplace.
             if (prepared := _already_prepared(directory, configuration)) is not None:
                 return prepared
             manifest = _fill(workplace.path, corpus, data, tokenizer, progress)
-            workplace.rename_to(directory)
+            workplace.rename_to(place)
     except OSError as error:
         raise _refused(directory, error) from error
     progress(f"prepared {manifest.train_tokens:,} training tokens in {directory}")
@@ -106,9 +108,7 @@ def _already_prepared(directory: Path, configuration: dict[str, str | int | floa
     return manifest
 
 
-def check_prepared_by(
-    manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path
-) -> None:
+def check_prepared_by(manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path) -> None:
     """Refuse tokens that another corpus or tokenizer made.
 
     Raises:
@@ -267,7 +267,41 @@ def _in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# What stands in the way --------------------------------------------------------------------------------------------
+# What stands in the way ----------------------------------------------------------------------------------------------
+
+
+def _place_of(directory: Path) -> Path:
+    """Where the finished folder is renamed to: links followed, since a rename would meet the link itself.
+
+    Raises:
+        BadInput: no folder can be renamed to there.
+    """
+    try:
+        place = Path(os.path.realpath(directory))
+        if place.is_symlink():
+            raise BadInput(f"data.directory={directory} is a link that leads round in a circle; remove it")
+        why = "the folder you are in" if place == Path.cwd() else "a mount point" if _is_mount_point(place) else ""
+    except OSError as error:
+        raise _refused(directory, error) from error
+    if why:
+        raise BadInput(
+            f"data.directory={directory} is {why}, and no finished folder can take its place; give a folder below it"
+        )
+    return place
+
+
+def _is_mount_point(place: Path) -> bool:
+    if os.path.ismount(place):
+        return True
+    # A bind mount within one file system is only to be seen in this list, which writes white space as octal.
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    written = os.fsencode(place).replace(b"\\", rb"\134")
+    for character in b" \t\n":
+        written = written.replace(bytes([character]), b"\\%03o" % character)
+    return any(line.split(b" ")[4] == written for line in lines)
 
 
 def _refused(directory: Path, error: OSError) -> BadInput:

@@ -4,6 +4,7 @@ The ids follow OPT (arXiv 2205.01068; metaseq and its Hugging Face port): `<s>` 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ SMALLEST_VOCABULARY = len(SPECIALS) + 256
 
 LARGEST_TRAINED_VOCABULARY = 1 << 20
 
+IDS = 1 << 32
+"""Ids are below this: shards hold no wider numbers."""
+
 
 def check(config: TokenizerConfig) -> None:
     """Check what can be checked before any text is read.
@@ -35,7 +39,7 @@ def check(config: TokenizerConfig) -> None:
         given, other = ("vocab", "merges") if config.vocab_file else ("merges", "vocab")
         raise BadInput(f"tokenizer.{given}_file is set without tokenizer.{other}_file; give both or neither")
     for key, name in (("vocab_file", config.vocab_file), ("merges_file", config.merges_file)):
-        if name and not Path(name).is_file():
+        if name and not os.path.isfile(name):  # Path's raises for a name that is too long
             raise BadInput(
                 f"tokenizer.{key}={name} does not exist; name GPT-2's file or leave both keys empty to train"
             )
@@ -117,15 +121,41 @@ def _vocabulary(path: Path) -> dict[str, int]:
         vocabulary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"tokenizer.vocab_file={path} is not readable JSON ({error}); use GPT-2's vocab.json") from None
-    if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
+    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
         raise BadInput(f"tokenizer.vocab_file={path} does not map entries to numbers; use GPT-2's vocab.json")
     found = [vocabulary.get(special) for special in SPECIALS]
-    if found == list(range(len(SPECIALS))):
-        return vocabulary
-    if any(number is not None for number in found):
-        raise BadInput(f"tokenizer.vocab_file={path} has {' '.join(SPECIALS)} at {found} where OPT has 0 1 2 3")
-    shifted = {entry: number + len(SPECIALS) for entry, number in vocabulary.items()}
-    return dict(zip(SPECIALS, range(len(SPECIALS)), strict=True)) | shifted
+    if all(number is None for number in found):
+        shifted = {entry: number + len(SPECIALS) for entry, number in vocabulary.items()}
+        vocabulary = dict(zip(SPECIALS, range(len(SPECIALS)), strict=True)) | shifted
+    elif found != list(range(len(SPECIALS))):
+        raise BadInput(
+            f"tokenizer.vocab_file={path} has {' '.join(SPECIALS)} at {found} where OPT has 0 1 2 3; "
+            "use GPT-2's vocab.json"
+        )
+    _check_complete(path, vocabulary)
+    return vocabulary
+
+
+def _check_complete(path: Path, vocabulary: dict[str, int]) -> None:
+    """Check that every text has tokens of its own: the library drops a byte without an entry and says nothing."""
+    from tokenizers.pre_tokenizers import ByteLevel  # noqa: PLC0415
+
+    if absent := sorted(set(ByteLevel.alphabet()) - vocabulary.keys()):
+        raise BadInput(
+            f"tokenizer.vocab_file={path} lacks {len(absent)} of the 256 byte symbols ({' '.join(absent[:8])}"
+            f"{' ...' if len(absent) > 8 else ''}), so text would be lost; use GPT-2's vocab.json"
+        )
+    entry_of: dict[int, str] = {}
+    for entry, number in vocabulary.items():
+        if not 0 <= number < IDS:
+            raise BadInput(
+                f"tokenizer.vocab_file={path} gives {entry!r} an id that is not between 0 and {IDS - 1}; "
+                "use GPT-2's vocab.json"
+            )
+        if (other := entry_of.setdefault(number, entry)) != entry:
+            raise BadInput(
+                f"tokenizer.vocab_file={path} gives {other!r} and {entry!r} the same id; use GPT-2's vocab.json"
+            )
 
 
 def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

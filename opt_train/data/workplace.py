@@ -3,11 +3,17 @@
 import contextlib
 import fcntl
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from opt_train.data.manifest import DATASET_FILE, SPLITS, TOKENIZER_FILE
+from opt_train.protocol.exits import BadInput
+
+_WRITTEN = re.compile(rf"{re.escape(TOKENIZER_FILE)}|{re.escape(DATASET_FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.bin")
+"""The files that `prepare` fills a workplace with: nothing else is ever removed from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Workplace:
         """The workplace of `directory`, empty and locked; what is left in it at the end is removed.
 
         Raises:
+            BadInput: something that `prepare` does not write stands in it.
             OSError: the file system does not allow it.
         """
         path = directory.with_name(f"{directory.name}.partial")
@@ -33,7 +40,9 @@ class Workplace:
         finally:
             # After the rename another process may have made a new folder of this name: ours alone may be removed.
             if _is_at(descriptor, path):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError, BadInput):
+                    _clear(path)
+                    path.rmdir()
             os.close(descriptor)
 
     def rename_to(self, directory: Path) -> None:
@@ -56,7 +65,7 @@ def _locked(path: Path, progress: Callable[[str], None]) -> int:
     """Make `path` if need be and lock it; the descriptor that holds the lock. A crash frees the lock."""
     while True:
         path.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,8 +85,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _clear(path: Path) -> None:
-    for item in path.iterdir():
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        else:
-            item.unlink()
+    items = sorted(path.iterdir())
+    for item in items:
+        if not _WRITTEN.fullmatch(item.name) or item.is_symlink() or not item.is_file():
+            raise BadInput(
+                f"{path}, where the data is prepared, holds {item.name}, which `opt-train prepare` did not write; "
+                "move that folder away or name another data.directory"
+            )
+    for item in items:
+        item.unlink()

@@ -1,7 +1,10 @@
 """Batches: the same global batch for every number of ranks, and no shard that lies about itself."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_train.data.batches import Batches, MicroBatch, TokenStream, ValidationSet, open_split, share_of
-from opt_train.data.manifest import DATASET_FILE, DatasetManifest, Shard, check_fits
+from opt_train.data.batches import Batches, MicroBatch, TokenStream, ValidationSet, open_split, share_of, verify_dataset
+from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
 from opt_train.protocol.exits import BadInput
 
@@ -116,6 +119,9 @@ def test_a_split_shorter_than_a_sequence_is_bad_input(kind: type) -> None:
 # Shards on disk ----------------------------------------------------------------------------------------------------
 
 
+TOKENIZER = b'{"version": "1.0"}'
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     shards = []
@@ -124,6 +130,7 @@ def prepared(tmp_path: Path) -> Path:
         name = f"{split}-{number:05d}.bin"
         (tmp_path / name).write_bytes(content)
         shards.append(Shard(name, split, count, len(content), hashlib.sha256(content).hexdigest()))
+    (tmp_path / TOKENIZER_FILE).write_bytes(TOKENIZER)
     manifest_with(shards).write(tmp_path)
     return tmp_path
 
@@ -133,7 +140,7 @@ def manifest_with(shards: list[Shard]) -> DatasetManifest:
         name="counting",
         fingerprint="f",
         tokenizer="bpe",
-        tokenizer_sha256="t",
+        tokenizer_sha256=hashlib.sha256(TOKENIZER).hexdigest(),
         vocab_size=300,
         eos=2,
         dtype="uint16",
@@ -190,6 +197,75 @@ def test_a_damaged_manifest_is_bad_input(prepared: Path, content: str) -> None:
     (prepared / DATASET_FILE).write_text(content)
     with pytest.raises(BadInput, match=r"dataset.json is damaged .*; delete the folder"):
         DatasetManifest.read(prepared)
+
+
+Payload = dict[str, Any]
+
+
+def put(key: str, value: object) -> Callable[[Payload], object]:
+    return lambda payload: payload.update({key: value})
+
+
+def put_in_shard(key: str, value: object) -> Callable[[Payload], object]:
+    return lambda payload: payload["shards"][1].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (put("vocab_size", "x"), "vocab_size is not a whole number"),
+        (put("vocab_size", True), "vocab_size is not a whole number"),
+        (put("vocab_size", 300.5), "vocab_size is not a whole number"),
+        (put("vocab_size", 0), "a count is negative or zero"),
+        (put("eos", None), "eos is not a whole number"),
+        (put("name", 3), "name is not text"),
+        (put("tokenizer_sha256", []), "tokenizer_sha256 is not text"),
+        (put("unigram_perplexity", "12"), "unigram_perplexity is not a number"),
+        (put("dtype", "bogus"), "dtype is neither uint16 nor uint32"),
+        (put("dtype", "uint32"), "the tokens and bytes of train-00000.bin do not agree"),
+        (put("train_tokens", 43), "the train shards do not hold 43 tokens in all"),
+        (put("configuration", []), "configuration does not map keys to values"),
+        (put("configuration", {"data.corpus": []}), "configuration does not map keys to values"),
+        (put("shards", 3), "shards is not a list"),
+        (put("shards", {}), "shards is not a list"),
+        (put("shards", ["x"]), "'x' is not a JSON object"),
+        (put_in_shard("bytes", "24"), "bytes is not a whole number"),
+        (put_in_shard("path", None), "path is not text"),
+        (put_in_shard("split", "trian"), "the train shards do not hold 42 tokens in all"),
+        (lambda payload: payload["shards"][1].pop("sha256"), "sha256 is missing"),
+        (lambda payload: payload["shards"].pop(), "the validation shards do not hold 9 tokens in all"),
+        (lambda payload: payload.pop("eos"), "eos is missing"),
+    ],
+)
+def test_one_wrong_value_in_a_manifest_is_damage(prepared: Path, damage: Callable[[Payload], object], why: str) -> None:
+    payload = json.loads((prepared / DATASET_FILE).read_text())
+    damage(payload)
+    (prepared / DATASET_FILE).write_text(json.dumps(payload))
+    with pytest.raises(BadInput) as raised:
+        DatasetManifest.read(prepared)
+    assert f"dataset.json is damaged ({why}); delete the folder" in str(raised.value)
+
+
+def test_fields_of_a_newer_version_are_no_damage(prepared: Path) -> None:
+    before = DatasetManifest.read(prepared)
+    payload = json.loads((prepared / DATASET_FILE).read_text())
+    put("licence", "CC0")(payload)
+    put_in_shard("documents", 3)(payload)
+    (prepared / DATASET_FILE).write_text(json.dumps(payload))
+    assert DatasetManifest.read(prepared) == before
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00001.bin", "validation-00000.bin", TOKENIZER_FILE])
+def test_a_changed_file_of_any_kind_is_found_before_a_run(prepared: Path, name: str) -> None:
+    verify_dataset(prepared)
+    content = bytearray((prepared / name).read_bytes())
+    content[3] ^= 1
+    (prepared / name).write_bytes(content)
+    with pytest.raises(BadInput, match=rf"{name} has a wrong checksum.*; delete the folder .* `opt-train prepare`"):
+        verify_dataset(prepared)
+    (prepared / name).unlink()
+    with pytest.raises(BadInput, match=rf"{name} is missing; delete the folder .* `opt-train prepare` again"):
+        verify_dataset(prepared)
 
 
 def test_unprepared_data_says_how_to_prepare(tmp_path: Path) -> None:

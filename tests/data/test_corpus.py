@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,76 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(BadInput, match=r"ends in .pdf; name a file of .txt"):
         documents(str(tmp_path / "a.pdf"))
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A corpus with a folder that may not be listed, read by somebody whom modes bind."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for deep in ("open", "closed"):
+            (folder / deep / "below").mkdir(parents=True)
+            (folder / deep / "below" / "a.txt").write_text(deep)
+        user = os.geteuid()
+        (folder / "closed").chmod(0o000)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            (folder / "closed").chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_listed_is_named_and_not_left_out(closed: Path) -> None:
+    with pytest.raises(BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed\); mend"):
+        open_corpus(DataConfig(corpus=str(closed)))
+    assert len(open_corpus(DataConfig(corpus=str(closed / "open"))).files) == 1
+
+
+def test_a_corpus_below_a_folder_that_may_not_be_entered_is_one_sentence(closed: Path) -> None:
+    for below in ("below", "below/a.txt", "below/*"):
+        with pytest.raises(BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed/below"):
+            open_corpus(DataConfig(corpus=str(closed / "closed" / below)))
+
+
+def test_a_folder_of_the_standard_library_that_may_not_be_listed_is_named(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(closed)})
+    with pytest.raises(BadInput, match=r"data.corpus=stdlib cannot be read \(Permission denied: .*/closed\)"):
+        open_corpus(DataConfig(corpus="stdlib"))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "sentence"),
+    [
+        ("x" * 300, r"data.corpus=x+ cannot be read \(File name too long: x+\); mend"),
+        ("~nobody-of-this-name/x", r"data.corpus=~nobody-of-this-name/x begins with the home folder of nobody known"),
+    ],
+)
+def test_an_impossible_name_is_one_sentence(corpus: str, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        open_corpus(DataConfig(corpus=corpus))
+
+
+def test_files_are_the_ones_that_rglob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another selection or order would change the fingerprint of every dataset."""
+    for name in ("b/a.txt", "b.txt", "b-/c.md", ".hidden/d.py", "a/a/a.jsonl", "a/a.txt/inner.txt", "x.pdf"):
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.txt").write_text("")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "link.txt").symlink_to(tmp_path / "elsewhere" / "far.txt")
+    (tmp_path / "corpus" / "dangling.txt").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "corpus")
+    for corpus in (".", str(tmp_path / "corpus")):
+        found = [path for path in Path(corpus).rglob("*") if path.is_file() and path.suffix != ".pdf"]
+        expected = tuple(sorted(found, key=lambda path: path.as_posix()))
+        assert len(expected) == 7
+        assert open_corpus(DataConfig(corpus=corpus)).files == expected
 
 
 def test_max_bytes_is_an_upper_bound_in_bytes_not_characters(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from opt_train.data.batches import open_split
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import is_held_out, open_corpus
 from opt_train.data.manifest import DatasetManifest
-from opt_train.data.prepare import directory_of, prepare
+from opt_train.data.prepare import check_prepared_by, directory_of, prepare
 from opt_train.protocol.exits import BadInput
 
 VOCABULARY = TokenizerConfig(name="small", vocab_size=300)
@@ -118,6 +118,24 @@ def test_another_configuration_is_refused_and_the_difference_named(corpus: Path,
     assert "tokenizer.vocab_size was 300 and is 301" in sentence
     assert "another data.name or data.directory" in sentence
     prepare(config(corpus, tmp_path / "out", sequence_length=7, shard_tokens=5), VOCABULARY, quiet)
+
+
+def test_who_reads_prepared_data_learns_that_another_configuration_made_it(corpus: Path, tmp_path: Path) -> None:
+    data = config(corpus, tmp_path / "out")
+    manifest = prepare(data, VOCABULARY, quiet)
+    check_prepared_by(manifest, data, VOCABULARY, tmp_path / "out")
+    check_prepared_by(manifest, config(corpus, tmp_path / "out", sequence_length=7), VOCABULARY, tmp_path / "out")
+    for other, tokenizer in (
+        (config(corpus, tmp_path / "out", max_bytes=9), VOCABULARY),
+        (config(tmp_path, tmp_path / "out"), VOCABULARY),
+        (data, TokenizerConfig(name="small", vocab_size=301)),
+        (data, TokenizerConfig(name="small", vocab_file="v", merges_file="m")),
+    ):
+        with pytest.raises(BadInput, match=r"out was prepared by another configuration \(") as raised:
+            check_prepared_by(manifest, other, tokenizer, tmp_path / "out")
+        with pytest.raises(BadInput) as same:
+            prepare(other, tokenizer, quiet)
+        assert str(raised.value) == str(same.value)
 
 
 def test_a_folder_of_something_else_is_left_alone(corpus: Path, tmp_path: Path) -> None:
@@ -220,12 +238,72 @@ def test_a_killed_prepare_leaves_nothing_half_valid(corpus: Path, tmp_path: Path
 
 def test_what_a_crashed_prepare_left_does_not_get_into_the_data(corpus: Path, tmp_path: Path) -> None:
     left = tmp_path / "out.partial"
-    (left / "deep").mkdir(parents=True)
-    (left / "deep" / "file").write_text("old")
-    (left / "train-00099.bin").write_text("old")
+    left.mkdir()
+    for name in ("train-00099.bin", "validation-100000.bin", "tokenizer.json", "dataset.json"):
+        (left / name).write_text("old")
     manifest = prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
     expected = {"dataset.json", "tokenizer.json", *(shard.path for shard in manifest.shards)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "train-00000.bin/deep", "train-1.bin", "train-00000.bin.txt"])
+def test_a_folder_of_the_user_s_beside_the_data_is_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "out.partial" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("dear")
+    (tmp_path / "out.partial" / "train-00001.bin").write_text("dear")
+    with pytest.raises(
+        BadInput, match=rf"out.partial, where .* holds {re.escape(Path(name).parts[0])}, which .*; move that folder"
+    ):
+        prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
+    assert theirs.read_text() == (tmp_path / "out.partial" / "train-00001.bin").read_text() == "dear"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_of_the_user_s_beside_the_data_is_not_followed(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "theirs")
+    with pytest.raises(BadInput, match=r"data.directory=.* cannot be used"):
+        prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
+    assert (tmp_path / "out.partial").is_symlink()
+    assert (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_as_the_folder_is_filled_where_it_leads(corpus: Path, tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "far").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    manifest = prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
+    assert (tmp_path / "out").is_symlink()
+    assert DatasetManifest.read(tmp_path / "far") == manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "out"]
+
+
+def test_a_folder_that_no_rename_can_fill_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.chdir(tmp_path / "empty")
+    for directory, why in ((".", "is the folder you are in"), (str(tmp_path / "circle"), "is a link that leads round")):
+        with pytest.raises(BadInput, match=rf"data.directory={re.escape(directory)} {why}"):
+            prepare(config(tmp_path / "no corpus", Path(directory)), VOCABULARY, quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "empty"]
+
+
+@pytest.mark.parametrize("arguments", [("-t", "tmpfs", "tmpfs"), ("--bind", "another")])
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    folder = tmp_path / "a disk"
+    folder.mkdir()
+    (tmp_path / "another").mkdir()
+    if os.geteuid() != 0 or not mounted(*arguments[:-1], str(tmp_path / arguments[-1]), str(folder)):
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(BadInput, match=r"data.directory=.* is a mount point, .*; give a folder below it"):
+            prepare(config(tmp_path / "no corpus", folder), VOCABULARY, quiet)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_two_at_once_prepare_one_dataset(corpus: Path, tmp_path: Path) -> None:

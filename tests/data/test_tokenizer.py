@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import ByteLevel
 
 from opt_train.data import tokenizer as bpe
 from opt_train.data.config import TokenizerConfig
@@ -97,6 +98,9 @@ def test_openai_s_order_moves_up_by_four(tmp_path: Path) -> None:
     assert tokenizer.token_to_id("<|endoftext|>") == openai["<|endoftext|>"] + 4
 
 
+BYTES = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+
+
 def files(folder: Path, vocabulary: object, merges: str) -> TokenizerConfig:
     (folder / "vocab.json").write_text(vocabulary if isinstance(vocabulary, str) else json.dumps(vocabulary))
     (folder / "merges.txt").write_text(merges)
@@ -109,8 +113,9 @@ def files(folder: Path, vocabulary: object, merges: str) -> TokenizerConfig:
         ("{", "", r"vocab.json is not readable JSON"),
         ([], "", r"vocab.json does not map entries to numbers"),
         ({"a": "b"}, "", r"vocab.json does not map entries to numbers"),
+        ({"a": True}, "", r"vocab.json does not map entries to numbers"),
         ({"<s>": 5, "a": 0}, "", r"has <s> <pad> </s> <unk> at \[5, None, None, None\] where OPT has 0 1 2 3"),
-        ({"a": 0, "b": 1}, "#version: 0.2\na b\n", r"merges.txt line 2 merges what tokenizer.vocab_file does not hold"),
+        (BYTES, "#version: 0.2\na b\n", r"merges.txt line 2 merges what tokenizer.vocab_file does not hold"),
     ],
 )
 def test_files_of_another_kind_are_bad_input(tmp_path: Path, vocabulary: object, merges: str, sentence: str) -> None:
@@ -124,6 +129,7 @@ def test_files_of_another_kind_are_bad_input(tmp_path: Path, vocabulary: object,
         (TokenizerConfig(vocab_file="x"), "tokenizer.vocab_file is set without tokenizer.merges_file"),
         (TokenizerConfig(merges_file="x"), "tokenizer.merges_file is set without tokenizer.vocab_file"),
         (TokenizerConfig(vocab_file="/no/x", merges_file="/no/y"), "tokenizer.vocab_file=/no/x does not exist"),
+        (TokenizerConfig(vocab_file="v" * 300, merges_file="/no/y"), "v does not exist; name GPT-2's file"),
         (TokenizerConfig(vocab_size=259), "tokenizer.vocab_size=259 must lie between 260"),
     ],
 )
@@ -137,3 +143,33 @@ def test_a_larger_vocabulary_makes_fewer_tokens() -> None:
     counts = [len(bpe.train(iter(TEXTS), size).encode(TEXTS[0]).ids) for size in (260, 270, 300)]
     assert counts[0] == len(TEXTS[0])
     assert all(more > fewer for more, fewer in pairwise(counts))
+
+
+@pytest.mark.parametrize("symbol", ["a", "\u0120", "\u0100"])
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_vocabulary_without_a_byte_is_refused_and_no_text_lost(tmp_path: Path, symbol: str, first: int) -> None:
+    specials = dict(zip(bpe.SPECIALS, range(4), strict=True)) if first else {}
+    vocabulary = specials | {entry: first + number for entry, number in BYTES.items()}
+    tokenizer = bpe.from_files(files(tmp_path, vocabulary, ""))
+    assert tokenizer.decode(tokenizer.encode("a \0\u00e4").ids) == "a \0\u00e4"
+    del vocabulary[symbol]
+    with pytest.raises(BadInput, match=rf"vocab.json lacks 1 of the 256 byte symbols \({symbol}\).*; use GPT-2's"):
+        bpe.from_files(files(tmp_path, vocabulary, ""))
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (BYTES["a"], "gives 'a' and 'other' the same id"),
+        (-1, "gives 'other' an id that is not between 0 and 4294967295"),
+        (-5, "gives 'other' an id that is not between 0 and 4294967295"),
+        ((1 << 32) - 4, "gives 'other' an id that is not between 0 and 4294967295"),
+        (1 << 64, "gives 'other' an id that is not between 0 and 4294967295"),
+    ],
+)
+def test_ids_that_no_shard_can_tell_apart_are_bad_input(tmp_path: Path, number: int, sentence: str) -> None:
+    if number == -1:  # becomes 3 when the ids move up to make room, which is that of a special
+        sentence = "gives '<unk>' and 'other' the same id"
+    with pytest.raises(BadInput) as raised:
+        bpe.from_files(files(tmp_path, BYTES | {"other": number}, ""))
+    assert sentence in str(raised.value)
