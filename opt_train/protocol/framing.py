@@ -6,6 +6,7 @@ is a plain mapping. A fact of a rank fits `MAX_FACT_BYTES`: up to PIPE_BUF a wri
 non-blocking pipe is all or nothing, so lines never tear.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ class Message:
         Raises:
             ProtocolError: a field is missing, unknown or of another type.
         """
-        hints = get_type_hints(cls)
+        known: type = cls  # mypy takes type[Self] for something that has no hash
+        hints = _hints_of(known)
         names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         extra = payload.keys() - names - {"kind"}
         if extra:
@@ -134,6 +136,12 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(v, levels - 1) for v in inner)
 
 
+@functools.cache
+def _hints_of(kind: type) -> Mapping[str, Any]:
+    """The types of a class's fields. To look them up costs as much as the rest of reading a pulse."""
+    return get_type_hints(kind)
+
+
 def _typed(value: Any, hint: Any) -> Any:
     """`value` in the field's type: tuples back from lists, messages from objects, floats from strings."""
     origin = getattr(hint, "__origin__", None)
@@ -148,7 +156,7 @@ def _typed(value: Any, hint: Any) -> Any:
             raise ValueError(f"{message.kind} is not {hint.kind}")
         return message
     if isinstance(hint, type) and is_dataclass(hint):
-        hints = get_type_hints(hint)
+        hints = _hints_of(hint)
         return hint(**{k: _typed(v, hints[k]) for k, v in value.items()})
     if hint is float:
         if isinstance(value, str) and value in _NON_FINITE:

@@ -20,7 +20,8 @@ def watch_hang(s: Situation) -> list[Decision]:
     """A rank does not move, and it is the one the others wait for.
 
     Ranks behind a stopped peer exceed their limits too, in `waiting` or in a collective. So the one that counts is the
-    one that is stopped or behind, by its own phase's limit: while that one moves, nobody hangs.
+    one that is stopped or behind, by its own phase's limit: while that one moves, nobody hangs, and while a stopped one
+    is within its limit, nobody else is named in its place.
     """
     if not s.seen.watching or s.seen.age(s.seen.moved_at) < s.config.supervisor.minimum_seconds:
         return []
@@ -30,7 +31,7 @@ def watch_hang(s: Situation) -> list[Decision]:
     fresh = [(node, rank) for node, rank in ranks if _is_fresh(s, node)]
     if not fresh:
         return []
-    stopped = [(n, r) for n, r in fresh if r.process_state == "T" and is_over(s, n, r)]
+    stopped = [(n, r) for n, r in fresh if r.process_state == "T"]
     silent = [(n, r) for n, r in ranks if (n, r) not in fresh]
     if not stopped and silent:
         return _silent_peer(s, fresh, silent)

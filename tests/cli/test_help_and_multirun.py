@@ -36,12 +36,18 @@ def test_a_supervisors_process_never_loads_torch() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    fastest = 10.0
-    for _ in range(5):
+    """By the measure of this machine as it is now: how long does Python take to start with a parser?"""
+
+    def seconds(*arguments: str) -> float:
         began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "opt_train.cli", "--help"], capture_output=True, check=True)
-        fastest = min(fastest, time.monotonic() - began)
-    assert fastest < 0.3, "the fastest of five, so that a busy machine is no finding"
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        return time.monotonic() - began
+
+    # By turns, so that a busy machine is busy for both; the fastest of each, so that its moods are no finding.
+    bare, ours = zip(
+        *[(seconds("-c", "import argparse"), seconds("-m", "opt_train.cli", "--help")) for _ in range(7)], strict=True
+    )
+    assert min(ours) < 3 * min(bare) + 0.1, f"{min(ours):.2f} s, where Python alone takes {min(bare):.2f} s"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -17,7 +17,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2"
 SCRIPT = Path(__file__).with_name("slurm_lab.sh")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 
 CONFIGURATION = """\
 ClusterName=lab
@@ -43,7 +43,7 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
-KillWait=30
+KillWait=120
 PropagateResourceLimits=NONE
 # Believe CPUs= below, whatever the machine has.
 SlurmdParameters=config_overrides

@@ -1,6 +1,7 @@
 """No test of this room leaves a process or a socket folder behind."""
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,18 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fail if a process of a node of this test lives on, and end it."""
-    yield
-    deadline = time.monotonic() + 5.0
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail if a process of a node of this test lives on, and end it; fail if a socket's folder is still there."""
+    # A short path, and one of this test alone: a supervisor makes its socket's folder here.
+    with tempfile.TemporaryDirectory(prefix="ot-", dir="/tmp") as sockets:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", sockets)
+        yield
+        _end_processes(tmp_path)
+        assert not os.listdir(sockets), "socket folders left behind"
+
+
+def _end_processes(tmp_path: Path) -> None:
+    deadline = time.monotonic() + 30.0
     while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for mark in left.values():

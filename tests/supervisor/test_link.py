@@ -200,8 +200,8 @@ def test_a_node_of_another_run_or_with_anothers_name_is_refused(run: RunDirector
 
 
 def test_dawdlers_and_silent_ones_do_not_keep_others_out(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "HANDSHAKE_SECONDS", 1.0)
-    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.7)
+    monkeypatch.setattr(link, "HANDSHAKE_SECONDS", 3.0)
+    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 2.0)
 
     async def scene() -> None:
         async with Listener(run) as listener:

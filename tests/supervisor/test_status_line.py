@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import select
 import threading
 import time
 
@@ -60,17 +61,30 @@ def test_without_a_terminal_there_is_a_line_an_interval_and_one_at_each_change()
     assert lines[-1].startswith("failing")
 
 
+def read_until(terminal: int, wanted: str, seconds: float = 20.0) -> str:
+    """What is drawn on `terminal` until `wanted` is; without a word to wait for, what is there already."""
+    deadline = time.monotonic() + (seconds if wanted else 0.0)
+    drawn = ""
+    while not wanted or wanted not in drawn:
+        if not select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            assert not wanted, f"{wanted!r} was not drawn: {drawn!r}"
+            break
+        drawn += os.read(terminal, 65536).decode()
+    return drawn
+
+
 def test_a_terminal_sees_one_line_redrawn() -> None:
     primary, secondary = pty.openpty()
+    drawn = ""
     with os.fdopen(secondary, "w") as stream:
         status = StatusLine(stream, interval_seconds=30.0)
         for step in (1, 2, 3):
             status.show(show(step))
-            time.sleep(0.3)
+            drawn += read_until(primary, f"step {step}/200")
         status.say("the journal cannot be written")
-        time.sleep(0.3)
+        drawn += read_until(primary, "the journal cannot be written")
         status.close()
-        drawn = os.read(primary, 65536).decode()
+        drawn += read_until(primary, "")
     os.close(primary)
     assert drawn.count("\n") <= 2
     assert [f"step {n}/200" in drawn for n in (1, 2, 3)] == [True] * 3
@@ -93,7 +107,7 @@ def test_a_terminal_that_takes_nothing_makes_nobody_wait() -> None:
         for step in range(1000):
             status.show(show(step))
             status.say(f"sentence {step}")
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 10.0
         closing = threading.Thread(target=status.close)
         closing.start()
         closing.join(5.0)

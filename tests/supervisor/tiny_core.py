@@ -17,6 +17,7 @@ from opt_train.supervisor.inputs import (
     Input,
     MetricsTold,
     Now,
+    PulseTold,
     StopAsked,
     Tick,
 )
@@ -35,6 +36,7 @@ class TinyCore:
         self.told: list[tuple[float, Input]] = []
         self.identity: Identity | None = None
         self.is_new = True
+        self.exited: set[str] = set()
 
     def __call__(self, config: Any, state: Any, identity: Identity) -> "TinyCore":
         self.identity = identity
@@ -60,7 +62,11 @@ class TinyCore:
             case MetricsTold(line=line):
                 return [WriteMetrics("1.00", line)]
             case FactTold(node=node, number=number, fact=RankExited(code=code)):
-                return [AcknowledgeFact(node, number), entry(now, Note("core", f"exit {code}")), Finish(0, "done")]
+                # The last metrics may still be on their way. The pulses go on, and come behind them.
+                self.exited.add(node)
+                return [AcknowledgeFact(node, number), entry(now, Note("core", f"exit {code}"))]
+            case PulseTold(node=node) if node in self.exited:
+                return [Finish(0, "done")]
             case FactTold(node=node, number=number):
                 return [AcknowledgeFact(node, number)]
             case InboxTold(message=message):

@@ -66,6 +66,7 @@ def _step(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -
         rank.phase, rank.step, rank.since = "step", group.step, world.now
         if rank.begin.rank == 0 and agent.connected and not agent.frozen:
             line = {"step": group.step, "loss": 5.0 - 0.1 * group.step, "tokens": 8 * group.step}
+            line |= world.durations
             world.queue.append(MetricsTold(agent.node, group.generation, line))
     if group.step % world.config.checkpoint.every_steps == 0 or group.step == world.config.train.steps:
         _save(world, group, parts)

@@ -394,6 +394,50 @@ def test_hangs_are_found_by_their_root_and_name_the_phase() -> None:
     assert code_of(world) == DONE
 
 
+def test_a_stopped_rank_is_named_though_its_waiting_peer_exceeds_its_limit_first() -> None:
+    """Peers may be further in their phase than the stopped one: until that one exceeds its limit, nobody is named."""
+    world = a_run().until_step(4)
+    for rank, ago in ((0, 4.0), (1, 0.0)):
+        found = world.find(rank)
+        assert found is not None
+        assert found[1].rank is not None
+        found[1].rank.phase, found[1].rank.since = "checkpoint", world.now - ago
+    world.stop_rank(1)
+    world.run()
+    seen = world.events(FailureSeen)
+    assert [(s.node, s.rank, s.sign) for s in seen] == [("n1", 1, "hang")]
+    assert "its process is stopped" in seen[0].what
+    assert code_of(world) == DONE
+
+
+def limit_of(world: World, phase: str, first: bool) -> float:
+    assert world.core is not None
+    return world.core.seen.timeouts.limit(phase, first)
+
+
+def test_timeouts_are_learned_from_what_the_pulses_show() -> None:
+    world = a_run(steps=30, slots_per_node=2)
+    assert limit_of(world, "start", True) == 15.0
+    assert limit_of(world, "step", False) == 8.0
+    world.until_step(9)
+    assert limit_of(world, "start", True) == 6.0, "three times two seconds, of four ranks"
+    assert limit_of(world, "step", False) == 6.0, "three times two seconds, of four ranks and six steps"
+
+
+def test_timeouts_are_learned_from_what_the_metrics_say() -> None:
+    world = a_run(steps=30)
+    world.durations = {"step_seconds": 5.0, "data_seconds": 0.1}
+    assert (limit_of(world, "step", False), limit_of(world, "data", False)) == (8.0, 8.0)
+    world.until_step(2)
+    assert (limit_of(world, "step", True), limit_of(world, "data", True)) == (15.0, 15.0)
+    assert (limit_of(world, "step", False), limit_of(world, "data", False)) == (8.0, 8.0), "first steps count apart"
+    world.until_step(5)
+    assert limit_of(world, "step", False) == 15.0, "three times what one line says"
+    assert limit_of(world, "data", False) == 8.0, "it is shorter, and not yet known well"
+    world.until_step(26)
+    assert limit_of(world, "data", False) == 6.0, "never shorter than the configured minimum"
+
+
 def test_a_checkpoint_ten_times_longer_that_moves_is_no_hang() -> None:
     world = a_run().until_step(4)
     world.groups[1].slow_save_until = world.now + 120

@@ -8,6 +8,7 @@ what must hold whatever happens; a breach is an AssertionError.
 import random
 from typing import Any
 
+from opt_logbook.codec import GENESIS, decode, encode
 from opt_logbook.events import (
     AttemptEnded,
     CheckpointCommitted,
@@ -88,6 +89,8 @@ class World:
         self.disk: dict[str, str] = {}
         """Committed checkpoint -> why it does not verify; empty: it does."""
         self.metrics: dict[tuple[str, int], float] = {}
+        self.durations: dict[str, float] = {}
+        """What every metrics line says of lengths: `step_seconds` and `data_seconds`."""
         self.later: list[tuple[float, int, Input]] = []
         self.queue: list[Input] = []
         self.lives: int | None = None
@@ -214,6 +217,9 @@ class World:
         self.later.append((self.now + seconds, self._order, given))
 
     def _append(self, entry: Entry) -> None:
+        # As a new supervisor reads it, who stands where this one does only if the line carries all that it goes by.
+        previous = self.journal[-1].hash if self.journal else GENESIS
+        entry = decode(encode(entry, len(self.journal) + 1, previous))
         self.journal.append(entry)
         self.replayed = fold(self.replayed, entry)
         match entry.event:
