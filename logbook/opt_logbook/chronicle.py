@@ -145,7 +145,8 @@ def _warnings(story: Story) -> tuple[Said, ...]:
     if story.reading.entries and story.created is None:
         said.append(Said("The journal does not say what this run is: its first line is missing."))
     if story.measured.broken:
-        said.append(Said(f"{many(len(story.measured.broken), 'metrics line')} could not be read and are left out."))
+        left = "is" if len(story.measured.broken) == 1 else "are"
+        said.append(Said(f"{many(len(story.measured.broken), 'metrics line')} could not be read and {left} left out."))
     return tuple(said)
 
 
@@ -175,7 +176,9 @@ def _card(story: Story, status_words: str) -> tuple[tuple[str, Said], ...]:
         failed = sorted({told.event.node for incident in story.incidents for told in incident.failed_nodes})
         nodes += f", {listed_briefly(failed)} out" if failed else ""
         rows.append(("Nodes", Said(nodes, (started.line,))))
-        rows.append(("Restarts", Said(f"{len(story.attempts) - 1}, after {many(len(story.incidents), 'incident')}")))
+        restarts = len(story.attempts) - 1
+        after = f", after {many(len(story.incidents), 'incident')}" if story.incidents and restarts else ""
+        rows.append(("Restarts", Said(f"{restarts or 'none'}{after}")))
     rows += _version_rows(story)
     return tuple(rows)
 

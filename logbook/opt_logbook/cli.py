@@ -12,12 +12,12 @@ from typing import NoReturn
 
 from opt_logbook import inbox
 from opt_logbook.codec import fields_of, kind_of, time_to_text
-from opt_logbook.events import Entry, Note
-from opt_logbook.journal import Journal, read
+from opt_logbook.events import Entry, JournalDamaged, Note
+from opt_logbook.journal import Journal, read, read_head, repairs_of
 from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.run_directory import RunDirectory
 from opt_logbook.verify import verify
-from opt_logbook.words import printable
+from opt_logbook.words import listed_briefly, printable
 
 DONE, NO, BAD_INPUT = 0, 1, 2
 FOLLOW_SECONDS = 0.5
@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return DONE
     except OSError as error:
-        print(f"logbook: {error.filename or chosen.run}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"logbook: {error.filename or chosen.run}: {error.strerror or error}; mend it and try again",
+            file=sys.stderr,
+        )
         return BAD_INPUT
 
 
@@ -126,13 +129,26 @@ def _note(chosen: argparse.Namespace) -> int:
             inbox.drop(run, {"kind": "note", "author": author, "text": text})
         except ValueError as error:
             raise BadInput(f"the note cannot be left: {error}") from None
-        print(f"left for the supervisor (process {held.holder.pid} on {held.holder.host}), who journals it in a moment")
+        if held.holder.leader == 0:
+            # A lone `opt-train train` reads no inbox.
+            print("left in the inbox; the next `opt-train run` journals it")
+        else:
+            where = f"process {held.holder.pid} on {held.holder.host}"
+            print(f"left for the supervisor ({where}), who journals it in a moment")
     return DONE
 
 
 def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
     if not run.journal.exists():
         raise BadInput(f"{run.path} has no journal yet; start the run first")
+    damaged = [e.line for e in repairs_of(read(run.journal), read_head(run)) if isinstance(e, JournalDamaged)]
+    if damaged:
+        # Journalled here, the damage would count as told, and the supervisor would not ask about it any more.
+        lines = f"line {damaged[0]}" if len(damaged) == 1 else f"lines {listed_briefly(damaged)}"
+        raise BadInput(
+            f"{run.journal} is damaged ({lines}); restore it from a copy, or start the run, which asks what to do, and "
+            "note it then"
+        )
     with Journal.open(run, lock) as journal:
         last = journal.entries[-1] if journal.entries else None
         attempt, step = (last.attempt, last.step) if last else ("", None)

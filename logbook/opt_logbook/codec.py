@@ -21,11 +21,13 @@ GENESIS = "0" * 64
 RESERVED = ("seq", "time", "kind", "attempt", "step", "hash")
 """Keys of every line; no kind may have a field of such a name."""
 
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Words for the numbers that JSON does not know."""
+
 _MARK = b',"hash":"'
 _TAIL_BYTES = len(_MARK) + 64 + len(b'"}')
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SCHEMAS: dict[type, dict[str, tuple[Any, Field[Any]]]] = {}
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class CodecError(Exception):
@@ -173,7 +175,7 @@ def _event(kind: str, own: dict[str, Any]) -> tuple[Event, dict[str, Any]]:
         if name in own:
             try:
                 values[name] = _typed(own[name], hint)
-            except (TypeError, ValueError, AttributeError, KeyError) as error:
+            except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
                 raise CodecError(f"{kind}.{name}: {error}") from None
     return cls(**values), {k: v for k, v in own.items() if k not in known}
 
@@ -205,7 +207,7 @@ def _typed(value: Any, hint: Any) -> Any:
         return hint(**{k: _typed(v, known[k][0]) for k, v in value.items() if k in known})
     if hint is float:
         if isinstance(value, str):
-            return _NON_FINITE[value]
+            return NON_FINITE[value]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{value!r} is not a number")
         return float(value)

@@ -135,7 +135,7 @@ class NodeJoined(Event, kind="node_joined"):
 
 @dataclass(frozen=True, slots=True)
 class NodeFailed(Event, kind="node_failed"):
-    """The node is out and is not handed back until it has passed preflight."""
+    """The node is out for the rest of the run."""
 
     node: str
     incident: int
@@ -253,11 +253,12 @@ class IncidentClosed(Event, kind="incident_closed"):
     incident: int
     outcome: str
     steps_lost: int
-    """Steps done before the failure that had to be done again."""
+    """Steps done before the failure that had to be done again. Where the run ended first: those that the restored
+    checkpoint lay behind; 0: nothing was restored."""
     seconds_lost: float
-    """From the failure until training was again at the step where it failed."""
+    """From the failure until training was again at the step where it failed; where the run ended first, until then."""
     down_seconds: float
-    """From the failure to the first new step."""
+    """From the failure to the first new step; where there was none, until the run ended."""
 
 
 # State and orders ---------------------------------------------------------------------------------------------

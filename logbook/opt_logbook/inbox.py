@@ -1,6 +1,7 @@
 """Letters to whoever holds the journal: a note, a request to stop. Dropped by rename, read in order, never trusted."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -16,6 +17,9 @@ from opt_logbook.run_directory import RunDirectory
 MESSAGE_BYTES_MAX = 1 << 16
 REFUSED = "refused"
 """Folder inside the inbox for files that are no message; they lie there for a person to look at."""
+
+_NO_LETTER = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
+"""What opening says of a link, a socket, a device or a file that is not for us; any other error may pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,11 @@ def waiting(run: RunDirectory) -> list[Dropped]:
             messages.append(Dropped(path, _read(path)))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError):
+        except OSError as error:
+            # A sick disk or too many open files say nothing about the letter: it waits for the next time.
+            if error.errno in _NO_LETTER:
+                _refuse(run, path)
+        except (ValueError, RecursionError):
             _refuse(run, path)
     return messages
 

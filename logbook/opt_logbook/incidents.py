@@ -4,11 +4,13 @@ Pure: a `Reading` and metrics in, a `Story` out. Whatever is missing (a damaged 
 None or empty, and the chronicle says so.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from opt_logbook import metrics
+from opt_logbook.attempt import AttemptId
 from opt_logbook.chain import Reading
 from opt_logbook.events import (
     AttemptEnded,
@@ -71,11 +73,17 @@ class Attempt:
     saved: list[Told[CheckpointCommitted]] = field(default_factory=list)
     validated: list[Told[ValidationMeasured]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    """Every line of the journal between its start and the next one's, in order."""
+    """The lines of the journal that name it, or that name none and follow one that does, in order."""
 
     @property
     def from_step(self) -> int:
-        return (self.started.step or 0) if self.started else 0
+        if self.started:
+            return self.started.step or 0
+        return max(0, self.first_step - 1) if self.first_step is not None else 0
+
+    @property
+    def first_line(self) -> int:
+        return self.entries[0].seq if self.entries else 0
 
     @property
     def since(self) -> float:
@@ -94,12 +102,10 @@ class Incident:
     failed_nodes: list[Told[NodeFailed]] = field(default_factory=list)
     promoted: list[Told[NodePromoted]] = field(default_factory=list)
     rejected: list[Told[CheckpointRejected]] = field(default_factory=list)
-    """Checkpoints that should have been restored and did not verify."""
+    """Checkpoints that should have been restored and did not verify while this was the newest open incident."""
     restarts: list[Told[AttemptStarted]] = field(default_factory=list)
     """Attempts that were started to recover from it."""
     closed: Told[IncidentClosed] | None = None
-    attempt: str = ""
-    """The attempt in which it happened."""
 
     @property
     def lines(self) -> tuple[int, ...]:
@@ -113,8 +119,9 @@ class Totals:
     """Where the time went, in seconds, and what it bought.
 
     `kept` is the time of the steps whose work is in the newest state; `redone` that of steps which were lost and done
-    again; `down` the time from each failure to the first new step; `other` is the rest: starts, checkpoints,
-    validation, pauses. `wall` is all of it. The effective training time ratio is kept / wall.
+    again; `down` the time from a failure to the first new step, counted once where failures overlap; `other` is the
+    rest: starts, checkpoints, validation, pauses. `wall` is all of it. The effective training time ratio is
+    kept / wall.
     """
 
     wall: float
@@ -125,8 +132,6 @@ class Totals:
     steps: int
     tokens: int
     checkpoints: int
-    steps_lost: int
-    seconds_lost: float
 
     @property
     def effective_ratio(self) -> float | None:
@@ -142,7 +147,6 @@ class Story:
     created: Told[RunCreated] | None
     end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None
     """How it ended; None: it has not, or nobody could write so."""
-    supervisors: list[Told[SupervisorStarted]]
     before: list[Entry]
     """Lines before the first attempt."""
     attempts: list[Attempt]
@@ -158,10 +162,10 @@ class Story:
 
 def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     """Tell the run from its journal and metrics."""
-    attempts: list[Attempt] = []
+    by_name: dict[str, Attempt] = {}
+    newest_attempt: Attempt | None = None
     incidents: dict[int, Incident] = {}
     before: list[Entry] = []
-    supervisors: list[Told[SupervisorStarted]] = []
     created: Told[RunCreated] | None = None
     end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None = None
     for entry in reading.entries:
@@ -170,10 +174,8 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
             case RunCreated():
                 created = created or Told(entry, event)
             case SupervisorStarted():
-                supervisors.append(Told(entry, event))
                 end = None
             case AttemptStarted():
-                attempts.append(Attempt(entry.attempt, Told(entry, event)))
                 end = None
             case RunFinished():
                 end = Told(entry, event)
@@ -183,11 +185,17 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
                 end = Told(entry, event)
             case _:
                 pass
-        if attempts:
-            _fold_into_attempt(attempts[-1], entry)
-        else:
+        if _fold_into_incidents(incidents, entry):
+            continue
+        if entry.attempt and entry.attempt not in by_name:
+            # Any line that names an attempt opens it: the one that told its start may be damaged.
+            newest_attempt = by_name[entry.attempt] = Attempt(entry.attempt)
+        attempt = by_name.get(entry.attempt, newest_attempt)
+        if attempt is None:
             before.append(entry)
-        _fold_into_incidents(incidents, entry)
+        else:
+            _fold_into_attempt(attempt, entry)
+    attempts = _in_order(by_name.values())
     newest = [value for line in measured.lines if (value := metrics.number_of(line, "time")) is not None]
     now = max([entry.time for entry in reading.entries] + newest, default=0.0)
     # A note made days after the end must not make the run longer.
@@ -196,14 +204,23 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     kept = _kept(attempts, measured.lines)
     story_incidents = [incidents[number] for number in sorted(incidents)]
     totals = _totals(created, attempts, story_incidents, measured.lines, kept, until)
-    return Story(
-        reading, measured, created, end, supervisors, before, attempts, story_incidents, totals, now, until, tuple(kept)
-    )
+    return Story(reading, measured, created, end, before, attempts, story_incidents, totals, now, until, tuple(kept))
+
+
+def _in_order(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """By name, which counts up: of an attempt whose first lines are damaged a late line may be the only one."""
+    found = list(attempts)
+    try:
+        return sorted(found, key=lambda attempt: AttemptId.parse(attempt.name))
+    except ValueError:
+        return found
 
 
 def _fold_into_attempt(attempt: Attempt, entry: Entry) -> None:
     attempt.entries.append(entry)
     match entry.event:
+        case AttemptStarted() as event:
+            attempt.started = attempt.started or Told(entry, event)
         case TrainingBegan() as event:
             attempt.began = attempt.began or Told(entry, event)
         case AttemptEnded() as event:
@@ -216,18 +233,19 @@ def _fold_into_attempt(attempt: Attempt, entry: Entry) -> None:
             pass
 
 
-def _fold_into_incidents(incidents: dict[int, Incident], entry: Entry) -> None:
+def _fold_into_incidents(incidents: dict[int, Incident], entry: Entry) -> bool:
+    """Whether an incident tells the line so that its attempt need not."""
     event = entry.event
     if isinstance(event, CheckpointRejected):
         # It happens on the way back from whatever is open.
-        for incident in incidents.values():
-            if incident.closed is None:
-                incident.rejected.append(Told(entry, event))
-        return
+        newest = max((number for number, incident in incidents.items() if incident.closed is None), default=None)
+        if newest is not None:
+            incidents[newest].rejected.append(Told(entry, event))
+        return newest is not None
     number = getattr(event, "incident", 0)
     if not number:
-        return
-    incident = incidents.setdefault(number, Incident(number, attempt=entry.attempt))
+        return False
+    incident = incidents.setdefault(number, Incident(number))
     match event:
         case FailureSeen():
             incident.seen.append(Told(entry, event))
@@ -245,6 +263,7 @@ def _fold_into_incidents(incidents: dict[int, Incident], entry: Entry) -> None:
             incident.closed = Told(entry, event)
         case _:
             pass
+    return False
 
 
 def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], until: float) -> None:
@@ -264,14 +283,20 @@ def _measure(attempts: list[Attempt], lines: Iterable[Mapping[str, Any]], until:
 
 
 def _kept(attempts: list[Attempt], lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics of the live chain: the newest attempt's, and before its start its parent's, and so on to the start."""
-    by_name = {attempt.name: attempt for attempt in attempts}
+    """Metrics of the live chain: the newest attempt's, and before its start its parent's, and so on to the start.
+
+    Where the parent is not known, damaged lines hid it, and the attempt before is taken for it.
+    """
+    index_of = {attempt.name: index for index, attempt in enumerate(attempts)}
     ranges: dict[str, tuple[int, float]] = {}
-    name, limit = attempts[-1].name if attempts else "", float("inf")
-    while name in by_name and name not in ranges:
-        attempt = by_name[name]
-        ranges[name] = (attempt.from_step, limit)
-        name, limit = (attempt.started.event.parent if attempt.started else ""), min(limit, attempt.from_step)
+    index, limit = len(attempts) - 1, math.inf
+    while index >= 0 and attempts[index].name not in ranges:
+        attempt = attempts[index]
+        ranges[attempt.name] = (attempt.from_step, limit)
+        limit = min(limit, attempt.from_step)
+        if attempt.started and not attempt.started.event.parent:
+            break
+        index = index_of.get(attempt.started.event.parent, index - 1) if attempt.started else index - 1
     kept = [line for line in lines if line["attempt"] in ranges and _within(line["step"], ranges[line["attempt"]])]
     return sorted(kept, key=lambda line: int(line["step"]))
 
@@ -291,10 +316,11 @@ def _totals(
     begin = created.time if created else (attempts[0].since if attempts else until)
     wall = max(0.0, until - begin)
     kept_seconds = sum(_seconds(line) for line in kept)
-    all_seconds = sum(_seconds(line) for line in lines)
-    closed = [incident.closed.event for incident in incidents if incident.closed]
-    down = sum(event.down_seconds for event in closed)
-    redone = all_seconds - kept_seconds
+    redone = max(0.0, sum(_seconds(line) for line in lines) - kept_seconds)
+    # Each share takes what those before it leave, so that they add up whatever is missing.
+    kept_seconds = min(kept_seconds, wall)
+    redone = min(redone, wall - kept_seconds)
+    down = min(_down_seconds(incidents, begin, until), wall - kept_seconds - redone)
     steps = max([line["step"] for line in kept] + [a.from_step for a in attempts[-1:]], default=0)
     told = metrics.number_of(kept[-1], "tokens") if kept else None
     tokens = int(told) if told is not None else steps * (created.event.tokens_per_step if created else 0)
@@ -303,13 +329,28 @@ def _totals(
         kept=kept_seconds,
         redone=redone,
         down=down,
-        other=max(0.0, wall - kept_seconds - redone - down),
+        other=wall - kept_seconds - redone - down,
         steps=steps,
         tokens=tokens,
         checkpoints=sum(len(attempt.saved) for attempt in attempts),
-        steps_lost=sum(event.steps_lost for event in closed),
-        seconds_lost=sum(event.seconds_lost for event in closed),
     )
+
+
+def _down_seconds(incidents: list[Incident], begin: float, until: float) -> float:
+    """The union of the times without training: two incidents that overlap do not stop it twice."""
+    spans: list[tuple[float, float]] = []
+    for incident in incidents:
+        if incident.closed is None:
+            continue
+        event = incident.closed.event
+        fell = incident.seen[0].time if incident.seen else incident.closed.time - event.seconds_lost
+        if math.isfinite(fell) and math.isfinite(event.down_seconds):
+            spans.append((max(begin, fell), min(until, fell + event.down_seconds)))
+    total, reached = 0.0, begin
+    for fell, back in sorted(spans):
+        total += max(0.0, back - max(fell, reached))
+        reached = max(reached, back)
+    return total
 
 
 def _seconds(line: Mapping[str, Any]) -> float:

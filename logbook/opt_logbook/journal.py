@@ -11,7 +11,7 @@ from opt_logbook.events import Entry, Event, JournalDamaged, JournalMended
 from opt_logbook.lock import Lock, LockLost
 from opt_logbook.run_directory import RunDirectory
 
-__all__ = ["NO_LINE", "Damage", "Head", "Journal", "LockLost", "Reading", "read", "read_head"]
+__all__ = ["NO_LINE", "Damage", "Head", "Journal", "LockLost", "Reading", "read", "read_head", "repairs_of"]
 
 
 def read(path: Path) -> Reading:
@@ -43,10 +43,8 @@ class Journal:
         self.entries = reading.entries
         """The entries as they were when the journal was opened."""
         self.head = reading.head
-        self.torn_bytes = reading.torn_bytes
-        self.damaged = reading.damaged
         self.repairs: tuple[Event, ...] = ()
-        """What the caller should append first: the torn line that was cut off, and damage not yet told."""
+        """What the caller should append first, in this order: damage not yet told, the torn line that was cut off."""
         self.head_is_behind = False
         """The newest line is durable but `journal.head` could not be replaced; the next append tries again."""
 
@@ -64,7 +62,7 @@ class Journal:
         try:
             reading = read(run.journal)
             journal = cls(run, lock, descriptor, reading)
-            journal.repairs = _repairs(reading, read_head(run))
+            journal.repairs = repairs_of(reading, read_head(run))
             journal._cut_half_line()
             _sync_directory(run.path)
         except BaseException:
@@ -79,12 +77,15 @@ class Journal:
 
         Raises:
             LockLost: somebody else has taken the lock.
+            CodecError: a field is of the wrong type, so that no reader could read the line.
             OSError: the line could not be made durable, for example on a full disk.
         """
         if not self._lock.still_held():
             raise LockLost(f"{self._run.lock} is not held by this process any more")
         seq = self.head.seq + 1
         line = encode(entry, seq, self.head.hash)
+        # Before it is written: a line that nobody can read must not stand in the file.
+        appended = decode(line)
         self._cut_half_line()
         self._clean = False
         try:
@@ -97,7 +98,6 @@ class Journal:
             raise
         self._clean = True
         self._bytes += len(line)
-        appended = decode(line)
         self.head = Head(seq, appended.hash)
         self._replace_head()
         return appended
@@ -136,15 +136,22 @@ class Journal:
                 beside.unlink()
 
 
-def _repairs(reading: Reading, anchor: Head | None) -> tuple[Event, ...]:
-    told = {e.event.line for e in reading.entries if isinstance(e.event, JournalDamaged)}
+def repairs_of(reading: Reading, anchor: Head | None) -> tuple[Event, ...]:
+    """What whoever appends next should append first. `anchor` is what `journal.head` names."""
     events: list[Event] = []
-    if reading.torn_bytes:
-        events.append(JournalMended(reading.torn_bytes))
-    events += [JournalDamaged(line, why) for line, why in reading.damaged if line not in told]
+    # The tail that is gone comes first: the next append replaces `journal.head`, which alone tells of it.
     if anchor is not None and anchor.seq > reading.head.seq:
         why = f"journal.head names line {anchor.seq}, but the journal ends at line {reading.head.seq}: its tail is gone"
         events.append(JournalDamaged(anchor.seq, why))
+    if reading.torn_bytes:
+        events.append(JournalMended(reading.torn_bytes))
+    # A line that names one behind itself told of a tail that was gone, not of the line that stands there now.
+    told = {
+        entry.event.line
+        for line, entry in zip(reading.lines, reading.entries, strict=True)
+        if isinstance(entry.event, JournalDamaged) and entry.event.line < line
+    }
+    events += [JournalDamaged(line, why) for line, why in reading.damaged if line not in told]
     return tuple(events)
 
 

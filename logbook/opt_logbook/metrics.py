@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opt_logbook.attempt import AttemptId
-from opt_logbook.codec import CodecError, parse, to_json_value
+from opt_logbook.codec import NON_FINITE, CodecError, parse, to_json_value
 from opt_logbook.run_directory import RunDirectory
 
 JOURNAL_HEAD = "journal_head"
@@ -155,9 +155,19 @@ def newest(run: RunDirectory, attempt: str) -> dict[str, Any] | None:
 def number_of(line: Mapping[str, Any], key: str) -> float | None:
     """The finite number under `key` of a metrics line; None where there is none (missing, null, NaN)."""
     value = line.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_not_finite(line: Mapping[str, Any], key: str) -> bool:
+    """Whether the value under `key` is NaN or infinite, as a number or as the journal's word for it."""
+    value = line.get(key)
+    return value in NON_FINITE if isinstance(value, str) else isinstance(value, float) and not math.isfinite(value)
 
 
 def _told(line: dict[str, Any]) -> dict[str, Any]:

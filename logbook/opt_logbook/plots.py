@@ -5,6 +5,7 @@ legible in the light and in the dark.
 """
 
 import io
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ POINTS_MAX = 6000
 
 MARKS_MAX = 15
 """More incidents than these are marked by a short tick without a number."""
+
+STEPS_MAX = 10**15
+"""A damaged line may hold a step of hundreds of digits, which no axis can show."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -72,7 +76,8 @@ def draw(story: Story) -> dict[str, str]:
     """The figures that the run has data for: name to SVG text (`steps`, `wall_clock`, `validation`)."""
     drawn: dict[str, str] = {}
     parts = _parts(story)
-    if any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
+    # Metrics without any attempt (the journal is missing or all damaged) belong to no curve.
+    if parts and any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
         drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story, parts))
         drawn["wall_clock"] = _svg("wall_clock", (7.2, 3.1), lambda figure: _draw_wall_clock(figure, story, parts))
     if any(attempt.validated for attempt in story.attempts):
@@ -136,13 +141,18 @@ def _draw_wall_clock(figure: Figure, story: Story, parts: list[Part]) -> None:
 
 def _draw_validation(figure: Figure, story: Story) -> None:
     axes = figure.subplots()
-    everything = [(float(told.step or 0), told.event.perplexity) for a in story.attempts for told in a.validated]
+    everything = [
+        (float(told.step or 0), told.event.perplexity)
+        for attempt in story.attempts
+        for told in attempt.validated
+        if (told.step or 0) < STEPS_MAX
+    ]
     axes.plot(*_columns(sorted(dict(everything).items())), color=FAINT, linewidth=0.9)
     for index, attempt in enumerate(story.attempts):
         points = [
             (float(told.step or 0), told.event.perplexity)
             for told in attempt.validated
-            if 0 < told.event.perplexity < float("inf")
+            if 0 < told.event.perplexity < math.inf and (told.step or 0) < STEPS_MAX
         ]
         if points:
             axes.plot(*_columns(points), color=colour_of(index), marker="o", markersize=5, linestyle="none")
@@ -200,26 +210,33 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 def _pairs(lines: Iterable[dict[str, Any]], x: str, y: str) -> Iterable[tuple[float, float]]:
     for line in lines:
         across, up = metrics.number_of(line, x), metrics.number_of(line, y)
+        if up is None and metrics.is_not_finite(line, y):
+            up = math.nan  # which breaks the curve
         if across is not None and up is not None:
             yield across, up
 
 
 def thinned(points: Points, most: int) -> Points:
-    """`points` with at most about `most` left: of each stretch the smallest and the largest, so no spike is lost."""
+    """`points` with at most about `most` left: both ends, and of each stretch the smallest and the largest, so no
+    spike is lost, and the first that is no number, so no gap is."""
     if len(points) <= most:
         return points
-    stretch = -(-len(points) * 2 // max(most, 2))
-    kept: Points = []
+    stretch = -(-len(points) * 2 // max(most - 2, 2))
+    kept = {0, len(points) - 1}
     for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return kept
+        part = range(start, min(start + stretch, len(points)))
+        finite = [index for index in part if not math.isnan(points[index][1])]
+        if finite:
+            kept |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
+        kept |= {next(index for index in part if math.isnan(points[index][1]))} if len(finite) < len(part) else set()
+    return [points[index] for index in sorted(kept)]
 
 
 def _mark_steps(axes: Axes, incidents: list[Incident]) -> None:
     for incident in incidents:
-        if incident.seen and incident.seen[0].step is not None:
-            _mark(axes, float(incident.seen[0].step), incident.number, len(incidents))
+        step = incident.seen[0].step if incident.seen else None
+        if step is not None and step < STEPS_MAX:
+            _mark(axes, float(step), incident.number, len(incidents))
 
 
 def _mark(axes: Axes, x: float, number: int, of: int) -> None:

@@ -1,6 +1,6 @@
 """The top of the chronicle: what happened, in a few paragraphs for somebody who has not seen the code."""
 
-from opt_logbook.events import RunFinished, RunHalted, RunStopped
+from opt_logbook.events import JournalDamaged, RunFinished, RunHalted, RunStopped, SupervisorStarted
 from opt_logbook.incidents import Incident, Story
 from opt_logbook.told import Said
 from opt_logbook.words import CAUSES, clock, duration, many, moment, sentence, short
@@ -30,13 +30,14 @@ def _what_ran(story: Story) -> list[Said]:
                 (story.created.line,),
             )
         )
+    begun = story.created.time if story.created else None
     match story.end.event if story.end else None:
-        case RunFinished() as end:
+        case RunFinished() as end if story.end:
             unigram = story.created.event.unigram_perplexity if story.created else 0.0
             bar = f", against {unigram:.1f} for a unigram model of the same data" if unigram else ""
             text = (
-                f"It finished after {duration(end.seconds)}, at {clock(_end_time(story))} UTC, with a training loss of "
-                f"{end.loss:.3f} nats a token and a validation perplexity of {end.validation_perplexity:.1f}{bar}."
+                f"It finished after {duration(end.seconds)}, at {clock(story.end.time, begun)}, with a training loss "
+                f"of {end.loss:.3f} nats a token and a validation perplexity of {end.validation_perplexity:.1f}{bar}."
             )
             said.append(Said(text, end_lines(story)))
         case RunStopped(by=by, saved_step=saved):
@@ -73,7 +74,7 @@ def _what_broke(story: Story) -> list[list[Said]]:
     opening = Said(
         "One thing broke on the way." if len(incidents) == 1 else f"{_word(len(incidents))} things broke on the way."
     )
-    return [[opening], *([*_in_brief(incident)] for incident in incidents)]
+    return [[opening], *(_in_brief(incident, _end_time(story)) for incident in incidents)]
 
 
 def _counted(incidents: list[Incident]) -> list[Said]:
@@ -90,13 +91,16 @@ def _counted(incidents: list[Incident]) -> list[Said]:
     return said
 
 
-def _in_brief(incident: Incident) -> list[Said]:
-    """What broke, when, why, what was done, what it cost: a few sentences for somebody who has not seen the code."""
+def _in_brief(incident: Incident, shown: float) -> list[Said]:
+    """What broke, when, why, what was done, what it cost: a few sentences for somebody who has not seen the code.
+
+    `shown` is the time that the reader saw last.
+    """
     said: list[Said] = []
     if incident.seen:
         seen = incident.seen[0]
         after = f", after step {seen.step:,}" if seen.step is not None else ""
-        said.append(Said(f"At {clock(seen.time)} UTC{after}: {sentence(seen.event.what)}", (seen.line,)))
+        said.append(Said(f"At {clock(seen.time, shown)}{after}: {sentence(seen.event.what)}", (seen.line,)))
     if incident.diagnosed:
         event = incident.diagnosed.event
         words = CAUSES.get(event.cause, event.cause)
@@ -114,10 +118,12 @@ def _in_brief(incident: Incident) -> list[Said]:
     if incident.closed:
         event_ = incident.closed.event
         if event_.outcome == "recovered":
+            verb = "was" if event_.steps_lost == 1 else "were"
+            steps = f"{many(event_.steps_lost, 'step')}, which {verb} done again," if event_.steps_lost else "no step"
             said.append(
                 Said(
-                    f"It cost {many(event_.steps_lost, 'step')}, which were done again, and "
-                    f"{duration(event_.seconds_lost)}, of which {duration(event_.down_seconds)} without training.",
+                    f"It cost {steps} and {duration(event_.seconds_lost)}, of which "
+                    f"{duration(event_.down_seconds)} without training.",
                     (incident.closed.line,),
                 )
             )
@@ -148,9 +154,13 @@ def _what_it_cost(story: Story) -> list[Said]:
 
 
 def _finished_unattended(story: Story) -> bool:
-    """Whether the run finished and no person stopped it on the way."""
-    stopped = any(isinstance(entry.event, (RunStopped, RunHalted)) for entry in story.reading.entries)
-    return story.end is not None and isinstance(story.end.event, RunFinished) and not stopped
+    """Whether the run finished under its first supervisor: each further one somebody had to start."""
+    events = [entry.event for entry in story.reading.entries]
+    acted = any(isinstance(event, (RunStopped, RunHalted, JournalDamaged)) for event in events)
+    supervisors = sum(isinstance(event, SupervisorStarted) for event in events)
+    whole = not story.reading.damaged and not story.reading.torn_bytes
+    finished = story.end is not None and isinstance(story.end.event, RunFinished)
+    return finished and supervisors == 1 and whole and not acted
 
 
 def end_lines(story: Story) -> tuple[int, ...]:

@@ -40,9 +40,9 @@ def tell_attempt(attempt: Attempt) -> tuple[Said, ...]:
     if attempt.began:
         text = f"The first step was done {duration(attempt.began.event.seconds)} after the start."
         said.append(Said(text, (attempt.began.line,)))
-    elif attempt.started:
+    elif attempt.started and attempt.last_step is None:
         said.append(Said("No step of it was done."))
-    said += tell_entries(attempt.entries)
+    said += tell_entries(attempt.entries, attempt.since)
     said += _saved(attempt.saved)
     said += _validated(attempt.validated)
     retired = [entry.seq for entry in attempt.entries if isinstance(entry.event, kinds.CheckpointRetired)]
@@ -56,19 +56,22 @@ def tell_attempt(attempt: Attempt) -> tuple[Said, ...]:
 
 def tell_before(entries: Iterable[Entry]) -> tuple[Said, ...]:
     """What was journalled before the first attempt."""
-    return tuple(tell_entries(entries))
+    return tuple(tell_entries(entries, None))
 
 
-def tell_entries(entries: Iterable[Entry]) -> list[Said]:
-    """Lines that have a sentence of their own, in order."""
+def tell_entries(entries: Iterable[Entry], shown: float | None) -> list[Said]:
+    """Lines that have a sentence of their own, in order. `shown` is the time that the reader saw last."""
     said: list[Said] = []
     for entry in entries:
         if isinstance(entry.event, kinds.Note):
-            said.append(Said(entry.event.text, (entry.seq,), author=f"{entry.event.author}, {clock(entry.time)} UTC"))
+            author = f"{entry.event.author}, {clock(entry.time, shown)}"
+            said.append(Said(entry.event.text, (entry.seq,), author=author))
+            shown = entry.time
         elif not isinstance(entry.event, _TOLD_ELSEWHERE):
             text = _sentence_of(entry)
             if text:
-                said.append(Said(f"{clock(entry.time)} UTC: {text}", (entry.seq,)))
+                said.append(Said(f"{clock(entry.time, shown)}: {text}", (entry.seq,)))
+                shown = entry.time
     return said
 
 
@@ -86,7 +89,8 @@ def _saved(saved: list[Told[kinds.CheckpointCommitted]]) -> list[Said]:
     ill = [told for told in saved if not told.event.healthy]
     if ill:
         steps = listed_briefly(f"{told.step:,}" for told in ill if told.step is not None)
-        said.append(Said(f"Training was not well when step {steps} was saved.", tuple(told.line for told in ill)))
+        saved_then = f"step {steps} was saved" if len(ill) == 1 else f"steps {steps} were saved"
+        said.append(Said(f"Training was not well when {saved_then}.", tuple(told.line for told in ill)))
     return said
 
 
@@ -128,7 +132,8 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.SaveAbandoned(path=path, why=why):
             return f"the save of {path} was abandoned: {sentence(why)}"
         case kinds.JournalMended(bytes_removed=count):
-            return f"the journal's last line had been torn by a crash; {many(count, 'byte')} were cut off."
+            verb = "was" if count == 1 else "were"
+            return f"the journal's last line had been torn by a crash; {many(count, 'byte')} {verb} cut off."
         case kinds.JournalDamaged(line=line, why=why):
             return f"line {line} of the journal was found damaged: {sentence(why)}"
         case kinds.JournalStalled(seconds=seconds):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from opt_logbook.events import RunHalted
-from opt_logbook.incidents import Attempt, Incident, Story
+from opt_logbook.events import IncidentClosed, RunHalted
+from opt_logbook.incidents import Attempt, Incident, Story, Told
 from opt_logbook.told import Said
 from opt_logbook.words import CAUSES, clock, duration, listed, many, moment, sentence
 
@@ -41,7 +41,7 @@ def place_of(incident: Incident, attempts: list[Attempt]) -> int | None:
             return index
     first = min(incident.lines, default=0)
     for index, attempt in enumerate(attempts):
-        if attempt.started and attempt.started.line > first:
+        if attempt.first_line > first:
             return index
     return None
 
@@ -81,13 +81,15 @@ def _seen(incident: Incident) -> tuple[Said, ...]:
     if not incident.seen:
         return (Said("The line of the journal that told the first sign is missing."),)
     said = []
+    shown = incident.seen[0].time
     for told in incident.seen:
         event = told.event
         named = event.rank < 0 or f"rank {event.rank} " in event.what.lower()
         where = event.node if named else f"rank {event.rank} on {event.node}"
         of = f", {where}" if where and where not in event.what else ""
         step = f", after step {told.step:,} of attempt {told.entry.attempt}" if told.step is not None else ""
-        said.append(Said(f"{clock(told.time)} UTC{of}{step}: {sentence(event.what)}", (told.line,)))
+        said.append(Said(f"{clock(told.time, shown)}{of}{step}: {sentence(event.what)}", (told.line,)))
+        shown = told.time
     return tuple(said)
 
 
@@ -100,17 +102,16 @@ def _cause(incident: Incident) -> Section:
     said = [Said(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)]
     if event.detail:
         said.append(Said(sentence(event.detail), line))
-    said.append(
-        Said(f"Confidence {event.confidence:.0%}, on this evidence:" if event.evidence else "No evidence.", line)
-    )
+    most = f" (the first {QUOTES_MAX} of {len(event.evidence)})" if len(event.evidence) > QUOTES_MAX else ""
+    words = f"Confidence {event.confidence:.0%}, on this evidence{most}:" if event.evidence else "No evidence."
+    said.append(Said(words, line))
     quotes = [Quote(evidence.file, evidence.line, evidence.text) for evidence in event.evidence[:QUOTES_MAX]]
-    if len(event.evidence) > QUOTES_MAX:
-        quotes.append(Quote("", 0, f"{len(event.evidence) - QUOTES_MAX} more in the journal"))
     return Section(title, tuple(said), tuple(quotes))
 
 
 def _done(incident: Incident) -> tuple[Said, ...]:
     said: list[Said] = []
+    shown = incident.seen[-1].time if incident.seen else None
     if incident.diagnosed and incident.diagnosed.event.action:
         said.append(Said(f"Decided: {incident.diagnosed.event.action.rstrip('.')}.", (incident.diagnosed.line,)))
     if incident.killed:
@@ -118,11 +119,7 @@ def _done(incident: Incident) -> tuple[Said, ...]:
         alive = f"; {many(count, 'rank')} still alive had to be killed" if count else ""
         said.append(Said(f"All ranks of the generation were ended{alive}.", (incident.killed.line,)))
     for failed in incident.failed_nodes:
-        said.append(
-            Said(
-                f"{failed.event.node} was taken out and is not used again until it has passed a check.", (failed.line,)
-            )
-        )
+        said.append(Said(f"{failed.event.node} was taken out and is not used again.", (failed.line,)))
     for promoted in incident.promoted:
         said.append(Said(f"{promoted.event.node} took the place of {promoted.event.replaces}.", (promoted.line,)))
     for rejected in incident.rejected:
@@ -139,11 +136,12 @@ def _done(incident: Incident) -> tuple[Said, ...]:
         )
         said.append(
             Said(
-                f"{clock(restart.time)} UTC: attempt {restart.entry.attempt} was started on {listed(event.nodes)} from "
-                f"{source}.",
+                f"{clock(restart.time, shown)}: attempt {restart.entry.attempt} was started on {listed(event.nodes)} "
+                f"from {source}.",
                 (restart.line,),
             )
         )
+        shown = restart.time
     return tuple(said) or (Said("Nothing yet."),)
 
 
@@ -152,19 +150,29 @@ def _cost(incident: Incident, story: Story) -> tuple[Said, ...]:
         return (Said("Not known yet: it was not over when the journal was last written."),)
     event, line = incident.closed.event, (incident.closed.line,)
     tokens = event.steps_lost * (story.created.event.tokens_per_step if story.created else 0)
-    steps = (
-        f"{many(event.steps_lost, 'step')}{f' ({tokens:,} tokens)' if tokens else ''} had to be done again."
-        if event.steps_lost
-        else "No step had to be done again."
-    )
+    lost = f"{many(event.steps_lost, 'step')}{f' ({tokens:,} tokens)' if tokens else ''}"
+    if event.outcome != "recovered":
+        work = (Said(f"The work of {lost} was lost.", line),) if event.steps_lost else ()
+        return (*work, Said(_time_until_the_end(incident.closed), line))
     return (
-        Said(steps, line),
+        Said(f"{lost} had to be done again." if event.steps_lost else "No step had to be done again.", line),
         Said(
             f"{duration(event.seconds_lost)} from the failure until training was back where it had been; "
             f"{duration(event.down_seconds)} of them without any training.",
             line,
         ),
     )
+
+
+def _time_until_the_end(closed: Told[IncidentClosed]) -> str:
+    event = closed.event
+    end = f"the run {event.outcome if event.outcome in ('stopped', 'halted') else 'ended'}"
+    if event.down_seconds < event.seconds_lost:
+        return (
+            f"Training went on after {duration(event.down_seconds)}, but was not yet back where it had been "
+            f"{duration(event.seconds_lost)} after the failure, when {end}."
+        )
+    return f"Training did not go on; {duration(event.seconds_lost)} until {end}."
 
 
 def _outcome(incident: Incident, story: Story) -> tuple[Said, ...]:
@@ -176,6 +184,10 @@ def _outcome(incident: Incident, story: Story) -> tuple[Said, ...]:
         attempt = incident.closed.entry.attempt
         place = f" in attempt {attempt}" if attempt else ""
         return (Said(f"Recovered: training went on{place}.", line),)
-    if outcome == "halted" and story.end and isinstance(story.end.event, RunHalted):
-        return (Said(f"Halted; a person must decide: {sentence(story.end.event.question)}", (*line, story.end.line)),)
+    if outcome == "halted":
+        for entry in story.reading.entries:
+            # A run may halt more than once: the halt that closed this incident is the first behind it.
+            if entry.seq > incident.closed.line and isinstance(entry.event, RunHalted):
+                question = sentence(entry.event.question)
+                return (Said(f"Halted; a person must decide: {question}", (*line, entry.seq)),)
     return (Said(f"The run {outcome}." if outcome in ("stopped", "halted") else sentence(outcome), line),)

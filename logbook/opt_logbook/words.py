@@ -1,5 +1,6 @@
 """How the chronicle says times, durations, numbers and causes. Independent of locale and time zone."""
 
+import math
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -37,7 +38,7 @@ CAUSES = {
 """Cause labels in words that somebody who has not seen the code understands."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -47,16 +48,22 @@ def printable(text: str) -> str:
 
 def moment(seconds: float) -> str:
     """``2026-11-22 14:03:05 UTC``."""
-    return f"{(_EPOCH + timedelta(seconds=int(seconds))):%Y-%m-%d %H:%M:%S} UTC"
+    try:
+        return f"{(_EPOCH + timedelta(seconds=int(seconds))):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError):  # no calendar has it, or it is no number
+        return "an unknown time"
 
 
-def clock(seconds: float) -> str:
-    """``14:03:05``, UTC."""
-    return f"{(_EPOCH + timedelta(seconds=int(seconds))):%H:%M:%S}"
+def clock(seconds: float, shown: float | None) -> str:
+    """``14:03:05 UTC``, with the date where it is not that of `shown`, the time that the reader saw last."""
+    words = moment(seconds)
+    return words.partition(" ")[2] if shown is not None and moment(shown)[:11] == words[:11] else words
 
 
 def duration(seconds: float) -> str:
     """``4.5 s``, ``2 min 05 s``, ``3 h 12 min``, ``2 d 03 h``."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -71,6 +78,7 @@ def duration(seconds: float) -> str:
 
 def short(number: float) -> str:
     """``819k``, ``3.7M``, ``175B``."""
+    number = _as_float(number)
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size * 0.9995:
             return f"{number / size:.3g}{letter}"
@@ -85,9 +93,17 @@ def many(number: int, thing: str) -> str:
 def bytes_in_words(number: int) -> str:
     """``44.3 MB``."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"
+        if number >= size * 0.9995:
+            return f"{_as_float(number) / size:.3g} {unit}"
+    return many(number, "byte")
+
+
+def _as_float(number: float) -> float:
+    """A damaged line may hold an integer of hundreds of digits; it is infinite for us."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def listed(things: Iterable[object]) -> str:

@@ -23,6 +23,15 @@ except locale.Error:
 render(RunDirectory(Path(sys.argv[1])))
 """
 
+RENDER_GERMAN = (
+    """
+import locale
+locale.setlocale(locale.LC_ALL, "")
+assert f"{1234.5:n}" == "1.234,5", "the locale is in force"
+"""
+    + RENDER
+)
+
 OPENED = """
 import json, sys
 from pathlib import Path
@@ -56,7 +65,7 @@ def run(tmp_path: Path) -> Path:
     return write_demo(tmp_path / "demo").path
 
 
-def test_the_same_bytes_from_another_path_time_zone_locale_home_and_hash_seed(run: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_from_another_path_time_zone_home_and_hash_seed(run: Path, tmp_path: Path) -> None:
     first = rendered(run, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C")
     assert set(first) == {
         "index.html", "chronicle.md", "figures/steps.svg", "figures/wall_clock.svg", "figures/validation.svg",
@@ -68,11 +77,26 @@ def test_the_same_bytes_from_another_path_time_zone_locale_home_and_hash_seed(ru
     (home / ".config" / "matplotlib").mkdir(parents=True)
     (home / ".config" / "matplotlib" / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 31\n")
     environment = {
-        "PYTHONHASHSEED": "4711", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8", "LANG": "de_DE.UTF-8",
+        "PYTHONHASHSEED": "4711", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8",
         "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "COLUMNS": "40",
     }  # fmt: skip
     assert rendered(elsewhere, **environment) == first
     assert rendered(run) == first, "rendering again over the first must change nothing"
+
+
+def test_the_same_bytes_where_numbers_are_written_with_commas(run: Path, tmp_path: Path) -> None:
+    first = rendered(run, LC_ALL="C")
+    localedef = shutil.which("localedef")
+    if localedef is None:
+        pytest.skip("building the locale de_DE.UTF-8 needs localedef")
+    locales = tmp_path / "locales"
+    locales.mkdir()
+    build = [localedef, "--inputfile", "de_DE", "--charmap", "UTF-8", str(locales / "de_DE.UTF-8")]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        pytest.skip(f"the sources of the locale de_DE.UTF-8 are not here: {built.stderr.strip()}")
+    german = {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "LOCPATH": str(locales)}
+    assert rendered(run, RENDER_GERMAN, **german) == first
 
 
 def test_only_journal_and_metrics_are_opened_and_never_the_fault_plan(run: Path) -> None:

@@ -127,3 +127,9 @@ def test_a_field_named_like_a_line_s_own_is_refused() -> None:
 def test_mappings_come_back_typed() -> None:
     entry = Entry(0.0, "", None, InForceReported({"lr": 1e-3, "betas": (0.9, 0.95)}))
     assert decode(encode(entry, 1, GENESIS)).event == InForceReported({"lr": 1e-3, "betas": [0.9, 0.95]})
+
+
+def test_a_number_of_hundreds_of_digits_is_refused_not_a_crash() -> None:
+    line = encode(Entry(0.0, "", None, RunFinished(1.0, 2.0, 3, 4.0)), 1, GENESIS)
+    with pytest.raises(CodecError):
+        decode(line.replace(b'"seconds":4.0', b'"seconds":1' + b"0" * 400))

@@ -1,5 +1,6 @@
 """A letter is read whole and in order, and no file that anybody leaves there stops the supervisor."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -53,3 +54,19 @@ def test_a_message_that_would_be_refused_is_not_dropped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too long"):
         drop(run, {"kind": "note", "text": "x" * MESSAGE_BYTES_MAX})
     assert take(run) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_letter_that_could_not_be_read_just_now_waits(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path)
+    drop(run, {"kind": "stop", "by": "maria"})
+
+    def sick(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", sick)
+        assert waiting(run) == []
+    assert [message["kind"] for message in take(run)] == ["stop"]

@@ -169,3 +169,39 @@ def committed(run: RunDirectory, step: int) -> int:
     return next(
         n for n, line in enumerate(lines, 1) if b"checkpoint_committed" in line and b'"step":%d,' % step in line
     )
+
+
+def test_a_tail_that_was_told_gone_does_not_hide_damage_to_the_line_that_took_its_number(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    lines = FIFTY.splitlines(keepends=True)
+    run.journal.write_bytes(b"".join(lines[:45]))
+    run.head.write_text(f"50 {lines[49][-67:-3].decode()}\n")
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        assert [(event.line, "tail" in event.why) for event in damage_in(journal)] == [(50, True)]
+        journal.append(Entry(1795356999.0, "", None, journal.repairs[0]))
+        for seq in range(47, 52):
+            assert journal.append(Entry(1795356999.0, "", None, Note("maria", f"again {seq}"))).seq == seq
+    run.journal.write_bytes(run.journal.read_bytes().replace(b"again 50", b"again 59"))
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        assert [event.line for event in damage_in(journal)] == [50]
+        journal.append(Entry(1795356999.0, "", None, journal.repairs[0]))
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        assert journal.repairs == ()
+
+
+def test_a_crash_between_two_repairs_does_not_lose_the_tail_that_is_gone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    lines = FIFTY.replace(b'"line 25"', b'"line 99"').splitlines(keepends=True)
+    run.journal.write_bytes(b"".join(lines[:48]) + b'{"torn')
+    run.head.write_text(f"49 {lines[48][-67:-3].decode()}\n")
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        assert [type(event) for event in journal.repairs] == [JournalDamaged, JournalMended, JournalDamaged]
+        journal.append(Entry(1795356999.0, "", None, journal.repairs[0]))
+    told = [entry.event for entry in read(run.journal).entries if isinstance(entry.event, JournalDamaged)]
+    assert [event.line for event in told] == [49]
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        assert [event.line for event in damage_in(journal)] == [25]
+
+
+def damage_in(journal: Journal) -> list[JournalDamaged]:
+    return [event for event in journal.repairs if isinstance(event, JournalDamaged)]

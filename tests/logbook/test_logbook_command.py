@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from opt_logbook.cli import main
-from opt_logbook.events import JournalMended, Note
+from opt_logbook.events import Entry, JournalMended, Note
 from opt_logbook.inbox import take
-from opt_logbook.journal import read
+from opt_logbook.journal import Journal, read
 from opt_logbook.lock import Lock
 from opt_logbook.run_directory import RunDirectory
 
@@ -61,7 +60,10 @@ def test_render_says_where_the_page_is(demo: RunDirectory, capsys: pytest.Captur
 def test_a_chronicle_that_cannot_be_written_is_one_sentence(demo: RunDirectory, capsys: pytest.CaptureFixture) -> None:
     demo.chronicle.write_text("a file where the folder should be")
     assert main(["render", str(demo.path)]) == 2
-    assert "chronicle" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "chronicle" in error
+    assert error.endswith("; mend it and try again\n")
+    assert error.count("\n") == 1
 
 
 def test_a_note_is_appended_where_nobody_holds_the_journal(demo: RunDirectory) -> None:
@@ -83,6 +85,32 @@ def test_a_note_is_left_in_the_inbox_where_a_supervisor_writes(
     assert demo.journal.read_bytes() == before
     assert take(demo) == [{"kind": "note", "author": "maria", "text": "hello"}]
     assert "left for the supervisor" in capsys.readouterr().out
+
+
+def test_a_note_beside_a_lone_training_does_not_promise_that_anybody_reads_it_now(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
+    with Lock.acquire(demo):
+        assert main(["note", str(demo.path), "hello", "--author", "maria"]) == 0
+    assert capsys.readouterr().out == "left in the inbox; the next `opt-train run` journals it\n"
+    assert len(take(demo)) == 1
+
+
+def test_a_note_does_not_hide_damage_from_the_person_whom_the_supervisor_must_ask(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
+    spoilt = demo.journal.read_bytes().replace(b"node_failure", b"node_Failure", 1) + b'{"torn'
+    demo.journal.write_bytes(spoilt)
+    assert main(["note", str(demo.path), "hello"]) == 2
+    assert capsys.readouterr().err == (
+        f"logbook: {demo.journal} is damaged (line 14); restore it from a copy, or start the run, which asks what to "
+        "do, and note it then\n"
+    )
+    assert demo.journal.read_bytes() == spoilt, "nothing was written or cut"
+    with Lock.acquire(demo) as lock, Journal.open(demo, lock) as journal:
+        for event in journal.repairs:
+            journal.append(Entry(1795356999.0, "", None, event))
+    assert main(["note", str(demo.path), "hello"]) == 0
 
 
 def test_an_empty_note_and_a_run_without_journal_are_refused(
@@ -112,12 +140,13 @@ def test_tail_prints_the_newest_lines_for_people_and_for_programs(
 
 
 def test_tail_follows_a_living_journal_and_ends_quietly(demo: RunDirectory) -> None:
-    command = [sys.executable, "-m", "opt_logbook.cli", "tail", str(demo.path), "-n", "0", "--follow", "--json"]
+    command = [sys.executable, "-m", "opt_logbook.cli", "tail", str(demo.path), "-n", "1", "--follow", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tail:
         try:
-            time.sleep(1.0)  # whatever it has read by now, the note is new to it
-            assert main(["note", str(demo.path), "fresh"]) == 0
             assert tail.stdout is not None
+            # Once it has shown the newest line, the note is new to it.
+            assert json.loads(tail.stdout.readline())["kind"] == "run_finished"
+            assert main(["note", str(demo.path), "fresh"]) == 0
             assert json.loads(tail.stdout.readline())["text"] == "fresh"
         finally:
             tail.send_signal(2)

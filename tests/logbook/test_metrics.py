@@ -56,8 +56,8 @@ def test_lines_that_contradict_one_another_are_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_none() -> None:
-    line = {"a": 1, "b": "NaN", "c": None, "d": True, "e": math.inf}
-    assert [number_of(line, key) for key in "abcdef"] == [1.0, None, None, None, None, None]
+    line = {"a": 1, "b": "NaN", "c": None, "d": True, "e": math.inf, "f": 10**400}
+    assert [number_of(line, key) for key in "abcdefg"] == [1.0, None, None, None, None, None, None]
 
 
 def test_the_newest_line_is_the_last_whole_one_however_long_the_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Nothing that a log says may become part of the page, and the page needs nothing but itself."""
 
+import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -141,3 +142,12 @@ def test_thinning_a_long_curve_keeps_its_spikes() -> None:
     assert len(kept) <= 1500
     assert (77_777.0, 9.0) in kept
     assert kept == sorted(kept)
+
+
+def test_thinning_keeps_both_ends_and_the_gap_of_a_loss_that_was_no_number() -> None:
+    points = [(float(step), float(step % 7)) for step in range(100_000)]
+    points[50_001] = (50_001.0, math.nan)
+    kept = thinned(points, 1500)
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert sum(math.isnan(up) for _, up in kept) == 1
+    assert [across for across, _ in kept] == sorted(across for across, _ in kept)
