@@ -1,11 +1,15 @@
 """Drive real runs from the outside, as a person would: start the command, read the run directory, kill processes."""
 
+import atexit
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +45,15 @@ TINY = (
 """A run of about a minute's worth of small steps on two nodes with one in reserve."""
 
 
+@functools.cache
+def prepared() -> Path:
+    """Where this test process prepares its data: once, for all runs; removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="opt-train-prepared-"))
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return folder / "tiny"
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "opt_train.cli", *arguments]
 
@@ -50,7 +63,7 @@ def start(folder: Path, *overrides: str, environment: dict[str, str] | None = No
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output").open("a") as output:
         return subprocess.Popen(
-            command("run", *TINY, f"runs={folder / 'runs'}", "name=run", *overrides),
+            command("run", *TINY, f"data.directory={prepared()}", f"runs={folder / 'runs'}", "name=run", *overrides),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

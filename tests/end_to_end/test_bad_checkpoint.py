@@ -10,7 +10,8 @@ from tests.end_to_end import driving
 
 @pytest.mark.timeout(240)
 def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(tmp_path: Path) -> None:
-    process = driving.start(tmp_path)
+    endless = "train.steps=100000"
+    process = driving.start(tmp_path, endless)
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(lambda: len(driving.of_kind(run, "checkpoint_committed")) >= 2, 120, process, tmp_path)
@@ -26,8 +27,10 @@ def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(tmp
             file.seek(-1, 1)
             file.write(bytes([byte[0] ^ 1]))
 
-        process = driving.start(tmp_path)
-        assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
+        process = driving.start(tmp_path, endless)
+        driving.wait_for(lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path)
+        process.send_signal(signal.SIGINT)
+        assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
         [rejected] = driving.of_kind(run, "checkpoint_rejected")
         assert rejected.event.path == committed[-1].event.path
         assert shard.name in rejected.event.why

@@ -11,11 +11,12 @@ from tests.end_to_end import driving
 
 QUICK = (
     "cluster.rank_module=tests.end_to_end.troubled_rank",
-    "supervisor.minimum_seconds=2",
-    "supervisor.step_seconds=4",
-    "supervisor.checkpoint_seconds=4",
-    "supervisor.evaluation_seconds=4",
+    "supervisor.minimum_seconds=5",
+    "supervisor.step_seconds=8",
+    "supervisor.checkpoint_seconds=8",
+    "supervisor.evaluation_seconds=8",
 )
+"""Limits that a pause is quickly beyond, and that a disk which stalls for some seconds is not."""
 
 
 def troubled(folder: Path, **trouble: object) -> dict[str, str]:
@@ -37,7 +38,7 @@ def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
         assert [event.cause for event in diagnosed] == ["hang"] * len(pauses), diagnosed
         assert [event.rank for event in diagnosed] == [rank for rank, _, _ in pauses]
         for event, told, (rank, phase, _) in zip(seen, diagnosed, pauses, strict=True):
-            assert phase in event.what, f"rank {rank} stopped in {phase}, but: {event.what}"
+            assert f"in phase {phase} " in event.what, f"rank {rank} stopped in {phase}, but: {event.what}"
             assert told.blame == "unknown", "a hang by itself is nobody's fault"
     finally:
         driving.end(process, tmp_path)
@@ -45,16 +46,17 @@ def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_moves(tmp_path: Path) -> None:
-    # Limits of 4 s before anything is learned: at 12 s, silence would have been punished three times over; and it is
-    # far more than ten times the fraction of a second in which such a checkpoint is normally written.
-    process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, slow_save=(30, 12)))
+    # Limits of 8 s before anything is learned: at 20 s, silence would have been punished twice over; and it is far
+    # more than ten times the fraction of a second in which such a checkpoint is normally written.
+    process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, slow_save=(30, 20)))
     run = driving.run_directory(tmp_path)
     try:
         assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
         assert driving.of_kind(run, "failure_seen") == []
         times = {entry.step: entry.event.seconds for entry in driving.of_kind(run, "checkpoint_committed")}
-        assert times[30] >= 10 * times[20]
-        assert times[30] >= 12
+        slow = times.pop(30)
+        assert slow >= 20
+        assert slow >= 10 * min(times.values())
     finally:
         driving.end(process, tmp_path)
 
@@ -62,7 +64,7 @@ def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_mov
 @pytest.mark.timeout(180)
 def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) -> None:
     # As on NCCL: the survivor spins and would never end by itself.
-    process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, deaf=True))
+    process = driving.start(tmp_path, *QUICK, "train.steps=100000", environment=troubled(tmp_path, deaf=True))
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
@@ -73,7 +75,8 @@ def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) 
         [failed] = driving.of_kind(run, "failure_seen")
         for rank in (0, 1):
             assert driving.started_at(driving.rank_process(tmp_path, rank)) < failed.time
-        assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
+        process.send_signal(signal.SIGINT)
+        assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
         [killed] = [entry.event for entry in driving.of_kind(run, "generation_killed")]
         assert killed.killed == 1, "the deaf survivor was not killed"
         [diagnosed] = [entry.event for entry in driving.of_kind(run, "incident_diagnosed")]

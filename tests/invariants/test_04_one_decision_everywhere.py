@@ -10,11 +10,13 @@ import pytest
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config import RunConfig, to_json
+from opt_train.parallel.config import ParallelConfig
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from tests.train.rig import ROOT, World, run_script, tiny_config
 
+pytestmark = pytest.mark.timeout(300)
 
-@pytest.mark.timeout(200)
+
 def test_thousands_of_steps_and_every_rank_records_the_same(tmp_path: Path) -> None:
     records = run_script(ROOT / "tests/train/word_ranks.py", 4, folder=tmp_path)
     assert all(record == records[0] for record in records[1:])
@@ -22,9 +24,8 @@ def test_thousands_of_steps_and_every_rank_records_the_same(tmp_path: Path) -> N
     orders = [entry for entry in records[0] if entry[0] == "order"]
     assert [entry[1] for entry in words] == list(range(len(words)))
     assert len(words) > 2300
-    # Every order that was delivered in time was obeyed once and in turn, at boundaries all over the run.
-    assert [entry[2] for entry in orders] == list(range(1, len(orders) + 1))
-    assert len(orders) >= 30
+    # Every order was obeyed once and in turn, at boundaries all over the run.
+    assert [entry[2] for entry in orders] == list(range(1, 41))
     assert len({entry[1] for entry in orders}) > 20
     assert Counter(entry[2] for entry in words)["skip"] > 40
     assert {entry[3] for entry in words if entry[2] == "skip"} == {"inf"}
@@ -42,12 +43,16 @@ def run_training(folder: Path, config: RunConfig, **given: Any) -> list[dict[str
 
 
 def test_overflow_on_one_rank_skips_on_all(tmp_path: Path) -> None:
-    answers = run_training(tmp_path, tiny_config(tmp_path, steps=6), poison=[3, 2])
+    # Ranks 0 and 2 hold copies of one half of the weights, 1 and 3 of the other.
+    config = replace(tiny_config(tmp_path, steps=6), parallel=ParallelConfig(replicate=2))
+    answers = run_training(tmp_path, config, poison=[3, 2])
     assert all(answer["words"] == answers[0]["words"] for answer in answers)
     assert answers[0]["words"]["updates"] == 5
     assert answers[0]["words"]["losses"][2] == "inf"
     assert all(answer["optimizer_steps"] == [5.0] for answer in answers)
-    assert len({answer["weights"] for answer in answers}) == 1
+    weights = [answer["weights"] for answer in answers]
+    assert weights[:2] == weights[2:]
+    assert weights[0] != weights[1]
     lines = [fact["line"] for fact in answers[0]["facts"] if fact["kind"] == "metrics"]
     assert [line["skipped"] for line in lines] == [False, False, True, False, False, False]
     assert [line["updates"] for line in lines] == [1, 2, 2, 3, 4, 5]
@@ -57,17 +62,18 @@ def test_overflow_on_one_rank_skips_on_all(tmp_path: Path) -> None:
 
 def test_orders_and_a_stop_signal_reach_all_ranks_at_one_boundary(tmp_path: Path) -> None:
     config = replace(tiny_config(tmp_path, steps=4000), checkpoint=CheckpointConfig(every_steps=0))
-    answers = run_training(tmp_path, config, terminate=[2, 40], orders=[[0.3, 1], [0.2, 2], [0.0, 3]])
+    answers = run_training(tmp_path, config, terminate=[2, 40], orders=[[5, 1], [15, 2], [15, 3]])
     assert all(answer["state"] == answers[0]["state"] for answer in answers)
     leavings = [answer["facts"][-1] for answer in answers]
     assert {(leaving["code"], leaving["step"]) for leaving in leavings} == {(STOPPED, leavings[0]["step"])}
     assert "SIGTERM" in leavings[2]["reason"]
     saves = [[fact["step"] for fact in answer["facts"] if fact["kind"] == "shards_saved"] for answer in answers]
     assert all(each == saves[0] for each in saves)
-    # The state was saved where it stopped; a stop seen at step 40 is obeyed at a boundary right behind it.
-    assert saves[0][-1] == leavings[0]["step"] == 42
+    # The state was saved where it stopped; what is seen in step n is obeyed at a boundary right behind it.
+    assert saves[0] == [7, 17, 42]
+    assert leavings[0]["step"] == 42
     obeyed = [(fact["number"], fact["step"]) for fact in answers[0]["facts"] if fact["kind"] == "order_obeyed"]
-    assert [number for number, _ in obeyed] == list(range(1, len(obeyed) + 1))
+    assert obeyed == [(1, 7), (2, 17), (3, 17)]
 
 
 def test_run_that_stays_non_finite_leaves_with_its_own_code(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A facts pipe that nobody reads changes neither losses nor progress; it costs metrics, and those are counted."""
 
+import fcntl
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def test_unread_pipe_changes_neither_losses_nor_progress(tmp_path: Path) -> None
         assert len(heard.metrics) == STEPS
 
     with World(deaf_folder, config, world_size=1) as world:
-        world.begin()
         rank = world.ranks[0]
+        fcntl.fcntl(rank.facts_fd, fcntl.F_SETPIPE_SZ, 1 << 16)
+        world.begin()
         final = deaf_folder / "run" / "checkpoints" / "1.00" / f"step-{STEPS:08d}" / "state.json"
         # Nobody reads the pipe, until the log says that the last step is done and saved.
         world.wait(lambda: final.exists() and b"leaving" in rank.log.read_bytes(), "the last save", reading=[])

@@ -200,7 +200,7 @@ def test_whoever_speaks_pickle_to_the_socket_is_cut_off(run: RunDirectory, tmp_p
                 began = time.monotonic()
                 while await reader.read(1 << 16):
                     pass
-                assert time.monotonic() - began < 8
+                assert time.monotonic() - began < 30
                 writer.close()
             assert not [i for i in listener.told if isinstance(i, AgentConnected)]
 

@@ -1,6 +1,7 @@
 """Real ranks for tests: prepared data, a configuration, and an agent's half of the pipes."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ from opt_train.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 60.0
+SCRIPT_SECONDS = 180.0
+PIPE_BYTES = 1 << 20
+"""More than a rank of a test tells: a test that is slow to read loses no metrics."""
 
 TINY = ModelConfig(name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=512, positions=64, dropout=0.1)
 
@@ -87,7 +91,7 @@ def run_script(script: Path, world_size: int, *arguments: str, folder: Path) -> 
         for rank in range(world_size)
     ]
     try:
-        answers = [child.communicate(timeout=DEADLINE_SECONDS) for child in children]
+        answers = [child.communicate(timeout=SCRIPT_SECONDS) for child in children]
         for child, (_, errors) in zip(children, answers, strict=True):
             assert child.returncode == 0, errors.decode()[-3000:]
         return [json.loads(output.decode().splitlines()[-1]) for output, _ in answers]
@@ -98,7 +102,7 @@ def run_script(script: Path, world_size: int, *arguments: str, folder: Path) -> 
 
 @dataclass
 class Rank:
-    """One `opt_train.train.warm` process with the agent's ends of its pipes."""
+    """One `opt_train.train.warm` process, or a module that wraps it, with the agent's ends of its pipes."""
 
     log: Path
     process: subprocess.Popen[bytes]
@@ -108,11 +112,12 @@ class Rank:
     rest: bytes = b""
 
     @classmethod
-    def start(cls, folder: Path, rank: int) -> Self:
+    def start(cls, folder: Path, rank: int, module: str = "opt_train.train.warm") -> Self:
         facts_read, facts_write = os.pipe()
+        with contextlib.suppress(PermissionError):  # a user's pipes have a limit in all
+            fcntl.fcntl(facts_read, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         control_read, control_write = os.pipe()
         log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
-        module = "opt_train.train.warm"
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, f"--facts-fd={facts_write}", f"--control-fd={control_read}"],
@@ -157,9 +162,11 @@ class Rank:
 class World:
     """The ranks of one generation, as agents would start them."""
 
-    def __init__(self, folder: Path, config: RunConfig, world_size: int = 2) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, world_size: int = 2, module: str = "opt_train.train.warm"
+    ) -> None:
         self.folder, self.config = folder, config
-        self.ranks = [Rank.start(folder, rank) for rank in range(world_size)]
+        self.ranks = [Rank.start(folder, rank, module) for rank in range(world_size)]
 
     def __enter__(self) -> Self:
         return self
@@ -256,8 +263,9 @@ class World:
         return folder
 
     def newest_save(self) -> int:
-        """The newest step that every rank has saved."""
-        return max(set.intersection(*({fact.step for fact in rank.told(ShardsSaved)} for rank in self.ranks)))
+        """The newest step that every rank has saved; -1: none."""
+        saved = ({fact.step for fact in rank.told(ShardsSaved)} for rank in self.ranks)
+        return max(set.intersection(*saved), default=-1)
 
     def in_force(self, rank: int = 0) -> dict[str, Any]:
         return dict(self.ranks[rank].told(InForce)[-1].values)

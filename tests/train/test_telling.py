@@ -80,10 +80,10 @@ def test_telling_and_closing_wait_for_nobody() -> None:
     began = time.monotonic()
     for number in range(1000):
         pipe.tell(SaveFailed(number, "x" * 1000))
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 30.0
     began = time.monotonic()
     pipe.close(timeout_seconds=0.3)
-    assert 0.25 < time.monotonic() - began < 2.0
+    assert 0.25 < time.monotonic() - began < 4.5, "not the 5 s of its default"
     os.close(reader)
 
 

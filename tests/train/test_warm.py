@@ -1,5 +1,6 @@
 """The warm rank as a process: what it survives, what it dies of, what it leaves behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,15 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from opt_train.data.batches import ValidationSet, open_split
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import Phase, Progress, SaveFailed, ShardsSaved, Validation, Warm
 from opt_train.protocol.orders import Save, SaveAndStop
 from tests.train.rig import ROOT, Rank, World, environment, tiny_config
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def wait_for_exit(rank: Rank) -> int:
-    return rank.process.wait(timeout=30)
+    return rank.process.wait(timeout=120)
 
 
 def test_stray_signals_before_begin_neither_kill_nor_stop(tmp_path: Path) -> None:
@@ -39,6 +44,17 @@ def test_a_begin_into_a_removed_run_fails_and_does_not_bring_it_back(tmp_path: P
         assert wait_for_exit(rank) == 1
         assert "FileNotFoundError" in rank.log.read_text()
         assert not removed.exists()
+
+
+def test_a_warm_rank_imports_nothing_of_torch_at_its_first_step(tmp_path: Path) -> None:
+    """What is imported later than that makes every restart wait."""
+    with World(tmp_path, tiny_config(tmp_path, steps=2), module="tests.train.importing_rank") as world:
+        world.begin()
+        world.finish()
+        for rank in world.ranks:
+            [said] = [line for line in rank.log.read_text().splitlines() if line.startswith("imported late: ")]
+            late = json.loads(said.removeprefix("imported late: "))
+            assert [name for name in late if name.split(".")[0] == "torch"] == []
 
 
 def test_stacks_go_to_the_log(tmp_path: Path) -> None:
@@ -83,7 +99,7 @@ def test_killed_agent_takes_its_rank_along(tmp_path: Path) -> None:
         assert agent.stdout is not None
         pid = int(agent.stdout.readline())
         agent.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while running(pid):
             assert time.monotonic() < deadline, "the rank outlived its agent"
             time.sleep(0.02)

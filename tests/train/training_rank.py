@@ -1,7 +1,7 @@
 """A real rank with one fault planted inside; prints its metrics, orders and last words. Run by tests, as a script.
 
 The specification is a JSON file: `config`, `run_directory`, and optionally `poison` [rank, step], `terminate`
-[rank, step], `orders` [[seconds, number], ...], `device`.
+[rank, step], `orders` [[step, number], ...]: the orders that reach rank 0 in the middle of that step.
 """
 
 import hashlib
@@ -10,8 +10,6 @@ import math
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,10 @@ from opt_train.train.rank import start
 from opt_train.train.training import Training
 
 
-def plant(run: Training, poison_step: int, terminate_step: int) -> None:
-    """At one step the rank's loss becomes infinite; at another somebody sends it SIGTERM."""
+def plant(run: Training, poison_step: int, terminate_step: int, orders: list[list[int]], orders_fd: int) -> None:
+    """At one step the rank's loss becomes infinite; at another somebody sends it SIGTERM; at some, orders."""
     forward = run.model.forward
+    orders = list(orders)
 
     def faulty(*arguments: torch.Tensor) -> torch.Tensor | Loss:
         loss = forward(*arguments)
@@ -38,6 +37,8 @@ def plant(run: Training, poison_step: int, terminate_step: int) -> None:
             return loss
         if run.state.step == terminate_step:
             os.kill(os.getpid(), signal.SIGTERM)
+        while orders and orders[0][0] <= run.state.step:
+            os.write(orders_fd, to_line(Save(orders.pop(0)[1], "a test wants it")))
         assert isinstance(loss, Loss)
         return loss._replace(loss_sum=loss.loss_sum * math.inf) if run.state.step == poison_step else loss
 
@@ -63,9 +64,13 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
 
     run = start(begin, facts.append, control, signals, joins)
     poison, terminate = given.get("poison", [-1, -1]), given.get("terminate", [-1, -1])
-    plant(run, poison[1] if poison[0] == rank else -1, terminate[1] if terminate[0] == rank else -1)
-    if rank == 0:
-        threading.Thread(target=_deliver, args=(write_end, given.get("orders", [])), daemon=True).start()
+    plant(
+        run,
+        poison[1] if poison[0] == rank else -1,
+        terminate[1] if terminate[0] == rank else -1,
+        given.get("orders", []) if rank == 0 else [],
+        write_end,
+    )
     leaving = train(run)
     facts.append(leaving)
     state = run.state
@@ -74,19 +79,13 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
         "state": to_payload(state.to_json()),
         "words": {"losses": [repr(loss) for loss in state.losses], "updates": state.updates},
         "weights": hashlib.sha256(
-            b"".join(parameter.full_tensor().detach().numpy().tobytes() for parameter in run.model.parameters())
+            b"".join(parameter.to_local().detach().numpy().tobytes() for parameter in run.model.parameters())
         ).hexdigest(),
         "optimizer_steps": sorted({float(each["step"]) for each in run.optimizer.state.values()}),
     }
     dist.barrier()
     print(json.dumps(summary), flush=True)
     os._exit(0)
-
-
-def _deliver(fd: int, orders: list[list[float]]) -> None:
-    for seconds, number in orders:
-        time.sleep(seconds)
-        os.write(fd, to_line(Save(int(number), "a test wants it")))
 
 
 if __name__ == "__main__":

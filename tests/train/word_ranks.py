@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 
 import torch
@@ -19,14 +18,7 @@ from opt_train.train.word import Agreement, Own
 
 STEPS = 2500
 ORDERS = 40
-
-
-def deliver(fd: int, seconds: float) -> None:
-    """What the agent does: orders at moments that have nothing to do with steps."""
-    chance = random.Random(4)
-    for number in range(1, ORDERS + 1):
-        time.sleep(chance.random() * 2 * seconds / ORDERS)
-        os.write(fd, to_line(Save(number, f"order {number}")))
+STOP = STEPS - 100
 
 
 def main(rank: int, world_size: int, store: str) -> None:
@@ -36,8 +28,8 @@ def main(rank: int, world_size: int, store: str) -> None:
     read_end, write_end = os.pipe()
     control, signals = ControlPipe(read_end), StopSignals()
     signals.listen()
-    if rank == 0:
-        threading.Thread(target=deliver, args=(write_end, 4.0), daemon=True).start()
+    # What the agent does, on rank 0: an order in the middle of a step, now and then two.
+    moments = sorted(random.Random(4).choices(range(STOP - 10), k=ORDERS)) if rank == 0 else []
 
     chance = random.Random(rank)
     poisoned = set(random.Random(7).sample(range(STEPS), 60)) if rank == 2 else set()
@@ -56,8 +48,12 @@ def main(rank: int, world_size: int, store: str) -> None:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
         clipped = average_and_clip([parameter], torch.tensor(2.0), 1.0, None, 1)
-        if rank == 1 and step == STEPS - 100:
+        if rank == 1 and step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
+        while moments and moments[0] == step:
+            number = ORDERS - len(moments) + 1
+            os.write(write_end, to_line(Save(number, f"order {number}")))
+            moments.pop(0)
         inbox += control.poll()
         own = Own(
             loss_sum=float("inf") if step in poisoned else rank + step,
