@@ -116,3 +116,17 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} -m opt_train.cli run --cfg job experiment=demo | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_a_term_while_data_are_prepared_starts_no_further_job(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, say
+) -> None:
+    begun: list[list[str]] = []
+
+    def ended_by_term(words: list[str]) -> int:
+        begun.append(words)
+        return cli.TERMINATED
+
+    monkeypatch.setattr(cli, "_call", ended_by_term)
+    assert say("run", "--multirun", *SMALL, "seed=1,2").code == 143
+    assert len(begun) == 1

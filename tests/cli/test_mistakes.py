@@ -13,9 +13,10 @@ from opt_logbook.events import Entry, LineageOpened
 from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock
 
-from opt_train import cli_run
+from opt_train import cli, cli_run
 from opt_train.config import compose, sha256_of
 from opt_train.data.manifest import DatasetManifest
+from opt_train.protocol.exits import BadInput
 
 SMALL = (
     "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
@@ -265,6 +266,40 @@ def test_a_run_whose_lineage_cannot_be_read_does_not_pass_for_a_new_one(begun: P
         "restore it from a copy, or choose another name=\n",
     )
     assert contents(begun) == before
+
+
+def test_a_run_that_another_start_began_meanwhile_keeps_its_configuration(begun: Path) -> None:
+    """Ranks refuse a configuration that is not the one their attempt was started with: the run would halt."""
+    directory, changed = cli_run.resolve(compose([*SMALL, "checkpoint.keep=9"]))
+    before = contents(begun)
+    planned_when_there_was_none = cli_run.Plan(1, False, (), (), is_new=True, is_finished=False)
+    created = cli_run.created_event(changed, DatasetManifest.read(Path(changed.data.directory)))
+    with pytest.raises(BadInput, match=r"changed by another process meanwhile; start again"):
+        cli_run._supervise(directory, changed, created, planned_when_there_was_none, asked_for_lineage=False)
+    assert {k: v for k, v in contents(begun).items() if k != "journal.lock"} == {
+        k: v for k, v in before.items() if k != "journal.lock"
+    }
+
+
+def test_a_file_named_like_a_library_is_not_run_in_its_place(workplace: Path) -> None:
+    (workplace / "datasets.py").write_text("raise SystemExit('this is the notebook of a user')")
+    assert cli._call(["prepare", *SMALL, "data.name=again", "data.validation_fraction=0.2"]) == 0
+
+
+def test_an_interface_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say) -> None:
+    """Every rank would fail at its first connection, and look like nodes that do."""
+    monkeypatch.chdir(tmp_path)
+    said = say("run", "cluster.interface=nowhere0")
+    assert said.code == 2
+    assert said.err.startswith("opt-train: cluster.interface=nowhere0 is no network interface here; use one of lo")
+
+
+def test_a_world_that_is_no_number_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch, say) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    said = say("train", *SMALL)
+    assert (said.code, said.err) == (
+        2, "opt-train: WORLD_SIZE=x in the environment is no number of ranks; start the ranks with torchrun\n",
+    )  # fmt: skip
 
 
 def test_a_run_that_somebody_trains_is_left_alone(begun: Path, say) -> None:
