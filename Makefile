@@ -1,5 +1,7 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
 # make test     lint, types, import contracts, tests
+# make test-end-to-end   whole runs that break and recover, some five minutes more
+# make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make docs     rewrite the generated part of docs/configuration.md
 # make clean    remove the environment and caches; runs/ and prepared/ stay
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test venv docs clean
+.PHONY: demo test test-end-to-end benchmarks venv docs clean
 .DEFAULT_GOAL := demo
 
 venv: $(VENV)/installed
@@ -45,7 +47,16 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/end_to_end
+
+test-end-to-end: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/end_to_end
+
+benchmarks: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python benchmarks/step_cpu.py --bf16
+	$(BIN)/python benchmarks/memory_cpu.py
+	$(BIN)/python benchmarks/loop_overhead.py
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_configuration.py

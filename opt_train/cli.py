@@ -33,6 +33,8 @@ class Verb:
     obey: Callable[[argparse.Namespace, list[str]], int]
     configured: bool
     """Takes Hydra overrides; otherwise the path of a run directory."""
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None
+    """Adds those that no other verb has."""
 
 
 # Configured verbs ---------------------------------------------------------------------------------------------
@@ -183,6 +185,39 @@ def _checkpoints(flags: argparse.Namespace, _rest: list[str]) -> int:
     return checkpoints(flags.run, as_json=flags.json)
 
 
+def _evaluate(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_evaluate import evaluate
+
+    return evaluate(flags.run, flags.checkpoint, as_json=flags.json)
+
+
+def _generate(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_evaluate import generate
+    from opt_train.evaluate.generate import Sampling
+
+    sampling = Sampling(
+        greedy=flags.greedy, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
+    )
+    return generate(flags.run, flags.prompt, flags.checkpoint, flags.max_new_tokens, sampling, as_json=flags.json)
+
+
+def _add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", default="", metavar="STEP", help="a step or a path; by default the newest good one"
+    )
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help='text to go on with; "" begins a document')
+    _add_checkpoint_flag(parser)
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="by default 64, if the model has room for them")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token always")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: bet on likely tokens")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: from all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest with P in all")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed draws the same text")
+
+
 VERBS = {
     "prepare": Verb(
         "make token shards of a corpus, once",
@@ -215,6 +250,23 @@ VERBS = {
     ),
     "checkpoints": Verb(
         "list a run's checkpoints", ("opt-train checkpoints runs/demo --json",), _checkpoints, configured=False
+    ),
+    "evaluate": Verb(
+        "measure a checkpoint's perplexity on the validation text",
+        ("opt-train evaluate runs/demo", "opt-train evaluate name=demo --checkpoint 400 --json"),
+        _evaluate,
+        configured=False,
+        add_flags=_add_checkpoint_flag,
+    ),
+    "generate": Verb(
+        "let a checkpoint go on with a text",
+        (
+            'opt-train generate runs/demo "import os" --greedy',
+            'opt-train generate runs/demo "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.9 --seed 1',
+        ),
+        _generate,
+        configured=False,
+        add_flags=_add_generation_flags,
     ),
 }
 
@@ -249,6 +301,8 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
         parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
         if name != "stop":
             parser.add_argument("--json", action="store_true", help="print JSON for a program")
+    if verb.add_flags is not None:
+        verb.add_flags(parser)
     return parser
 
 

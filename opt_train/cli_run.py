@@ -1,5 +1,6 @@
 """`opt-train run`: prepared data, a run directory, a supervisor over it, and what came of it."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -22,6 +23,7 @@ from opt_train.data.manifest import DatasetManifest, check_fits
 from opt_train.data.prepare import check_prepared_by, directory_of
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
+from opt_train.sinks.start import SinkProcesses
 
 REMARKS = (Note, JournalMended, JournalDamaged)
 """Lines that anybody may add to a run at rest; it stays what it was."""
@@ -86,29 +88,41 @@ def _supervise(
 ) -> int:
     from opt_train.supervisor.shell import supervise
 
+    sinks = SinkProcesses(directory, config.sinks, say_beside)
+
     def write() -> None:
         # Somebody else may have had the run since the plan was made.
         if plan_of(directory, config, asked_for_lineage) != plan:
             raise BadInput(f"{directory.path} was changed by another process meanwhile; start again")
         write_configuration(directory, config, plan)
+        sinks.start()
 
     commit, dirty = git_state()
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(directory, error) from None
-    return supervise(
-        config,
-        directory,
-        created,
-        write_configuration=write,
-        opens_lineage=plan.opens_lineage,
-        lineage_difference=plan.lineage_difference,
-        operational_difference=plan.operational_difference,
-        git_commit=commit,
-        git_dirty=dirty,
-        packages=versions(),
-    )
+    try:
+        return supervise(
+            config,
+            directory,
+            created,
+            write_configuration=write,
+            opens_lineage=plan.opens_lineage,
+            lineage_difference=plan.lineage_difference,
+            operational_difference=plan.operational_difference,
+            git_commit=commit,
+            git_dirty=dirty,
+            packages=versions(),
+        )
+    finally:
+        sinks.close()
+
+
+def say_beside(sentence: str) -> None:
+    """Tell the person at the terminal something that changes nothing about the run."""
+    with contextlib.suppress(OSError):
+        print(f"opt-train: {sentence}", file=sys.stderr, flush=True)
 
 
 def resolve(config: RunConfig) -> tuple[RunDirectory, RunConfig]:

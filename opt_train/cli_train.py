@@ -52,6 +52,7 @@ from opt_train.protocol.exits import (
 )
 from opt_train.protocol.facts import InForce, Leaving, Metrics, SavedFile, SaveFailed, ShardsSaved, Validation
 from opt_train.protocol.framing import Message
+from opt_train.sinks.start import SinkProcesses
 from opt_train.supervisor.checkpoints import CheckpointKeeper
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.effects import CommitManifest
@@ -78,8 +79,15 @@ def train(config: RunConfig) -> int:
             print(summary(directory))
         return DONE
     alone = LoneRun(directory, resolved, plan)
+    sinks = SinkProcesses(directory, resolved.sinks, cli_run.say_beside)
+
+    def open_run() -> Lone:  # on rank 0 alone
+        lone = alone.open()
+        sinks.start()
+        return lone
+
     try:
-        code = train_alone(resolved, alone.open, alone.tell)
+        code = train_alone(resolved, open_run, alone.tell)
     except BadInput:
         if not alone.question:
             raise
@@ -87,6 +95,7 @@ def train(config: RunConfig) -> int:
         return PERSON_MUST_DECIDE
     finally:
         alone.close()
+        sinks.close()
     if alone.is_unsaved:
         code = NO
     if leads:

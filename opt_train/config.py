@@ -23,6 +23,7 @@ from opt_train.model.config import ModelConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import BadInput
+from opt_train.sinks.config import SinksConfig
 from opt_train.supervisor.config import ClusterConfig, FaultsConfig, SupervisorConfig
 from opt_train.train.config import TrainConfig
 
@@ -55,6 +56,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
 
     @property
     def world_size(self) -> int:
@@ -95,6 +97,8 @@ FIXED = (
     "model.heads",
     "model.d_model",
     "model.ffn",
+    "model.layer_norm",
+    "model.embed_dim",
     "model.vocab_size",
     "model.positions",
     "data.corpus",
@@ -102,6 +106,7 @@ FIXED = (
     "data.validation_fraction",
     "data.sequence_length",
     "tokenizer",
+    "precision.weights",
     "train.global_batch",
 )
 """Keys, and rooms, that no lineage changes: the run's checkpoints would not fit the model, nor its cursor the data."""
@@ -119,10 +124,12 @@ OPERATIONAL = (
     "train.device",
     "train.threads",
     "train.collective_timeout_seconds",
+    "train.deterministic",
     "checkpoint",
     "cluster",
     "supervisor",
     "faults",
+    "sinks",
 )
 """Keys, and rooms, that may change between attempts: where and how the work is done. Every key that is neither fixed
 nor operational is a *training* key: it decides what is computed, and changing it opens a lineage."""

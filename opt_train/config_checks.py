@@ -1,10 +1,12 @@
 """What must hold between the rooms of one configuration. Every failure is a sentence with the key and the mend."""
 
 import importlib.util
+import math
 import re
 import socket
 from typing import TYPE_CHECKING
 
+from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
@@ -12,9 +14,14 @@ if TYPE_CHECKING:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "lineage": ("", "new"),
-    "precision.compute": ("fp32", "bf16"),
+    "model.layer_norm": ("pre", "post"),
+    "precision.compute": ("fp32", "bf16", "fp16"),
+    "precision.weights": ("fp32", "fp16"),
+    "precision.loss_scale": ("metaseq", "megatron", "fixed"),
     "cluster.kind": ("local",),
+    "parallel.activation_checkpointing": ("none", "selective", "full"),
     "train.device": ("auto", "cpu", "cuda"),
+    "sinks.wandb_mode": ("offline", "online"),
 }
 
 POSITIVE = (
@@ -30,9 +37,12 @@ POSITIVE = (
     "supervisor.start_seconds", "supervisor.step_seconds", "supervisor.checkpoint_seconds",
     "supervisor.evaluation_seconds", "supervisor.minimum_seconds", "supervisor.orphan_seconds",
     "supervisor.join_seconds", "supervisor.restarts_without_progress", "supervisor.status_seconds",
+    "sinks.flush_seconds",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
+    "model.embed_dim",
+    "precision.loss_scale_initial", "precision.loss_scale_window_steps", "precision.loss_scale_floor",
     "seed", "data.max_bytes", "parallel.shard", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
     "train.validate_every", "train.threads", "cluster.buffer_nodes", "supervisor.settle_seconds", "faults.seed",
 )  # fmt: skip
@@ -56,6 +66,7 @@ def check(config: "RunConfig") -> None:
     _model_and_data(config)
     _batches(config)
     _layout(config)
+    _precision(config)
     _cluster(config)
     if config.optim.warmup_steps >= config.train.steps:
         raise BadInput(
@@ -156,16 +167,7 @@ def _batches(config: "RunConfig") -> None:
 
 def _layout(config: "RunConfig") -> None:
     parallel, world = config.parallel, config.world_size
-    if config.model.heads % parallel.tensor:
-        divisors = [n for n in range(1, config.model.heads + 1) if config.model.heads % n == 0]
-        raise BadInput(
-            f"parallel.tensor={parallel.tensor} must divide model.heads={config.model.heads}; use {_listed(divisors)}"
-        )
-    if parallel.tensor > 1:
-        raise BadInput(
-            f"parallel.tensor={parallel.tensor} is not supported by this version; "
-            "use parallel.tensor=1, which shards instead"
-        )
+    _tensor(config)
     nodes = f"cluster.nodes={config.cluster.nodes} x cluster.slots_per_node={config.cluster.slots_per_node}"
     fixed = parallel.replicate * parallel.tensor
     if parallel.shard == 0:
@@ -180,6 +182,44 @@ def _layout(config: "RunConfig") -> None:
             f"parallel.tensor={parallel.tensor} = {fixed * parallel.shard} must equal the {world} ranks of {nodes}; "
             "parallel.shard=0 fills in what fits"
         )
+
+
+def _precision(config: "RunConfig") -> None:
+    precision = config.precision
+    if precision.weights == "fp16" and precision.compute != "fp16":
+        raise BadInput(
+            f"precision.weights=fp16 goes with precision.compute=fp16, not {precision.compute}; "
+            "use precision.weights=fp32"
+        )
+    for key in ("loss_scale_initial", "loss_scale_floor"):
+        scale = getattr(precision, key)
+        if scale and math.frexp(scale)[0] != 0.5:
+            below = 2.0 ** math.floor(math.log2(scale))
+            raise BadInput(
+                f"precision.{key}={scale:g} is no power of two, so scaling would round; use {below:g} or {2 * below:g}"
+            )
+    policy = policy_of(precision)
+    if policy.floor > policy.initial:
+        raise BadInput(
+            f"precision.loss_scale_floor={policy.floor:g} is above the first step's scale, {policy.initial:g}; "
+            "lower it, or raise precision.loss_scale_initial"
+        )
+
+
+def _tensor(config: "RunConfig") -> None:
+    """What a tensor group splits must split evenly."""
+    degree, model = config.parallel.tensor, config.model
+    split = {
+        "model.heads": model.heads,
+        "model.ffn": model.ffn,
+        "model.vocab_size": model.vocab_size,
+        "model.embed_dim": model.embed_dim or model.d_model,
+        "data.sequence_length": config.data.sequence_length,
+    }
+    for key, size in split.items():
+        if size % degree:
+            divisors = [n for n in range(1, size + 1) if all(each % n == 0 for each in split.values())]
+            raise BadInput(f"parallel.tensor={degree} must divide {key}={size}; use {_listed(divisors)}")
 
 
 def _cluster(config: "RunConfig") -> None:

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from opt_train.optim.memory_efficient import MemoryEfficientAdamW
 
 
-def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> torch.optim.AdamW:
-    """Fused AdamW over `model`'s parameters; weight decay on matrices, not on biases and LayerNorms.
+def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> Optimizer:
+    """AdamW over `model`'s parameters; weight decay on matrices, not on biases and LayerNorms.
 
-    The moments exist from the start (zeros), so that a restore has tensors to fill.
+    torch's fused one, or `MemoryEfficientAdamW` where weights are in fp16. The moments exist from the start (zeros), so
+    that a restore has tensors to fill.
 
     Args:
         values: what is in force (`opt_train.optim.in_force`).
@@ -19,6 +23,10 @@ def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> torch.optim
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "decayed": True}, {"params": vectors, "decayed": False}]
+    if any(parameter.dtype != torch.float32 for parameter in parameters):
+        narrow = MemoryEfficientAdamW(groups, lr=values["lr"])
+        put_in_force(narrow, values)
+        return narrow
     optimizer = torch.optim.AdamW(groups, lr=values["lr"], fused=True)
     put_in_force(optimizer, values)
     for parameter in parameters:
@@ -30,7 +38,7 @@ def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> torch.optim
     return optimizer
 
 
-def put_in_force(optimizer: torch.optim.AdamW, values: Mapping[str, float]) -> None:
+def put_in_force(optimizer: Optimizer, values: Mapping[str, float]) -> None:
     """Set LR, betas, eps and decay. Done before every step, so that nothing a checkpoint carried can outlive it."""
     for group in optimizer.param_groups:
         group["lr"] = values["lr"]
@@ -39,7 +47,7 @@ def put_in_force(optimizer: torch.optim.AdamW, values: Mapping[str, float]) -> N
         group["weight_decay"] = values["weight_decay"] if group["decayed"] else 0.0
 
 
-def really_in_force(optimizer: torch.optim.AdamW) -> dict[str, float]:
+def really_in_force(optimizer: Optimizer) -> dict[str, float]:
     """LR, betas, eps, decay and updates as the optimizer itself holds them. Waits for the device.
 
     NaN, which equals nothing, where groups or parameters that should agree do not, or where a vector decays.
@@ -62,11 +70,16 @@ def _only(values: set[float]) -> float:
     return next(iter(values)) if len(values) == 1 else math.nan
 
 
-def apply(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> None:
     """One update, unless `skip` (fp32 scalar on the device) is 1: then nothing changes, to the bit, NaN or not.
 
     The kernel reads the flag, so the host never waits. The bias correction's step count is undone with it.
+
+    Args:
+        factor: what `average_and_clip` left for gradients narrower than fp32 to be multiplied by.
     """
     optimizer.found_inf = skip  # type: ignore[attr-defined]  # the attribute torch.amp.GradScaler sets
+    if isinstance(optimizer, MemoryEfficientAdamW):
+        optimizer.gradient_factor = factor
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from opt_train.optim.config import OptimConfig
+from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.optim.schedule import learning_rate
+from opt_train.parallel.config import PrecisionConfig
 
 
 class Portions(Protocol):
@@ -24,6 +26,8 @@ class Configuration(Protocol):
     def optim(self) -> OptimConfig: ...
     @property
     def train(self) -> Portions: ...
+    @property
+    def precision(self) -> PrecisionConfig: ...
 
 
 Ledger = Sequence[Mapping[str, Any]]
@@ -34,6 +38,7 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
     """The values that batch `step` (from 0) is trained with.
 
     `samples` is the number of sequences consumed before the step, which is where the cursor stands.
+    A dynamic loss scale is not in here: it is state, and `report_in_force` compares it with the checkpoint's.
 
     Raises:
         ValueError: the ledger holds an intervention that this version does not know.
@@ -41,6 +46,8 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
     if ledger:
         raise ValueError(f"the ledger holds an intervention that this version does not know: {dict(ledger[0])}")
     optim = config.optim
+    policy = policy_of(config.precision)
+    fixed_scale = {} if policy.window_steps else {"loss_scale": policy.initial}
     return {
         "lr": learning_rate(optim, step, config.train.steps),
         "beta1": optim.beta1,
@@ -48,7 +55,7 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
         "clip": optim.clip,
-        "loss_scale": 1.0,
+        **fixed_scale,
         "samples": step * config.train.global_batch,
     }
 

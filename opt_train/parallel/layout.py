@@ -54,3 +54,14 @@ class Layout:
     def data_rank(self, rank: int) -> int:
         """Which share of the batch `rank` reads; the ranks of a tensor group read the same one."""
         return rank // self.tensor
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """The mesh's dimensions by name, outermost first. Without copies or tensor groups those names are not there."""
+        sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
+        return {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+
+    @property
+    def data_mesh(self) -> tuple[str, ...]:
+        """The dimensions that FSDP spreads the state over; with two names the first holds copies."""
+        return tuple(name for name in self.mesh if name != "tensor")

@@ -21,4 +21,7 @@ class TrainConfig:
     collective_timeout_seconds: float = 600.0
     """After which a collective raises."""
     max_nonfinite_steps: int = 10
-    """Steps in a row that may be skipped for a non-finite gradient; at this many the rank leaves with code 81."""
+    """Steps in a row that may be skipped for a non-finite gradient; at this many the rank leaves with code 81. In fp16
+    those count that were skipped at the loss scale's floor."""
+    deterministic: bool = False
+    """Take deterministic kernels alone: slower, and the same bits on a GPU each time. An error where there is none."""

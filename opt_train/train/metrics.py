@@ -12,8 +12,9 @@ from opt_train.protocol.commands import Begin
 from opt_train.train.state import TrainState
 from opt_train.train.word import StepWord
 
-PEAK_FLOPS_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 peak by a part of the device's name (NVIDIA data sheets, SXM); MFU is null for anything else."""
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense peak in bf16, and the same in fp16, by a part of the device's name (NVIDIA data sheets, SXM); MFU is null for
+anything else."""
 
 
 class Clock:
@@ -60,8 +61,8 @@ def metrics_line(
         "grad_norm": word.grad_norm,
         "grad_norm_clipped": word.clipped_norm,
         "activation_norm": word.activation_norm,
-        "loss_scale": 1.0,
-        "overflow": not word.finite,
+        "loss_scale": word.loss_scale,
+        "overflow": word.overflow,
         "skipped": word.skipped,
         "tokens_per_second": rate,
         "mfu": _mfu(config, rate / begin.world_size, device),
@@ -72,10 +73,10 @@ def metrics_line(
 
 
 def _mfu(config: RunConfig, tokens_per_second_of_one: float, device: torch.device) -> float | None:
-    if device.type != "cuda" or config.precision.compute != "bf16":
+    if device.type != "cuda" or config.precision.compute == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((peak for part, peak in PEAK_FLOPS_BF16.items() if part in name), None)
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     if peak is None:
         return None
     flops = flops_per_token(config.model, config.data.sequence_length)

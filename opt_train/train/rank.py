@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,14 @@ from opt_train.data.prepare import directory_of
 from opt_train.model.decoder import OPT
 from opt_train.optim.adamw import make_optimizer, really_in_force
 from opt_train.optim.in_force import differences, in_force
-from opt_train.parallel.fsdp import build, make_mesh
+from opt_train.optim.loss_scale import LossScale, expected_scale
+from opt_train.optim.loss_scale_policy import policy_of
+from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
 from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
+from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.loop import train
 from opt_train.train.orders import OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, join
@@ -54,6 +58,10 @@ def run_rank(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals
         leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
     except BadInput as error:
         leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause="config")
+    except RuntimeError as error:
+        if (reason := explain(error)) is None:
+            raise
+        leaving = Leaving(RANK_BAD_CONFIG, -1, reason, cause="config")
     log_line(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}")
     tell(leaving)
     return leaving.code
@@ -68,6 +76,8 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     tell(Phase("start", 0))
     config = read_config(begin)
     layout = Layout.of(config.parallel, begin.world_size)
+    if config.train.deterministic:
+        be_deterministic()
     device = choose_device(config.train.device, begin.local_rank)
     set_threads(config, begin.world_size, device)
     # Before anybody waits for anybody: a rank that was given rubbish should say so at once.
@@ -79,13 +89,15 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
     seed = config.seed if manifest is None else None
     model = build(
-        config.model, config.precision, make_mesh(layout, device), device, seed,
+        config.model, config.precision, config.parallel, layout, device, seed,
         progress=lambda done, all_: tell(Progress(done, all_)),
     )  # fmt: skip
     optimizer = make_optimizer(model, in_force(config, (), state.step))
+    loss_scale = LossScale(policy_of(config.precision), device)
     if manifest is not None:
         load(model, optimizer, begin, manifest, group, tell)
-    report_in_force(config, optimizer, state, dataset, tell)
+        load_loss_scale(loss_scale, manifest)
+    report_in_force(config, optimizer, loss_scale, state, manifest, dataset, tell)
     model.train()
     return Training(
         begin=begin,
@@ -94,6 +106,7 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         device=device,
         model=model,
         optimizer=optimizer,
+        loss_scale=loss_scale,
         batches=batches,
         validation=validation,
         data_fingerprint=dataset.fingerprint,
@@ -181,7 +194,7 @@ def read_state(manifest: checkpoint_manifest.Manifest | None, dataset: DatasetMa
 
 def load(
     model: OPT,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     begin: Begin,
     manifest: checkpoint_manifest.Manifest,
     group: dist.ProcessGroup,
@@ -207,20 +220,46 @@ def load(
         raise CannotStart("corrupt_checkpoint", str(error)) from None
 
 
+def load_loss_scale(loss_scale: LossScale, manifest: checkpoint_manifest.Manifest) -> None:
+    """Go on with the checkpoint's loss scale.
+
+    Raises:
+        CannotStart: it does not read.
+    """
+    if (saved := saved_loss_scale(manifest)) is not None:
+        try:
+            loss_scale.restore(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CannotStart("corrupt_checkpoint", f"the checkpoint's loss scale does not read: {error!r}") from None
+
+
+def saved_loss_scale(manifest: checkpoint_manifest.Manifest | None) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its loss scale. Before there was one, checkpoints said 1.0."""
+    saved = None if manifest is None else manifest.state.get("loss_scale")
+    return saved if isinstance(saved, Mapping) else None
+
+
 def report_in_force(
-    config: RunConfig, optimizer: torch.optim.AdamW, state: TrainState, dataset: DatasetManifest, tell: Tell
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale,
+    state: TrainState,
+    manifest: checkpoint_manifest.Manifest | None,
+    dataset: DatasetManifest,
+    tell: Tell,
 ) -> None:
     """Tell what is really in effect, read back from the optimizer and the cursor, and refuse what should not be.
 
     Raises:
-        CannotStart: a value differs from `in_force(configuration, ledger, step)`, or the optimizer has another count of
-            updates than the checkpoint's state.
+        CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has another count of
+            updates than the checkpoint's state, or the loss scale is not the checkpoint's.
     """
     expected = in_force(config, (), state.step)
+    expected["loss_scale"] = expected_scale(loss_scale.policy, saved_loss_scale(manifest))
     values = {
         **really_in_force(optimizer),
         "clip": config.optim.clip,
-        "loss_scale": 1.0,
+        "loss_scale": loss_scale.scale.item(),
         "samples": state.cursor.samples,
         "step": state.step,
         "data_fingerprint": dataset.fingerprint,

@@ -16,7 +16,7 @@ from opt_train.train.word import StepWord
 HISTORY_STEPS = 128
 """Losses and gradient norms that go with a checkpoint, so that a detector need not learn anew after a restart."""
 
-RNG_RULE = "sha256(seed, step, data rank) seeds every step"
+RNG_RULE = "sha256(seed, step, rank) seeds every step"
 
 
 @dataclass(slots=True)
@@ -30,6 +30,8 @@ class TrainState:
     cursor: Cursor = field(default_factory=Cursor)
     nonfinite_steps: int = 0
     """Steps skipped in a row, up to the newest word."""
+    floor_steps: int = 0
+    """Those of them that were skipped although the loss scale was as low as it goes; without a scale, all."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
 
@@ -38,8 +40,10 @@ class TrainState:
         """Sequences consumed, over the world."""
         return self.cursor.samples
 
-    def absorb(self, word: StepWord) -> None:
-        """Count what the world said of a step."""
+    def absorb(self, word: StepWord, loss_scale_floor: float = 1.0) -> None:
+        """Count what the world said of a step. Above its floor an overflow is but how a loss scale finds its place."""
+        hopeless = word.skipped and word.loss_scale <= loss_scale_floor
+        self.floor_steps = self.floor_steps + hopeless if word.skipped else 0
         self.tokens += word.tokens
         self.updates += not word.skipped
         self.nonfinite_steps = self.nonfinite_steps + 1 if word.skipped else 0
@@ -60,9 +64,10 @@ class TrainState:
                     "losses": list(self.losses),
                     "grad_norms": list(self.grad_norms),
                     "nonfinite_steps": self.nonfinite_steps,
+                    "floor_steps": self.floor_steps,
                 },
-                "healthy": self.nonfinite_steps == 0 and (loss is None or math.isfinite(loss)),
-                "health": {"loss": loss, "grad_norm": norm, "finite": self.nonfinite_steps == 0},
+                "healthy": self.floor_steps == 0 and (loss is None or math.isfinite(loss)),
+                "health": {"loss": loss, "grad_norm": norm, "finite": self.floor_steps == 0},
             }
         )  # fmt: skip
         return payload
@@ -81,12 +86,16 @@ class TrainState:
             tokens=int(counters["tokens"]),
             cursor=Cursor(int(state["cursor"]["samples"])),
             nonfinite_steps=int(guards["nonfinite_steps"]),
+            floor_steps=int(guards.get("floor_steps", guards["nonfinite_steps"])),
             losses=deque(map(float, guards["losses"]), maxlen=HISTORY_STEPS),
             grad_norms=deque(map(float, guards["grad_norms"]), maxlen=HISTORY_STEPS),
         )
 
 
-def seed_step(seed: int, step: int, data_rank: int) -> None:
-    """Seed this process for batch `step`: dropout then depends on nothing that a restart could lose."""
-    digest = hashlib.sha256(f"opt_train step {seed} {step} {data_rank}".encode()).digest()
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed this process for batch `step`: dropout then depends on nothing that a restart could lose.
+
+    By rank, not by share of the data: the ranks of a tensor group hold different parts of a sequence.
+    """
+    digest = hashlib.sha256(f"opt_train step {seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -35,29 +35,33 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     """Train on the batch and start the step's word. Afterwards `state.step` and the cursor are one batch further."""
     state, config = run.state, run.config
     values = in_force(config, (), state.step)
-    seed_step(config.seed, state.step, run.data_rank)
-    loss_sum, activation_squares = forward_backward(run.model, micro_batches, run.device)
-    # Weights come from the host, so counting them costs the device nothing.
-    tokens = sum(float(batch.weights.sum()) * batch.tokens.shape[1] for batch in micro_batches)
+    seed_step(config.seed, state.step, run.begin.rank)
+    scale = run.loss_scale.scale
+    grad_scale = scale * run.predivision
+    loss_sum, activation_squares = forward_backward(run.model, micro_batches, run.device, grad_scale)
+    # The ranks of a tensor group have read the same tokens: each counts its part of them.
+    tokens = tokens_of(micro_batches) / run.layout.tensor
     clipped = average_and_clip(
         run.model.parameters(),
         torch.tensor(tokens, dtype=torch.float64).to(run.device, non_blocking=True),
         values["clip"],
-        group=None,
-        replicate=run.layout.replicate,
+        grad_scale,
     )
-    readback = Readback(loss_sum, activation_squares, clipped.norm, clipped.clipped_norm, clipped.skip)
+    readback = Readback(loss_sum, activation_squares, clipped.norm, clipped.clipped_norm, clipped.skip, scale)
     _log(run)
     put_in_force(run.optimizer, values)
-    apply(run.optimizer, clipped.skip)
+    apply(run.optimizer, clipped.skip, clipped.factor)
+    run.loss_scale.update(clipped.skip)
     order_number = run.poll_orders()
-    own_loss, own_squares, norm, clipped_norm, skip = readback.values()
+    # All of the step is queued by now, so the device works on while the host waits for these.
+    own_loss, own_squares, norm, clipped_norm, skip, scale_value = readback.values()
     own = Own(
-        loss_sum=own_loss,
+        loss_sum=own_loss / run.layout.tensor,
         tokens=tokens,
-        activation_squares=own_squares,
+        activation_squares=own_squares / run.layout.tensor,
         grad_norm=norm,
         clipped_norm=clipped_norm,
+        loss_scale=scale_value,
         skipped=skip != 0.0,
         wants_to_stop=bool(run.signals.received),
         step_seconds=run.clock.lap(),
@@ -69,8 +73,18 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     state.cursor = run.batches.after(state.cursor)
 
 
-def forward_backward(model: OPT, micro_batches: list[MicroBatch], device: torch.device) -> tuple[Tensor, Tensor]:
+def tokens_of(micro_batches: list[MicroBatch]) -> float:
+    """The weight of the tokens. Weights lie on the host, so counting them there costs the device nothing."""
+    return sum(float(batch.weights.numpy().sum()) * batch.tokens.shape[1] for batch in micro_batches)
+
+
+def forward_backward(
+    model: OPT, micro_batches: list[MicroBatch], device: torch.device, grad_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Leave the gradients, summed over tokens and ranks, in the parameters.
+
+    Args:
+        grad_scale: fp32 scalar that the gradients are multiplied by; None: 1.
 
     Returns:
         This rank's sums of loss (nats) and of squared activation norms, scalars on the device.
@@ -83,6 +97,7 @@ def forward_backward(model: OPT, micro_batches: list[MicroBatch], device: torch.
             batch.tokens.to(device, non_blocking=True),
             batch.targets.to(device, non_blocking=True),
             batch.weights.to(device, non_blocking=True),
+            grad_scale,
         )
         assert isinstance(loss, Loss)
         # torch's stubs leave backward untyped.

@@ -13,7 +13,9 @@ from opt_train.checkpoint.tensors import reshard, tensors_of
 from opt_train.config import RunConfig
 from opt_train.data.batches import Batches, ValidationSet
 from opt_train.model.decoder import OPT, Loss
+from opt_train.optim.clip import predivision
 from opt_train.optim.in_force import in_force
+from opt_train.optim.loss_scale import LossScale
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
@@ -47,7 +49,8 @@ class Training:
     layout: Layout
     device: torch.device
     model: OPT
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
     batches: Batches
     validation: ValidationSet
     data_fingerprint: str
@@ -80,6 +83,12 @@ class Training:
     def data_rank(self) -> int:
         return self.layout.data_rank(self.begin.rank)
 
+    @property
+    def predivision(self) -> float:
+        """What gradients are multiplied by beside the loss scale, against overflow in their sum over ranks."""
+        precision = self.config.precision
+        return predivision(precision.predivide and precision.compute == "fp16", self.layout.data_world)
+
     def enter(self, phase: str) -> None:
         """Say what the rank is busy with from now on."""
         self.tell(Phase(phase, self.state.step))
@@ -100,7 +109,7 @@ class Training:
         self.enter("waiting")
         for word in self.agreement.heard(before):
             self.newest = word
-            self.state.absorb(word)
+            self.state.absorb(word, self.loss_scale.policy.floor)
             self.stop_votes += word.stop_votes
             self.order_heard = max(self.order_heard, word.order_number)
             if self.leads:
@@ -113,9 +122,8 @@ class Training:
 
     def obey(self) -> Leaving | None:
         """Do what the words that were heard ask for; a `Leaving` ends training. The same on every rank."""
-        if self.state.nonfinite_steps >= self.config.train.max_nonfinite_steps:
-            reason = f"{self.state.nonfinite_steps} steps in a row had a gradient that is not finite"
-            return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
+        if self.state.floor_steps >= self.config.train.max_nonfinite_steps:
+            return self._unstable()
         for order in self._new_orders():
             # Told before the work: the order holds from here on, and a long save must not look like a deaf rank.
             if self.leads:
@@ -127,6 +135,13 @@ class Training:
             what = self.signals.received or "a signal to another rank"
             return self._save_and_stop(f"asked to stop by {what}")
         return None
+
+    def _unstable(self) -> Leaving:
+        reason = f"{self.state.floor_steps} steps in a row had a gradient that is not finite"
+        if self.config.precision.compute != "fp16":
+            return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
+        reason += f" with the loss scale at its floor of {self.loss_scale.policy.floor:g}"
+        return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_scale_floor")
 
     def _new_orders(self) -> list[Order]:
         if self.order_heard <= self.order_obeyed:
@@ -160,9 +175,10 @@ class Training:
         self.model.train()
         reshard(self.model)
         tokens = sequences * self.config.data.sequence_length
-        total, count = self.agreement.sum(float(loss_sum), tokens)
+        share_of_rank = 1 / self.layout.tensor  # the ranks of a tensor group have read the same sequences
+        total, count = self.agreement.sum(float(loss_sum) * share_of_rank, tokens * share_of_rank)
         if self.leads:
-            self.tell(Validation(VALIDATION, self.state.step, total / count, int(count)))
+            self.tell(Validation(VALIDATION, self.state.step, total / count, round(count)))
         self.clock.reset()
 
     def save(self) -> bool:
@@ -199,7 +215,7 @@ class Training:
         return {
             **self.state.to_json(),
             "data_fingerprint": self.data_fingerprint,
-            "loss_scale": 1.0,
+            "loss_scale": self.loss_scale.to_json(),
             "ledger": [],
             "rng": {"rule": RNG_RULE, "seed": self.config.seed},
             "layout": dataclasses.asdict(self.layout),

@@ -23,12 +23,14 @@ class Own:
     """What one rank puts into the word of a step."""
 
     loss_sum: float = 0.0
-    """Nats, over the rank's tokens."""
+    """Nats, over the rank's tokens; ranks that read the same ones share sums and tokens out."""
     tokens: float = 0.0
     activation_squares: float = 0.0
     """Sum over the rank's tokens of the squared L2 norm of the last layer's output."""
     grad_norm: float = 0.0
     clipped_norm: float = 0.0
+    loss_scale: float = 1.0
+    """What the step was taken with."""
     skipped: bool = False
     """This rank's device skipped the update."""
     wants_to_stop: bool = False
@@ -50,6 +52,8 @@ class StepWord:
     """Root mean square over tokens of the L2 norm of the last layer's output."""
     grad_norm: float
     clipped_norm: float
+    loss_scale: float
+    """What the step was taken with; 1 where gradients are not scaled."""
     skipped: bool
     """The update was not applied, on any rank."""
     stop_votes: int
@@ -61,8 +65,9 @@ class StepWord:
     memory_bytes: int
 
     @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    def overflow(self) -> bool:
+        """The gradient was not finite."""
+        return not math.isfinite(self.grad_norm)
 
     @property
     def verdict(self) -> str:
@@ -87,11 +92,12 @@ class Agreement:
         self._under_way: deque[tuple[int, Tensor, Tensor, list[dist.Work]]] = deque()
 
     def start(self, step: int, own: Own, order_number: int) -> None:
-        """Begin to reduce the word of `step`; does not wait. Only rank 0's `order_number` and norms count."""
+        """Begin to reduce the word of `step`; does not wait. Only rank 0's `order_number`, norms and scale count."""
         first = self._rank == 0
         # A sum carries a NaN from any rank to all of them, which a maximum does not promise.
         sums = [own.loss_sum, own.tokens, own.activation_squares, float(own.skipped), float(own.wants_to_stop)]
-        sums += [own.grad_norm, own.clipped_norm, float(order_number)] if first else [0.0, 0.0, 0.0]
+        of_first = [own.grad_norm, own.clipped_norm, own.loss_scale, float(order_number)]
+        sums += of_first if first else [0.0] * len(of_first)
         summed = torch.tensor(sums, dtype=torch.float64)
         largest = torch.tensor([own.step_seconds, own.data_seconds, own.memory_bytes], dtype=torch.float64)
         works = [
@@ -115,16 +121,17 @@ class Agreement:
         return words
 
     def _read(self, step: int, summed: Sequence[float], largest: Sequence[float]) -> StepWord:
-        loss_sum, tokens, squares, skipped, votes, grad_norm, clipped_norm, order_number = summed
+        loss_sum, tokens, squares, skipped, votes, grad_norm, clipped_norm, loss_scale, order_number = summed
         if skipped not in (0.0, float(self._world_size)):
             raise SplitDecision(f"step {step}: {int(skipped)} of {self._world_size} ranks skipped the update")
         return StepWord(
             step=step,
             loss=loss_sum / tokens if tokens else math.nan,
-            tokens=int(tokens),
+            tokens=round(tokens),
             activation_norm=math.sqrt(squares / tokens) if tokens and squares >= 0 else math.nan,
             grad_norm=grad_norm,
             clipped_norm=clipped_norm,
+            loss_scale=loss_scale,
             skipped=skipped > 0,
             stop_votes=int(votes),
             order_number=int(order_number),

@@ -25,7 +25,7 @@ SMALL = (
     "name=small",
 )  # fmt: skip
 
-ALL_VERBS = "prepare, run, train, status, stop, checkpoints"
+ALL_VERBS = "prepare, run, train, status, stop, checkpoints, evaluate, generate"
 
 MISTAKES = {
     "misspelt verb": ("trian", "trian is no verb; did you mean train?"),
@@ -61,11 +61,11 @@ MISTAKES = {
     ),
     "heads and tensor": (
         "run parallel.tensor=5",
-        "parallel.tensor=5 must divide model.heads=12; use 1, 2, 3, 4, 6 or 12",
+        "parallel.tensor=5 must divide model.heads=12; use 1, 2 or 4",
     ),
     "tensor parallel": (
-        "run parallel.tensor=2",
-        "parallel.tensor=2 is not supported by this version; use parallel.tensor=1, which shards instead",
+        "run parallel.tensor=2 data.sequence_length=1023",
+        "parallel.tensor=2 must divide data.sequence_length=1023; use 1",
     ),
     "heads and width": ("run model.heads=7", "model.heads=7 must divide model.d_model=768; use 6 or 8"),
     "sequence and positions": (
@@ -87,7 +87,9 @@ MISTAKES = {
         "tokenizer.merges_file has no value; GPT-2's vocabulary needs both files, vocab and merges",
     ),
     "no such cluster": ("run cluster.kind=slrum", "cluster.kind=slrum is not possible; only local is known"),
-    "no such precision": ("run precision.compute=fp16", "precision.compute=fp16 is not possible; use fp32 or bf16"),
+    "no such precision": (
+        "run precision.compute=fp8", "precision.compute=fp8 is not possible; use fp32 or bf16 or fp16",
+    ),
     "a name that leaves the folder": (
         "run name=../elsewhere",
         'name="../elsewhere" names no folder; use letters, digits, dots, dashes and underscores, no dot first, '

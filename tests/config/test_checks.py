@@ -26,6 +26,8 @@ from opt_train.protocol.exits import BadInput
          "optim.decay_steps=700 must be larger than optim.warmup_steps=715, which it includes; 0 means train.steps"),
         (["optim.beta2=1.0"], "optim.beta2=1.0 must be at least 0 and below 1"),
         (["optim.final_fraction=1.5"], "optim.final_fraction=1.5 must be at most 1, a part of the peak"),
+        (["model.layer_norm=both"], "model.layer_norm=both is not possible; use pre or post"),
+        (["model.embed_dim=-1"], "model.embed_dim=-1 must not be negative"),
         (["train.steps=0"], "train.steps=0 must be larger than 0"),
         (["cluster.buffer_nodes=-1"], "cluster.buffer_nodes=-1 must not be negative"),
         (["tokenizer.vocab_size=100"],
@@ -46,7 +48,7 @@ def test_an_uneven_number_of_sequences_a_rank_is_allowed() -> None:
 
 def test_every_number_has_its_range_checked() -> None:
     ranges = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.BELOW_ONE}
-    numbers = {key for key, value in flatten(RunConfig()).items() if isinstance(value, int | float)}
+    numbers = {key for key, value in flatten(RunConfig()).items() if type(value) in (int, float)}
     assert numbers == ranges
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config import RunConfig, to_json
-from opt_train.parallel.config import ParallelConfig
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from tests.train.rig import ROOT, World, run_script, tiny_config
 
@@ -42,9 +42,17 @@ def run_training(folder: Path, config: RunConfig, **given: Any) -> list[dict[str
     return run_script(ROOT / "tests/train/training_rank.py", 4, str(specification), folder=folder)
 
 
-def test_overflow_on_one_rank_skips_on_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "scales"),
+    [
+        (PrecisionConfig(compute="fp32"), [1.0] * 6),
+        (PrecisionConfig(compute="fp16", weights="fp16", loss_scale_window_steps=2), [4.0, 4.0, 8.0, 4.0, 4.0, 8.0]),
+    ],
+    ids=["fp32", "fp16"],
+)
+def test_overflow_on_one_rank_skips_on_all(tmp_path: Path, precision: PrecisionConfig, scales: list[float]) -> None:
     # Ranks 0 and 2 hold copies of one half of the weights, 1 and 3 of the other.
-    config = replace(tiny_config(tmp_path, steps=6), parallel=ParallelConfig(replicate=2))
+    config = replace(tiny_config(tmp_path, steps=6), parallel=ParallelConfig(replicate=2), precision=precision)
     answers = run_training(tmp_path, config, poison=[3, 2])
     assert all(answer["words"] == answers[0]["words"] for answer in answers)
     assert answers[0]["words"]["updates"] == 5
@@ -55,7 +63,10 @@ def test_overflow_on_one_rank_skips_on_all(tmp_path: Path) -> None:
     assert weights[0] != weights[1]
     lines = [fact["line"] for fact in answers[0]["facts"] if fact["kind"] == "metrics"]
     assert [line["skipped"] for line in lines] == [False, False, True, False, False, False]
+    assert [line["overflow"] for line in lines] == [line["skipped"] for line in lines]
     assert [line["updates"] for line in lines] == [1, 2, 2, 3, 4, 5]
+    # What each step was taken with: the overflow in step 3 is paid for in step 4.
+    assert [line["loss_scale"] for line in lines] == scales
     # The step after the skipped one trains from the same weights, on the next batch.
     assert lines[3]["loss"] == pytest.approx(lines[1]["loss"], abs=0.5)
 
@@ -86,3 +97,20 @@ def test_run_that_stays_non_finite_leaves_with_its_own_code(tmp_path: Path) -> N
         assert {(leaving.code, leaving.cause) for leaving in leavings} == {(RANK_UNSTABLE, "loss_nan")}
         lines = world.ranks[0].metrics
         assert [line["skipped"] for line in lines.values()][-3:] == [True] * 3
+
+
+def test_overflow_counts_against_the_run_at_the_loss_scales_floor_alone(tmp_path: Path) -> None:
+    """Above it, overflows are how the scale finds its place: leaving then would end every run that starts high."""
+    config = tiny_config(tmp_path, steps=30, max_nonfinite_steps=3)
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    config = replace(config, precision=PrecisionConfig(compute="fp16", loss_scale_initial=8.0, loss_scale_floor=1.0))
+    with World(tmp_path, config) as world:
+        world.begin()
+        leavings = world.finish()
+        assert {(leaving.code, leaving.cause) for leaving in leavings} == {(RANK_UNSTABLE, "loss_scale_floor")}
+        assert "3 steps in a row" in leavings[0].reason
+        assert "its floor of 1" in leavings[0].reason
+        lines = list(world.ranks[0].metrics.values())
+        first = next(number for number, line in enumerate(lines) if line["skipped"])
+        assert [line["loss_scale"] for line in lines[first:]][:6] == [8.0, 4.0, 2.0, 1.0, 1.0, 1.0]
+        assert all(line["skipped"] and line["overflow"] for line in lines[first:])

@@ -1,22 +1,38 @@
 """A skipped step leaves weights, moments and step counts as they were, to the bit; and deciding it syncs nothing."""
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from opt_train.config import to_json
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT
 from opt_train.optim.adamw import apply, make_optimizer, put_in_force, really_in_force
 from opt_train.optim.clip import average_and_clip
-from opt_train.parallel.config import PrecisionConfig
-from opt_train.parallel.fsdp import build, make_mesh
+from opt_train.optim.loss_scale import LossScale
+from opt_train.optim.loss_scale_policy import policy_of
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
+from opt_train.protocol.commands import Begin
+from opt_train.train.orders import NoOrders, StopSignals
+from opt_train.train.rank import start
+from opt_train.train.step import read_batch, take_step
+from opt_train.train.training import Training
+from opt_train.train.word import Readback
+from tests.optim.syncs import Syncs
+from tests.train.rig import tiny_config
 
+PRECISIONS = {
+    "fp32": PrecisionConfig(compute="fp32"),
+    "fp16": PrecisionConfig(compute="fp16"),
+    "memory-efficient fp16": PrecisionConfig(compute="fp16", weights="fp16"),
+}
 CPU = torch.device("cpu")
 TINY = ModelConfig(name="tiny", layers=2, heads=4, d_model=32, ffn=64, vocab_size=64, positions=16)
 VALUES = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
@@ -30,9 +46,9 @@ def world(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def trained() -> tuple[OPT, torch.optim.AdamW]:
+def trained(precision: PrecisionConfig) -> tuple[OPT, torch.optim.Optimizer]:
     """A sharded model with two updates behind it, so that moments are not zero."""
-    model = build(TINY, PrecisionConfig(compute="fp32"), make_mesh(Layout(1, 1, 1), CPU), CPU, seed=0)
+    model = build(TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, seed=0)
     optimizer = make_optimizer(model, VALUES)
     for _ in range(2):
         backward(model)
@@ -45,15 +61,14 @@ def backward(model: OPT) -> None:
     model(block[:, :-1], block[:, 1:]).loss_sum.backward()
 
 
-def update(model: OPT, optimizer: torch.optim.AdamW) -> bool:
-    clipped = average_and_clip(model.parameters(), torch.tensor(32.0, dtype=torch.float64), 1.0, None, 1)
+def update(model: OPT, optimizer: torch.optim.Optimizer) -> bool:
+    clipped = average_and_clip(model.parameters(), torch.tensor(32.0, dtype=torch.float64), 1.0)
     put_in_force(optimizer, VALUES)
-    skip = clipped.skip
-    apply(optimizer, skip)
-    return bool(skip)
+    apply(optimizer, clipped.skip, clipped.factor)
+    return bool(clipped.skip)
 
 
-def everything(model: OPT, optimizer: torch.optim.AdamW) -> dict[str, bytes]:
+def everything(model: OPT, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
     """The bytes of all that training carries."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -65,10 +80,11 @@ def everything(model: OPT, optimizer: torch.optim.AdamW) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_gradient_changes_nothing(value: float) -> None:
+def test_non_finite_gradient_changes_nothing(value: float, precision: PrecisionConfig) -> None:
     """Multiplying a step by 0 would leave NaN behind: 0 x NaN is NaN."""
-    model, optimizer = trained()
+    model, optimizer = trained(precision)
     before = everything(model, optimizer)
     backward(model)
     model.model.decoder.layers[1].fc1.weight.grad.to_local()[3, 5] = value
@@ -82,38 +98,74 @@ def test_non_finite_gradient_changes_nothing(value: float) -> None:
     assert really_in_force(optimizer)["updates"] == 3
 
 
-def test_batch_without_tokens_is_skipped() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_batch_without_tokens_is_skipped(precision: PrecisionConfig) -> None:
     """A division by no tokens at all must not reach the weights."""
-    model, optimizer = trained()
+    model, optimizer = trained(precision)
     before = everything(model, optimizer)
     backward(model)
-    clipped = average_and_clip(model.parameters(), torch.tensor(0.0, dtype=torch.float64), 1.0, None, 1)
-    apply(optimizer, clipped.skip)
+    clipped = average_and_clip(model.parameters(), torch.tensor(0.0, dtype=torch.float64), 1.0)
+    apply(optimizer, clipped.skip, clipped.factor)
     assert everything(model, optimizer) == before
 
 
-class Syncs(TorchDispatchMode):
-    """Counts what makes a host wait for its device: every `.item()` is one of these."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_local_scalar_dense" in str(func) or "is_nonzero" in str(func):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_optimizer_path_never_waits_for_the_device() -> None:
-    model, optimizer = trained()
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_optimizer_path_never_waits_for_the_device(precision: PrecisionConfig) -> None:
+    model, optimizer = trained(precision)
+    scale = LossScale(policy_of(precision), CPU)
     backward(model)
     tokens = torch.tensor(32.0, dtype=torch.float64)
     with Syncs() as syncs:
-        clipped = average_and_clip(model.parameters(), tokens, 1.0, None, 1)
+        clipped = average_and_clip(model.parameters(), tokens, 1.0, scale.scale)
         put_in_force(optimizer, VALUES)
-        apply(optimizer, clipped.skip)
+        apply(optimizer, clipped.skip, clipped.factor)
+        scale.update(clipped.skip)
     assert syncs.seen == []
     with Syncs() as syncs:
         clipped.norm.item()
     assert len(syncs.seen) == 1  # the instrument works
+
+
+def one_rank(folder: Path, precision: PrecisionConfig) -> Training:
+    """A rank of the trainer itself, in this process."""
+    config = replace(tiny_config(folder, global_batch=4), precision=precision, model=replace(TINY, vocab_size=512))
+    config = replace(config, data=replace(config.data, sequence_length=16))
+    path = folder / "config.json"
+    path.write_text(to_json(config))
+    begin = Begin(
+        generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
+        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
+    )  # fmt: skip
+    return start(begin, lambda fact: None, NoOrders(), StopSignals(), lambda *_: dist.new_group(backend="gloo"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_step_waits_for_the_device_at_one_place_alone(
+    precision: PrecisionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the batch to the start of the word: at the readback, behind all that the step gives the device to do."""
+    run = one_rank(tmp_path, precision)
+    happened: list[str] = []
+
+    def noting(owner: object, name: str, note: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*arguments: object, **named: object) -> object:
+            happened.append(note)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(Readback, "values", "the readback")
+    noting(torch.Tensor, "tolist", "tolist")
+    noting(torch.Tensor, "item", "item")
+    noting(run.optimizer, "step", "the update")
+    noting(LossScale, "update", "the scale")
+    take_step(run, *read_batch(run))  # what is done once, such as FSDP's set-up, is done
+    happened.clear()
+    micro_batches, seconds = read_batch(run)
+    with Syncs() as syncs:
+        take_step(run, micro_batches, seconds)
+    assert syncs.seen == []
+    assert happened == ["the update", "the scale", "the readback", "tolist"]

@@ -77,7 +77,9 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
     return config
 
 
-def run_script(script: Path, world_size: int, *arguments: str, folder: Path) -> list[dict[str, Any]]:
+def run_script(
+    script: Path, world_size: int, *arguments: str, folder: Path, seconds: float = SCRIPT_SECONDS
+) -> list[dict[str, Any]]:
     """Run `script rank world_size store arguments...` as `world_size` processes; each prints one JSON object, last."""
     store = folder / f"store-{time.monotonic_ns()}"
     children = [
@@ -91,7 +93,7 @@ def run_script(script: Path, world_size: int, *arguments: str, folder: Path) -> 
         for rank in range(world_size)
     ]
     try:
-        answers = [child.communicate(timeout=SCRIPT_SECONDS) for child in children]
+        answers = [child.communicate(timeout=seconds) for child in children]
         for child, (_, errors) in zip(children, answers, strict=True):
             assert child.returncode == 0, errors.decode()[-3000:]
         return [json.loads(output.decode().splitlines()[-1]) for output, _ in answers]

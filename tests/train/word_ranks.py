@@ -47,7 +47,7 @@ def main(rank: int, world_size: int, store: str) -> None:
         if chance.random() < 0.02:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
-        clipped = average_and_clip([parameter], torch.tensor(2.0), 1.0, None, 1)
+        clipped = average_and_clip([parameter], torch.tensor(2.0), 1.0)
         if rank == 1 and step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
         while moments and moments[0] == step:

@@ -1,0 +1,37 @@
+"""A benchmark that nobody runs rots: each one's `--quick` form must still print its ratio."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RATIOS = {
+    "step_cpu.py": (r"ours/transformers: [\d.]+x throughput", r"ours/plain: [\d.]+x throughput"),
+    "memory_cpu.py": (r"ours/transformers: [\d.]+x memory",),
+    "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
+}
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_a_benchmark_prints_its_ratio(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for ratio in RATIOS[name]:
+        assert re.search(ratio, done.stdout), done.stdout
+
+
+def test_no_benchmark_is_left_out() -> None:
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*RATIOS, "contestants.py"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"benchmarks/{name}" in makefile for name in RATIOS)

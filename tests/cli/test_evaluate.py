@@ -1,0 +1,141 @@
+"""`opt-train evaluate` and `generate` read a real run, also while others use it, and leave it as it was."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from opt_logbook.events import ValidationMeasured
+from opt_logbook.journal import read
+from opt_logbook.run_directory import RunDirectory
+
+from opt_train.data.manifest import DatasetManifest
+from opt_train.data.tokenizer import load
+from tests.cli.conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def trained(prepared_once: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run of the decoder that the released OPT-350M is: LayerNorms behind, a narrower embedding."""
+    folder = tmp_path_factory.mktemp("trained") / "workplace"
+    shutil.copytree(prepared_once, folder)
+    words = (
+        *SMALL, "data.validation_fraction=0.2", "name=narrow", "model.layer_norm=post", "model.embed_dim=32",
+        "train.steps=16", "checkpoint.every_steps=8", "train.validate_every=8",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "opt_train.cli", "train", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return RunDirectory(folder / "runs" / "narrow")
+
+
+@pytest.fixture
+def beside(trained: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """The run, seen from the folder that it was trained in."""
+    monkeypatch.chdir(trained.path.parent.parent)
+    return RunDirectory(Path("runs", "narrow"))
+
+
+def test_the_perplexity_is_the_one_that_training_measured(beside: RunDirectory, say) -> None:
+    measured = {e.step: e.event for e in read(beside.journal).entries if isinstance(e.event, ValidationMeasured)}
+    assert measured.keys() == {8, 16}
+    newest = json.loads(say("evaluate", str(beside.path), "--json").out)
+    for told in (newest, json.loads(say("evaluate", "name=narrow", "--checkpoint", "8", "--json").out)):
+        event = measured[told["step"]]
+        assert told["validation_loss"] == pytest.approx(event.loss, rel=1e-6)
+        assert told["validation_perplexity"] == pytest.approx(event.perplexity, rel=1e-6)
+        assert told["tokens"] == event.tokens
+    assert newest["step"] == 16
+    assert newest["unigram_perplexity"] == DatasetManifest.read(Path("prepared", "files-bpe")).unigram_perplexity
+
+
+def test_one_line_says_what_was_measured_and_on_what(beside: RunDirectory, say) -> None:
+    listed = json.loads(say("checkpoints", str(beside.path), "--json").out)
+    said = say("evaluate", str(beside.path), "--checkpoint", listed[0]["path"])
+    assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
+    assert said.out.startswith("narrow at step 8: validation perplexity ")
+
+
+def test_the_text_as_it_comes_is_the_text_at_the_end(beside: RunDirectory, say) -> None:
+    prompt = "import é☃"
+    words = ("generate", "name=narrow", prompt, "--seed", "5", "--temperature", "2", "--max-new-tokens", "12")
+    plain, whole = say(*words), json.loads(say(*words, "--json").out)
+    assert plain.code == 0
+    assert plain.out == prompt + whole["text"] + "\n"
+    assert len(whole["tokens"]) == 12
+    assert whole["text"] == load(Path("prepared", "files-bpe", "tokenizer.json")).decode(whole["tokens"])
+    assert say(*words).out == plain.out
+    assert say(*words, "--seed", "6").out != plain.out
+
+
+def test_a_draw_from_one_token_is_greedy(beside: RunDirectory, say) -> None:
+    greedy, drawn = (say("generate", "name=narrow", "def ", *how) for how in (("--greedy",), ("--top-k", "1")))
+    assert (greedy.code, greedy.out) == (0, drawn.out)
+    assert greedy.out.startswith("def ")
+
+
+def test_nothing_in_the_run_changes(beside: RunDirectory, say) -> None:
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in beside.path.rglob("*") if path.is_file()}
+
+    before = content()
+    say("evaluate", str(beside.path))
+    say("generate", str(beside.path), "")
+    assert content() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("evaluate", "name=missing"), "runs/missing is no run directory: it has no journal; give one like runs/demo"),
+        (("evaluate", "name=narrow", "--checkpoint", "5"),
+         "--checkpoint=5 is not in runs/narrow; `opt-train checkpoints runs/narrow` lists them"),
+        (("generate", "name=narrow"), "the following arguments are required: PROMPT; see `opt-train generate --help`"),
+        (("generate", "name=narrow", "a", "--temperature", "0"),
+         "--temperature=0 must be larger than 0; --greedy takes the likeliest token"),
+        (("generate", "name=narrow", "a", "--max-new-tokens", "0"), "--max-new-tokens=0 must be larger than 0"),
+        (("generate", "name=narrow", "a", "--max-new-tokens", "31"),
+         "--max-new-tokens=31 and the prompt's 2 are more than the model's 32 positions; use 30 or fewer"),
+        (("generate", "name=narrow", "0 " * 40),
+         "the prompt has 81 tokens, and the model has 32 positions; give a shorter one"),
+        (("generate", "name=narrow", "\udcff"), "the prompt is not UTF-8; give it in the terminal's encoding"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(words: tuple[str, ...], expected: str, beside: RunDirectory, say) -> None:
+    said = say(*words)
+    assert (said.code, said.out, said.err) == (2, "", f"opt-train: {expected}\n")
+
+
+@pytest.fixture
+def copy(beside: RunDirectory, tmp_path: Path) -> RunDirectory:
+    """A copy of the run that a test may damage."""
+    shutil.copytree(beside.path, tmp_path / "narrow")
+    return RunDirectory(tmp_path / "narrow")
+
+
+def test_a_damaged_checkpoint_is_never_evaluated(copy: RunDirectory, say) -> None:
+    [shard] = copy.checkpoint("1.00", 16).glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for words in (("evaluate", str(copy.path)), ("generate", str(copy.path), "a")):
+        said = say(*words)
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+        assert f"{shard} has a wrong checksum; give another --checkpoint" in said.err
+    assert say("evaluate", str(copy.path), "--checkpoint", "8").code == 0
+
+
+def test_another_tokenizer_than_the_runs_is_refused(copy: RunDirectory, tmp_path: Path, say) -> None:
+    data = tmp_path / "prepared"
+    shutil.copytree(Path("prepared", "files-bpe"), data)
+    configuration = json.loads(copy.config_json.read_text())
+    configuration["data"]["directory"] = str(data)
+    copy.config_json.write_text(json.dumps(configuration))
+    (data / "tokenizer.json").write_text((data / "tokenizer.json").read_text() + "\n")
+    said = say("generate", str(copy.path), "a")
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert f"{data / 'tokenizer.json'} has changed since the data was prepared" in said.err
+    shutil.rmtree(data)
+    assert f"{data / 'dataset.json'} does not exist" in say("evaluate", str(copy.path)).err

@@ -1,0 +1,108 @@
+"""One rank of the layout suite: `layout_ranks.py RANK WORLD STORE CASES`; prints one JSON object, the curves by case.
+
+A case is the JSON list `[name, [replicate, shard, tensor], activation_checkpointing, compile, model changes]`. Every
+case trains the same model on the same global batches with the trainer's own parts.
+"""
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from opt_train.data.batches import MicroBatch, share_of
+from opt_train.model.config import ModelConfig
+from opt_train.optim.adamw import apply, make_optimizer, put_in_force
+from opt_train.optim.clip import average_and_clip
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.fsdp import build
+from opt_train.parallel.layout import Layout
+from opt_train.train.step import forward_backward
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=520, positions=34, dropout=0.0, init_std=0.02
+)
+STEPS, GLOBAL_BATCH, SEQUENCE = 20, 8, 32
+VALUES = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 0.5}
+
+
+def global_batch(step: int) -> torch.Tensor:
+    """Ids [GLOBAL_BATCH, SEQUENCE + 1]; small ones are frequent, which is something to learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    skewed = torch.rand(GLOBAL_BATCH, SEQUENCE + 1, generator=generator) ** 4
+    return (skewed * MODEL.vocab_size).long()
+
+
+def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
+    """A data rank's share in two micro-batches, padded with sequences of weight 0 where others have more."""
+    blocks = global_batch(step)
+    mine = list(share_of(GLOBAL_BATCH, data_rank, data_world))
+    largest = len(share_of(GLOBAL_BATCH, 0, data_world))
+    rows = -(-largest // 2)
+    batches = []
+    for first in range(0, largest, rows):
+        numbers = mine[first : first + rows]
+        padded = blocks[numbers + [0] * (rows - len(numbers))]
+        weights = torch.tensor([1.0] * len(numbers) + [0.0] * (rows - len(numbers)))
+        batches.append(MicroBatch(padded[:, :-1], padded[:, 1:], weights))
+    return batches
+
+
+def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int) -> dict[str, Any]:
+    """Losses and gradient norms of `STEPS` steps, and sums that tell initial weights apart."""
+    model = build(config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, seed=3)
+    initial = {name: digest(parameter) for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, VALUES)
+    losses, norms, activations = [], [], []
+    for step in range(STEPS):
+        batches = share(step, layout.data_rank(rank), layout.data_world)
+        loss_sum, squares = forward_backward(model, batches, CPU)
+        tokens = float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE
+        sums = torch.tensor([float(loss_sum), float(squares), tokens], dtype=torch.float64)
+        dist.all_reduce(sums)
+        loss, square, _ = (sums / sums[2]).tolist()
+        losses.append(loss)
+        activations.append(square**0.5)
+        clipped = average_and_clip(
+            model.parameters(), torch.tensor(tokens / layout.tensor, dtype=torch.float64), VALUES["clip"]
+        )
+        norms.append(float(clipped.norm))
+        put_in_force(optimizer, VALUES)
+        apply(optimizer, clipped.skip)
+    return {"losses": losses, "norms": norms, "activations": activations, "initial": initial}
+
+
+def digest(parameter: torch.Tensor) -> list[float]:
+    """Two sums over a whole parameter that any change of place shows in."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    flat = whole.detach().double().flatten()
+    return [float(flat.sum()), float((flat * torch.arange(len(flat))).sum())]
+
+
+def main() -> None:
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    curves = {}
+    for name, degrees, checkpointing, compiled, changes in json.loads(sys.argv[4]):
+        began = time.monotonic()
+        torch.compiler.reset()
+        parallel = ParallelConfig(activation_checkpointing=checkpointing, compile=compiled)
+        curves[name] = train(Layout(*degrees), parallel, replace(MODEL, **changes), rank)
+        curves[name]["seconds"] = time.monotonic() - began
+    print(json.dumps(curves if rank == 0 else {}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

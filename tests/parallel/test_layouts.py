@@ -1,0 +1,116 @@
+"""Every way to spread the work trains the same model: the curve, the gradients' norm and the initial weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opt_train.model.decoder import OPT
+from opt_train.model.init import initialise
+from tests.parallel.layout_ranks import MODEL, STEPS, VALUES, digest, global_batch
+from tests.train.rig import run_script
+
+SCRIPT = Path(__file__).with_name("layout_ranks.py")
+SHAPES = ((1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4))
+"""Every (replicate, shard, tensor) of four ranks."""
+CHECKPOINTING = ("none", "selective", "full")
+CASES = [
+    (shape, mode, column == row % len(CHECKPOINTING))
+    for row, shape in enumerate(SHAPES)
+    for column, mode in enumerate(CHECKPOINTING)
+]
+"""Every shape with every mode; each shape and each mode also compiled."""
+RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def name_of(shape: Sequence[int], mode: str, compiled: bool) -> str:
+    return f"{'x'.join(map(str, shape))} {mode}{' compiled' if compiled else ''}"
+
+
+def run(folder: Path, world: int, cases: Sequence[tuple[Sequence[int], str, bool, dict[str, Any]]]) -> dict[str, Any]:
+    """The curves of each case by its name."""
+    named = [
+        (name_of(shape, mode, compiled), shape, mode, compiled, changes) for shape, mode, compiled, changes in cases
+    ]
+    return run_script(SCRIPT, world, json.dumps(named), folder=folder, seconds=300)[0]
+
+
+def textbook(changes: dict[str, Any]) -> dict[str, Any]:
+    """Plain PyTorch in one process: the whole batch, the mean of its cross entropies, torch's clipping and AdamW."""
+    config = replace(MODEL, **changes)
+    model = OPT(config)
+    initialise(model, config, 3)
+    initial = {name: digest(parameter) for name, parameter in model.named_parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": VALUES["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"])
+    losses, norms = [], []
+    for step in range(STEPS):
+        blocks = global_batch(step)
+        loss = F.cross_entropy(model(blocks[:, :-1]).flatten(0, 1), blocks[:, 1:].flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), VALUES["clip"]).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.03
+    return {"losses": losses, "norms": norms, "initial": initial}
+
+
+def check_same(curves: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert curves["initial"].keys() == reference["initial"].keys()
+    for name, sums in reference["initial"].items():
+        assert curves["initial"][name] == pytest.approx(sums, rel=1e-12, abs=1e-12), name
+    assert curves["losses"] == pytest.approx(reference["losses"], rel=0, abs=5e-6)
+    assert curves["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    return textbook({})
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cases = [(shape, mode, compiled, {}) for shape, mode, compiled in CASES if not compiled]
+    return run(tmp_path_factory.mktemp("layouts"), 4, cases)
+
+
+@pytest.fixture(scope="module")
+def four_ranks_compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cases = [(shape, mode, compiled, {}) for shape, mode, compiled in CASES if compiled]
+    return run(tmp_path_factory.mktemp("compiled"), 4, cases)
+
+
+@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if not case[2]])
+def test_layout_follows_the_textbook(name: str, four_ranks: dict[str, Any], reference: dict[str, Any]) -> None:
+    check_same(four_ranks[name], reference)
+
+
+@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if case[2]])
+def test_compiled_layout_follows_the_textbook(
+    name: str, four_ranks_compiled: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    check_same(four_ranks_compiled[name], reference)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_same_global_batch_on_fewer_ranks(world: int, tmp_path: Path, reference: dict[str, Any]) -> None:
+    """Eight sequences do not divide by three: two ranks get three, one gets two and padding that weighs nothing."""
+    (curves,) = run(tmp_path, world, [((1, world, 1), "none", False, {})]).values()
+    check_same(curves, reference)
+
+
+def test_released_350m_variant_is_split_too(tmp_path: Path) -> None:
+    """Post-LayerNorm and a projected embedding over a tensor group."""
+    (curves,) = run(tmp_path, 4, [((1, 2, 2), "full", False, RELEASED_350M)]).values()
+    check_same(curves, textbook(RELEASED_350M))
