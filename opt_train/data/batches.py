@@ -104,7 +104,8 @@ class Batches:
         positions = share_of(self.global_batch, data_rank, data_world)
         samples = [self.order.index(cursor.samples + position) for position in positions]
         largest = len(share_of(self.global_batch, 0, data_world))
-        rows = min(micro_batch, largest)
+        # Split evenly: 9 sequences by 8 are two micro-batches of 5, not 8 and one that is nearly all padding.
+        rows = -(-largest // -(-largest // micro_batch))
         return [
             _micro_batch(self._tokens, self._sequence_length, samples[first : first + rows], rows)
             for first in range(0, largest, rows)

@@ -73,6 +73,14 @@ def test_all_ranks_run_the_same_collectives(world: int, micro_batch: int) -> Non
     assert all(shape[0] <= micro_batch for shape in shapes.pop())
 
 
+@pytest.mark.parametrize(("micro_batch", "shape"), [(1, (9, 1)), (4, (3, 3)), (8, (2, 5)), (9, (1, 9))])
+def test_micro_batches_are_even_so_that_little_is_padding(micro_batch: int, shape: tuple[int, int]) -> None:
+    """A node lost leaves 9 sequences where 8 were: 8 and then 1 with 7 of padding would cost nearly half the step."""
+    batches = Batches(stream(401), SEQUENCE, global_batch=9, seed=0)
+    share = batches.at(Cursor(), data_rank=0, data_world=1, micro_batch=micro_batch)
+    assert (len(share), len(share[0].tokens)) == shape
+
+
 def test_an_epoch_predicts_every_token_once() -> None:
     tokens = 41
     batches = Batches(stream(tokens), SEQUENCE, global_batch=10, seed=1)
