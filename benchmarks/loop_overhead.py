@@ -32,15 +32,14 @@ from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Metrics
 from opt_train.protocol.framing import Message, to_line
-from opt_train.train import step
 from opt_train.train.loop import train
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
 from opt_train.train.training import Training
 
 AIM = 0.01
-PARTS = ("forward_backward", "average_and_clip", "apply")
-"""Names in `opt_train.train.step` whose time is training; what is left of a step is the loop's."""
+PARTS = ("forward_backward", "grad_norm", "apply")
+"""Methods of the engine whose time is training; what is left of a step is the loop's."""
 
 
 class Stopwatch:
@@ -108,8 +107,6 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
         run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
     )  # fmt: skip
     watch = Stopwatch()
-    for name in PARTS:
-        setattr(step, name, watch.around(name, getattr(step, name)))
     Training.validate = lambda _self: None  # type: ignore[method-assign]
     Training.save = lambda _self: True  # type: ignore[method-assign]
     with (folder / "facts").open("wb", buffering=0) as facts, (folder / "log").open("w") as log:
@@ -118,7 +115,10 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
             facts.write(to_line(fact))  # as a rank does: a line and a system call
 
         with standard_output_to(log.fileno()):
-            train(start(begin, tell, NoOrders(), StopSignals()))
+            run = start(begin, tell, NoOrders(), StopSignals())
+            for name in PARTS:
+                setattr(run.engine, name, watch.around(name, getattr(run.engine, name)))
+            train(run)
         dist.destroy_process_group()
     told = (folder / "facts").read_bytes()
     assert told.count(f'"{Metrics.kind}"'.encode()) >= config.train.steps - 1, "the rank told its metrics"

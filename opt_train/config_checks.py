@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.loss_scale": ("metaseq", "megatron", "fixed"),
     "cluster.kind": ("local",),
     "parallel.activation_checkpointing": ("none", "selective", "full"),
+    "parallel.accumulate": ("shards", "whole"),
     "train.device": ("auto", "cpu", "cuda"),
     "sinks.wandb_mode": ("offline", "online"),
 }

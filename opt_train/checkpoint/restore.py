@@ -1,4 +1,4 @@
-"""A committed checkpoint back into a model and its optimizer, on any number of ranks; all of it, or an error.
+"""A committed checkpoint back into what trains or evaluates, on any number of ranks; all of it, or an error.
 
 Nothing is unpickled: the shards are safetensors, the rest is JSON, and no other file of the folder is opened.
 """
@@ -11,34 +11,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.optim import Optimizer
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes, shifted
-from opt_train.checkpoint.tensors import OPTIMIZER, put_back, tensors_of
+from opt_train.checkpoint.tensors import OPTIMIZER, Restorable
 
 
 def restore(
-    model: nn.Module,
-    optimizer: Optimizer | None,
+    into: Restorable,
     folder: Path,
     manifest: Manifest,
     *,
     process_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Load the checkpoint in `folder` into `model` and `optimizer`. Called by all ranks of `process_group` together.
+    """Load the checkpoint in `folder`. Called by all ranks of `process_group` together.
 
     The files are verified first, each by one of the ranks, so that a large checkpoint is not read whole by each. What
-    the optimizer is told (learning rate, betas, decay) stays as it is. If anything is wrong, model and optimizer must
-    not be used: the error is meant to end the rank.
+    an optimizer is told (learning rate, betas, decay) stays as it is. If anything is wrong, what it went into must not
+    be used: the error is meant to end the rank.
 
     Args:
-        optimizer: None restores the weights alone, as evaluation does.
+        into: without optimizer state the weights alone are restored.
         manifest: from `manifest.read`, with the hash that the supervisor sent.
         process_group: one that communicates CPU tensors (gloo); default: the default group.
         progress: told this rank's verified bytes.
@@ -52,15 +49,16 @@ def restore(
     failure = f"{folder} cannot be restored"
     together(lambda: _verify_share(folder, manifest, rank, world, progress), process_group, failure)
 
-    tensors = tensors_of(model, optimizer)
+    tensors = into.tensors()
+    whole = any(name.startswith(OPTIMIZER) for name in tensors)
     reader = _Reader(folder)
-    together(lambda: _check_same(tensors, reader.read_metadata(), optimizer is not None), process_group, failure)
+    together(lambda: _check_same(tensors, reader.read_metadata(), whole), process_group, failure)
 
     def load() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_tensors(tensors, storage_reader=reader, process_group=process_group, no_dist=alone)
-        put_back(model, optimizer, tensors)
+        into.put_back(tensors)
 
     together(load, process_group, failure)
 

@@ -6,7 +6,8 @@ must not overrule a configuration changed since, as happened to OPT-175B's runs 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +30,34 @@ _STATE = "state."
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))
 """What torch.compile and activation checkpointing put into a parameter's path, and torch's state dicts leave out."""
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Restorable(Protocol):
+    """Whose state is named tensors: an engine, or `ModelAndOptimizer`."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of the state by the names of a checkpoint; what a restore writes into."""
+        ...
+
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make `tensors`, named and shaped as `tensors()` has them, the state."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAndOptimizer:
+    """A model that torch alone spreads, or nothing, and its optimizer; None: the weights alone, as evaluation needs."""
+
+    model: nn.Module
+    optimizer: Optimizer | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See `tensors_of`."""
+        return tensors_of(self.model, self.optimizer)
+
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `put_back`."""
+        put_back(self.model, self.optimizer, tensors)
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.restore import restore
+from opt_train.checkpoint.tensors import ModelAndOptimizer
 from opt_train.config import RunConfig
 from opt_train.model.decoder import OPT
 from opt_train.parallel.fsdp import TYPES
@@ -38,5 +39,5 @@ def load_model(
     with torch.device("meta"):
         model = OPT(config.model).to(TYPES[config.precision.weights])
     model.to_empty(device=device)
-    restore(model, None, folder, committed, progress=progress)
+    restore(ModelAndOptimizer(model), folder, committed, progress=progress)
     return model.to(TYPES[config.precision.compute]).eval().requires_grad_(False)

@@ -76,10 +76,14 @@ def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> N
     The kernel reads the flag, so the host never waits. The bias correction's step count is undone with it.
 
     Args:
-        factor: what `average_and_clip` left for gradients narrower than fp32 to be multiplied by.
+        factor: what gradients are to be multiplied by (`Verdict.factor`), fp32 scalar on the device; None: 1. The
+            kernel does that too, so no pass over the gradients is spent on it.
     """
-    optimizer.found_inf = skip  # type: ignore[attr-defined]  # the attribute torch.amp.GradScaler sets
+    # The attributes that torch.amp.GradScaler sets.
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
     if isinstance(optimizer, MemoryEfficientAdamW):
         optimizer.gradient_factor = factor
+    else:
+        optimizer.grad_scale = None if factor is None else factor.reciprocal()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

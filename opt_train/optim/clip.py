@@ -1,7 +1,7 @@
 """The gradient's average and its global norm, clipped on the device without waiting for it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-class Clipped(NamedTuple):
+class GradNorm(NamedTuple):
     """Scalars on the device, the same on every rank."""
+
+    norm: Tensor
+    """Global L2 norm of the averaged gradient, without the loss scale, fp64."""
+    divisor: Tensor
+    """What makes averages of the summed gradients: the world's tokens times the gradients' scale, fp64."""
+
+
+class Verdict(NamedTuple):
+    """What is to become of a step's gradients. Scalars on the device, the same on every rank."""
 
     norm: Tensor
     """Global L2 norm of the averaged gradient before clipping, without the loss scale, fp64."""
@@ -20,7 +29,7 @@ class Clipped(NamedTuple):
     skip: Tensor
     """fp32: 1 where the norm is not finite, so that no rank may apply it."""
     factor: Tensor
-    """fp32: what gradients narrower than fp32, which would lose it, are still to be multiplied by."""
+    """fp32: what the update multiplies the summed gradients by: average, clipping and loss scale in one."""
 
 
 def predivision(enabled: bool, data_world: int) -> float:
@@ -28,31 +37,27 @@ def predivision(enabled: bool, data_world: int) -> float:
 
     OPT divided by N in two steps, by the square root of N before the sum and again behind it, so that neither what is
     summed underflows nor the sum overflows in fp16 (arXiv 2205.01068, section 2.2). The second half is part of
-    `average_and_clip`'s one multiplication.
+    `Verdict.factor`.
     """
     return 1.0 / math.sqrt(data_world) if enabled else 1.0
 
 
 @torch.no_grad()
-def average_and_clip(
-    parameters: Iterable[Tensor], tokens: Tensor, max_norm: float, grad_scale: Tensor | None = None
-) -> Clipped:
-    """Divide the summed gradients by the world's tokens and by `grad_scale`, and clip their global norm.
+def global_norm(
+    parts: Sequence[Tensor], copies: Sequence[int], tokens: Tensor, grad_scale: Tensor | None = None
+) -> GradNorm:
+    """The norm of the gradient that all ranks hold together, divided by the world's tokens and by `grad_scale`.
 
-    Clipping is that of Pascanu et al. 2013 (arXiv 1211.5063). One small reduction over the world carries all: every
-    rank gets the same norm, so all clip, or skip, alike. Gradients that are skipped hold no meaning afterwards.
+    One small reduction over the world carries all: every rank gets the same norm, so all clip, or skip, alike.
 
     Args:
-        parameters: their `.grad` holds sums over ranks, as `opt_train.parallel.fsdp.build` arranges it.
+        parts: this rank's parts of gradients, sums over ranks.
+        copies: how many ranks hold each of them (`copies_of`).
         tokens: weight of this rank's tokens, fp64 scalar on the device. Ranks that read the same ones share it out.
-        max_norm: largest norm of the averaged gradient.
         grad_scale: fp32 scalar that the gradients came multiplied by; None: 1.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    local = [_local(gradient) for gradient in gradients]
     # In fp32 whatever the gradients are in: an fp16 norm overflows where no element does.
-    norms = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).double()
-    copies = [_copies(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(list(parts), 2, dtype=torch.float32)).double()
     if len(set(copies)) == 1:  # divided once, as a sum: most layouts have no others
         squares = norms.square().sum() / copies[0]
     else:
@@ -60,19 +65,23 @@ def average_and_clip(
     sums = torch.stack([squares, tokens.double()])
     dist.all_reduce(sums)
     divisor = sums[1] if grad_scale is None else sums[1] * grad_scale.double()
-    norm = sums[0].sqrt() / divisor
+    return GradNorm(sums[0].sqrt() / divisor, divisor)
+
+
+@torch.no_grad()
+def clip(grad_norm: GradNorm, max_norm: float) -> Verdict:
+    """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is not finite."""
+    norm = grad_norm.norm
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    factor = (coefficient / divisor).float()
-    if wide := [gradient for gradient in local if gradient.dtype == torch.float32]:
-        torch._foreach_mul_(wide, factor)
-    return Clipped(norm, norm * coefficient, (~norm.isfinite()).float(), factor)
+    return Verdict(norm, norm * coefficient, (~norm.isfinite()).float(), (coefficient / grad_norm.divisor).float())
 
 
-def _local(gradient: Tensor) -> Tensor:
+def local_part(gradient: Tensor) -> Tensor:
+    """What this rank holds of `gradient`."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _copies(gradient: Tensor) -> int:
+def copies_of(gradient: Tensor) -> int:
     """How many ranks of the world hold each element of this rank's part of `gradient`."""
     if not isinstance(gradient, DTensor):
         return dist.get_world_size()

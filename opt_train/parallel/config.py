@@ -14,6 +14,9 @@ class ParallelConfig:
     """Ranks that compute one layer together, with sequence parallelism; the ranks of one node."""
     activation_checkpointing: str = "none"
     """``none``; ``full``: keep each block's input alone and compute the rest again; ``selective``: attention alone."""
+    accumulate: str = "shards"
+    """Where the gradients of several micro-batches add up. ``shards``: summed over ranks after each, and a rank keeps
+    its part; ``whole``: summed over ranks once, and until then each rank keeps all of them in fp32."""
     compile: bool = False
     """Compile each block (torch.compile) at the first step."""
 

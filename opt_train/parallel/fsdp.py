@@ -1,14 +1,21 @@
-"""The model spread over ranks with FSDP2 (`fully_shard`), gradients summed and never averaged."""
+"""The model spread over ranks with FSDP2 (`fully_shard`), gradients summed and never averaged. The default engine."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from opt_train.checkpoint.tensors import put_back, tensors_of
+from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import Progress, initialise
+from opt_train.optim.adamw import apply, make_optimizer
+from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, local_part
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import Sums, loss_of
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
 from opt_train.parallel.tensor import split_over
@@ -75,7 +82,55 @@ def _shard(model: OPT, precision: PrecisionConfig, mesh: DeviceMesh) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward reduces gradients or (all micro-batches but the last) only adds them up locally."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(now)
+class Fsdp2:
+    """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism."""
+
+    def __init__(self, model: OPT, device: torch.device, values: Mapping[str, float], accumulate: str) -> None:
+        """Train `model`, made by `build`.
+
+        Args:
+            values: what is in force (`opt_train.optim.in_force`).
+            accumulate: `ParallelConfig.accumulate`.
+        """
+        self.model = model
+        self.optimizer = make_optimizer(model, values)
+        self._device = device
+        self._accumulate = accumulate
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+        """See `Engine`."""
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        activation_squares = torch.zeros((), dtype=torch.float32, device=self._device)
+        for number, batch in enumerate(micro_batches, start=1):
+            self._reduce_gradients(last=number == len(micro_batches))
+            loss = loss_of(self.model, batch, self._device, grad_scale)
+            # torch's stubs leave backward untyped.
+            loss.loss_sum.backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.loss_sum.detach()
+            activation_squares += loss.activation_squares
+        return Sums(loss_sum, activation_squares)
+
+    def _reduce_gradients(self, last: bool) -> None:
+        """Whether the next backward sums gradients over ranks, or only adds them to what is there."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last or self._accumulate == "shards")
+        # Replicas add up their own shards until the last micro-batch.
+        self.model.set_requires_all_reduce(last)
+
+    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+        """See `Engine`."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        parts = [local_part(gradient) for gradient in gradients]
+        return global_norm(parts, [copies_of(gradient) for gradient in gradients], tokens, grad_scale)
+
+    def apply(self, verdict: Verdict) -> None:
+        """See `Engine`."""
+        apply(self.optimizer, verdict.skip, verdict.factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Engine`; they share memory with the model and the optimizer."""
+        return tensors_of(self.model, self.optimizer)
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        put_back(self.model, self.optimizer, tensors)

@@ -16,13 +16,13 @@ from opt_train.config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
 from opt_train.data.manifest import DatasetManifest, check_fits
 from opt_train.data.prepare import directory_of
-from opt_train.model.decoder import OPT
-from opt_train.optim.adamw import make_optimizer, really_in_force
+from opt_train.optim.adamw import really_in_force
 from opt_train.optim.in_force import differences, in_force
 from opt_train.optim.loss_scale import LossScale, expected_scale
 from opt_train.optim.loss_scale_policy import policy_of
-from opt_train.parallel.fsdp import build
+from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
+from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
 from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
@@ -88,24 +88,23 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     group = joins(begin, config, device, tell)
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
     seed = config.seed if manifest is None else None
-    model = build(
-        config.model, config.precision, config.parallel, layout, device, seed,
+    engine = make_engine(
+        config.model, config.precision, config.parallel, layout, device,
+        values=in_force(config, (), state.step), seed=seed,
         progress=lambda done, all_: tell(Progress(done, all_)),
     )  # fmt: skip
-    optimizer = make_optimizer(model, in_force(config, (), state.step))
     loss_scale = LossScale(policy_of(config.precision), device)
     if manifest is not None:
-        load(model, optimizer, begin, manifest, group, tell)
+        load(engine, begin, manifest, group, tell)
         load_loss_scale(loss_scale, manifest)
-    report_in_force(config, optimizer, loss_scale, state, manifest, dataset, tell)
-    model.train()
+    report_in_force(config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
+    engine.model.train()
     return Training(
         begin=begin,
         config=config,
         layout=layout,
         device=device,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         loss_scale=loss_scale,
         batches=batches,
         validation=validation,
@@ -193,14 +192,9 @@ def read_state(manifest: checkpoint_manifest.Manifest | None, dataset: DatasetMa
 
 
 def load(
-    model: OPT,
-    optimizer: torch.optim.Optimizer,
-    begin: Begin,
-    manifest: checkpoint_manifest.Manifest,
-    group: dist.ProcessGroup,
-    tell: Tell,
+    engine: Engine, begin: Begin, manifest: checkpoint_manifest.Manifest, group: dist.ProcessGroup, tell: Tell
 ) -> None:
-    """Fill model and optimizer from the checkpoint.
+    """Fill the engine from the checkpoint.
 
     Raises:
         CannotStart: its files do not verify.
@@ -209,8 +203,7 @@ def load(
     folder = Path(begin.checkpoint)
     try:
         restore(
-            model,
-            optimizer,
+            engine,
             folder,
             manifest,
             process_group=group,

@@ -4,14 +4,11 @@ import time
 from datetime import UTC, datetime
 
 import torch
-from torch import Tensor
 
 from opt_train.data.batches import MicroBatch
-from opt_train.model.decoder import OPT, Loss
-from opt_train.optim.adamw import apply, put_in_force
-from opt_train.optim.clip import average_and_clip
+from opt_train.optim.adamw import put_in_force
+from opt_train.optim.clip import clip
 from opt_train.optim.in_force import in_force
-from opt_train.parallel.fsdp import sync_gradients
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.state import seed_step
 from opt_train.train.telling import log_line
@@ -38,20 +35,16 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     seed_step(config.seed, state.step, run.begin.rank)
     scale = run.loss_scale.scale
     grad_scale = scale * run.predivision
-    loss_sum, activation_squares = forward_backward(run.model, micro_batches, run.device, grad_scale)
+    sums = run.engine.forward_backward(micro_batches, grad_scale)
     # The ranks of a tensor group have read the same tokens: each counts its part of them.
     tokens = tokens_of(micro_batches) / run.layout.tensor
-    clipped = average_and_clip(
-        run.model.parameters(),
-        torch.tensor(tokens, dtype=torch.float64).to(run.device, non_blocking=True),
-        values["clip"],
-        grad_scale,
-    )
-    readback = Readback(loss_sum, activation_squares, clipped.norm, clipped.clipped_norm, clipped.skip, scale)
+    weight = torch.tensor(tokens, dtype=torch.float64).to(run.device, non_blocking=True)
+    verdict = clip(run.engine.grad_norm(weight, grad_scale), values["clip"])
+    readback = Readback(*sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale)
     _log(run)
-    put_in_force(run.optimizer, values)
-    apply(run.optimizer, clipped.skip, clipped.factor)
-    run.loss_scale.update(clipped.skip)
+    put_in_force(run.engine.optimizer, values)
+    run.engine.apply(verdict)
+    run.loss_scale.update(verdict.skip)
     order_number = run.poll_orders()
     # All of the step is queued by now, so the device works on while the host waits for these.
     own_loss, own_squares, norm, clipped_norm, skip, scale_value = readback.values()
@@ -76,35 +69,6 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
 def tokens_of(micro_batches: list[MicroBatch]) -> float:
     """The weight of the tokens. Weights lie on the host, so counting them there costs the device nothing."""
     return sum(float(batch.weights.numpy().sum()) * batch.tokens.shape[1] for batch in micro_batches)
-
-
-def forward_backward(
-    model: OPT, micro_batches: list[MicroBatch], device: torch.device, grad_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Leave the gradients, summed over tokens and ranks, in the parameters.
-
-    Args:
-        grad_scale: fp32 scalar that the gradients are multiplied by; None: 1.
-
-    Returns:
-        This rank's sums of loss (nats) and of squared activation norms, scalars on the device.
-    """
-    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
-    activation_squares = torch.zeros((), dtype=torch.float32, device=device)
-    for number, batch in enumerate(micro_batches, start=1):
-        sync_gradients(model, now=number == len(micro_batches))
-        loss = model(
-            batch.tokens.to(device, non_blocking=True),
-            batch.targets.to(device, non_blocking=True),
-            batch.weights.to(device, non_blocking=True),
-            grad_scale,
-        )
-        assert isinstance(loss, Loss)
-        # torch's stubs leave backward untyped.
-        loss.loss_sum.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.loss_sum.detach()
-        activation_squares += loss.activation_squares
-    return loss_sum, activation_squares
 
 
 def _log(run: Training) -> None:

@@ -9,13 +9,13 @@ import torch
 
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save as save_checkpoint
-from opt_train.checkpoint.tensors import reshard, tensors_of
+from opt_train.checkpoint.tensors import reshard
 from opt_train.config import RunConfig
 from opt_train.data.batches import Batches, ValidationSet
-from opt_train.model.decoder import OPT, Loss
 from opt_train.optim.clip import predivision
 from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import LossScale
+from opt_train.parallel.engine import Engine, loss_of
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
@@ -48,8 +48,7 @@ class Training:
     config: RunConfig
     layout: Layout
     device: torch.device
-    model: OPT
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     loss_scale: LossScale
     batches: Batches
     validation: ValidationSet
@@ -162,18 +161,15 @@ class Training:
         share = self.validation.share(
             data_rank=self.data_rank, data_world=self.layout.data_world, micro_batch=self.config.train.micro_batch
         )
-        self.model.eval()
+        model = self.engine.model
+        model.eval()
         with torch.no_grad():
             for done, batch in enumerate(share, start=1):
-                loss = self.model(
-                    batch.tokens.to(self.device), batch.targets.to(self.device), batch.weights.to(self.device)
-                )
-                assert isinstance(loss, Loss)
-                loss_sum += loss.loss_sum
+                loss_sum += loss_of(model, batch, self.device).loss_sum
                 sequences += float(batch.weights.sum())
                 self._progress(done * len(batch.weights) * self.layout.data_world, self.validation.sequences)
-        self.model.train()
-        reshard(self.model)
+        model.train()
+        reshard(model)
         tokens = sequences * self.config.data.sequence_length
         share_of_rank = 1 / self.layout.tensor  # the ranks of a tensor group have read the same sequences
         total, count = self.agreement.sum(float(loss_sum) * share_of_rank, tokens * share_of_rank)
@@ -191,7 +187,7 @@ class Training:
         folder = checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
         try:
             files = save_checkpoint(
-                tensors_of(self.model, self.optimizer),
+                self.engine.tensors(),
                 self._state_json(),
                 folder,
                 process_group=self.agreement.group,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from opt_train.checkpoint.manifest import CheckpointError, build, commit, read
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
-from opt_train.checkpoint.tensors import reshard, tensors_of
+from opt_train.checkpoint.tensors import ModelAndOptimizer, reshard, tensors_of
 from opt_train.protocol.facts import SavedFile
 
 WIDTH = 5
@@ -115,7 +115,7 @@ def save_and_resume(root: Path) -> None:
         save_file(at_save, root / "reference.safetensors")
 
     again, its_optimizer = sharded(seed=1)
-    restore(again, its_optimizer, root / "step-00000003", read(root / "step-00000003"))
+    restore(ModelAndOptimizer(again, its_optimizer), root / "step-00000003", read(root / "step-00000003"))
     same(whole(again, its_optimizer), at_save)
     assert train(again, its_optimizer, 3, 3) == losses
     same(whole(again, its_optimizer), whole(model, optimizer))
@@ -124,7 +124,7 @@ def save_and_resume(root: Path) -> None:
 def resume_elsewhere(root: Path) -> None:
     """What `save_and_resume` saved, on another number of ranks."""
     model, optimizer = sharded(seed=2)
-    restore(model, optimizer, root / "step-00000003", read(root / "step-00000003"))
+    restore(ModelAndOptimizer(model, optimizer), root / "step-00000003", read(root / "step-00000003"))
     same(whole(model, optimizer), load_file(root / "reference.safetensors"))
 
 
@@ -146,7 +146,7 @@ def after_evaluation(root: Path) -> None:
     train(model, optimizer, 2, 2)
     with torch.no_grad():
         model(tokens)
-    restore(model, optimizer, folder, read(folder))
+    restore(ModelAndOptimizer(model, optimizer), folder, read(folder))
     same(whole(model, optimizer), at_save)
     reference, its_optimizer = sharded(seed=0)
     assert train(reference, its_optimizer, 0, 4)[2:] == train(model, optimizer, 2, 2)
@@ -161,7 +161,7 @@ def before_the_first_step(root: Path) -> None:
     after = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     again, its_optimizer = sharded(seed=1)
-    restore(again, its_optimizer, folder, read(folder))
+    restore(ModelAndOptimizer(again, its_optimizer), folder, read(folder))
     reference, reference_optimizer = sharded(seed=0)
     losses = train(reference, reference_optimizer, 0, 3)
     assert train(again, its_optimizer, 0, 3) == losses
@@ -198,7 +198,7 @@ def flipped_byte(root: Path) -> None:
         shard.write_bytes(content)
     dist.barrier()
     with pytest.raises(CheckpointError, match=r"wrong checksum|1 other rank failed"):
-        restore(model, optimizer, folder, read(folder))
+        restore(ModelAndOptimizer(model, optimizer), folder, read(folder))
 
 
 def killed_in_the_middle(root: Path) -> None:
@@ -222,7 +222,7 @@ def killed_in_the_middle(root: Path) -> None:
 def restore_before(root: Path) -> None:
     """After `killed_in_the_middle`: the checkpoint before the one that was being written is whole."""
     model, optimizer = sharded(seed=1)
-    restore(model, optimizer, root / "step-00000002", read(root / "step-00000002"))
+    restore(ModelAndOptimizer(model, optimizer), root / "step-00000002", read(root / "step-00000002"))
     same(whole(model, optimizer), load_file(root / "reference.safetensors"))
 
 

@@ -16,7 +16,7 @@ from opt_train.checkpoint import manifest as manifests
 from opt_train.checkpoint.manifest import STATE, CheckpointError
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
-from opt_train.checkpoint.tensors import tensors_of
+from opt_train.checkpoint.tensors import ModelAndOptimizer, tensors_of
 
 torch.set_num_threads(1)
 
@@ -75,7 +75,12 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
     manifest = commit(tmp_path / "c", tensors_of(model, optimizer))
     again, its_optimizer = made(1)
     moved: list[tuple[int, int]] = []
-    restore(again, its_optimizer, tmp_path / "c", manifest, progress=lambda done, total: moved.append((done, total)))
+    restore(
+        ModelAndOptimizer(again, its_optimizer),
+        tmp_path / "c",
+        manifest,
+        progress=lambda done, total: moved.append((done, total)),
+    )
     assert moved[-1] == (manifest.bytes, manifest.bytes)
     assert same(copied(again, its_optimizer), copied(model, optimizer))
     assert again.seen.tolist() == [3, 3]
@@ -108,7 +113,7 @@ def test_what_the_optimizer_is_told_is_not_overruled_by_the_checkpoint(tmp_path:
     train(model, optimizer, 0, 2)
     manifest = commit(tmp_path / "c", tensors_of(model, optimizer))
     again, its_optimizer = made(1, lr=0.5, weight_decay=0.25, eps=1e-4, betas=(0.5, 0.6))
-    restore(again, its_optimizer, tmp_path / "c", manifest)
+    restore(ModelAndOptimizer(again, its_optimizer), tmp_path / "c", manifest)
     (group,) = its_optimizer.param_groups
     assert (group["lr"], group["weight_decay"], group["eps"], group["betas"]) == (0.5, 0.25, 1e-4, (0.5, 0.6))
     assert {float(state["step"]) for state in its_optimizer.state.values()} == {2.0}
@@ -119,7 +124,7 @@ def test_weights_alone_can_be_restored_for_evaluation(tmp_path: Path) -> None:
     train(model, optimizer, 0, 2)
     manifest = commit(tmp_path / "c", tensors_of(model, optimizer))
     again, _ = made(1)
-    restore(again, None, tmp_path / "c", manifest)
+    restore(ModelAndOptimizer(again, None), tmp_path / "c", manifest)
     assert same(tensors_of(again, None), tensors_of(model, None))
 
 
@@ -145,7 +150,7 @@ def test_numbers_in_the_optimizer_s_state_come_back_exactly(tmp_path: Path) -> N
     manifest = commit(tmp_path / "c", tensors_of(model, optimizer))
     again, _ = made(1)
     its_optimizer = Counting(again.parameters())
-    restore(again, its_optimizer, tmp_path / "c", manifest)
+    restore(ModelAndOptimizer(again, its_optimizer), tmp_path / "c", manifest)
     for one, other in zip(optimizer.state.values(), its_optimizer.state.values(), strict=True):
         assert (one["step"], one["rate"]) == (other["step"], other["rate"]) == (5, 1 / 3 / 3 / 3 / 3 / 3)
         assert isinstance(other["step"], int)
@@ -193,7 +198,7 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_the_tensor(
     model, optimizer = made(1)
     before = copied(model, optimizer)
     with pytest.raises(CheckpointError, match=sentence):
-        restore(model, optimizer, tmp_path / "c", manifest)
+        restore(ModelAndOptimizer(model, optimizer), tmp_path / "c", manifest)
     assert same(copied(model, optimizer), before)
 
 
@@ -212,17 +217,17 @@ def test_a_flip_in_any_region_of_a_shard_is_refused_before_anything_is_loaded(tm
         content[where] ^= 4
         shard.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"safetensors has a wrong checksum"):
-            restore(model, optimizer, folder, manifest)
+            restore(ModelAndOptimizer(model, optimizer), folder, manifest)
     for length in (0, 5, 8 + header, len(good) - 1):
         shard.write_bytes(good[:length])
         with pytest.raises(CheckpointError, match=r"safetensors has \d+ bytes instead of"):
-            restore(model, optimizer, folder, manifest)
+            restore(ModelAndOptimizer(model, optimizer), folder, manifest)
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"safetensors is missing"):
-        restore(model, optimizer, folder, manifest)
+        restore(ModelAndOptimizer(model, optimizer), folder, manifest)
     assert same(copied(model, optimizer), before)
     shard.write_bytes(good)
-    restore(model, optimizer, folder, manifest)
+    restore(ModelAndOptimizer(model, optimizer), folder, manifest)
 
 
 def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loaded(tmp_path: Path) -> None:
@@ -240,7 +245,7 @@ def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loade
     files = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     files[shard.name] = (len(content), hashlib.sha256(content).hexdigest())
     with pytest.raises(CheckpointError, match=r"tensor model.layer.weight is incomplete in it: a shard is missing"):
-        restore(*made(1), folder, manifests.build(folder, "1.00", 1, files))
+        restore(ModelAndOptimizer(*made(1)), folder, manifests.build(folder, "1.00", 1, files))
 
 
 class Canary:
@@ -260,7 +265,7 @@ def test_a_planted_pickle_executes_nothing(tmp_path: Path) -> None:
     for name in (".metadata", "__0_0.distcp", "model.pt", "optimizer.pth", "data.pkl", "model.safetensors.index.json"):
         (folder / name).write_bytes(pickle.dumps(Canary(canary)))
     again, its_optimizer = made(1)
-    restore(again, its_optimizer, folder, manifests.verify(folder))
+    restore(ModelAndOptimizer(again, its_optimizer), folder, manifests.verify(folder))
     assert same(copied(again, its_optimizer), copied(model, optimizer))
     assert not canary.exists()
     pickle.loads((folder / ".metadata").read_bytes())
@@ -290,4 +295,4 @@ def test_what_an_aborted_save_left_is_harmless(tmp_path: Path) -> None:
         (folder / name).write_bytes(b"left over")
     manifest = commit(folder, copied(*made(0)))
     assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest.files, "manifest.json"])
-    restore(*made(1), folder, manifest)
+    restore(ModelAndOptimizer(*made(1)), folder, manifest)

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 
 from opt_train.config import to_json
+from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
-from opt_train.model.decoder import OPT
-from opt_train.optim.adamw import apply, make_optimizer, put_in_force, really_in_force
-from opt_train.optim.clip import average_and_clip
+from opt_train.optim.adamw import put_in_force, really_in_force
+from opt_train.optim.clip import clip
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.fsdp import build
+from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
+from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
@@ -46,33 +47,32 @@ def world(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def trained(precision: PrecisionConfig) -> tuple[OPT, torch.optim.Optimizer]:
+def trained(precision: PrecisionConfig) -> Engine:
     """A sharded model with two updates behind it, so that moments are not zero."""
-    model = build(TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, seed=0)
-    optimizer = make_optimizer(model, VALUES)
+    engine = make_engine(TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0)
     for _ in range(2):
-        backward(model)
-        update(model, optimizer)
-    return model, optimizer
+        backward(engine)
+        update(engine)
+    return engine
 
 
-def backward(model: OPT) -> None:
+def backward(engine: Engine) -> None:
     block = torch.randint(0, TINY.vocab_size, (2, 17))
-    model(block[:, :-1], block[:, 1:]).loss_sum.backward()
+    engine.forward_backward([MicroBatch(block[:, :-1], block[:, 1:], torch.ones(2))])
 
 
-def update(model: OPT, optimizer: torch.optim.Optimizer) -> bool:
-    clipped = average_and_clip(model.parameters(), torch.tensor(32.0, dtype=torch.float64), 1.0)
-    put_in_force(optimizer, VALUES)
-    apply(optimizer, clipped.skip, clipped.factor)
-    return bool(clipped.skip)
+def update(engine: Engine, tokens: float = 32.0) -> bool:
+    verdict = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), 1.0)
+    put_in_force(engine.optimizer, VALUES)
+    engine.apply(verdict)
+    return bool(verdict.skip)
 
 
-def everything(model: OPT, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+def everything(engine: Engine) -> dict[str, bytes]:
     """The bytes of all that training carries."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+    for name, parameter in engine.model.named_parameters():
+        state = engine.optimizer.state[parameter]
         tensors[name] = parameter.to_local()
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{name}.{moment}"] = state[moment].to_local()
@@ -84,45 +84,44 @@ def everything(model: OPT, optimizer: torch.optim.Optimizer) -> dict[str, bytes]
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_gradient_changes_nothing(value: float, precision: PrecisionConfig) -> None:
     """Multiplying a step by 0 would leave NaN behind: 0 x NaN is NaN."""
-    model, optimizer = trained(precision)
-    before = everything(model, optimizer)
-    backward(model)
-    model.model.decoder.layers[1].fc1.weight.grad.to_local()[3, 5] = value
-    assert update(model, optimizer)
-    assert everything(model, optimizer) == before
-    assert really_in_force(optimizer)["updates"] == 2
+    engine = trained(precision)
+    before = everything(engine)
+    backward(engine)
+    engine.model.model.decoder.layers[1].fc1.weight.grad.to_local()[3, 5] = value
+    assert update(engine)
+    assert everything(engine) == before
+    assert really_in_force(engine.optimizer)["updates"] == 2
     # And the next step is as if the skipped one had never been.
-    backward(model)
-    assert not update(model, optimizer)
-    assert everything(model, optimizer) != before
-    assert really_in_force(optimizer)["updates"] == 3
+    backward(engine)
+    assert not update(engine)
+    assert everything(engine) != before
+    assert really_in_force(engine.optimizer)["updates"] == 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_batch_without_tokens_is_skipped(precision: PrecisionConfig) -> None:
     """A division by no tokens at all must not reach the weights."""
-    model, optimizer = trained(precision)
-    before = everything(model, optimizer)
-    backward(model)
-    clipped = average_and_clip(model.parameters(), torch.tensor(0.0, dtype=torch.float64), 1.0)
-    apply(optimizer, clipped.skip, clipped.factor)
-    assert everything(model, optimizer) == before
+    engine = trained(precision)
+    before = everything(engine)
+    backward(engine)
+    assert update(engine, tokens=0.0)
+    assert everything(engine) == before
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_optimizer_path_never_waits_for_the_device(precision: PrecisionConfig) -> None:
-    model, optimizer = trained(precision)
+    engine = trained(precision)
     scale = LossScale(policy_of(precision), CPU)
-    backward(model)
+    backward(engine)
     tokens = torch.tensor(32.0, dtype=torch.float64)
     with Syncs() as syncs:
-        clipped = average_and_clip(model.parameters(), tokens, 1.0, scale.scale)
-        put_in_force(optimizer, VALUES)
-        apply(optimizer, clipped.skip, clipped.factor)
-        scale.update(clipped.skip)
+        verdict = clip(engine.grad_norm(tokens, scale.scale), 1.0)
+        put_in_force(engine.optimizer, VALUES)
+        engine.apply(verdict)
+        scale.update(verdict.skip)
     assert syncs.seen == []
     with Syncs() as syncs:
-        clipped.norm.item()
+        verdict.norm.item()
     assert len(syncs.seen) == 1  # the instrument works
 
 
@@ -160,7 +159,7 @@ def test_step_waits_for_the_device_at_one_place_alone(
     noting(Readback, "values", "the readback")
     noting(torch.Tensor, "tolist", "tolist")
     noting(torch.Tensor, "item", "item")
-    noting(run.optimizer, "step", "the update")
+    noting(run.engine.optimizer, "step", "the update")
     noting(LossScale, "update", "the scale")
     take_step(run, *read_batch(run))  # what is done once, such as FSDP's set-up, is done
     happened.clear()

@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
-from opt_train.model.decoder import OPT
-from opt_train.optim.adamw import apply, make_optimizer, put_in_force
-from opt_train.optim.clip import Clipped, average_and_clip, predivision
+from opt_train.optim.adamw import put_in_force
+from opt_train.optim.clip import Verdict, clip, predivision
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
-from opt_train.train.step import forward_backward, tokens_of
+from opt_train.parallel.make_engine import make_engine
+from opt_train.train.step import tokens_of
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(
@@ -41,8 +40,7 @@ class Trainer:
 
     def __init__(self, layout: Layout, precision: PrecisionConfig, rank: int) -> None:
         self.layout, self.rank = layout, rank
-        self.model: OPT = build(TINY, precision, ParallelConfig(), layout, CPU, seed=3)
-        self.optimizer = make_optimizer(self.model, VALUES)
+        self.engine = make_engine(TINY, precision, ParallelConfig(), layout, CPU, values=VALUES, seed=3)
         self.scale = LossScale(policy_of(precision), CPU)
         self.predivision = predivision(precision.predivide and precision.compute == "fp16", layout.data_world)
         self.step = 0
@@ -53,25 +51,25 @@ class Trainer:
         mine = blocks[self.layout.data_rank(self.rank) :: self.layout.data_world]
         batch = MicroBatch(mine[:, :-1], mine[:, 1:], torch.ones(len(mine)))
         self.grad_scale = self.scale.scale * self.predivision
-        forward_backward(self.model, [batch], CPU, self.grad_scale)
+        self.engine.forward_backward([batch], self.grad_scale)
         self.tokens = tokens_of([batch]) / self.layout.tensor
 
-    def update(self) -> Clipped:
+    def update(self) -> Verdict:
         tokens = torch.tensor(self.tokens, dtype=torch.float64)
-        clipped = average_and_clip(self.model.parameters(), tokens, 0.5, self.grad_scale)
-        put_in_force(self.optimizer, VALUES)
-        apply(self.optimizer, clipped.skip, clipped.factor)
-        self.scale.update(clipped.skip)
-        return clipped
+        verdict = clip(self.engine.grad_norm(tokens, self.grad_scale), 0.5)
+        put_in_force(self.engine.optimizer, VALUES)
+        self.engine.apply(verdict)
+        self.scale.update(verdict.skip)
+        return verdict
 
     def norm_by_hand(self) -> float:
         """Of the whole gradient, gathered, averaged over the 8 x 16 tokens."""
-        wholes = [whole(p.grad).double() for p in self.model.parameters() if p.grad is not None]
+        wholes = [whole(p.grad).double() for p in self.engine.model.parameters() if p.grad is not None]
         return math.sqrt(sum(float(grad.square().sum()) for grad in wholes)) / 128 / float(self.grad_scale)
 
     def digest(self) -> str:
         """Of all that training carries on this rank."""
-        tensors = [t for p in self.model.parameters() for t in (p, *self.optimizer.state[p].values())]
+        tensors = [t for p in self.engine.model.parameters() for t in (p, *self.engine.optimizer.state[p].values())]
         return hashlib.sha256(b"".join(local(t).detach().numpy().tobytes() for t in tensors)).hexdigest()
 
 
@@ -83,7 +81,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def plant(model: OPT, value: float, turn: int) -> None:
+def plant(model: nn.Module, value: float, turn: int) -> None:
     """Into one element of one gradient of this rank, another one each time."""
     held = [p.grad for p in model.parameters() if p.grad is not None and local(p.grad).numel()]
     flat = local(held[turn % len(held)]).view(-1)
@@ -103,7 +101,7 @@ def record(layout: Layout, precision: PrecisionConfig, rank: int) -> dict[str, A
         trainer.backward()
         before = trainer.digest()
         if rank == victim:
-            plant(trainer.model, float(value), turn)
+            plant(trainer.engine.model, float(value), turn)
         skips.append(float(trainer.update().skip))
         scales.append(float(trainer.scale.scale))
         untouched.append(trainer.digest() == before)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
-from opt_train.checkpoint.tensors import tensors_of
+from opt_train.checkpoint.tensors import ModelAndOptimizer, tensors_of
 from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import apply, make_optimizer, really_in_force
 from opt_train.optim.memory_efficient import MemoryEfficientAdamW
@@ -197,7 +197,7 @@ def test_checkpoint_brings_moments_back_in_fp32(tmp_path: Path) -> None:
 
     other, into = sharded(precision)
     content = (folder / manifest.MANIFEST).read_bytes()
-    restore(other, into, folder, manifest.read(folder, hashlib.sha256(content).hexdigest()))
+    restore(ModelAndOptimizer(other, into), folder, manifest.read(folder, hashlib.sha256(content).hexdigest()))
     found = tensors_of(other, into)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opt_train.optim.clip import average_and_clip, predivision
+from opt_train.optim.adamw import apply
+from opt_train.optim.clip import Verdict, clip, global_norm, predivision
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,11 @@ def world(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def judged(gradients: list[torch.Tensor], tokens: float, max_norm: float, grad_scale: torch.Tensor | None) -> Verdict:
+    counted = torch.tensor(tokens, dtype=torch.float64)
+    return clip(global_norm(gradients, [1] * len(gradients), counted, grad_scale), max_norm)
 
 
 def test_half_of_the_division_is_the_root() -> None:
@@ -33,36 +39,45 @@ def test_sum_that_overflows_fp16_does_not_when_predivided() -> None:
 
 @pytest.mark.parametrize("data_world", [1, 2, 124, 992])
 def test_average_undoes_scale_and_predivision_in_its_one_multiplication(data_world: int) -> None:
-    weights = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
     sums = [torch.arange(1.0, 6.0), torch.full((5,), 3.0)]
     grad_scale = torch.tensor(64.0) * predivision(True, data_world)
-    for weight, each in zip(weights, sums, strict=True):
-        weight.grad = each * grad_scale
-    tokens = torch.tensor(16.0, dtype=torch.float64)
-    clipped = average_and_clip(weights, tokens, 1e9, grad_scale)
-    for weight, each in zip(weights, sums, strict=True):
-        torch.testing.assert_close(weight.grad, each / 16.0)
-    assert clipped.norm.item() == pytest.approx(100.0**0.5 / 16.0, rel=1e-6)
-    assert clipped.clipped_norm.item() == pytest.approx(clipped.norm.item())
-    assert clipped.skip.item() == 0.0
+    verdict = judged([each * grad_scale for each in sums], 16.0, 1e9, grad_scale)
+    assert verdict.factor.item() == pytest.approx(1 / 16.0 / grad_scale.item(), rel=1e-6)
+    assert verdict.norm.item() == pytest.approx(100.0**0.5 / 16.0, rel=1e-6)
+    assert verdict.clipped_norm.item() == pytest.approx(verdict.norm.item())
+    assert verdict.skip.item() == 0.0
 
 
 def test_clipping_goes_by_the_norm_without_the_loss_scale() -> None:
-    weight = torch.nn.Parameter(torch.zeros(4))
-    weight.grad = torch.full((4,), 3.0 * 16.0 * 1024.0)
-    tokens, grad_scale = torch.tensor(16.0, dtype=torch.float64), torch.tensor(1024.0)
-    clipped = average_and_clip([weight], tokens, 0.5, grad_scale)
-    assert clipped.norm.item() == pytest.approx(6.0)
-    assert clipped.clipped_norm.item() == pytest.approx(0.5)
-    torch.testing.assert_close(weight.grad.norm(), torch.tensor(0.5))
+    gradient = torch.full((4,), 3.0 * 16.0 * 1024.0)
+    verdict = judged([gradient], 16.0, 0.5, torch.tensor(1024.0))
+    assert verdict.norm.item() == pytest.approx(6.0)
+    assert verdict.clipped_norm.item() == pytest.approx(0.5)
+    torch.testing.assert_close((gradient * verdict.factor).norm(), torch.tensor(0.5))
+
+
+def test_optimizer_moves_by_the_averaged_and_clipped_gradient() -> None:
+    """The kernel multiplies: moments and weights come out as torch's own clipping leaves them."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1.0, 1.0, 64)) for _ in range(2))
+    one, other = (torch.optim.AdamW([weight], lr=0.1, fused=True) for weight in (ours, theirs))
+    for _ in range(5):
+        average = torch.randn(64)
+        theirs.grad = average.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        other.step()
+        ours.grad = average * 16.0 * 1024.0
+        verdict = judged([ours.grad], 16.0, 0.5, torch.tensor(1024.0))
+        apply(one, verdict.skip, verdict.factor)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(one.state[ours]["exp_avg"], other.state[theirs]["exp_avg"], rtol=1e-6, atol=1e-8)
 
 
 def test_norm_of_fp16_gradients_overflows_only_where_they_do() -> None:
     """Four numbers of 60,000 have a norm of 120,000, which fp16 has not: no reason to skip a step."""
-    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
-    weight.grad = torch.full((4,), 60_000.0, dtype=torch.float16)
-    clipped = average_and_clip([weight], torch.tensor(1.0, dtype=torch.float64), 1.0)
-    assert (clipped.norm.item(), clipped.skip.item()) == (120_000.0, 0.0)
+    gradient = torch.full((4,), 60_000.0, dtype=torch.float16)
+    verdict = judged([gradient], 1.0, 1.0, None)
+    assert (verdict.norm.item(), verdict.skip.item()) == (120_000.0, 0.0)
     # Its gradients are left as they are: multiplied by the factor they would be too small for fp16.
-    assert (weight.grad == 60_000.0).all()
-    assert clipped.factor.item() == pytest.approx(1 / 120_000.0)
+    assert (gradient == 60_000.0).all()
+    assert verdict.factor.item() == pytest.approx(1 / 120_000.0)

@@ -1,7 +1,7 @@
 """One rank of the layout suite: `layout_ranks.py RANK WORLD STORE CASES`; prints one JSON object, the curves by case.
 
-A case is the JSON list `[name, [replicate, shard, tensor], activation_checkpointing, compile, model changes]`. Every
-case trains the same model on the same global batches with the trainer's own parts.
+A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every case trains the
+same model on the same global batches with the trainer's own parts.
 """
 
 import json
@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from opt_train.checkpoint.tensors import MODEL as MODEL_PREFIX
 from opt_train.data.batches import MicroBatch, share_of
 from opt_train.model.config import ModelConfig
-from opt_train.optim.adamw import apply, make_optimizer, put_in_force
-from opt_train.optim.clip import average_and_clip
+from opt_train.optim.adamw import put_in_force
+from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
-from opt_train.train.step import forward_backward
+from opt_train.parallel.make_engine import make_engine
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -57,25 +57,27 @@ def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
 
 def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int) -> dict[str, Any]:
     """Losses and gradient norms of `STEPS` steps, and sums that tell initial weights apart."""
-    model = build(config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, seed=3)
-    initial = {name: digest(parameter) for name, parameter in model.named_parameters()}
-    optimizer = make_optimizer(model, VALUES)
+    engine = make_engine(config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, values=VALUES, seed=3)
+    initial = {
+        name.removeprefix(MODEL_PREFIX): digest(tensor)
+        for name, tensor in engine.tensors().items()
+        if name.startswith(MODEL_PREFIX)
+    }
     losses, norms, activations = [], [], []
     for step in range(STEPS):
         batches = share(step, layout.data_rank(rank), layout.data_world)
-        loss_sum, squares = forward_backward(model, batches, CPU)
+        loss_sum, squares = engine.forward_backward(batches)
         tokens = float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE
         sums = torch.tensor([float(loss_sum), float(squares), tokens], dtype=torch.float64)
         dist.all_reduce(sums)
         loss, square, _ = (sums / sums[2]).tolist()
         losses.append(loss)
         activations.append(square**0.5)
-        clipped = average_and_clip(
-            model.parameters(), torch.tensor(tokens / layout.tensor, dtype=torch.float64), VALUES["clip"]
-        )
-        norms.append(float(clipped.norm))
-        put_in_force(optimizer, VALUES)
-        apply(optimizer, clipped.skip)
+        weight = torch.tensor(tokens / layout.tensor, dtype=torch.float64)
+        verdict = clip(engine.grad_norm(weight), VALUES["clip"])
+        norms.append(float(verdict.norm))
+        put_in_force(engine.optimizer, VALUES)
+        engine.apply(verdict)
     return {"losses": losses, "norms": norms, "activations": activations, "initial": initial}
 
 
@@ -94,11 +96,10 @@ def main() -> None:
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     curves = {}
-    for name, degrees, checkpointing, compiled, changes in json.loads(sys.argv[4]):
+    for name, degrees, ways, changes in json.loads(sys.argv[4]):
         began = time.monotonic()
         torch.compiler.reset()
-        parallel = ParallelConfig(activation_checkpointing=checkpointing, compile=compiled)
-        curves[name] = train(Layout(*degrees), parallel, replace(MODEL, **changes), rank)
+        curves[name] = train(Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes), rank)
         curves[name]["seconds"] = time.monotonic() - began
     print(json.dumps(curves if rank == 0 else {}))
     dist.destroy_process_group()

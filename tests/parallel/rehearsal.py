@@ -28,12 +28,10 @@ from opt_train.config import RunConfig, compose
 from opt_train.data.batches import MicroBatch, share_of
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
-from opt_train.optim.adamw import apply, make_optimizer
-from opt_train.optim.clip import average_and_clip
+from opt_train.optim.clip import clip
 from opt_train.optim.in_force import in_force
-from opt_train.parallel.fsdp import construct
+from opt_train.parallel.fsdp import Fsdp2, construct
 from opt_train.parallel.layout import Layout
-from opt_train.train.step import forward_backward
 
 CPU = torch.device("cpu")
 
@@ -75,28 +73,29 @@ def rehearse(config: RunConfig, world_size: int) -> Rehearsal:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             batches = _micro_batches(config, layout)
             # One layer fills DTensor's caches, for which it tries each operation on whole tensors.
-            forward_backward(_empty(replace(config, model=replace(config.model, layers=1)), layout, fake), batches, CPU)
+            values, accumulate = in_force(config, (), 0), config.parallel.accumulate
+            small = _empty(replace(config, model=replace(config.model, layers=1)), layout, fake)
+            Fsdp2(small, CPU, values, accumulate).forward_backward(batches)
             model = _empty(config, layout, fake)
             with _Largest() as drawn:
                 initialise(model, config.model, config.seed)
-            values = in_force(config, (), 0)
-            optimizer = make_optimizer(model, values)
+            engine = Fsdp2(model, CPU, values, accumulate)
             tokens = torch.ones((), dtype=torch.float64)
-            tracker = FSDPMemTracker(model, optimizer)
+            tracker = FSDPMemTracker(model, engine.optimizer)
             with _Collectives() as collectives, _Largest() as largest:
                 with tracker:
-                    forward_backward(model, batches, CPU)
+                    engine.forward_backward(batches)
                     gradients = _bytes(p.grad for p in model.parameters())
-                    clipped = average_and_clip(model.parameters(), tokens, values["clip"])
+                    verdict = clip(engine.grad_norm(tokens), values["clip"])
                 # The tracker takes the optimizer's DTensors for whole tensors; the fused update allocates nothing.
-                apply(optimizer, clipped.skip)
+                engine.apply(verdict)
             (peak,) = tracker.get_tracker_snapshot("peak").values()
             return Rehearsal(
                 parameters=sum(p.numel() for p in model.parameters()),
                 state={
                     "parameters": _bytes(model.parameters()),
                     "gradients": gradients,
-                    "optimizer": _bytes(_moments(model, optimizer)),
+                    "optimizer": _bytes(_moments(model, engine.optimizer)),
                 },
                 peak={getattr(kind, "value", str(kind)): size for kind, size in peak.items()},
                 largest_temporary=max(drawn.bytes, largest.bytes),

@@ -19,25 +19,35 @@ SCRIPT = Path(__file__).with_name("layout_ranks.py")
 SHAPES = ((1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4))
 """Every (replicate, shard, tensor) of four ranks."""
 CHECKPOINTING = ("none", "selective", "full")
+ACCUMULATE = ("shards", "whole")
 CASES = [
-    (shape, mode, column == row % len(CHECKPOINTING))
+    (shape, mode, ACCUMULATE[(row + column) % 2], column == row % len(CHECKPOINTING))
     for row, shape in enumerate(SHAPES)
     for column, mode in enumerate(CHECKPOINTING)
 ]
-"""Every shape with every mode; each shape and each mode also compiled."""
+"""Every shape with every mode; each shape and each mode also compiled, and with both ways to accumulate gradients."""
 RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
 
 pytestmark = pytest.mark.timeout(400)
 
 
-def name_of(shape: Sequence[int], mode: str, compiled: bool) -> str:
-    return f"{'x'.join(map(str, shape))} {mode}{' compiled' if compiled else ''}"
+Case = tuple[Sequence[int], str, str, bool]
 
 
-def run(folder: Path, world: int, cases: Sequence[tuple[Sequence[int], str, bool, dict[str, Any]]]) -> dict[str, Any]:
+def name_of(shape: Sequence[int], mode: str, accumulate: str, compiled: bool) -> str:
+    return f"{'x'.join(map(str, shape))} {mode} {accumulate}{' compiled' if compiled else ''}"
+
+
+def run(folder: Path, world: int, cases: Sequence[Case], changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """The curves of each case by its name."""
     named = [
-        (name_of(shape, mode, compiled), shape, mode, compiled, changes) for shape, mode, compiled, changes in cases
+        (
+            name_of(*case),
+            case[0],
+            {"activation_checkpointing": case[1], "accumulate": case[2], "compile": case[3]},
+            changes or {},
+        )
+        for case in cases
     ]
     return run_script(SCRIPT, world, json.dumps(named), folder=folder, seconds=300)[0]
 
@@ -81,22 +91,20 @@ def reference() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = [(shape, mode, compiled, {}) for shape, mode, compiled in CASES if not compiled]
-    return run(tmp_path_factory.mktemp("layouts"), 4, cases)
+    return run(tmp_path_factory.mktemp("layouts"), 4, [case for case in CASES if not case[-1]])
 
 
 @pytest.fixture(scope="module")
 def four_ranks_compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = [(shape, mode, compiled, {}) for shape, mode, compiled in CASES if compiled]
-    return run(tmp_path_factory.mktemp("compiled"), 4, cases)
+    return run(tmp_path_factory.mktemp("compiled"), 4, [case for case in CASES if case[-1]])
 
 
-@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if not case[2]])
+@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if not case[-1]])
 def test_layout_follows_the_textbook(name: str, four_ranks: dict[str, Any], reference: dict[str, Any]) -> None:
     check_same(four_ranks[name], reference)
 
 
-@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if case[2]])
+@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if case[-1]])
 def test_compiled_layout_follows_the_textbook(
     name: str, four_ranks_compiled: dict[str, Any], reference: dict[str, Any]
 ) -> None:
@@ -106,11 +114,11 @@ def test_compiled_layout_follows_the_textbook(
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_same_global_batch_on_fewer_ranks(world: int, tmp_path: Path, reference: dict[str, Any]) -> None:
     """Eight sequences do not divide by three: two ranks get three, one gets two and padding that weighs nothing."""
-    (curves,) = run(tmp_path, world, [((1, world, 1), "none", False, {})]).values()
+    (curves,) = run(tmp_path, world, [((1, world, 1), "none", "shards", False)]).values()
     check_same(curves, reference)
 
 
 def test_released_350m_variant_is_split_too(tmp_path: Path) -> None:
     """Post-LayerNorm and a projected embedding over a tensor group."""
-    (curves,) = run(tmp_path, 4, [((1, 2, 2), "full", False, RELEASED_350M)]).values()
+    (curves,) = run(tmp_path, 4, [((1, 2, 2), "full", "shards", False)], RELEASED_350M).values()
     check_same(curves, textbook(RELEASED_350M))

@@ -28,12 +28,13 @@ from opt_train.train.training import Training
 
 def plant(run: Training, poison_step: int, terminate_step: int, orders: list[list[int]], orders_fd: int) -> None:
     """At one step the rank's loss becomes infinite; at another somebody sends it SIGTERM; at some, orders."""
-    forward = run.model.forward
+    model = run.engine.model
+    forward = model.forward
     orders = list(orders)
 
     def faulty(*arguments: torch.Tensor) -> torch.Tensor | Loss:
         loss = forward(*arguments)
-        if not run.model.training:
+        if not model.training:
             return loss
         if run.state.step == terminate_step:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -42,7 +43,7 @@ def plant(run: Training, poison_step: int, terminate_step: int, orders: list[lis
         assert isinstance(loss, Loss)
         return loss._replace(loss_sum=loss.loss_sum * math.inf) if run.state.step == poison_step else loss
 
-    run.model.forward = faulty  # type: ignore[method-assign]  # planted in this one instance
+    model.forward = faulty  # type: ignore[method-assign]  # planted in this one instance
 
 
 def main(rank: int, world_size: int, store: str, specification: str) -> None:
@@ -79,9 +80,9 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
         "state": to_payload(state.to_json()),
         "words": {"losses": [repr(loss) for loss in state.losses], "updates": state.updates},
         "weights": hashlib.sha256(
-            b"".join(parameter.to_local().detach().numpy().tobytes() for parameter in run.model.parameters())
+            b"".join(parameter.to_local().detach().numpy().tobytes() for parameter in run.engine.model.parameters())
         ).hexdigest(),
-        "optimizer_steps": sorted({float(each["step"]) for each in run.optimizer.state.values()}),
+        "optimizer_steps": sorted({float(each["step"]) for each in run.engine.optimizer.state.values()}),
     }
     dist.barrier()
     print(json.dumps(summary), flush=True)

@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from opt_train.optim.clip import average_and_clip
+from opt_train.optim.clip import clip, global_norm
 from opt_train.protocol.framing import to_line
 from opt_train.protocol.orders import Save
 from opt_train.train.orders import ControlPipe, StopSignals
@@ -47,7 +47,7 @@ def main(rank: int, world_size: int, store: str) -> None:
         if chance.random() < 0.02:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
-        clipped = average_and_clip([parameter], torch.tensor(2.0), 1.0)
+        verdict = clip(global_norm([parameter.grad], [world_size], torch.tensor(2.0)), 1.0)
         if rank == 1 and step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
         while moments and moments[0] == step:
@@ -58,8 +58,8 @@ def main(rank: int, world_size: int, store: str) -> None:
         own = Own(
             loss_sum=float("inf") if step in poisoned else rank + step,
             tokens=2.0,
-            grad_norm=float(clipped.norm),
-            skipped=bool(clipped.skip),
+            grad_norm=float(verdict.norm),
+            skipped=bool(verdict.skip),
             wants_to_stop=bool(signals.received),
             step_seconds=float(rank),
         )

@@ -1,0 +1,73 @@
+"""What spreads a model over ranks and trains it there: engines behind one protocol, chosen by `parallel.engine`.
+
+An engine computes gradients and moves weights. Batches, loss scale, clipping, the decision to skip and the LR are the
+trainer's, the same for every engine, and are decided on the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from opt_train.data.batches import MicroBatch
+from opt_train.model.decoder import Loss
+from opt_train.optim.clip import GradNorm, Verdict
+
+
+class Sums(NamedTuple):
+    """A rank's sums over the tokens of its micro-batches; scalars on the device, detached."""
+
+    loss_sum: Tensor
+    """Nats, fp32."""
+    activation_squares: Tensor
+    """Of the last layer's output, fp32."""
+
+
+class Engine(Protocol):
+    """One rank's part of the model and its optimizer. Every rank calls the same methods in the same order."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Called as `OPT.forward` is, it gives sums of the loss; for a validation, without gradients."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Its groups are told LR, betas, eps and decay before each step (`opt_train.optim.adamw.put_in_force`)."""
+        ...
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+        """Compute the gradients, *summed* over tokens and ranks.
+
+        Args:
+            grad_scale: fp32 scalar on the device that the gradients are multiplied by; None: 1.
+        """
+        ...
+
+    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+        """The norm of what `forward_backward` computed, over the world (`opt_train.optim.clip.global_norm`)."""
+        ...
+
+    def apply(self, verdict: Verdict) -> None:
+        """Move the weights, or leave everything as it was, to the bit; then forget the gradients."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer state by the names of a checkpoint, the same with every engine."""
+        ...
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make `tensors`, named and shaped as `tensors()` has them, the state."""
+        ...
+
+
+def loss_of(model: nn.Module, batch: MicroBatch, device: torch.device, grad_scale: Tensor | None = None) -> Loss:
+    """`model`'s sums over one micro-batch, differentiable where gradients are on."""
+    tokens, targets, weights = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.targets, batch.weights)
+    )
+    loss = model(tokens, targets, weights, grad_scale)
+    assert isinstance(loss, Loss)
+    return loss
