@@ -2,7 +2,7 @@
 # make test     lint, types, import contracts, tests
 # make test-end-to-end   whole runs that break and recover, some five minutes more
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
-# make docs     rewrite the generated part of docs/configuration.md
+# make docs     rewrite the generated parts of README.md and docs/configuration.md
 # make clean    remove the environment and caches; runs/ and prepared/ stay
 
 PYTHON ?= python3
@@ -59,7 +59,7 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/loop_overhead.py
 
 docs: $(VENV)/installed
-	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -44,8 +44,6 @@ def _configured(verb: Callable[["RunConfig", list[str], Path | None], int]) -> C
     """What every configured verb does before its own work: compose, and obey `--cfg` and `--multirun`."""
 
     def obey(flags: argparse.Namespace, overrides: list[str]) -> int:
-        if flags.cfg not in (None, "job"):
-            raise BadInput(f"--cfg={flags.cfg} is not possible; only --cfg=job is")
         jobs = _jobs(flags, overrides)
         if flags.cfg:
             return _print_configurations(jobs, flags.multirun)
@@ -65,6 +63,8 @@ def _jobs(flags: argparse.Namespace, overrides: list[str]) -> list[tuple[list[st
     """
     from opt_train.config import compose, expand
 
+    if flags.cfg not in (None, "job"):
+        raise BadInput(f"--cfg={flags.cfg} is not possible; only --cfg=job is")
     if not flags.multirun:
         return [(overrides, _with_fault_plan_checked(compose(overrides, flags.config_dir)))]
     jobs = []
@@ -144,9 +144,10 @@ def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | Non
     manifest = prepare(config.data, config.tokenizer, lambda line: print(line, flush=True))
     check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
     verify_dataset(directory)
+    sets = "".join(f", {named.tokens:,} of the set {named.name}" for named in manifest.sets)
     print(
         f"{directory}: {manifest.train_tokens:,} training and "
-        f"{manifest.validation_tokens:,} validation tokens, vocabulary {manifest.vocab_size:,}"
+        f"{manifest.validation_tokens:,} validation tokens{sets}, vocabulary {manifest.vocab_size:,}"
     )
     return DONE
 
@@ -162,6 +163,21 @@ def _train(config: "RunConfig", _job: list[str], _config_directory: Path | None)
     from opt_train.cli_train import train
 
     return train(config)
+
+
+def _plan(flags: argparse.Namespace, overrides: list[str]) -> int:
+    """Unlike `_configured`: a plan reads neither corpus nor tokenizer, and its flags hold for every job."""
+    from opt_train.cli_plan import UNREAD, plan, wishes_of
+
+    if flags.cfg:
+        return _print_configurations(_jobs(flags, overrides), flags.multirun)
+    return plan([config for _, config in _jobs(flags, [*UNREAD, *overrides])], wishes_of(flags))
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    from opt_train.cli_plan import add_flags
+
+    add_flags(parser)
 
 
 # Verbs about a run --------------------------------------------------------------------------------------------
@@ -188,7 +204,7 @@ def _checkpoints(flags: argparse.Namespace, _rest: list[str]) -> int:
 def _evaluate(flags: argparse.Namespace, _rest: list[str]) -> int:
     from opt_train.cli_evaluate import evaluate
 
-    return evaluate(flags.run, flags.checkpoint, as_json=flags.json)
+    return evaluate(flags.run, flags.checkpoint, flags.sets, as_json=flags.json)
 
 
 def _generate(flags: argparse.Namespace, _rest: list[str]) -> int:
@@ -205,6 +221,14 @@ def _add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="", metavar="STEP", help="a step or a path; by default the newest good one"
     )
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_flag(parser)
+    parser.add_argument(
+        "--set", action="append", default=[], dest="sets", metavar="NAME",
+        help="a validation set, more than once for several; by default all that the data holds",
+    )  # fmt: skip
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +268,18 @@ VERBS = {
         _configured(_train),
         configured=True,
     ),
+    "plan": Verb(
+        "say what a run needs, before it starts: memory, communication, padding, time, disk",
+        (
+            "opt-train plan experiment=opt-175b",
+            "opt-train plan experiment=opt-175b cluster.nodes=123 --allow-idle --json",
+            "opt-train plan experiment=opt-1.3b --gpu H100 --mfu 0.42 --rehearse",
+            "opt-train plan --multirun 'experiment=glob(opt-*)'",
+        ),
+        _plan,
+        configured=True,
+        add_flags=_add_plan_flags,
+    ),
     "status": Verb("say how a run is doing", ("opt-train status runs/demo",), _status, configured=False),
     "stop": Verb(
         "ask a run to save and stop; `run` resumes it", ("opt-train stop runs/demo",), _stop, configured=False
@@ -252,11 +288,11 @@ VERBS = {
         "list a run's checkpoints", ("opt-train checkpoints runs/demo --json",), _checkpoints, configured=False
     ),
     "evaluate": Verb(
-        "measure a checkpoint's perplexity on the validation text",
-        ("opt-train evaluate runs/demo", "opt-train evaluate name=demo --checkpoint 400 --json"),
+        "measure a checkpoint's perplexity on the validation sets",
+        ("opt-train evaluate runs/demo", "opt-train evaluate name=demo --checkpoint 400 --set validation --json"),
         _evaluate,
         configured=False,
-        add_flags=_add_checkpoint_flag,
+        add_flags=_add_evaluation_flags,
     ),
     "generate": Verb(
         "let a checkpoint go on with a text",

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,11 @@ from opt_train.cli_run import check_same_data
 from opt_train.config import RunConfig, from_json
 from opt_train.data import tokenizer
 from opt_train.data.batches import ValidationSet, open_split
-from opt_train.data.manifest import TOKENIZER_FILE, DatasetManifest, check_fits
+from opt_train.data.manifest import HELD_OUT, TOKENIZER_FILE, TRAIN, DatasetManifest, check_fits
 from opt_train.evaluate.generate import Sampling
 from opt_train.evaluate.generate import generate as generated
 from opt_train.evaluate.load import device_of, load_model
-from opt_train.evaluate.perplexity import perplexity
+from opt_train.evaluate.perplexity import Measured, perplexity
 from opt_train.model.decoder import OPT
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.supervisor.state import Checkpoint
@@ -83,6 +83,21 @@ class Subject:
             f"--checkpoint={wanted} is not in {self.run.path}; `opt-train checkpoints {self.run.path}` lists them"
         )
 
+    def sets_named(self, wanted: Sequence[str]) -> list[str]:
+        """The validation sets to measure: those `wanted`, or all that have a whole sequence.
+
+        Raises:
+            BadInput: the data holds no such set.
+        """
+        held = {name: tokens for name, tokens in self.dataset.splits.items() if name != TRAIN}
+        for name in wanted:
+            if name not in held:
+                raise BadInput(
+                    f"--set={name} is not in {self.data}, which holds {', '.join(held)}; "
+                    "`opt-train prepare` adds what data.validation_sets names"
+                )
+        return list(dict.fromkeys(wanted)) or [n for n, size in held.items() if size > self.config.data.sequence_length]
+
     def load(self) -> OPT:
         """The model.
 
@@ -109,40 +124,64 @@ class Subject:
         return loaded
 
 
-def evaluate(run: Path, checkpoint: str, as_json: bool) -> int:
-    """Print the perplexity of a run's checkpoint on the validation split of the run's data."""
+def evaluate(run: Path, checkpoint: str, sets: Sequence[str], as_json: bool) -> int:
+    """Print the perplexity of a run's checkpoint on validation sets of the run's data.
+
+    Args:
+        sets: their names; empty: all that the data holds and that are long enough for this run.
+    """
     subject = Subject(run, checkpoint)
     config = subject.config
     length = config.data.sequence_length
     check_fits(subject.dataset, vocab_size=config.model.vocab_size, sequence_length=length)
-    validation = ValidationSet(open_split(subject.data, "validation", verify=True), length)
-    measured = perplexity(
-        subject.load(),
-        validation,
-        micro_batch=config.train.micro_batch,
-        device=subject.device,
-        progress=_telling("evaluated", "sequences"),
-    )
-    is_number = math.isfinite(measured.loss)
-    if as_json:
-        payload = {
-            "name": subject.name,
-            "checkpoint": subject.checkpoint.path,
-            "attempt": subject.checkpoint.attempt,
-            "step": subject.checkpoint.step,
-            "validation_loss": measured.loss if is_number else None,
-            "validation_perplexity": measured.perplexity if is_number else None,
-            "tokens": measured.tokens,
-            "unigram_perplexity": subject.dataset.unigram_perplexity,
-        }
-        print(json.dumps(payload, indent=2))
-        return DONE
-    print(
-        f"{subject.name} at step {subject.checkpoint.step}: validation perplexity {measured.perplexity:.2f} "
-        f"(loss {measured.loss:.4f} nats a token, {measured.tokens:,} tokens); "
-        f"a unigram model of the same data has {subject.dataset.unigram_perplexity:.1f}"
-    )
+    opened = {
+        name: ValidationSet(open_split(subject.data, name, verify=True), length, name)
+        for name in subject.sets_named(sets)
+    }
+    model = subject.load()
+    measured = {
+        name: perplexity(
+            model,
+            validation,
+            micro_batch=config.train.micro_batch,
+            device=subject.device,
+            progress=_telling(f"evaluated on {name}", "sequences"),
+        )
+        for name, validation in opened.items()
+    }
+    print(_as_json(subject, measured) if as_json else _as_table(subject, measured))
     return DONE
+
+
+def _as_json(subject: Subject, measured: Mapping[str, Measured]) -> str:
+    payload = {
+        "name": subject.name,
+        "checkpoint": subject.checkpoint.path,
+        "attempt": subject.checkpoint.attempt,
+        "step": subject.checkpoint.step,
+        "unigram_perplexity": subject.dataset.unigram_perplexity,
+        "sets": [
+            {
+                "name": name,
+                "tokens": result.tokens,
+                "loss": result.loss if math.isfinite(result.loss) else None,
+                "perplexity": result.perplexity if math.isfinite(result.loss) else None,
+            }
+            for name, result in measured.items()
+        ],
+    }
+    return json.dumps(payload, indent=2)
+
+
+def _as_table(subject: Subject, measured: Mapping[str, Measured]) -> str:
+    width = max(len(name) for name in ("set", *measured))
+    lines = [f"{subject.name} at step {subject.checkpoint.step}; loss in nats a token"]
+    lines.append(f"{'set':{width}} {'tokens':>14} {'loss':>9} {'perplexity':>11}")
+    for name, result in measured.items():
+        lines.append(f"{name:{width}} {result.tokens:>14,} {result.loss:>9.4f} {result.perplexity:>11.2f}")
+    if HELD_OUT in measured:
+        lines.append(f"a unigram model of the same data has {subject.dataset.unigram_perplexity:.1f} on {HELD_OUT}")
+    return "\n".join(lines)
 
 
 def generate(

@@ -19,8 +19,9 @@ from opt_logbook.run_directory import RunDirectory
 import opt_train
 from opt_train.cli_about import summary
 from opt_train.config import RunConfig, difference, from_json, to_json, to_yaml
-from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.data.manifest import DATASET_FILE, DatasetManifest, check_fits
 from opt_train.data.prepare import check_prepared_by, directory_of
+from opt_train.data.prepare_sets import check_sets
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.sinks.start import SinkProcesses
@@ -33,6 +34,9 @@ BYTES_PER_PARAMETER = 12
 
 PACKAGES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "safetensors")
 """What else decides the numbers; their versions go into every attempt's journal line, and a lineage keeps to them."""
+
+RANKS_A_CORE = 8
+"""More on a machine without GPUs are a mistake: tests and trials have two or four."""
 
 FILES_NAMED = 3
 """Sources that are told by name when they are not those a lineage began with; the others are counted."""
@@ -66,9 +70,10 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     if plan.is_finished:
         print(summary(directory))
         return DONE
+    check_machine(config)
     if plan.is_new:
         check_room(directory, config)
-    if plan.is_new or not (data / "dataset.json").exists():
+    if plan.is_new or not _has_all(data, resolved):
         code = prepare()
         if code != DONE:
             return code
@@ -81,6 +86,11 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     if directory.journal.exists():  # somebody may have removed the run under its supervisor
         print(summary(directory))
     return code
+
+
+def _has_all(data: Path, config: RunConfig) -> bool:
+    """Whether the prepared data is there, with every named validation set."""
+    return (data / DATASET_FILE).exists() and not check_sets(DatasetManifest.read(data), config.data, data)
 
 
 def _supervise(
@@ -254,6 +264,24 @@ def check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
                 f"data.directory holds other tokens than those {directory.path} was trained on "
                 f"({manifest.fingerprint[:12]} instead of {event.data_fingerprint[:12]}); prepare the same corpus again"
             )
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse to start a cluster's recipe on one machine by mistake, with a process for every rank of it.
+
+    Raises:
+        BadInput: the local cluster's ranks are more than this machine can be meant to hold.
+    """
+    if config.cluster.kind != "local":
+        return
+    gpus = 0 if config.train.device == "cpu" else sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+    cores = len(os.sched_getaffinity(0))
+    has = f"{gpus} GPUs" if gpus else f"{cores} cores"
+    if config.world_size > (gpus or RANKS_A_CORE * cores):
+        raise BadInput(
+            f"cluster=local would start {config.world_size} ranks on this machine of {has}; "
+            "set cluster.nodes=1 cluster.buffer_nodes=0 and cluster.slots_per_node to what it holds"
+        )
 
 
 def check_room(directory: RunDirectory, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ round. What is missing is the judgement: nobody restarts it, diagnoses it or giv
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock, LockHeld
 from opt_logbook.metrics import MetricsWriter, number_of
 from opt_logbook.run_directory import RunDirectory
+from opt_logbook.words import perplexity_on
 
 from opt_train import cli_run
 from opt_train.cli_about import summary
@@ -101,7 +103,13 @@ def train(config: RunConfig) -> int:
     if leads:
         _render(directory)
         print(summary(directory))
-    return EXIT_OF.get(code, code)
+    code = EXIT_OF.get(code, code)
+    if config.parallel.engine != "fsdp2":
+        # Both other engines sometimes abort the interpreter as it ends, when all is done (1 exit in 10, measured).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _render(directory: RunDirectory) -> None:
@@ -269,7 +277,7 @@ class LoneRun:
             case Validation():
                 perplexity = math.exp(min(fact.loss, 700.0))
                 self._append(ValidationMeasured(fact.name, fact.loss, perplexity, fact.tokens), step=fact.step)
-                print(f"step {fact.step}: validation perplexity {perplexity:.2f}", flush=True)
+                print(f"step {fact.step}: {perplexity_on(fact.name).lower()} {perplexity:.2f}", flush=True)
             case ShardsSaved():
                 self._reports[rank] = fact
                 if len(self._reports) == self._config.world_size:

@@ -117,10 +117,16 @@ OPERATIONAL = (
     "lineage",
     "data.name",
     "data.directory",
+    "data.validation_sets",
     "data.shard_tokens",
     "parallel",
+    "optim.fused",
     "train.micro_batch",
     "train.validate_every",
+    "train.validate_sets_every",
+    "train.layer_norms_every",
+    "train.attention_logit_every",
+    "train.speed_probe_every",
     "train.device",
     "train.threads",
     "train.collective_timeout_seconds",
@@ -289,7 +295,7 @@ def _parsed(overrides: Sequence[str]) -> list["Override"]:
         except HydraException:
             raise BadInput(
                 f"{text!r} is not key=value; write model=tiny or optim.lr=3e-4, "
-                "and double quotes around a value with spaces or brackets: 'data.corpus=\"my text\"'"
+                "and double quotes around a value with spaces, brackets or =: 'data.corpus=\"my text\"'"
             ) from None
     return parsed
 

@@ -4,8 +4,10 @@ import importlib.util
 import math
 import re
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opt_train.data.named_sets import named_sets
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.protocol.exits import BadInput
 
@@ -18,7 +20,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.compute": ("fp32", "bf16", "fp16"),
     "precision.weights": ("fp32", "fp16"),
     "precision.loss_scale": ("metaseq", "megatron", "fixed"),
+    "optim.fused": ("auto", "torch", "apex"),
     "cluster.kind": ("local",),
+    "parallel.engine": ("fsdp2", "fairscale", "deepspeed"),
     "parallel.activation_checkpointing": ("none", "selective", "full"),
     "parallel.accumulate": ("shards", "whole"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -29,7 +33,7 @@ POSITIVE = (
     "model.layers", "model.heads", "model.d_model", "model.ffn", "model.vocab_size", "model.positions",
     "model.init_std",
     "data.sequence_length", "data.shard_tokens", "tokenizer.vocab_size",
-    "parallel.replicate", "parallel.tensor",
+    "parallel.replicate", "parallel.tensor", "parallel.zero_stage",
     "optim.lr", "optim.eps", "optim.clip", "optim.final_fraction",
     "train.steps", "train.global_batch", "train.micro_batch", "train.collective_timeout_seconds",
     "train.max_nonfinite_steps",
@@ -45,11 +49,19 @@ NOT_NEGATIVE = (
     "model.embed_dim",
     "precision.loss_scale_initial", "precision.loss_scale_window_steps", "precision.loss_scale_floor",
     "seed", "data.max_bytes", "parallel.shard", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
-    "train.validate_every", "train.threads", "cluster.buffer_nodes", "supervisor.settle_seconds", "faults.seed",
+    "train.validate_every", "train.validate_sets_every", "train.threads", "cluster.buffer_nodes",
+    "train.layer_norms_every", "train.attention_logit_every", "train.speed_probe_every",
+    "supervisor.settle_seconds", "faults.seed",
 )  # fmt: skip
 
 BELOW_ONE = ("model.dropout", "data.validation_fraction", "optim.beta1", "optim.beta2")
 """From 0 to 1, 1 itself excluded."""
+
+EXAMPLE_FILES = {
+    "data.corpus": "texts",
+    "tokenizer.vocab_file": "vocab.json",
+    "tokenizer.merges_file": "merges.txt",
+}
 
 SMALLEST_BPE = 260
 """The 256 bytes and OPT's four special tokens."""
@@ -67,6 +79,7 @@ def check(config: "RunConfig") -> None:
     _model_and_data(config)
     _batches(config)
     _layout(config)
+    _engine(config)
     _precision(config)
     _cluster(config)
     if config.optim.warmup_steps >= config.train.steps:
@@ -131,12 +144,8 @@ def _model_and_data(config: "RunConfig") -> None:
             f"data.sequence_length={data.sequence_length} is longer than model.positions={model.positions}; "
             f"use data.sequence_length={model.positions} or fewer, or more positions"
         )
-    if not data.corpus:
-        raise BadInput("data.corpus has no value; give a file, a folder or a glob, as data.corpus=texts")
-    files = (tokenizer.vocab_file, tokenizer.merges_file)
-    if (tokenizer.name == "gpt2" or any(files)) and not all(files):
-        missing = "merges_file" if tokenizer.vocab_file else "vocab_file"
-        raise BadInput(f"tokenizer.{missing} has no value; GPT-2's vocabulary needs both files, vocab and merges")
+    _files(config)
+    named_sets(data)
     if tokenizer.vocab_file:
         return
     if tokenizer.vocab_size < SMALLEST_BPE:
@@ -149,6 +158,25 @@ def _model_and_data(config: "RunConfig") -> None:
             f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
             f"train fewer entries or set model.vocab_size={tokenizer.vocab_size}"
         )
+
+
+def _files(config: "RunConfig") -> None:
+    """What only the user has: text, and GPT-2's two files where they are asked for. One sentence names all of it."""
+    tokenizer = config.tokenizer
+    both = {"tokenizer.vocab_file": tokenizer.vocab_file, "tokenizer.merges_file": tokenizer.merges_file}
+    wanted = {"data.corpus": config.data.corpus}
+    if tokenizer.name == "gpt2" or any(both.values()):
+        wanted |= both
+    match [key for key, value in wanted.items() if not value]:
+        case []:
+            pass
+        case ["data.corpus"]:
+            raise BadInput("data.corpus has no value; give a file, a folder or a glob, as data.corpus=texts")
+        case [key]:
+            raise BadInput(f"{key} has no value; GPT-2's vocabulary needs both files, vocab and merges")
+        case missing:
+            examples = " ".join(f"{key}={EXAMPLE_FILES[key]}" for key in missing)
+            raise BadInput(f"{_listed(missing, 'and')} have no value; give them, as {examples}")
 
 
 def _batches(config: "RunConfig") -> None:
@@ -185,12 +213,62 @@ def _layout(config: "RunConfig") -> None:
         )
 
 
+def _engine(config: "RunConfig") -> None:
+    """What the engines beside torch's own need, and what they cannot do."""
+    parallel = config.parallel
+    engine = parallel.engine
+    if engine == "fsdp2":
+        return
+    for key in ("replicate", "tensor"):
+        if (degree := getattr(parallel, key)) != 1:
+            raise BadInput(
+                f"parallel.engine={engine} shards over all ranks and knows no parallel.{key}={degree}; "
+                f"use parallel.{key}=1, or parallel.engine=fsdp2"
+            )
+    if config.optim.fused == "apex":
+        raise BadInput(
+            f"parallel.engine={engine} updates with torch's AdamW, not optim.fused=apex; use optim.fused=auto"
+        )
+    if engine == "fairscale" and config.train.device == "cpu":
+        raise BadInput("parallel.engine=fairscale needs GPUs, and train.device=cpu has none; use parallel.engine=fsdp2")
+    if engine == "deepspeed":
+        _deepspeed(config)
+    if importlib.util.find_spec(engine) is None:
+        raise BadInput(f"parallel.engine={engine} is not installed; pip install 'opt-train[{engine}]'")
+
+
+def _deepspeed(config: "RunConfig") -> None:
+    """What ZeRO cannot do, all or some of its stages."""
+    parallel, stage = config.parallel, config.parallel.zero_stage
+    if stage not in (1, 2, 3):
+        raise BadInput(f"parallel.zero_stage={stage} is not possible; use 1, 2 or 3")
+    if config.precision.compute == "fp16":
+        raise BadInput(
+            "parallel.engine=deepspeed computes in fp32 or bf16, not in precision.compute=fp16; "
+            "use parallel.engine=fsdp2 or fairscale"
+        )
+    if stage == 3 and parallel.compile:
+        raise BadInput(
+            "parallel.compile=true cannot look through the hooks that parallel.zero_stage=3 puts into each layer; "
+            "use parallel.compile=false or parallel.zero_stage=2"
+        )
+    if stage > 1 and parallel.accumulate == "whole":
+        raise BadInput(
+            f"parallel.accumulate=whole goes with parallel.zero_stage=1, because stage {stage} sums over ranks after "
+            "each micro-batch; use parallel.accumulate=shards"
+        )
+
+
 def _precision(config: "RunConfig") -> None:
     precision = config.precision
     if precision.weights == "fp16" and precision.compute != "fp16":
         raise BadInput(
             f"precision.weights=fp16 goes with precision.compute=fp16, not {precision.compute}; "
             "use precision.weights=fp32"
+        )
+    if precision.weights == "fp16" and config.optim.fused == "apex":
+        raise BadInput(
+            "optim.fused=apex updates fp32 weights, not those of precision.weights=fp16; use optim.fused=auto"
         )
     for key in ("loss_scale_initial", "loss_scale_floor"):
         scale = getattr(precision, key)
@@ -243,7 +321,7 @@ def _nearest_divisors(number: int, wanted: int) -> str:
     return _listed(sorted({below, above}))
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(items: Sequence[object], last: str = "or") -> str:
     """`1, 2 or 4`."""
-    words = [str(n) for n in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass, replace
 
 from opt_logbook import metrics
-from opt_logbook.events import RunFinished, RunHalted, RunStopped
-from opt_logbook.incidents import Attempt, Story
+from opt_logbook.events import HELD_OUT, RunFinished, RunHalted, RunStopped
+from opt_logbook.incidents import Attempt, Story, by_set
 from opt_logbook.summary import end_lines, summarize
 from opt_logbook.tell_attempt import tell_attempt, tell_before
 from opt_logbook.tell_incident import IncidentStory, place_of, tell_incident
 from opt_logbook.told import Said
-from opt_logbook.words import duration, listed, listed_briefly, many, moment, sentence, short
+from opt_logbook.words import duration, listed, listed_briefly, many, moment, perplexity_on, sentence, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +188,13 @@ def _result_rows(story: Story) -> list[tuple[str, Said]]:
     losses = [(line["step"], loss) for line in story.kept if (loss := metrics.number_of(line, "loss")) is not None]
     if losses:
         rows.append(("Training loss", Said(f"{losses[-1][1]:.3f} nats a token at step {losses[-1][0]:,}")))
-    validated = [told for attempt in story.attempts for told in attempt.validated]
-    if validated:
+    unigram = story.created.event.unigram_perplexity if story.created else 0.0
+    for name, validated in by_set(told for attempt in story.attempts for told in attempt.validated).items():
         last = validated[-1]
-        unigram = story.created.event.unigram_perplexity if story.created else 0.0
         text = f"{last.event.perplexity:.1f} at step {last.step or 0:,}"
-        if unigram and math.isfinite(last.event.perplexity):
+        if name == HELD_OUT and unigram and math.isfinite(last.event.perplexity):
             text += f"; unigram model {unigram:.1f}, so {last.event.perplexity / unigram:.0%} of it"
-        rows.append(("Validation perplexity", Said(text, (last.line,))))
+        rows.append((perplexity_on(name), Said(text, (last.line,))))
     return rows
 
 

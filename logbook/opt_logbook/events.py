@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+HELD_OUT = "validation"
+"""The validation set that every run has: the part of its corpus that is held out. Others have names of their own."""
+
 
 class Event:
     """Base of the kinds; `registry` maps a line's `kind` to its class."""
@@ -322,6 +325,7 @@ class ValidationMeasured(Event, kind="validation"):
     """Loss in nats per token and perplexity over the whole named validation set, at the line's step."""
 
     name: str
+    """``validation``: the part of the corpus that is held out; otherwise one of the run's `data.validation_sets`."""
     loss: float
     perplexity: float
     tokens: int

@@ -13,6 +13,7 @@ from opt_logbook import metrics
 from opt_logbook.attempt import AttemptId
 from opt_logbook.chain import Reading
 from opt_logbook.events import (
+    HELD_OUT,
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
@@ -205,6 +206,14 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     story_incidents = [incidents[number] for number in sorted(incidents)]
     totals = _totals(created, attempts, story_incidents, measured.lines, kept, until)
     return Story(reading, measured, created, end, before, attempts, story_incidents, totals, now, until, tuple(kept))
+
+
+def by_set(validated: Iterable[Told[ValidationMeasured]]) -> dict[str, list[Told[ValidationMeasured]]]:
+    """What was measured on each validation set by itself: the held-out part first, the others by name."""
+    sets: dict[str, list[Told[ValidationMeasured]]] = {}
+    for told in validated:
+        sets.setdefault(told.event.name, []).append(told)
+    return dict(sorted(sets.items(), key=lambda item: (item[0] != HELD_OUT, item[0])))
 
 
 def _in_order(attempts: Iterable[Attempt]) -> list[Attempt]:

@@ -10,7 +10,7 @@ from opt_logbook.words import duration, printable
 FIGURES = (
     ("steps", "Loss, learning rate and gradient norm by step, coloured by attempt; pale: steps that were lost"),
     ("wall_clock", "Training loss by wall clock, coloured by attempt; pale: steps that were lost, shaded: no training"),
-    ("validation", "Validation perplexity, and a unigram model of the same data"),
+    ("validation", "Validation perplexity of each set by itself, and a unigram model of the held-out text"),
 )
 """File name and caption of each figure."""
 

@@ -16,8 +16,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from opt_logbook import metrics
-from opt_logbook.incidents import Incident, Story
-from opt_logbook.words import moment
+from opt_logbook.events import HELD_OUT, ValidationMeasured
+from opt_logbook.incidents import Incident, Story, Told, by_set
+from opt_logbook.words import moment, printable
 
 INK, FAINT, GRID, ALARM = "#22272e", "#68717c", "#d9dde2", "#c03a2b"
 ATTEMPT_COLOURS = ("#3273c8", "#d07a1f", "#2a9387", "#8a5cc0", "#7f8f1f", "#b0567f", "#9a6b3f")
@@ -26,6 +27,9 @@ POINTS_MAX = 6000
 
 MARKS_MAX = 15
 """More incidents than these are marked by a short tick without a number."""
+
+SETS_DRAWN_MAX = 12
+"""Of more validation sets than these the others are in the logbook's entries alone."""
 
 STEPS_MAX = 10**15
 """A damaged line may hold a step of hundreds of digits, which no axis can show."""
@@ -80,8 +84,9 @@ def draw(story: Story) -> dict[str, str]:
     if parts and any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
         drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story, parts))
         drawn["wall_clock"] = _svg("wall_clock", (7.2, 3.1), lambda figure: _draw_wall_clock(figure, story, parts))
-    if any(attempt.validated for attempt in story.attempts):
-        drawn["validation"] = _svg("validation", (7.2, 2.8), lambda figure: _draw_validation(figure, story))
+    if sets := len(_validated(story)):
+        height = 2.8 if sets == 1 else 1.2 + 1.6 * min(sets, SETS_DRAWN_MAX)
+        drawn["validation"] = _svg("validation", (7.2, height), lambda figure: _draw_validation(figure, story))
     return drawn
 
 
@@ -140,24 +145,35 @@ def _draw_wall_clock(figure: Figure, story: Story, parts: list[Part]) -> None:
 
 
 def _draw_validation(figure: Figure, story: Story) -> None:
-    axes = figure.subplots()
-    everything = [
-        (float(told.step or 0), told.event.perplexity)
-        for attempt in story.attempts
-        for told in attempt.validated
-        if (told.step or 0) < STEPS_MAX
-    ]
+    """A panel for each set: perplexities of different texts have no common scale."""
+    sets = _validated(story)
+    drawn = list(sets.items())[:SETS_DRAWN_MAX]
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, measured) in zip(panels, drawn, strict=True):
+        _draw_set(axes, story, name, measured)
+    panels[-1].set_xlim(left=0)
+    left_out = f" (sets not drawn: {len(sets) - len(drawn):,})" if len(sets) > len(drawn) else ""
+    panels[-1].set_xlabel(f"step{left_out}")
+    _legend(panels[0], story, incidents=False)
+
+
+def _validated(story: Story) -> dict[str, list[Told[ValidationMeasured]]]:
+    return by_set(told for attempt in story.attempts for told in attempt.validated)
+
+
+def _draw_set(axes: Axes, story: Story, name: str, measured: list[Told[ValidationMeasured]]) -> None:
+    everything = [(float(told.step or 0), told.event.perplexity) for told in measured if (told.step or 0) < STEPS_MAX]
     axes.plot(*_columns(sorted(dict(everything).items())), color=FAINT, linewidth=0.9)
     for index, attempt in enumerate(story.attempts):
         points = [
             (float(told.step or 0), told.event.perplexity)
             for told in attempt.validated
-            if 0 < told.event.perplexity < math.inf and (told.step or 0) < STEPS_MAX
+            if told.event.name == name and 0 < told.event.perplexity < math.inf and (told.step or 0) < STEPS_MAX
         ]
         if points:
             axes.plot(*_columns(points), color=colour_of(index), marker="o", markersize=5, linestyle="none")
     axes.set_yscale("log")
-    unigram = story.created.event.unigram_perplexity if story.created else 0.0
+    unigram = story.created.event.unigram_perplexity if story.created and name == HELD_OUT else 0.0
     if unigram > 0:
         axes.axhline(unigram, color=FAINT, linestyle=(0, (5, 3)), linewidth=1)
         axes.annotate(
@@ -166,10 +182,9 @@ def _draw_validation(figure: Figure, story: Story) -> None:
         )  # fmt: skip
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-    axes.set_xlim(left=0)
-    axes.set_ylabel("validation perplexity")
-    axes.set_xlabel("step")
-    _legend(axes, story, incidents=False)
+    axes.set_ylabel("validation perplexity" if name == HELD_OUT else "perplexity")
+    if name != HELD_OUT:
+        axes.set_title(printable(name), loc="left", fontsize=9, parse_math=False)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------

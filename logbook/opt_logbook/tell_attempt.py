@@ -7,9 +7,9 @@ from typing import Any
 from opt_logbook import events as kinds
 from opt_logbook.codec import to_json_value
 from opt_logbook.events import Entry
-from opt_logbook.incidents import Attempt, Told
+from opt_logbook.incidents import Attempt, Told, by_set
 from opt_logbook.told import Said
-from opt_logbook.words import bytes_in_words, clock, duration, listed, listed_briefly, many, sentence
+from opt_logbook.words import bytes_in_words, clock, duration, listed, listed_briefly, many, perplexity_on, sentence
 
 _TOLD_ELSEWHERE = (
     kinds.RunCreated,
@@ -95,10 +95,12 @@ def _saved(saved: list[Told[kinds.CheckpointCommitted]]) -> list[Said]:
 
 
 def _validated(validated: list[Told[kinds.ValidationMeasured]]) -> list[Said]:
-    if not validated:
-        return []
-    points = listed_briefly(f"{told.event.perplexity:.1f} at step {told.step or 0:,}" for told in validated)
-    return [Said(f"Validation perplexity {points}.", tuple(told.line for told in validated))]
+    said: list[Said] = []
+    for name, measured in by_set(validated).items():
+        points = listed_briefly(f"{told.event.perplexity:.1f} at step {told.step or 0:,}" for told in measured)
+        colon = "" if name == kinds.HELD_OUT else ":"
+        said.append(Said(f"{perplexity_on(name)}{colon} {points}.", tuple(told.line for told in measured)))
+    return said
 
 
 def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kind

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
+from opt_logbook.events import HELD_OUT
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 CAUSES = {
@@ -88,6 +90,11 @@ def short(number: float) -> str:
 def many(number: int, thing: str) -> str:
     """``1 step``, ``2,000 steps``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def perplexity_on(validation_set: str) -> str:
+    """``Validation perplexity``, or ``Perplexity on web`` for a set of that name."""
+    return "Validation perplexity" if validation_set == HELD_OUT else f"Perplexity on {validation_set}"
 
 
 def bytes_in_words(number: int) -> str:

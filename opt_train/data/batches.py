@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from opt_train.data.manifest import SPLITS, TOKENIZER_FILE, DatasetManifest, Shard
+from opt_train.data.manifest import HELD_OUT, TOKENIZER_FILE, TRAIN, DatasetManifest, Shard
 from opt_train.data.order import Cursor, SampleOrder
+from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.data.tokenizer import PAD
 from opt_train.protocol.exits import BadInput
 
@@ -59,17 +60,21 @@ class TokenStream:
 def open_split(
     directory: Path, split: str, verify: bool, progress: Callable[[int, int], None] | None = None
 ) -> TokenStream:
-    """Map the shards of ``train`` or ``validation``.
+    """Map the shards of ``train``, ``validation`` or a named set.
 
     Sizes are always compared with the manifest; with `verify` every byte is (about 1.5 GB/s), and `progress` is told
     the bytes done and in all after each piece.
 
     Raises:
-        BadInput: a shard is missing, of the wrong size, or its checksum is wrong; the message names the file.
+        BadInput: there is no such set, or a shard is missing, of the wrong size, or its checksum is wrong; the message
+            names the file.
     """
-    if split not in SPLITS:
-        raise ValueError(f"{split!r} is not one of {SPLITS}")
     manifest = DatasetManifest.read(directory)
+    if split not in manifest.splits:
+        raise BadInput(
+            f"{directory} holds no validation set {split!r}; name it in data.validation_sets and run "
+            "`opt-train prepare`"
+        )
     shards = manifest.shards_of(split)
     total = sum(shard.bytes for shard in shards)
     done = 0
@@ -93,7 +98,7 @@ class Batches:
         self._tokens = tokens
         self._sequence_length = sequence_length
         self.global_batch = global_batch
-        samples = _samples_in(tokens, sequence_length, "train")
+        samples = _samples_in(tokens, sequence_length, TRAIN)
         self.order = SampleOrder(samples, seed)
 
     def at(self, cursor: Cursor, *, data_rank: int, data_world: int, micro_batch: int) -> list[MicroBatch]:
@@ -104,11 +109,10 @@ class Batches:
         positions = share_of(self.global_batch, data_rank, data_world)
         samples = [self.order.index(cursor.samples + position) for position in positions]
         largest = len(share_of(self.global_batch, 0, data_world))
-        # Split evenly: 9 sequences by 8 are two micro-batches of 5, not 8 and one that is nearly all padding.
-        rows = -(-largest // -(-largest // micro_batch))
+        number, rows = micro_batches_of(largest, micro_batch)
         return [
             _micro_batch(self._tokens, self._sequence_length, samples[first : first + rows], rows)
-            for first in range(0, largest, rows)
+            for first in range(0, number * rows, rows)
         ]
 
     def after(self, cursor: Cursor) -> Cursor:
@@ -117,12 +121,12 @@ class Batches:
 
 
 class ValidationSet:
-    """All whole sequences of the validation split, in order, shared between ranks."""
+    """All whole sequences of the validation split or of a named set, in order, shared between ranks."""
 
-    def __init__(self, tokens: TokenStream, sequence_length: int) -> None:
+    def __init__(self, tokens: TokenStream, sequence_length: int, split: str = HELD_OUT) -> None:
         self._tokens = tokens
         self._sequence_length = sequence_length
-        self.sequences = _samples_in(tokens, sequence_length, "validation")
+        self.sequences = _samples_in(tokens, sequence_length, split)
 
     def share(self, *, data_rank: int, data_world: int, micro_batch: int) -> Iterator[MicroBatch]:
         """The rank's sequences, in as many micro-batches of the same shape on every rank."""
@@ -147,17 +151,8 @@ def verify_dataset(directory: Path) -> None:
         raise _unreadable(tokenizer, directory, error) from None
     if found != manifest.tokenizer_sha256:
         raise _changed(tokenizer, directory)
-    for split in SPLITS:
+    for split in manifest.splits:
         open_split(directory, split, verify=True)
-
-
-def share_of(count: int, rank: int, world: int) -> range:
-    """The contiguous part of `range(count)` that is `rank`'s; sizes differ by at most one, rank 0's is the largest."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}")
-    size, larger = divmod(count, world)
-    first = rank * size + min(rank, larger)
-    return range(first, first + size + (rank < larger))
 
 
 def _micro_batch(tokens: TokenStream, sequence_length: int, samples: list[int], rows: int) -> MicroBatch:

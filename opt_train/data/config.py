@@ -17,6 +17,9 @@ class DataConfig:
     """Take documents up to this many bytes of text in all; 0: all of them."""
     validation_fraction: float = 0.02
     """Part of the documents, chosen by a hash of each one's text, that is held out."""
+    validation_sets: str = ""
+    """Further texts to measure the loss on, as comma-separated ``name=corpus`` pairs, each a corpus like the one above:
+    ``"web=texts/web,code=src"``. A document of theirs is not trained on."""
     sequence_length: int = 2048
     shard_tokens: int = 1 << 26
 

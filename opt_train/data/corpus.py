@@ -27,13 +27,18 @@ NOT_IN_THE_STANDARD_LIBRARY = frozenset(
 class Corpus:
     """The files a corpus consists of, in reading order, and how much of them to take."""
 
+    key: str
+    """Where the user wrote `name`, for messages."""
     name: str
-    """What the user wrote, for messages."""
+    """What the user wrote."""
     files: tuple[Path, ...]
     skip_undecodable: bool
     """A file that is not UTF-8 is left out (the standard library has some on purpose) instead of being an error."""
     max_bytes: int
     """0: everything."""
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.name}"
 
     def documents(self) -> Iterator[str]:
         """Every document's text that is not blank, the same ones in the same order each time.
@@ -54,7 +59,9 @@ class Corpus:
         # Imported here because it takes two seconds, which only preparing should pay. It ships no types.
         import datasets  # type: ignore[import-untyped]  # noqa: PLC0415
 
-        arguments = {"files": [str(path) for path in self.files], "skip_undecodable": self.skip_undecodable}
+        arguments = {
+            "key": self.key, "files": [str(path) for path in self.files], "skip_undecodable": self.skip_undecodable,
+        }  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="opt-train-corpus-") as cache:
             # The builder puts a lock file into its cache even when it streams; the user's home is not ours to litter.
             before = datasets.config.HF_DATASETS_CACHE
@@ -77,10 +84,27 @@ def open_corpus(data: DataConfig) -> Corpus:
     Raises:
         BadInput: there is no such file, folder or match, or none of it is of a kind that can be read.
     """
-    if data.corpus == "stdlib":
-        files = _standard_library()
-        return Corpus(name="stdlib", files=files, skip_undecodable=True, max_bytes=data.max_bytes)
-    return Corpus(name=data.corpus, files=_files(data.corpus), skip_undecodable=False, max_bytes=data.max_bytes)
+    return _open("data.corpus", data.corpus, data.max_bytes)
+
+
+def open_named_set(name: str, corpus: str) -> Corpus:
+    """The corpus of the named set `name` of `data.validation_sets`, all of it.
+
+    Raises:
+        BadInput: as `open_corpus`.
+    """
+    return _open(f"data.validation_sets: {name}", corpus, max_bytes=0)
+
+
+def _open(key: str, corpus: str, max_bytes: int) -> Corpus:
+    is_library = corpus == "stdlib"
+    files = _standard_library(key) if is_library else _files(key, corpus)
+    return Corpus(key=key, name=corpus, files=files, skip_undecodable=is_library, max_bytes=max_bytes)
+
+
+def digest_of(text: str) -> bytes:
+    """What a document is known by: sha256 of its text."""
+    return hashlib.sha256(text.encode()).digest()
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -90,10 +114,10 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 def position_in_split(text: str) -> float:
     """A uniform number in [0, 1) that the text alone decides."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(digest_of(text)[:6], "big") / 2**48
 
 
-def _rows(files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str]]:
+def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str]]:
     for name in files:
         path = Path(name)
         try:
@@ -102,17 +126,17 @@ def _rows(files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str]]:
             if skip_undecodable:
                 continue
             raise BadInput(
-                f"data.corpus: {path} is not UTF-8 (byte {error.start}); convert it or leave it out of the corpus"
+                f"{key}: {path} is not UTF-8 (byte {error.start}); convert it or leave it out of the corpus"
             ) from None
         except OSError as error:
-            raise BadInput(f"data.corpus: {path} cannot be read ({error.strerror}); mend it or leave it out") from None
+            raise BadInput(f"{key}: {path} cannot be read ({error.strerror}); mend it or leave it out") from None
         if path.suffix == LINES_SUFFIX:
-            yield from _lines(path, text)
+            yield from _lines(key, path, text)
         elif text.strip():
             yield {"text": text}
 
 
-def _lines(path: Path, content: str) -> Iterator[dict[str, str]]:
+def _lines(key: str, path: Path, content: str) -> Iterator[dict[str, str]]:
     # Only \n ends a line of JSON Lines; str.splitlines would also cut at characters that may stand inside a string.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -123,55 +147,53 @@ def _lines(path: Path, content: str) -> Iterator[dict[str, str]]:
             text.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadInput(
-                f"data.corpus: {path} line {number} is not a JSON object with a string under the key text; "
+                f"{key}: {path} line {number} is not a JSON object with a string under the key text; "
                 "mend or remove the line"
             ) from None
         if text.strip():
             yield {"text": text}
 
 
-def _standard_library() -> tuple[Path, ...]:
+def _standard_library(key: str) -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     try:
         below = _below(root, leave_out=NOT_IN_THE_STANDARD_LIBRARY)
         files = [path for path in below if path.name.endswith(".py") and path.is_file()]
     except OSError as error:
-        raise _refused("stdlib", error) from None
+        raise _refused(key, "stdlib", error) from None
     if not files:
         raise BadInput(
-            f"data.corpus=stdlib found no .py files in {root}; install Python's library sources or name another corpus"
+            f"{key}=stdlib found no .py files in {root}; install Python's library sources or name another corpus"
         )
     return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
 
 
-def _files(corpus: str) -> tuple[Path, ...]:
+def _files(key: str, corpus: str) -> tuple[Path, ...]:
     try:
-        return _files_at(corpus, Path(corpus).expanduser())
+        return _files_at(key, corpus, Path(corpus).expanduser())
     except OSError as error:
-        raise _refused(corpus, error) from None
+        raise _refused(key, corpus, error) from None
     except RuntimeError:  # expanduser's
         raise BadInput(
-            f"data.corpus={corpus} begins with the home folder of nobody known here; write the folder out"
+            f"{key}={corpus} begins with the home folder of nobody known here; write the folder out"
         ) from None
 
 
-def _files_at(corpus: str, path: Path) -> tuple[Path, ...]:
+def _files_at(key: str, corpus: str, path: Path) -> tuple[Path, ...]:
     kinds = ", ".join((*TEXT_SUFFIXES, LINES_SUFFIX))
     if path.is_file():
         if path.suffix not in (*TEXT_SUFFIXES, LINES_SUFFIX):
-            raise BadInput(f"data.corpus={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}")
+            raise BadInput(f"{key}={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}")
         return (path,)
     if path.is_dir():
         found = list(_below(path))
     elif glob.has_magic(corpus):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     else:
-        raise BadInput(
-            f"data.corpus={corpus} does not exist; name a file, folder or glob of {kinds}, or use data.corpus=stdlib"
-        )
+        raise BadInput(f"{key}={corpus} does not exist; name a file, folder or glob of {kinds}, or use {key}=stdlib")
     files = [item for item in found if item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX) and item.is_file()]
     if not files:
-        raise BadInput(f"data.corpus={corpus} holds no file of {kinds}; add documents or name another corpus")
+        raise BadInput(f"{key}={corpus} holds no file of {kinds}; add documents or name another corpus")
     return tuple(sorted(files, key=lambda item: item.as_posix()))
 
 
@@ -190,6 +212,6 @@ def _below(root: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path
         yield from (Path(folder, name) for name in names)
 
 
-def _refused(corpus: str, error: OSError) -> BadInput:
+def _refused(key: str, corpus: str, error: OSError) -> BadInput:
     where = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-    return BadInput(f"data.corpus={corpus} cannot be read ({where}); mend its permissions or name another corpus")
+    return BadInput(f"{key}={corpus} cannot be read ({where}); mend its permissions or name another corpus")

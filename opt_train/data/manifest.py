@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +11,10 @@ from opt_train.protocol.exits import BadInput
 
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
-SPLITS = ("train", "validation")
+TRAIN = "train"
+HELD_OUT = "validation"
+SPLITS = (TRAIN, HELD_OUT)
+"""The two parts of the corpus. A named validation set is a further split, called by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,26 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class NamedSet:
+    """A further text to measure the loss on."""
+
+    name: str
+    corpus: str
+    """What the user named."""
+    tokens: int
+    documents: int
+    left_out: int
+    """Documents of the corpus that are not trained on because they are in this set."""
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetManifest:
     """All that a run has to know of its data without opening a shard."""
 
     name: str
     fingerprint: str
-    """sha256 over the ordered tokens of both splits, their dtype and the tokenizer: equal means the same training."""
+    """sha256 over the ordered tokens of the corpus's two splits, their dtype and the tokenizer: equal means the same
+    training. Named sets, from which nothing is learnt, are not in it."""
     tokenizer: str
     tokenizer_sha256: str
     """Of `tokenizer.json`."""
@@ -50,13 +67,24 @@ class DatasetManifest:
     shards: tuple[Shard, ...]
     configuration: Mapping[str, str | int | float]
     """The keys that decided the tokens, with their values; another configuration does not reuse this folder."""
+    sets: tuple[NamedSet, ...] = ()
+    """Some may be other runs' that share the folder."""
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Every split's tokens: the training ones, those held out, and each named set's."""
+        return {
+            TRAIN: self.train_tokens,
+            HELD_OUT: self.validation_tokens,
+            **{named.name: named.tokens for named in self.sets},
+        }
 
     def shards_of(self, split: str) -> tuple[Shard, ...]:
-        """The shards of ``train`` or ``validation``, in order."""
+        """The shards of a split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def write(self, directory: Path) -> None:
-        """Write `dataset.json` into `directory` and fsync it. The caller renames the whole folder into place."""
+        """Write `dataset.json` into `directory` and fsync it. The caller renames it or the folder into place."""
         with (directory / DATASET_FILE).open("w", encoding="utf-8") as file:
             json.dump(asdict(self), file, indent=2)
             file.write("\n")
@@ -86,6 +114,9 @@ class DatasetManifest:
             if not isinstance(values["shards"], list):
                 raise ValueError("shards is not a list")
             values["shards"] = tuple(Shard(**_values(Shard, shard)) for shard in values["shards"])
+            if not isinstance(values.get("sets", []), list):
+                raise ValueError("sets is not a list")
+            values["sets"] = tuple(NamedSet(**_values(NamedSet, named)) for named in values.get("sets", []))
             manifest = cls(**values)
             _check_sound(manifest)
         except ValueError as error:
@@ -101,22 +132,24 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
 """How JSON must hold a field of this type."""
 
 
-def _values(kind: type["DatasetManifest | Shard"], payload: object) -> dict[str, Any]:
-    """The fields of `kind` in `payload`. Fields of a newer version are left out: no reason to refuse its data.
+def _values(kind: type["DatasetManifest | Shard | NamedSet"], payload: object) -> dict[str, Any]:
+    """The fields of `kind` in `payload`. Fields of a newer version are left out: no reason to refuse its data; those
+    with a default may be missing, as in an older version's.
 
     Raises:
         ValueError: one is missing or of another type.
     """
     if not isinstance(payload, dict):
         raise ValueError(f"{payload!r:.40} is not a JSON object")
-    for field in fields(kind):
+    present = [field for field in fields(kind) if field.name in payload or field.default is MISSING]
+    for field in present:
         if field.name not in payload:
             raise ValueError(f"{field.name} is missing")
         words, types = _KINDS.get(field.type, ("", (object,)))
         value = payload[field.name]
         if not isinstance(value, types) or (words and isinstance(value, bool)):
             raise ValueError(f"{field.name} is not {words}")
-    return {field.name: payload[field.name] for field in fields(kind)}
+    return {field.name: payload[field.name] for field in present}
 
 
 def _check_sound(manifest: DatasetManifest) -> None:
@@ -133,7 +166,9 @@ def _check_sound(manifest: DatasetManifest) -> None:
         raise ValueError("configuration does not map keys to values")
     if manifest.vocab_size < 1 or manifest.eos < 0 or manifest.documents < 1:
         raise ValueError("a count is negative or zero")
-    for split, tokens in zip(SPLITS, (manifest.train_tokens, manifest.validation_tokens), strict=True):
+    if len(manifest.splits) < len(SPLITS) + len(manifest.sets):
+        raise ValueError("two sets have the same name")
+    for split, tokens in manifest.splits.items():
         if sum(shard.tokens for shard in manifest.shards_of(split)) != tokens:
             raise ValueError(f"the {split} shards do not hold {tokens} tokens in all")
     width = {"uint16": 2, "uint32": 4}[manifest.dtype]
@@ -158,7 +193,8 @@ def check_fits(manifest: DatasetManifest, *, vocab_size: int, sequence_length: i
             f"{manifest.tokenizer!r} that prepared data.name={manifest.name!r}; "
             f"use model.vocab_size={manifest.vocab_size} or more"
         )
-    for split, tokens in zip(SPLITS, (manifest.train_tokens, manifest.validation_tokens), strict=True):
+    for split in SPLITS:
+        tokens = manifest.splits[split]
         if tokens < sequence_length + 1:
             raise BadInput(
                 f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but the {split} split of "

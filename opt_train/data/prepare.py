@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +17,15 @@ import numpy.typing as npt
 
 from opt_train.data import tokenizer as bpe
 from opt_train.data.config import DataConfig, TokenizerConfig
-from opt_train.data.corpus import Corpus, is_held_out, open_corpus, position_in_split
-from opt_train.data.manifest import DATASET_FILE, SPLITS, TOKENIZER_FILE, DatasetManifest
+from opt_train.data.corpus import Corpus, digest_of, is_held_out, open_corpus, position_in_split
+from opt_train.data.manifest import DATASET_FILE, HELD_OUT, SPLITS, TOKENIZER_FILE, TRAIN, DatasetManifest
+from opt_train.data.prepare_sets import add_sets, check_sets, open_sets, sets_by_document, write_set
 from opt_train.data.shards import SplitWriter, write_durably
 from opt_train.data.workplace import Workplace
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-BATCH_BYTES = 1 << 21
-"""Text that is tokenized at once, in parallel over its documents."""
 
 PROGRESS_SECONDS = 2.0
 
@@ -39,25 +38,29 @@ def directory_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[str], None]) -> DatasetManifest:
     """Make sure that the prepared data of this configuration exists, and return its manifest.
 
-    Data that the same configuration prepared is returned at once. A crash at any moment leaves either nothing at the
-    final place or all of it. `progress` is told lines for a person.
+    Data that the same configuration prepared is returned at once, and a named validation set that it lacks is added to
+    it. A crash at any moment leaves either nothing at the final place or all of it. `progress` is told lines for a
+    person.
 
     Raises:
         BadInput: a key, the corpus, the space or the folder does not allow it; the message says which and the mend.
     """
     directory = directory_of(data, tokenizer)
     configuration = configuration_of(data, tokenizer)
-    if (prepared := _already_prepared(directory, configuration)) is not None:
+    prepared = _already_prepared(directory, configuration)
+    if prepared is not None and not check_sets(prepared, data, directory):
         return prepared
     _check(data, tokenizer)
     place = _place_of(directory)
-    corpus = open_corpus(data)
+    sets = open_sets(data)
+    if prepared is None:
+        open_corpus(data)  # whose mistakes should be told before anything is made
     try:
         with Workplace.beside(place, progress) as workplace:
             # Somebody else may have finished while this process waited for the workplace.
             if (prepared := _already_prepared(directory, configuration)) is not None:
-                return prepared
-            manifest = _fill(workplace.path, corpus, data, tokenizer, progress)
+                return add_sets(workplace, place, prepared, data, progress)
+            manifest = _fill(workplace.path, open_corpus(data), sets, data, tokenizer, progress)
             workplace.rename_to(place)
     except OSError as error:
         raise _refused(directory, error) from error
@@ -66,7 +69,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[st
 
 
 def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, str | int | float]:
-    """The keys that decide the tokens. Names, folders, sequence length and shard size do not."""
+    """The keys that decide the tokens. Names, folders, sequence length and shard size do not. Named sets may, by the
+    documents they take out of training: `check_sets` sees to those."""
     keys: dict[str, str | int | float] = {
         "data.corpus": data.corpus,
         "data.max_bytes": data.max_bytes,
@@ -112,9 +116,13 @@ def check_prepared_by(manifest: DatasetManifest, data: DataConfig, tokenizer: To
     """Refuse tokens that another corpus or tokenizer made.
 
     Raises:
-        BadInput: `directory`, whose manifest this is, was prepared by another configuration.
+        BadInput: `directory`, whose manifest this is, was prepared by another configuration, or lacks a named set.
     """
     _check_configuration(manifest, configuration_of(data, tokenizer), directory)
+    if lacking := check_sets(manifest, data, directory):
+        raise BadInput(
+            f"{directory} lacks the validation set {lacking[0]}; `opt-train prepare` with the same keys adds it"
+        )
 
 
 def _check_configuration(
@@ -134,16 +142,25 @@ def _check_configuration(
 
 
 def _fill(
-    folder: Path, corpus: Corpus, data: DataConfig, config: TokenizerConfig, progress: Callable[[str], None]
+    folder: Path,
+    corpus: Corpus,
+    sets: Mapping[str, Corpus],
+    data: DataConfig,
+    config: TokenizerConfig,
+    progress: Callable[[str], None],
 ) -> DatasetManifest:
     """Write tokenizer, shards and manifest into `folder`, all fsynced."""
-    split = _survey(corpus, data.validation_fraction, progress)
+    split = _survey(corpus, data.validation_fraction, sets_by_document(sets), progress)
     tokenizer = _tokenizer(corpus, split, config, progress)
     vocab_size = bpe.size_of(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     serialized = tokenizer.to_str().encode()
     write_durably(folder / TOKENIZER_FILE, serialized)
 
+    named = [
+        write_set(folder, name, texts, tokenizer, dtype=dtype, data=data, left_out=split.left_out[name])
+        for name, texts in sets.items()
+    ]
     writers = {name: SplitWriter(folder, name, dtype, data.shard_tokens, vocab_size) for name in SPLITS}
     _tokenize(corpus, split, tokenizer, writers, progress)
     train, validation = (writers[name].finish() for name in SPLITS)
@@ -166,8 +183,9 @@ def _fill(
         validation_tokens=validation.tokens,
         documents=split.documents,
         unigram_perplexity=perplexity,
-        shards=(*train.shards, *validation.shards),
+        shards=(*train.shards, *validation.shards, *(shard for _, shards in named for shard in shards)),
         configuration=configuration_of(data, config),
+        sets=tuple(made for made, _ in named),
     )
     manifest.write(folder)
     return manifest
@@ -192,39 +210,53 @@ class _Split:
     """Which documents are held out, and how much text there is."""
 
     fraction: float
+    named: Mapping[bytes, str]
+    """The documents of named sets, by digest."""
+    left_out: Counter[str]
+    """Named set to the documents of the corpus that are neither trained on nor held out because it holds them."""
     documents: int
+    """In both splits."""
     bytes: int
 
     def name_of(self, text: str) -> str:
-        return "validation" if is_held_out(text, self.fraction) else "train"
+        """``train``, ``validation``, or nothing for a document that is left out."""
+        if is_held_out(text, self.fraction):
+            return HELD_OUT
+        return "" if self.named and digest_of(text) in self.named else TRAIN
 
 
-def _survey(corpus: Corpus, fraction: float, progress: Callable[[str], None]) -> _Split:
+def _survey(corpus: Corpus, fraction: float, named: Mapping[bytes, str], progress: Callable[[str], None]) -> _Split:
     progress(f"reading the corpus {corpus.name} ({len(corpus.files):,} files)")
     documents = size = 0
-    smallest, largest = 1.0, 0.0
+    smallest, largest = 1.0, -1.0
+    in_sets: list[tuple[float, str]] = []
     for text in corpus.documents():
         documents += 1
         size += len(text.encode())
         position = position_in_split(text)
-        smallest, largest = min(smallest, position), max(largest, position)
+        smallest = min(smallest, position)
+        if named and (name := named.get(digest_of(text))):
+            in_sets.append((position, name))
+        else:
+            largest = max(largest, position)
     if documents == 0:
         raise BadInput(
-            f"data.corpus={corpus.name} has no text"
+            f"{corpus} has no text"
             + (f" within data.max_bytes={corpus.max_bytes}; raise it" if corpus.max_bytes else "; add documents")
         )
-    if smallest == largest:
-        raise BadInput(
-            f"data.corpus={corpus.name} is a single document, and one is needed for training and another for "
-            "validation; add documents"
-        )
+    if smallest >= largest:
+        single = "is a single document" if not in_sets else "has no two documents outside data.validation_sets"
+        raise BadInput(f"{corpus} {single}, and one is needed for training and another for validation; add documents")
     # A corpus of a few documents may have none below the line, or none above it: move the line just past the nearest.
     if smallest >= fraction:
         fraction = math.nextafter(smallest, 1.0)
     elif largest < fraction:
         fraction = largest
     progress(f"{documents:,} documents, {size / 1e6:.1f} MB of text")
-    return _Split(fraction, documents, size)
+    left_out = Counter(name for position, name in in_sets if position >= fraction)
+    for name, count in left_out.items():
+        progress(f"left {count:,} of them out of training: the validation set {name} holds the same text")
+    return _Split(fraction, named, left_out, documents - left_out.total(), size)
 
 
 def _tokenizer(corpus: Corpus, split: _Split, config: TokenizerConfig, progress: Callable[[str], None]) -> "Tokenizer":
@@ -232,7 +264,7 @@ def _tokenizer(corpus: Corpus, split: _Split, config: TokenizerConfig, progress:
         progress(f"reading the tokenizer {config.name} from {config.vocab_file}")
         return bpe.from_files(config)
     progress(f"training the tokenizer {config.name} with {config.vocab_size:,} entries")
-    texts = (text for text in corpus.documents() if split.name_of(text) == "train")
+    texts = (text for text in corpus.documents() if split.name_of(text) == TRAIN)
     return bpe.train(texts, config.vocab_size)
 
 
@@ -244,27 +276,14 @@ def _tokenize(
     progress: Callable[[str], None],
 ) -> None:
     done, told = 0, time.monotonic()
-    for batch in _in_batches(corpus.documents()):
-        for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-            writers[split.name_of(text)].add([*encoding.ids, bpe.EOS])
-            done += len(text.encode())
+    for text, ids in bpe.encoded(tokenizer, corpus.documents()):
+        if name := split.name_of(text):
+            writers[name].add(ids)
+        done += len(text.encode())
         if time.monotonic() - told >= PROGRESS_SECONDS:
             told = time.monotonic()
             tokens = sum(writer.tokens for writer in writers.values())
             progress(f"tokenized {done / 1e6:.1f} of {split.bytes / 1e6:.1f} MB, {tokens:,} tokens")
-
-
-def _in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # What stands in the way ----------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from opt_train.data.manifest import Shard
+from opt_train.data.manifest import SPLITS, Shard
 
 
 class SplitWriter:
-    """Cuts the token stream of one split into shards of `shard_tokens` tokens, the last one shorter."""
+    """Cuts the token stream of one split into shards of `shard_tokens` tokens, the last one shorter.
+
+    The shards are called `<split>-00000.bin` and so on; a named set's begin with `set-` in front of that.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, vocab_size: int) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
@@ -61,7 +64,8 @@ class SplitWriter:
         self._waiting, self._waiting_tokens = [tokens[whole:]], len(tokens) - whole
 
     def _write(self, tokens: npt.NDArray[np.int64]) -> None:
-        name = f"{self._split}-{len(self.shards):05d}.bin"
+        stem = self._split if self._split in SPLITS else f"set-{self._split}"
+        name = f"{stem}-{len(self.shards):05d}.bin"
         content = tokens.astype(self._dtype).tobytes()
         write_durably(self._folder / name, content)
         self.shards.append(

@@ -5,7 +5,7 @@ The ids follow OPT (arXiv 2205.01068; metaseq and its Hugging Face port): `<s>` 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,9 @@ SMALLEST_VOCABULARY = len(SPECIALS) + 256
 """The specials and every byte: with fewer there is text that cannot be written."""
 
 LARGEST_TRAINED_VOCABULARY = 1 << 20
+
+BATCH_BYTES = 1 << 21
+"""Text that is tokenized at once, in parallel over its documents."""
 
 IDS = 1 << 32
 """Ids are below this: shards hold no wider numbers."""
@@ -103,6 +106,26 @@ def load(path: Path) -> "Tokenizer":
     except Exception as error:  # the library's Rust side raises bare Exception
         raise BadInput(f"{path} is no tokenizer ({error}); delete its folder and prepare the data again") from None
     return _as_text_only(tokenizer)
+
+
+def encoded(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each document's text and its ids, `</s>` behind them, in order."""
+    for batch in _in_batches(texts):
+        for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            yield text, [*encoding.ids, EOS]
+
+
+def _in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def size_of(tokenizer: "Tokenizer") -> int:

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,7 +12,9 @@ from typing import Self
 from opt_train.data.manifest import DATASET_FILE, SPLITS, TOKENIZER_FILE
 from opt_train.protocol.exits import BadInput
 
-_WRITTEN = re.compile(rf"{re.escape(TOKENIZER_FILE)}|{re.escape(DATASET_FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.bin")
+_WRITTEN = re.compile(
+    rf"{re.escape(TOKENIZER_FILE)}|{re.escape(DATASET_FILE)}|({'|'.join(SPLITS)}|set-[a-z0-9_-]+)-\d{{5,}}\.bin"
+)
 """The files that `prepare` fills a workplace with: nothing else is ever removed from one."""
 
 
@@ -50,6 +52,12 @@ class Workplace:
         sync_folder(self.path)
         self.path.rename(directory)
         sync_folder(directory.parent)
+
+    def move_into(self, directory: Path, names: Iterable[str]) -> None:
+        """Put files, which the caller has fsynced, into a finished folder, durably, one after the other."""
+        for name in names:
+            (self.path / name).rename(directory / name)
+            sync_folder(directory)
 
 
 def sync_folder(path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from opt_train.model.attention_logit import note_largest_logits
 from opt_train.model.cache import KeyValueCache, KeyValues, causal_mask
 from opt_train.model.config import ModelConfig
 from opt_train.model.loss import cross_entropy_sum
@@ -31,10 +32,14 @@ class Loss(NamedTuple):
 class Attention(nn.Module):
     """Causal multi-head self-attention with biases."""
 
+    largest_logits: Tensor | None
+    """fp32, [batch]: where the forward pass notes each sequence's largest logit; None: it does not look."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.dropout = config.dropout
+        self.largest_logits = None
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.q_proj = nn.Linear(config.d_model, config.d_model)
@@ -46,6 +51,8 @@ class Attention(nn.Module):
             projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.largest_logits is not None:
+            note_largest_logits(self.largest_logits, query.detach(), key.detach())
         mask = None
         if past is not None:
             key, value = past.extended(key, value)

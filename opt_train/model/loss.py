@@ -6,10 +6,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-LOGITS_AT_ONCE = 1 << 25
-"""Logits a slice may have: 128 MiB in fp32."""
+from opt_train.model.sizes import tokens_at_once
 
 
 def cross_entropy_sum(
@@ -65,28 +64,51 @@ class _HeadAndLoss(torch.autograd.Function):
         if group is not None:
             targets = targets - dist.get_rank(group) * embedding.shape[0]
         grad_weights = weights if grad_scale is None else weights * grad_scale
-        rows = max(1, LOGITS_AT_ONCE // embedding.shape[0])
+        rows = tokens_at_once(embedding.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], embedding).float()
-            index, here = _own_rows(targets[part, None], embedding.shape[0], group)
-            log_probabilities, of_target = _log_softmax(logits, index, here, group)
-            total -= (of_target.squeeze(1) * weights[part]).sum()
-            if wanted:
-                grad_logits = log_probabilities.exp_()
-                grad_logits.scatter_add_(1, index, -here)
-                grad_logits *= grad_weights[part, None]
-                narrow = grad_logits.to(hidden.dtype)
-                grad_hidden[part] = narrow @ embedding
-                grad_embedding += narrow.t() @ hidden[part]
+            gradients = (grad_hidden[part], grad_embedding, grad_weights[part]) if wanted else None
+            total += _slice(hidden[part], embedding, targets[part], weights[part], group, gradients)
         ctx.save_for_backward(grad_hidden, grad_embedding.to(embedding.dtype))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_embedding = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_embedding * scale, None, None, None, None, None
+        # In place: the largest gradient of the model need not exist twice. A second backward finds them changed and
+        # raises.
+        return grad_hidden.mul_(scale), grad_embedding.mul_(scale), None, None, None, None, None
+
+
+def _slice(
+    hidden: Tensor,
+    embedding: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    group: dist.ProcessGroup | None,
+    gradients: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """The loss of a slice of the tokens, whose logits are gone when it returns.
+
+    Args:
+        gradients: to write (of `hidden`), to add to (of `embedding`, fp32), and what each token's gradient counts.
+    """
+    index, here = _own_rows(targets[:, None], embedding.shape[0], group)
+    log_probabilities, of_target = _log_softmax(F.linear(hidden, embedding).float(), index, here, group)
+    if gradients is not None:
+        grad_hidden, grad_embedding, grad_weights = gradients
+        grad_logits = log_probabilities.exp_()
+        grad_logits.scatter_add_(1, index, -here)
+        grad_logits *= grad_weights[:, None]
+        narrow = grad_logits.to(hidden.dtype)
+        torch.mm(narrow, embedding, out=grad_hidden)
+        if narrow.dtype == torch.float32:
+            grad_embedding.addmm_(narrow.t(), hidden)
+        else:
+            grad_embedding += narrow.t() @ hidden
+    return -(of_target.squeeze(1) * weights).sum()
 
 
 def _own_rows(targets: Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,16 @@ POSITION_OFFSET = 2
 """OPT's position table begins at row 2: rows 0 and 1 are never read (fairseq kept them for padding)."""
 
 
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that the loss has at a time: 128 MiB in fp32, twice."""
+
+
+def tokens_at_once(vocabulary_rows: int) -> int:
+    """Tokens whose logits over `vocabulary_rows` the loss has at a time; a multiple of 256, which suits GPUs' tiles."""
+    tokens = max(1, LOGITS_AT_ONCE // vocabulary_rows)
+    return tokens - tokens % 256 if tokens > 256 else tokens
+
+
 def parameter_count(model: ModelConfig) -> int:
     """Parameters of the decoder; the tied output embedding counts once (facts of arXiv 2205.01068, table 1)."""
     d, ffn, embedding = model.d_model, model.ffn, model.embedding_width

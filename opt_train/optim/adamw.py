@@ -7,17 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opt_train.optim.apex import ApexAdamW, choose
 from opt_train.optim.memory_efficient import MemoryEfficientAdamW
 
 
-def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> Optimizer:
+def make_optimizer(model: nn.Module, values: Mapping[str, float], fused: str = "torch") -> Optimizer:
     """AdamW over `model`'s parameters; weight decay on matrices, not on biases and LayerNorms.
 
-    torch's fused one, or `MemoryEfficientAdamW` where weights are in fp16. The moments exist from the start (zeros), so
-    that a restore has tensors to fill.
+    torch's fused one or apex's, or `MemoryEfficientAdamW` where weights are in fp16. The moments exist from the start
+    (zeros), so that a restore has tensors to fill; they are the same whoever updates them.
 
     Args:
         values: what is in force (`opt_train.optim.in_force`).
+        fused: `OptimConfig.fused`.
+
+    Raises:
+        BadInput: `fused` asks for an apex that is not there.
     """
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim >= 2]
@@ -27,7 +32,12 @@ def make_optimizer(model: nn.Module, values: Mapping[str, float]) -> Optimizer:
         narrow = MemoryEfficientAdamW(groups, lr=values["lr"])
         put_in_force(narrow, values)
         return narrow
-    optimizer = torch.optim.AdamW(groups, lr=values["lr"], fused=True)
+    apex = choose(fused, parameters[0].device)
+    optimizer: Optimizer
+    if apex is None:
+        optimizer = torch.optim.AdamW(groups, lr=values["lr"], fused=True)
+    else:
+        optimizer = ApexAdamW(groups, apex, lr=values["lr"])
     put_in_force(optimizer, values)
     for parameter in parameters:
         optimizer.state[parameter] = {
@@ -81,7 +91,7 @@ def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> N
     """
     # The attributes that torch.amp.GradScaler sets.
     optimizer.found_inf = skip  # type: ignore[attr-defined]
-    if isinstance(optimizer, MemoryEfficientAdamW):
+    if isinstance(optimizer, MemoryEfficientAdamW | ApexAdamW):
         optimizer.gradient_factor = factor
     else:
         optimizer.grad_scale = None if factor is None else factor.reciprocal()  # type: ignore[attr-defined]

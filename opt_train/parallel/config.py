@@ -7,6 +7,12 @@ from dataclasses import dataclass
 class ParallelConfig:
     """Degrees of parallelism; their product is the world size."""
 
+    engine: str = "fsdp2"
+    """What spreads the model: ``fsdp2``, torch's own; ``fairscale``, FullyShardedDataParallel, with which OPT was
+    trained; ``deepspeed``, ZeRO. The last two shard over all ranks alone, and are extras (opt-train[fairscale])."""
+    zero_stage: int = 3
+    """Of engine=deepspeed (Rajbhandari et al. 2020, arXiv 1910.02054): 1 shards optimizer state, 2 gradients too, 3
+    weights too."""
     replicate: int = 1
     shard: int = 0
     """0: the world size divided by the other two."""
@@ -16,7 +22,7 @@ class ParallelConfig:
     """``none``; ``full``: keep each block's input alone and compute the rest again; ``selective``: attention alone."""
     accumulate: str = "shards"
     """Where the gradients of several micro-batches add up. ``shards``: summed over ranks after each, and a rank keeps
-    its part; ``whole``: summed over ranks once, and until then each rank keeps all of them in fp32."""
+    its part; ``whole``: summed over ranks once, and until then each rank keeps all of them in the type of their sum."""
     compile: bool = False
     """Compile each block (torch.compile) at the first step."""
 

@@ -5,7 +5,7 @@ trainer's, the same for every engine, and are decided on the device.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,24 @@ class Engine(Protocol):
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         """Make `tensors`, named and shaped as `tensors()` has them, the state."""
+        ...
+
+
+@runtime_checkable
+class TellsLayers(Protocol):
+    """What an `Engine` may offer beside the rest. Of one that does not, the metrics have no norms of layers."""
+
+    def layer_squares(self, divisor: Tensor) -> Tensor:
+        """This rank's shares of the layers' squared L2 norms, of the averaged gradient and of the weights.
+
+        Asked for between `grad_norm` and `apply`; communicates nothing, and does not wait for the device.
+
+        Args:
+            divisor: `GradNorm.divisor`.
+
+        Returns:
+            fp64, [2, layers + 2] (`opt_train.optim.layer_norms.LayerSquares`); the world's sum is the square.
+        """
         ...
 
 

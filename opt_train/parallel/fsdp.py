@@ -13,7 +13,9 @@ from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import Progress, initialise
 from opt_train.optim.adamw import apply, make_optimizer
+from opt_train.optim.apex import choose, fuse_layer_norms
 from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, local_part
+from opt_train.optim.layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
 from opt_train.parallel.layout import Layout
@@ -36,6 +38,7 @@ def build(
     device: torch.device,
     seed: int | None,
     progress: Progress | None = None,
+    fused: str = "torch",
 ) -> OPT:
     """The model as it trains, with initial weights. Needs a process group.
 
@@ -45,8 +48,12 @@ def build(
     Args:
         seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
         progress: told how many parameters of how many have their initial weights.
+        fused: `OptimConfig.fused`, which means LayerNorms too.
+
+    Raises:
+        BadInput: `fused` asks for what is not there.
     """
-    model = construct(config, precision, parallel, layout, device)
+    model = construct(config, precision, parallel, layout, device, fused)
     model.to_empty(device=device)
     if seed is not None:
         initialise(model, config, seed, progress)
@@ -54,11 +61,19 @@ def build(
 
 
 def construct(
-    config: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, layout: Layout, device: torch.device
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    layout: Layout,
+    device: torch.device,
+    fused: str = "torch",
 ) -> OPT:
     """The model on the meta device: split over tensor groups, recomputing, compiled, sharded, in this order."""
     with torch.device("meta"):
         model = OPT(config).to(TYPES[precision.weights])
+    apex = choose(fused, device)
+    if apex is not None and layout.tensor == 1 and not parallel.compile:
+        fuse_layer_norms(model, apex)
     mesh = make_mesh(layout, device)
     if layout.tensor > 1:
         split_over(model, mesh["tensor"])
@@ -77,25 +92,35 @@ def _shard(model: OPT, precision: PrecisionConfig, mesh: DeviceMesh) -> None:
     for module in (*model.model.decoder.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:  # alone torch would really divide by it, into another tensor
+            module.set_gradient_divide_factor(1.0)
         # gloo knows no pre-multiplied sum; a plain sum is what is wanted anyway.
         module.set_force_sum_reduction_for_comms(True)
 
 
 class Fsdp2:
-    """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism."""
+    """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism; `TellsLayers` too."""
 
-    def __init__(self, model: OPT, device: torch.device, values: Mapping[str, float], accumulate: str) -> None:
+    def __init__(
+        self, model: OPT, device: torch.device, values: Mapping[str, float], accumulate: str, fused: str = "torch"
+    ) -> None:
         """Train `model`, made by `build`.
 
         Args:
             values: what is in force (`opt_train.optim.in_force`).
             accumulate: `ParallelConfig.accumulate`.
+            fused: `OptimConfig.fused`.
+
+        Raises:
+            BadInput: `fused` asks for what is not there.
         """
         self.model = model
-        self.optimizer = make_optimizer(model, values)
+        self.optimizer = make_optimizer(model, values, fused)
         self._device = device
         self._accumulate = accumulate
+        named = dict(model.named_parameters())
+        copies = [copies_of(parameter) for parameter in named.values()]
+        self._layers = LayerSquares(list(named), copies, model.config.layers, device)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
         """See `Engine`."""
@@ -122,6 +147,15 @@ class Fsdp2:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         parts = [local_part(gradient) for gradient in gradients]
         return global_norm(parts, [copies_of(gradient) for gradient in gradients], tokens, grad_scale)
+
+    def layer_squares(self, divisor: Tensor) -> Tensor:
+        """See `TellsLayers`."""
+        parameters = list(self.model.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert len(gradients) == len(parameters), "a parameter that the loss does not depend on"
+        of_gradients = self._layers.of([local_part(gradient) for gradient in gradients])
+        of_weights = self._layers.of([local_part(parameter.detach()) for parameter in parameters])
+        return torch.stack([of_gradients / divisor.square(), of_weights])
 
     def apply(self, verdict: Verdict) -> None:
         """See `Engine`."""

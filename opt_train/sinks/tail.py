@@ -25,7 +25,8 @@ class Line:
     time: float
     """Unix seconds."""
     values: Mapping[str, float]
-    """Every number of the line but `step` and `time`, non-finite ones too."""
+    """Every number of the line but `step` and `time`, non-finite ones too. One of a list is `key/place`, so that a
+    sink shows each layer's curve; the places of lists by layer are `embedding`, `layer_00` and so on, and `final`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,21 @@ def parsed(text: bytes, attempt: str) -> Line | None:
     step, time = payload.get("step"), payload.get("time")
     if type(step) is not int:
         return None
-    numbers = {key: _number(value) for key, value in payload.items() if key not in ("step", "time")}
+    numbers = {key: _number(value) for key, value in _flat(payload) if key not in ("step", "time")}
     values = {key: number for key, number in numbers.items() if number is not None}
     return Line(attempt, step, float(time) if isinstance(time, (int, float)) else 0.0, values)
+
+
+def _flat(payload: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, those of a list one by one."""
+    for key, value in payload.items():
+        if not isinstance(value, list):
+            yield key, value
+            continue
+        places = [f"{place:0{len(str(len(value)))}}" for place in range(len(value))]
+        if key.startswith("layer_") and len(value) > 2:
+            places = ["embedding", *(f"layer_{place}" for place in places[:-2]), "final"]
+        yield from ((f"{key}/{place}", each) for place, each in zip(places, value, strict=True))
 
 
 def _number(value: Any) -> float | None:

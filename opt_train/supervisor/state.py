@@ -11,6 +11,7 @@ from typing import Any
 
 from opt_logbook.attempt import AttemptId
 from opt_logbook.events import (
+    HELD_OUT,
     AgentsAdopted,
     AttemptEnded,
     AttemptStarted,
@@ -192,6 +193,7 @@ class RunState:
     validations: frozenset[tuple[str, int]] = frozenset()
     """(name, step) of validations journalled in the current attempt."""
     validation: ValidationMeasured | None = None
+    """The newest of the held-out part of the corpus; named sets are in the journal alone."""
     dropped_metrics: frozenset[int] = frozenset()
     """Ranks of the current attempt whose dropped metrics are journalled."""
     stopped_by: str = ""
@@ -394,7 +396,8 @@ def _order_ended(s: RunState, entry: Entry, event: OrderEnded) -> RunState:
 
 
 def _validation(s: RunState, entry: Entry, event: ValidationMeasured) -> RunState:
-    return replace(s, validation=event, validations=s.validations | {(event.name, entry.step or 0)})
+    newest = event if event.name == HELD_OUT else s.validation
+    return replace(s, validation=newest, validations=s.validations | {(event.name, entry.step or 0)})
 
 
 def _metrics_dropped(s: RunState, entry: Entry, event: MetricsDropped) -> RunState:

@@ -14,6 +14,15 @@ class TrainConfig:
     """Sequences a forward pass on one data-parallel rank."""
     validate_every: int = 0
     """Steps; 0: at the end alone."""
+    validate_sets_every: int = 0
+    """The same for `data.validation_sets`; 0: whenever `validate_every` is due. At the end all are measured."""
+    layer_norms_every: int = 100
+    """Steps from one measurement of each layer's gradient and weight norms to the next; 0: never. This and the next two
+    are taken on the first step after a start too (docs/metrics.md)."""
+    attention_logit_every: int = 100
+    """Steps from one look for the largest attention logit to the next; 0: never."""
+    speed_probe_every: int = 50
+    """Steps from one timing of each rank's own speed to the next; 0: never."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
     threads: int = 0

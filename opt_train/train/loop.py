@@ -1,5 +1,6 @@
 """The training loop, as the textbook says it. Whatever is not training is a call with a good name."""
 
+from opt_train.data.manifest import HELD_OUT
 from opt_train.protocol.exits import DONE, NO
 from opt_train.protocol.facts import Leaving
 from opt_train.train.step import read_batch, take_step
@@ -24,20 +25,26 @@ def train(run: Training) -> Leaving:
         run.enter("step")
         take_step(run, micro_batches, data_seconds)
 
-        if is_due(config.train.validate_every, state.step):
-            run.validate()
+        run.validate(sets_due(run))
         if is_due(config.checkpoint.every_steps, state.step):
             run.save()
 
 
 def finish(run: Training) -> Leaving:
     """The last words, the final validation, the final checkpoint."""
-    step = run.state.step
-    if not is_due(run.config.train.validate_every, step):
-        run.validate()
+    step, measured = run.state.step, sets_due(run)
+    run.validate([name for name in run.validation_sets if name not in measured])
     if not run.save():
         return Leaving(NO, step, f"the final save at step {step} failed on some rank", cause="storage")
     return Leaving(DONE, step, f"all {step} steps are done")
+
+
+def sets_due(run: Training) -> list[str]:
+    """The validation sets that are measured after the step that was taken last."""
+    config, step = run.config.train, run.state.step
+    held_out = is_due(config.validate_every, step)
+    others = is_due(config.validate_sets_every or config.validate_every, step)
+    return [name for name in run.validation_sets if (held_out if name == HELD_OUT else others)]
 
 
 def is_due(every: int, step: int) -> bool:

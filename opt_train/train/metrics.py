@@ -69,6 +69,7 @@ def metrics_line(
         "step_seconds": word.step_seconds,
         "data_seconds": word.data_seconds,
         "memory_bytes": word.memory_bytes,
+        **word.probed.metrics(),
     }
 
 

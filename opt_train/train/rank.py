@@ -14,7 +14,8 @@ from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.restore import restore
 from opt_train.config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
-from opt_train.data.manifest import DatasetManifest, check_fits
+from opt_train.data.manifest import HELD_OUT, DatasetManifest, check_fits
+from opt_train.data.named_sets import named_sets
 from opt_train.data.prepare import directory_of
 from opt_train.optim.adamw import really_in_force
 from opt_train.optim.in_force import differences, in_force
@@ -81,7 +82,7 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     device = choose_device(config.train.device, begin.local_rank)
     set_threads(config, begin.world_size, device)
     # Before anybody waits for anybody: a rank that was given rubbish should say so at once.
-    dataset, batches, validation = open_data(config)
+    dataset, batches, validation_sets = open_data(config)
     manifest = read_manifest(begin)
     state = read_state(manifest, dataset)
 
@@ -90,7 +91,7 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     seed = config.seed if manifest is None else None
     engine = make_engine(
         config.model, config.precision, config.parallel, layout, device,
-        values=in_force(config, (), state.step), seed=seed,
+        values=in_force(config, (), state.step), seed=seed, fused=config.optim.fused,
         progress=lambda done, all_: tell(Progress(done, all_)),
     )  # fmt: skip
     loss_scale = LossScale(policy_of(config.precision), device)
@@ -107,7 +108,7 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         engine=engine,
         loss_scale=loss_scale,
         batches=batches,
-        validation=validation,
+        validation_sets=validation_sets,
         data_fingerprint=dataset.fingerprint,
         agreement=Agreement(group, begin.rank, begin.world_size),
         orders=orders,
@@ -137,8 +138,8 @@ def read_config(begin: Begin) -> RunConfig:
         raise CannotStart("config", f"{path} does not read as a configuration: {error}") from None
 
 
-def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, ValidationSet]:
-    """Map the token shards.
+def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, ValidationSet]]:
+    """Map the token shards, those of each validation set by its name.
 
     Raises:
         CannotStart: they are missing, damaged, or do not fit the model.
@@ -149,10 +150,13 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, ValidationSe
         dataset = DatasetManifest.read(directory)
         check_fits(dataset, vocab_size=config.model.vocab_size, sequence_length=length)
         batches = Batches(open_split(directory, "train", verify=False), length, config.train.global_batch, config.seed)
-        validation = ValidationSet(open_split(directory, "validation", verify=False), length)
+        validation_sets = {
+            name: ValidationSet(open_split(directory, name, verify=False), length, name)
+            for name in (HELD_OUT, *named_sets(config.data))
+        }
     except BadInput as error:
         raise CannotStart("data", str(error)) from None
-    return dataset, batches, validation
+    return dataset, batches, validation_sets
 
 
 def read_manifest(begin: Begin) -> checkpoint_manifest.Manifest | None:

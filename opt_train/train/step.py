@@ -10,6 +10,7 @@ from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip
 from opt_train.optim.in_force import in_force
 from opt_train.train.metrics import memory_bytes
+from opt_train.train.probes import Probes
 from opt_train.train.state import seed_step
 from opt_train.train.telling import log_line
 from opt_train.train.training import Training
@@ -35,19 +36,24 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     seed_step(config.seed, state.step, run.begin.rank)
     scale = run.loss_scale.scale
     grad_scale = scale * run.predivision
-    sums = run.engine.forward_backward(micro_batches, grad_scale)
+    probes = Probes(config.train, state.step + 1, state.step == run.started_step, run.engine, run.device)
+    probes.time_product()
+    with probes.watching_attention(micro_batches):
+        sums = run.engine.forward_backward(micro_batches, grad_scale)
     # The ranks of a tensor group have read the same tokens: each counts its part of them.
     tokens = tokens_of(micro_batches) / run.layout.tensor
     weight = torch.tensor(tokens, dtype=torch.float64).to(run.device, non_blocking=True)
-    verdict = clip(run.engine.grad_norm(weight, grad_scale), values["clip"])
-    readback = Readback(*sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale)
+    grad_norm = run.engine.grad_norm(weight, grad_scale)
+    verdict = clip(grad_norm, values["clip"])
+    probes.measure_layers(grad_norm.divisor)
+    readback = Readback(*sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale, *probes.on_device)
     _log(run)
     put_in_force(run.engine.optimizer, values)
     run.engine.apply(verdict)
     run.loss_scale.update(verdict.skip)
     order_number = run.poll_orders()
     # All of the step is queued by now, so the device works on while the host waits for these.
-    own_loss, own_squares, norm, clipped_norm, skip, scale_value = readback.values()
+    own_loss, own_squares, norm, clipped_norm, skip, scale_value, *probed = readback.values()
     own = Own(
         loss_sum=own_loss / run.layout.tensor,
         tokens=tokens,
@@ -60,6 +66,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
         step_seconds=run.clock.lap(),
         data_seconds=data_seconds,
         memory_bytes=memory_bytes(run.device),
+        probed=probes.results(probed),
     )
     run.agreement.start(state.step, own, order_number)
     state.step += 1

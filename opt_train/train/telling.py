@@ -82,7 +82,9 @@ class FactPipe:
 
 
 def fitting_line(fact: Message) -> bytes:
-    """`fact` as a line of at most `MAX_FACT_BYTES`: a long reason loses its end, and says so.
+    """`fact` as a line of at most `MAX_FACT_BYTES`.
+
+    A long reason loses its end, and says so. Metrics of a model with very many layers lose what is listed by layer.
 
     Raises:
         ValueError: it is too long for another reason.
@@ -97,6 +99,9 @@ def fitting_line(fact: Message) -> bytes:
             keep //= 2
             cut = f"{fact.reason[:keep]} ... ({len(fact.reason) - keep} more characters are cut off)"
             line = to_line(replace(fact, reason=cut))
+    if isinstance(fact, Metrics):
+        short = {key: None if isinstance(value, list) else value for key, value in fact.line.items()}
+        line = to_line(Metrics(short))
     if len(line) > MAX_FACT_BYTES:
         raise ValueError(f"a {fact.kind} fact of {len(line)} bytes does not fit a pipe's {MAX_FACT_BYTES}")
     return line

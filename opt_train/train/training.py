@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from opt_train.data.batches import Batches, ValidationSet
 from opt_train.optim.clip import predivision
 from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import LossScale
-from opt_train.parallel.engine import Engine, loss_of
+from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
+from opt_train.parallel.measure import loss_over
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from opt_train.protocol.facts import (
@@ -36,7 +38,6 @@ from opt_train.train.state import RNG_RULE, TrainState
 from opt_train.train.telling import Tell
 from opt_train.train.word import Agreement, StepWord
 
-VALIDATION = "validation"
 PROGRESS_SECONDS = 0.5
 
 
@@ -51,7 +52,8 @@ class Training:
     engine: Engine
     loss_scale: LossScale
     batches: Batches
-    validation: ValidationSet
+    validation_sets: Mapping[str, ValidationSet]
+    """By name: ``validation``, the part of the corpus that is held out, and the named sets."""
     data_fingerprint: str
     agreement: Agreement
     orders: OrderSource
@@ -68,11 +70,14 @@ class Training:
     inbox: list[Order] = field(default_factory=list)
     """Rank 0: orders not obeyed yet."""
     saved_step: int = -1
+    started_step: int = field(init=False)
+    """Where this rank began: `state.step` before its first one."""
     told_head: bool = False
     progress_told: float = 0.0
 
     def __post_init__(self) -> None:
         self.order_heard = self.order_obeyed = self.begin.order_number
+        self.started_step = self.state.step
 
     @property
     def leads(self) -> bool:
@@ -152,30 +157,31 @@ class Training:
 
     # Long work ----------------------------------------------------------------------------------------------------
 
-    def validate(self) -> None:
-        """Measure the loss over the whole validation set."""
+    def validate(self, names: Sequence[str]) -> None:
+        """Measure the loss over the whole of each of these validation sets."""
+        if not names:
+            return
         self.hear(before=self.state.step)
         self.enter("evaluation")
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        sequences = 0.0
-        share = self.validation.share(
-            data_rank=self.data_rank, data_world=self.layout.data_world, micro_batch=self.config.train.micro_batch
-        )
-        model = self.engine.model
-        model.eval()
-        with torch.no_grad():
-            for done, batch in enumerate(share, start=1):
-                loss_sum += loss_of(model, batch, self.device).loss_sum
-                sequences += float(batch.weights.sum())
-                self._progress(done * len(batch.weights) * self.layout.data_world, self.validation.sequences)
-        model.train()
-        reshard(model)
-        tokens = sequences * self.config.data.sequence_length
-        share_of_rank = 1 / self.layout.tensor  # the ranks of a tensor group have read the same sequences
-        total, count = self.agreement.sum(float(loss_sum) * share_of_rank, tokens * share_of_rank)
-        if self.leads:
-            self.tell(Validation(VALIDATION, self.state.step, total / count, round(count)))
+        self.engine.model.eval()
+        for name in names:
+            total, tokens = self._loss_over(self.validation_sets[name])
+            if self.leads:
+                self.tell(Validation(name, self.state.step, total / tokens, round(tokens)))
+        self.engine.model.train()
+        reshard(self.engine.model)
         self.clock.reset()
+
+    def _loss_over(self, validation: ValidationSet) -> tuple[float, float]:
+        """Sum of the losses, in nats, and tokens, over the world."""
+        world = self.layout.data_world
+        share = validation.share(data_rank=self.data_rank, data_world=world, micro_batch=self.config.train.micro_batch)
+        loss_sum, tokens = loss_over(
+            self.engine.model, share, self.device, lambda done: self._progress(done * world, validation.sequences)
+        )
+        share_of_rank = 1 / self.layout.tensor  # the ranks of a tensor group have read the same sequences
+        total, count = self.agreement.sum(loss_sum * share_of_rank, tokens * share_of_rank)
+        return total, count
 
     def save(self) -> bool:
         """Write this rank's part of a checkpoint; True where all ranks did. A failure is told, and training goes on."""

@@ -8,7 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opt_train.protocol.framing import Message, from_payload, to_payload
 from opt_train.protocol.orders import Order, Save, SaveAndStop
+from opt_train.train.probed import OwnProbed, WorldProbed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,8 @@ class Own:
     step_seconds: float = 0.0
     data_seconds: float = 0.0
     memory_bytes: int = 0
+    probed: OwnProbed = field(default_factory=OwnProbed)
+    """What some steps measure; on every rank the same kinds of numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,7 @@ class StepWord:
     """The slowest rank's, like the two below."""
     data_seconds: float
     memory_bytes: int
+    probed: WorldProbed = field(default_factory=WorldProbed)
 
     @property
     def overflow(self) -> bool:
@@ -89,7 +93,7 @@ class Agreement:
         self.group = group
         self._rank = rank
         self._world_size = world_size
-        self._under_way: deque[tuple[int, Tensor, Tensor, list[dist.Work]]] = deque()
+        self._under_way: deque[tuple[int, OwnProbed, Tensor, Tensor, list[dist.Work]]] = deque()
 
     def start(self, step: int, own: Own, order_number: int) -> None:
         """Begin to reduce the word of `step`; does not wait. Only rank 0's `order_number`, norms and scale count."""
@@ -98,13 +102,14 @@ class Agreement:
         sums = [own.loss_sum, own.tokens, own.activation_squares, float(own.skipped), float(own.wants_to_stop)]
         of_first = [own.grad_norm, own.clipped_norm, own.loss_scale, float(order_number)]
         sums += of_first if first else [0.0] * len(of_first)
-        summed = torch.tensor(sums, dtype=torch.float64)
-        largest = torch.tensor([own.step_seconds, own.data_seconds, own.memory_bytes], dtype=torch.float64)
+        sums += own.probed.sums(self._rank, self._world_size)
+        maxima = [own.step_seconds, own.data_seconds, own.memory_bytes, *own.probed.maxima()]
+        summed, largest = torch.tensor(sums, dtype=torch.float64), torch.tensor(maxima, dtype=torch.float64)
         works = [
             dist.all_reduce(summed, dist.ReduceOp.SUM, group=self.group, async_op=True),
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group, async_op=True),
         ]
-        self._under_way.append((step, summed, largest, [work for work in works if work is not None]))
+        self._under_way.append((step, own.probed, summed, largest, [work for work in works if work is not None]))
 
     def heard(self, before: int) -> list[StepWord]:
         """The words of all steps below `before` that were not read yet, oldest first; waits for them.
@@ -114,14 +119,14 @@ class Agreement:
         """
         words = []
         while self._under_way and self._under_way[0][0] < before:
-            step, summed, largest, works = self._under_way.popleft()
+            step, probed, summed, largest, works = self._under_way.popleft()
             for work in works:
                 work.wait()
-            words.append(self._read(step, summed.tolist(), largest.tolist()))
+            words.append(self._read(step, probed, summed.tolist(), largest.tolist()))
         return words
 
-    def _read(self, step: int, summed: Sequence[float], largest: Sequence[float]) -> StepWord:
-        loss_sum, tokens, squares, skipped, votes, grad_norm, clipped_norm, loss_scale, order_number = summed
+    def _read(self, step: int, probed: OwnProbed, summed: Sequence[float], largest: Sequence[float]) -> StepWord:
+        loss_sum, tokens, squares, skipped, votes, grad_norm, clipped_norm, loss_scale, order_number, *rest = summed
         if skipped not in (0.0, float(self._world_size)):
             raise SplitDecision(f"step {step}: {int(skipped)} of {self._world_size} ranks skipped the update")
         return StepWord(
@@ -138,6 +143,7 @@ class Agreement:
             step_seconds=largest[0],
             data_seconds=largest[1],
             memory_bytes=int(largest[2]),
+            probed=probed.of_world(rest, largest[3:]),
         )
 
     def share_orders(self, orders: Sequence[Order]) -> list[Order]:
@@ -164,10 +170,10 @@ def _order(message: Message) -> Order:
 
 
 class Readback:
-    """Device scalars on their way to the host, copied without stopping the device."""
+    """Numbers of the device on their way to the host, copied without stopping the device."""
 
-    def __init__(self, *scalars: Tensor) -> None:
-        together = torch.stack([scalar.detach().double() for scalar in scalars])
+    def __init__(self, *tensors: Tensor) -> None:
+        together = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
         self._event: torch.Event | None = None
         if together.device.type != "cpu":
             self._values = torch.empty(together.shape, dtype=torch.float64, pin_memory=True)
@@ -178,7 +184,7 @@ class Readback:
             self._values = together
 
     def values(self) -> list[float]:
-        """The numbers. Waits until the device had them, not for what was queued behind."""
+        """The numbers, of all tensors in a row. Waits until the device had them, not for what was queued behind."""
         if self._event is not None:
             self._event.synchronize()
         return [float(value) for value in self._values.tolist()]

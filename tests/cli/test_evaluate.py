@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from opt_logbook.events import ValidationMeasured
+from opt_logbook.events import RunFinished, ValidationMeasured
 from opt_logbook.journal import read
 from opt_logbook.run_directory import RunDirectory
 
@@ -15,19 +15,25 @@ from opt_train.data.manifest import DatasetManifest
 from opt_train.data.tokenizer import load
 from tests.cli.conftest import SMALL
 
+LATER = 'data.validation_sets="web=web.txt,later=web.txt"'
+"""A set that nobody thought of while the run trained."""
+
 
 @pytest.fixture(scope="module")
 def trained(prepared_once: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run of the decoder that the released OPT-350M is: LayerNorms behind, a narrower embedding."""
     folder = tmp_path_factory.mktemp("trained") / "workplace"
     shutil.copytree(prepared_once, folder)
+    (folder / "web.txt").write_text("This is a text of another kind, said over and over again. " * 40)
     words = (
-        *SMALL, "data.validation_fraction=0.2", "name=narrow", "model.layer_norm=post", "model.embed_dim=32",
+        *SMALL, "data.validation_fraction=0.2", 'data.validation_sets="web=web.txt"', "name=narrow",
+        "model.layer_norm=post", "model.embed_dim=32",
         "train.steps=16", "checkpoint.every_steps=8", "train.validate_every=8",
     )  # fmt: skip
-    command = [sys.executable, "-m", "opt_train.cli", "train", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    for verb, given in (("prepare", words), ("train", words), ("prepare", (*words, LATER))):
+        command = [sys.executable, "-m", "opt_train.cli", verb, *given]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
     return RunDirectory(folder / "runs" / "narrow")
 
 
@@ -39,23 +45,53 @@ def beside(trained: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> RunDirecto
 
 
 def test_the_perplexity_is_the_one_that_training_measured(beside: RunDirectory, say) -> None:
-    measured = {e.step: e.event for e in read(beside.journal).entries if isinstance(e.event, ValidationMeasured)}
-    assert measured.keys() == {8, 16}
+    events = [(e.step, e.event) for e in read(beside.journal).entries if isinstance(e.event, ValidationMeasured)]
+    measured = {(step, event.name): event for step, event in events}
+    assert measured.keys() == {(step, name) for step in (8, 16) for name in ("validation", "web")}
     newest = json.loads(say("evaluate", str(beside.path), "--json").out)
     for told in (newest, json.loads(say("evaluate", "name=narrow", "--checkpoint", "8", "--json").out)):
-        event = measured[told["step"]]
-        assert told["validation_loss"] == pytest.approx(event.loss, rel=1e-6)
-        assert told["validation_perplexity"] == pytest.approx(event.perplexity, rel=1e-6)
-        assert told["tokens"] == event.tokens
+        sets = {one["name"]: one for one in told["sets"]}
+        assert list(sets) == ["validation", "web", "later"]
+        for name in ("validation", "web"):
+            event = measured[told["step"], name]
+            assert sets[name]["loss"] == pytest.approx(event.loss, rel=1e-6)
+            assert sets[name]["perplexity"] == pytest.approx(event.perplexity, rel=1e-6)
+            assert sets[name]["tokens"] == event.tokens
+        assert sets["later"] == {**sets["web"], "name": "later"}, "the same text measured after the run"
+        assert sets["web"]["loss"] != pytest.approx(sets["validation"]["loss"], rel=1e-4)
     assert newest["step"] == 16
     assert newest["unigram_perplexity"] == DatasetManifest.read(Path("prepared", "files-bpe")).unigram_perplexity
 
 
-def test_one_line_says_what_was_measured_and_on_what(beside: RunDirectory, say) -> None:
+def test_what_the_run_came_to_is_of_the_held_out_text(beside: RunDirectory, say) -> None:
+    """The set that is measured last must not pass for it."""
+    entries = read(beside.journal).entries
+    last = [e.event for e in entries if isinstance(e.event, ValidationMeasured)]
+    [finished] = [e.event for e in entries if isinstance(e.event, RunFinished)]
+    assert [event.name for event in last[-2:]] == ["validation", "web"]
+    assert finished.validation_perplexity == last[-2].perplexity
+    assert json.loads(say("status", str(beside.path), "--json").out)["validation_perplexity"] == last[-2].perplexity
+
+
+def test_the_table_says_the_numbers_of_the_json(beside: RunDirectory, say) -> None:
     listed = json.loads(say("checkpoints", str(beside.path), "--json").out)
-    said = say("evaluate", str(beside.path), "--checkpoint", listed[0]["path"])
-    assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
-    assert said.out.startswith("narrow at step 8: validation perplexity ")
+    words = ("evaluate", str(beside.path), "--checkpoint", listed[0]["path"])
+    said, numbers = say(*words), json.loads(say(*words, "--json").out)
+    assert (said.code, said.err) == (0, "")
+    first, head, *rows, last = said.out.splitlines()
+    assert first == "narrow at step 8; loss in nats a token"
+    assert head.split() == ["set", "tokens", "loss", "perplexity"]
+    assert [row.split() for row in rows] == [
+        [one["name"], f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.2f}"] for one in numbers["sets"]
+    ]
+    assert last.startswith("a unigram model of the same data has ")
+
+
+def test_a_set_by_name_is_measured_alone(beside: RunDirectory, say) -> None:
+    everything = json.loads(say("evaluate", "name=narrow", "--json").out)["sets"]
+    told = json.loads(say("evaluate", "name=narrow", "--set", "later", "--set", "web", "--set", "web", "--json").out)
+    assert told["sets"] == [everything[2], everything[1]]
+    assert "unigram" not in say("evaluate", "name=narrow", "--set", "web").out
 
 
 def test_the_text_as_it_comes_is_the_text_at_the_end(beside: RunDirectory, say) -> None:
@@ -92,6 +128,12 @@ def test_nothing_in_the_run_changes(beside: RunDirectory, say) -> None:
         (("evaluate", "name=missing"), "runs/missing is no run directory: it has no journal; give one like runs/demo"),
         (("evaluate", "name=narrow", "--checkpoint", "5"),
          "--checkpoint=5 is not in runs/narrow; `opt-train checkpoints runs/narrow` lists them"),
+        (("evaluate", "name=narrow", "--set", "books"),
+         "--set=books is not in {data}, which holds validation, web, later; "
+         "`opt-train prepare` adds what data.validation_sets names"),
+        (("evaluate", "name=narrow", "--set", "train"),
+         "--set=train is not in {data}, which holds validation, web, later; "
+         "`opt-train prepare` adds what data.validation_sets names"),
         (("generate", "name=narrow"), "the following arguments are required: PROMPT; see `opt-train generate --help`"),
         (("generate", "name=narrow", "a", "--temperature", "0"),
          "--temperature=0 must be larger than 0; --greedy takes the likeliest token"),
@@ -105,6 +147,7 @@ def test_nothing_in_the_run_changes(beside: RunDirectory, say) -> None:
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(words: tuple[str, ...], expected: str, beside: RunDirectory, say) -> None:
     said = say(*words)
+    expected = expected.replace("{data}", str(Path("prepared", "files-bpe").absolute()))
     assert (said.code, said.out, said.err) == (2, "", f"opt-train: {expected}\n")
 
 

@@ -47,7 +47,7 @@ MISTAKES = {
     "no assignment": (
         "run experiment",
         "'experiment' is not key=value; write model=tiny or optim.lr=3e-4, and double quotes around a value with "
-        "spaces or brackets: 'data.corpus=\"my text\"'",
+        "spaces, brackets or =: 'data.corpus=\"my text\"'",
     ),
     "adding a key": ("run +optim.momentum=1", "+optim.momentum=1 adds or removes a key, but all keys are known; "
                      "write optim.momentum=VALUE"),
@@ -294,6 +294,20 @@ def test_an_interface_that_is_not_there_is_named(tmp_path: Path, monkeypatch: py
     said = say("run", "cluster.interface=nowhere0")
     assert said.code == 2
     assert said.err.startswith("opt-train: cluster.interface=nowhere0 is no network interface here; use one of lo")
+
+
+def test_a_clusters_recipe_does_not_start_its_ranks_on_one_machine(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, say
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    files = ("data.corpus=corpus", "tokenizer.vocab_file=v", "tokenizer.merges_file=m")
+    said = say("run", "experiment=opt-6.7b", *files, "train.device=cpu")
+    assert said.code == 2
+    assert said.err == (
+        "opt-train: cluster=local would start 128 ranks on this machine of 2 cores; "
+        "set cluster.nodes=1 cluster.buffer_nodes=0 and cluster.slots_per_node to what it holds\n"
+    )
+    assert not (workplace / "runs").exists()
 
 
 def test_a_world_that_is_no_number_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch, say) -> None:

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_train.data.batches import Batches, MicroBatch, TokenStream, ValidationSet, open_split, share_of, verify_dataset
+from opt_train.data.batches import Batches, MicroBatch, TokenStream, ValidationSet, open_split, verify_dataset
 from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
+from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.protocol.exits import BadInput
 
 SEQUENCE = 4
@@ -73,7 +74,26 @@ def test_all_ranks_run_the_same_collectives(world: int, micro_batch: int) -> Non
     assert all(shape[0] <= micro_batch for shape in shapes.pop())
 
 
-@pytest.mark.parametrize(("micro_batch", "shape"), [(1, (9, 1)), (4, (3, 3)), (8, (2, 5)), (9, (1, 9))])
+@given(share=st.integers(1, 3000), micro_batch=st.integers(1, 70))
+def test_micro_batches_hold_the_share_and_are_few(share: int, micro_batch: int) -> None:
+    """Nothing is left out, nothing is larger than asked for, and padding is not saved at any price."""
+    number, rows = micro_batches_of(share, micro_batch)
+    fewest = -(-share // micro_batch)
+    assert rows <= micro_batch
+    assert share <= number * rows
+    assert share > (number - 1) * rows or number == fewest
+    assert fewest <= number <= 2 * fewest
+    assert number == fewest or number * rows < fewest * -(-share // fewest)
+
+
+@pytest.mark.parametrize(("share", "micro_batch", "expected"), [(1009, 8, (127, 8)), (10, 4, (5, 2)), (5, 4, (2, 3))])
+def test_a_little_padding_is_better_than_many_micro_batches(
+    share: int, micro_batch: int, expected: tuple[int, int]
+) -> None:
+    assert micro_batches_of(share, micro_batch) == expected
+
+
+@pytest.mark.parametrize(("micro_batch", "shape"), [(1, (9, 1)), (4, (3, 3)), (5, (3, 3)), (8, (3, 3)), (9, (1, 9))])
 def test_micro_batches_are_even_so_that_little_is_padding(micro_batch: int, shape: tuple[int, int]) -> None:
     """A node lost leaves 9 sequences where 8 were: 8 and then 1 with 7 of padding would cost nearly half the step."""
     batches = Batches(stream(401), SEQUENCE, global_batch=9, seed=0)

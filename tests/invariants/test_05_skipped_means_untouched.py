@@ -1,5 +1,6 @@
 """A skipped step leaves weights, moments and step counts as they were, to the bit; and deciding it syncs nothing."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,7 +128,9 @@ def test_optimizer_path_never_waits_for_the_device(precision: PrecisionConfig) -
 
 def one_rank(folder: Path, precision: PrecisionConfig) -> Training:
     """A rank of the trainer itself, in this process."""
-    config = replace(tiny_config(folder, global_batch=4), precision=precision, model=replace(TINY, vocab_size=512))
+    probed = {"layer_norms_every": 3, "attention_logit_every": 3, "speed_probe_every": 3}
+    config = tiny_config(folder, global_batch=4, **probed)
+    config = replace(config, precision=precision, model=replace(TINY, vocab_size=512))
     config = replace(config, data=replace(config.data, sequence_length=16))
     path = folder / "config.json"
     path.write_text(to_json(config))
@@ -162,9 +165,13 @@ def test_step_waits_for_the_device_at_one_place_alone(
     noting(run.engine.optimizer, "step", "the update")
     noting(LossScale, "update", "the scale")
     take_step(run, *read_batch(run))  # what is done once, such as FSDP's set-up, is done
-    happened.clear()
-    micro_batches, seconds = read_batch(run)
-    with Syncs() as syncs:
-        take_step(run, micro_batches, seconds)
-    assert syncs.seen == []
-    assert happened == ["the update", "the scale", "the readback", "tolist"]
+    for _ in range(2):  # the second of these steps, the third of all, has every probe
+        happened.clear()
+        micro_batches, seconds = read_batch(run)
+        with Syncs() as syncs:
+            take_step(run, micro_batches, seconds)
+        assert syncs.seen == []
+        assert happened == ["the update", "the scale", "the readback", "tolist"]
+    run.hear(before=run.state.step)
+    assert run.newest is not None
+    assert None not in dataclasses.asdict(run.newest.probed).values()

@@ -82,12 +82,21 @@ def test_sliced_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.rand(37, generator=generator)
     reference = (F.cross_entropy(F.linear(hidden, embedding), targets, reduction="none") * weights).sum()
     expected = torch.autograd.grad(reference, (hidden, embedding))
-    monkeypatch.setattr("opt_train.model.loss.LOGITS_AT_ONCE", 50 * 5)
+    monkeypatch.setattr("opt_train.model.sizes.LOGITS_AT_ONCE", 50 * 5)
     total = cross_entropy_sum(hidden, embedding, targets, weights)
     found = torch.autograd.grad(total * 2.0, (hidden, embedding))
     torch.testing.assert_close(total, reference, rtol=1e-6, atol=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other * 2.0, rtol=1e-5, atol=1e-5)
+
+
+def test_second_backward_raises_instead_of_scaling_twice() -> None:
+    """Backward scales its gradients where they lie, which it may do once."""
+    hidden, embedding = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    total = cross_entropy_sum(hidden, embedding, torch.tensor([0, 1, 2]), torch.ones(3))
+    (total * 2.0).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (total * 2.0).backward()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

@@ -30,7 +30,8 @@ def run(tmp_path: Path) -> RunDirectory:
 def write(run: RunDirectory, attempt: str, losses: dict[int, float]) -> None:
     with MetricsWriter(run) as writer:
         for step, loss in losses.items():
-            writer.append(attempt, {"step": step, "time": 1e9 + step, "loss": loss, "mfu": None, "overflow": step == 3})
+            line = {"step": step, "time": 1e9 + step, "loss": loss, "mfu": None, "overflow": step == 3}
+            writer.append(attempt, line | {"layer_grad_norms": [loss, step, math.inf] if step == 4 else None})
 
 
 def forward(run: RunDirectory, sink: str) -> None:
@@ -74,6 +75,8 @@ def test_tensorboard_shows_the_metrics_and_a_rollback_replaces_what_it_took_back
     assert shown.keys() == LOSSES.keys()
     assert all(same(shown[step], loss) for step, loss in LOSSES.items())
     assert scalars(run, "overflow") == {1: 0.0, 2: 0.0, 3: 1.0, 4: 0.0}
+    assert scalars(run, "layer_grad_norms/layer_0") == {4: 4.0}
+    assert scalars(run, "layer_grad_norms/final") == {4: math.inf}
 
     write(run, "1.01", {3: 4.0, 4: 3.5, 5: 3.25})
     forward(run, "tensorboard")
@@ -132,5 +135,6 @@ def test_wandb_gets_the_metrics_and_goes_on_with_the_same_run(run: RunDirectory)
     assert [line["_step"] for line in lines] == list(range(6)), "W&B drops what goes back"
     expected = [*LOSSES.values(), 4.0, 3.5]
     assert all(same(float(str(line["loss"])), loss) for line, loss in zip(lines, expected, strict=True))
+    assert [line.get("layer_grad_norms/layer_0") for line in lines] == [None, None, None, 4, None, 4]
     assert position(run, "wandb") == {"attempt": "1.01", "step": 4, "sent": 6}
     assert not (run.path.parent / "wandb").exists(), "it keeps to the run directory"

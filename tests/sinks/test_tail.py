@@ -102,3 +102,18 @@ def test_words_for_numbers_that_are_not_finite_are_numbers_again() -> None:
         "grad_norm": -math.inf,
         "skipped": 1.0,
     }
+
+
+def test_lists_are_numbers_by_place_and_those_by_layer_have_its_name() -> None:
+    """A sink that takes numbers alone would not show them, or stop at the first."""
+    layers = [float(place) for place in range(12)]
+    payload = {"step": 3, "time": 5.5, "layer_grad_norms": ["Infinity", *layers, "NaN"], "x": [7, None, 8]}
+    line = parsed(json.dumps(payload).encode(), "1.00")
+    assert line is not None
+    assert math.isnan(line.values["layer_grad_norms/final"])
+    assert {key: value for key, value in line.values.items() if not key.endswith("/final")} == {
+        "layer_grad_norms/embedding": math.inf,
+        **{f"layer_grad_norms/layer_{place:02d}": value for place, value in enumerate(layers)},
+        "x/0": 7.0,
+        "x/2": 8.0,
+    }

@@ -1,0 +1,411 @@
+"""The model spread over all ranks with DeepSpeed's ZeRO, stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+DeepSpeed partitions, gathers and sums. Loss scale, clipping and the decision to skip are the trainer's, on the device.
+Importing this file costs seconds, and stage 3 replaces `torch.nn.functional.linear` for the whole process.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from opt_train.checkpoint.manifest import CheckpointError
+from opt_train.checkpoint.tensors import MODEL, OPTIMIZER
+from opt_train.data.batches import MicroBatch
+from opt_train.model.config import ModelConfig
+from opt_train.model.decoder import OPT, Block
+from opt_train.model.init import Progress
+from opt_train.optim.adamw import put_in_force
+from opt_train.optim.clip import GradNorm, Verdict, global_norm
+from opt_train.optim.layer_norms import LayerSquares
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import Sums, loss_of
+from opt_train.parallel.fsdp import TYPES, build
+from opt_train.parallel.layout import Layout
+from opt_train.parallel.recompute import recompute_and_compile
+from opt_train.parallel.rows import own_rows, whole_of
+from opt_train.protocol.exits import BadInput
+
+# Its logger, made as it loads, and some of its parts write to stdout.
+with contextlib.redirect_stdout(sys.stderr):
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.utils import (
+        groups,
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeed:
+    """`Engine` with ZeRO; `TellsLayers` too. One a process: DeepSpeed keeps process-wide state."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: PrecisionConfig,
+        parallel: ParallelConfig,
+        device: torch.device,
+        values: Mapping[str, float],
+        seed: int | None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Build and partition the model. Needs a process group; all ranks together.
+
+        Meanwhile a rank holds, in stages 1 and 2, the whole model in the compute type, as it does ever after; in stage
+        3 its partitions and one layer's parameters whole. Its rows of the initial weights come on top of that for a
+        while, in fp32, before there are moments: the peak is below what training takes.
+
+        Args:
+            values: what is in force (`opt_train.optim.in_force`).
+            seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+            progress: told how many parameters of how many have their initial weights.
+
+        Raises:
+            BadInput: DeepSpeed computes on another kind of device.
+        """
+        _take_over(device)
+        self._device = device
+        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        settings = _settings(config, precision, parallel.zero_stage)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = _construct(config, precision, parallel, device, settings)
+            self.optimizer = _make_optimizer(module, config, values)
+            self.model, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
+        self._zero = _zero_of(self.model, parallel.zero_stage)
+        self._parameters = dict(module.named_parameters())
+        if seed is not None:
+            self._draw(config, seed, progress)
+        for master in self._zero.masters():
+            self.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                **{key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS},
+            }
+        self._zero.link_moments()
+        self._layers = LayerSquares(list(self._parameters), [1] * len(self._parameters), config.layers, device)
+
+    def _draw(self, config: ModelConfig, seed: int, progress: Progress | None) -> None:
+        """The initial weights that every engine has: each rank draws rows of them, as for FSDP2."""
+        precision = PrecisionConfig(compute="fp32")
+        layout = Layout(replicate=1, shard=dist.get_world_size(), tensor=1)
+        rows = dict(build(config, precision, ParallelConfig(), layout, self._device, seed, progress).named_parameters())
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._zero.set_whole(parameter, whole_of(rows.pop(name)))
+        self._zero.refresh()
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+        """See `Engine`."""
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        activation_squares = torch.zeros((), dtype=torch.float32, device=self._device)
+        for number, batch in enumerate(micro_batches, start=1):
+            # By hand, because DeepSpeed's own count takes every step to have as many.
+            self.model.set_gradient_accumulation_boundary(number == len(micro_batches))
+            loss = loss_of(self.model, batch, self._device, grad_scale)
+            self.model.backward(loss.loss_sum)
+            loss_sum += loss.loss_sum.detach()
+            activation_squares += loss.activation_squares
+        return Sums(loss_sum, activation_squares)
+
+    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+        """See `Engine`."""
+        parts = self._zero.gradients(self._parameters.values())
+        return global_norm(parts, [1] * len(parts), tokens / self._zero.averaged_over, grad_scale)
+
+    def layer_squares(self, divisor: Tensor) -> Tensor:
+        """See `TellsLayers`."""
+        of_gradients = self._layers.of(self._zero.gradients(self._parameters.values()))
+        of_weights = self._layers.of(self._zero.weights(self._parameters.values()))
+        return torch.stack([of_gradients / divisor.square(), of_weights])
+
+    def apply(self, verdict: Verdict) -> None:
+        """See `Engine`."""
+        # The attributes that torch.amp.GradScaler sets: the kernel skips, and multiplies, on the device.
+        self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = verdict.factor.reciprocal()  # type: ignore[attr-defined]
+        self._zero.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Engine`; copies, of which one parameter's at a time exist whole."""
+        step = self._step_count()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            tensors[MODEL + name] = own_rows(safe_get_full_fp32_param(parameter), self._mesh)
+            for key in MOMENTS:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                tensors[f"{OPTIMIZER}{name}.{key}"] = own_rows(whole, self._mesh)
+            tensors[f"{OPTIMIZER}{name}.step"] = step.clone()
+        return tensors
+
+    @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Engine`.
+
+        Raises:
+            CheckpointError: parameters differ in their number of updates, of which ZeRO keeps one.
+        """
+        steps = torch.stack([tensors[f"{OPTIMIZER}{name}.step"] for name in self._parameters])
+        if (steps != steps[0]).any():
+            raise CheckpointError("its parameters have had different numbers of updates, which ZeRO cannot hold")
+        for name, parameter in self._parameters.items():
+            self._zero.set_whole(parameter, whole_of(tensors[MODEL + name]))
+            for key in MOMENTS:
+                self._zero.set_whole(parameter, whole_of(tensors[f"{OPTIMIZER}{name}.{key}"]), key)
+        for master in self._zero.masters():
+            self.optimizer.state[master]["step"].copy_(steps[0])
+        self._zero.refresh()
+
+    def _step_count(self) -> Tensor:
+        step: Tensor = self.optimizer.state[self._zero.masters()[0]]["step"]
+        return step
+
+
+class _Zero(Protocol):
+    """What an engine needs of one of DeepSpeed's optimizers around AdamW."""
+
+    averaged_over: int
+    """What gradients come divided by."""
+
+    def masters(self) -> list[Tensor]:
+        """This rank's flat partitions of the fp32 weights, which are AdamW's parameters."""
+        ...
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """This rank's part of each one's gradient, fp32, reduced over ranks, maybe empty; each element on one."""
+        ...
+
+    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """This rank's part of each one's fp32 weights, maybe empty."""
+        ...
+
+    def step(self) -> None:
+        """AdamW on the partitions, then the compute copies; forgets the gradients."""
+        ...
+
+    def link_moments(self) -> None:
+        """Let single parameters find their part of AdamW's flat state."""
+        ...
+
+    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        """Make this rank's part of `whole` that of the fp32 weights; with `key`, of a moment."""
+        ...
+
+    def refresh(self) -> None:
+        """Make the compute copies, on all ranks, from the fp32 weights."""
+        ...
+
+
+class _Stage1And2:
+    averaged_over = 1
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._zero = engine, engine.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        held: dict[nn.Parameter, Tensor] = {}
+        for group, owned in enumerate(self._zero.params_in_partition):
+            # Behind the parameters' there may be one more part, which pads the partition.
+            held.update(zip(owned, self._zero.averaged_gradients[group], strict=False))
+        return [held.get(parameter, torch.empty(0, device=parameter.device)) for parameter in parameters]
+
+    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        masters = self.masters()
+        return [self._part_of(parameter, masters) for parameter in parameters]
+
+    def _part_of(self, parameter: nn.Parameter, flat: list[Tensor]) -> Tensor:
+        """What belongs to `parameter` of something flat like the partitions."""
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+        if mapping is None:
+            return torch.empty(0, device=parameter.device)
+        where = mapping.hp_fragment_address
+        part: Tensor = flat[mapping.param_group_index].detach().narrow(0, where.start, where.numel)
+        return part
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def link_moments(self) -> None:
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        if key is None:
+            safe_set_full_fp32_param(parameter, whole)
+        else:
+            safe_set_full_optimizer_state(parameter, whole, key)
+
+    def refresh(self) -> None:
+        self._zero.update_lp_params()
+
+
+class _Bf16Stage1(_Stage1And2):
+    """With bf16, DeepSpeed's stage 1 is another class, which keeps all gradients in fp32 on every rank."""
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.fp32_groups_flat_partition)
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        flat = self._zero.fp32_groups_gradient_flat_partition
+        return [self._part_of(parameter, flat) for parameter in parameters]
+
+    def step(self) -> None:
+        # What its own step does, without its norm of the whole gradient, which the host would wait for.
+        for master, gradient in zip(self.masters(), self._zero.fp32_groups_gradient_flat_partition, strict=True):
+            master.grad = gradient
+        self._zero.optimizer.step()
+        self._zero.update_lp_params()
+        self._zero.clear_hp_grads()
+
+
+class _Stage3:
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._zero = engine, engine.optimizer
+        # Stage 3 divides gradients by this before it sums them, and knows no other way. The norm's divisor is divided
+        # too, which is exact where the world is a power of two; elsewhere a gradient is rounded once more.
+        self.averaged_over = dist.get_world_size()
+        # Its own norm: the host would wait for it, and leave out steps that are the verdict's to leave out.
+        self._zero._get_norm_groups = lambda: [torch.zeros(())]
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        held: dict[nn.Parameter, Tensor] = {}
+        for number, owned in enumerate(self._zero.fp16_groups):
+            held.update(zip(owned, self._zero.averaged_gradients[number], strict=True))
+        return [held[parameter] for parameter in parameters]
+
+    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        return [safe_get_local_fp32_param(parameter).detach() for parameter in parameters]
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def link_moments(self) -> None:
+        """They are found by their offsets."""
+
+    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        # DeepSpeed's setter for whole tensors takes none that the world does not divide.
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank()  # type: ignore[attr-defined]
+        padded = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
+        own = padded[rank * size : (rank + 1) * size]
+        if key is None:
+            safe_set_local_fp32_param(parameter, own)
+        else:
+            safe_set_local_optimizer_state(parameter, own, key)
+
+    def refresh(self) -> None:
+        # As at the end of its step, where parameters that are kept whole are gathered again.
+        self._zero._partition_all_parameters()
+        for number in range(len(self.masters())):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        self._zero._post_step(())
+
+
+def _zero_of(engine: Any, stage: int) -> _Zero:
+    if stage == 3:
+        return _Stage3(engine)
+    return _Bf16Stage1(engine) if isinstance(engine.optimizer, BF16_Optimizer) else _Stage1And2(engine)
+
+
+def _take_over(device: torch.device) -> None:
+    """Make DeepSpeed use the process group and the device that the trainer has chosen."""
+    if (found := get_accelerator().device_name()) != device.type:
+        raise BadInput(
+            f"DeepSpeed has taken to {found}, but train.device is {device.type}; "
+            f"start with DS_ACCELERATOR={device.type} in the environment"
+        )
+    # It was written for an older torch, which says so at every collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+_tensor` is deprecated")
+    # The only way it takes its device.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    # It would clone the group, without the trainer's timeout: half an hour until a rank notices that others are gone.
+    groups._WORLD_GROUP = dist.group.WORLD
+
+
+def _settings(config: ModelConfig, precision: PrecisionConfig, stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: everything that the trainer does itself is off."""
+    bf16 = precision.compute == "bf16"
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        # Biases and LayerNorms stay whole between steps: gathering one costs more than it weighs.
+        zero["stage3_param_persistence_threshold"] = config.ffn
+    elif not (bf16 and stage == 1):
+        zero["compute_grad_norm"] = False
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        **({} if stage == 3 else {"gradient_allreduce_op": "sum"}),
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def _construct(
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    settings: dict[str, Any],
+) -> OPT:
+    """The model, its weights anything; in stage 3 each layer is partitioned as soon as it is there."""
+    if parallel.zero_stage == 3:
+        # Its type is that of the settings; one given to Init is ignored where fp16 is not supported (0.19.8).
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            module = OPT(config)
+        # The head multiplies with the parameter of another module.
+        deepspeed.zero.register_external_parameter(module, module.model.decoder.embed_tokens.weight)
+    else:
+        with torch.device("meta"):
+            module = OPT(config).to(TYPES[precision.compute])
+        module.to_empty(device=device)
+    for block in module.model.decoder.layers:
+        assert isinstance(block, Block)
+        recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)
+    return module
+
+
+def _make_optimizer(module: OPT, config: ModelConfig, values: Mapping[str, float]) -> torch.optim.AdamW:
+    """torch's fused AdamW, weight decay on matrices alone; DeepSpeed puts flat partitions into its groups."""
+    with torch.device("meta"):
+        # A partitioned parameter has no shape of its own.
+        matrices = {name for name, parameter in OPT(config).named_parameters() if parameter.ndim > 1}
+    named = list(module.named_parameters())
+    parameters = [
+        {"params": [parameter for name, parameter in named if name in matrices], "decayed": True},
+        {"params": [parameter for name, parameter in named if name not in matrices], "decayed": False},
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=values["lr"], fused=True)
+    put_in_force(optimizer, values)
+    return optimizer

@@ -1,0 +1,208 @@
+"""The engine on fairscale trains as the textbook and FSDP2 do, skips as one, and shares its checkpoints.
+
+Real ranks over gloo; `fairscale_on_cpu.py` stands in for the streams of a GPU.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opt_train import config_checks
+from opt_train.checkpoint.config import CheckpointConfig
+from opt_train.config import compose
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.protocol.exits import BadInput
+from opt_train.protocol.facts import Validation
+from tests.parallel.fairscale_ranks import NARROW
+from tests.parallel.layout_ranks import GLOBAL_BATCH
+from tests.parallel.test_layouts import check_same, textbook
+from tests.train.rig import ROOT, World, run_script, tensors_in, tiny_config
+
+pytestmark = pytest.mark.timeout(400)
+
+SCRIPT = ROOT / "tests/parallel/fairscale_ranks.py"
+ON_TWO = ("textbook", "beside_fsdp2", "overflow", "exchange", "evaluated", "hooks", "waits", "layer_norms")
+ON_THREE = ("textbook", "beside_fsdp2_unevenly", "overflow", "exchanged_elsewhere", "layer_norms")
+"""Three ranks divide neither batch nor parameters evenly."""
+EXCHANGED = ("fp32", "memory-efficient fp16")
+
+Told = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What each rank found, by world size. The three ranks read checkpoints of the two."""
+    folder = tmp_path_factory.mktemp("fairscale")
+    return {
+        world: run_script(SCRIPT, world, " ".join(parts), str(folder), folder=folder, seconds=380)
+        for world, parts in ((2, ON_TWO), (3, ON_THREE))
+    }
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    return textbook({})
+
+
+@pytest.mark.parametrize("accumulate", ["shards", "whole"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_follows_the_textbook(told: Told, reference: dict[str, Any], world: int, accumulate: str) -> None:
+    check_same(told[world][0]["textbook"][accumulate], reference)
+
+
+@pytest.mark.parametrize("accumulate", ["shards", "whole"])
+@pytest.mark.parametrize("precision", NARROW)
+def test_is_fsdp2_in_every_precision(told: Told, precision: str, accumulate: str) -> None:
+    """To the bit on two ranks, but for micro-batches that fairscale adds up in fp16 where FSDP2 does in fp32."""
+    both = told[2][0]["beside_fsdp2"][f"{precision} {accumulate}"]
+    if (precision, accumulate) == ("memory-efficient fp16", "whole"):
+        assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=1e-4)
+        assert both["fairscale"]["norms"] == pytest.approx(both["fsdp2"]["norms"], rel=1e-3)
+        assert both["fairscale"]["skips"] == both["fsdp2"]["skips"]
+    else:
+        assert both["fairscale"] == both["fsdp2"]
+    overflows = sum(both["fairscale"]["skips"])
+    assert 0 < overflows < 10 if precision == "overflowing fp16" else overflows == 0
+    assert both["fairscale"]["losses"][-1] < both["fairscale"]["losses"][0] - 0.03 or overflows
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-4), ("memory-efficient fp16", 2e-4)])
+def test_is_near_fsdp2_where_sums_round_otherwise(told: Told, precision: str, tolerance: float) -> None:
+    both = told[3][0]["beside_fsdp2_unevenly"][f"{precision} shards"]
+    assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=tolerance)
+    assert both["fairscale"]["norms"] == pytest.approx(both["fsdp2"]["norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "memory-efficient fp16"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_overflow_on_any_rank_skips_on_all(told: Told, world: int, precision: str) -> None:
+    answers = [answer["overflow"][precision] for answer in told[world]]
+    overflows = 2 * world
+    for answer in answers:
+        assert answer["skips"] == [1.0] * overflows
+        assert answer["untouched"] == [True] * overflows
+        assert answer["scale"] == (1.0 if precision == "fp32" else 64.0 / 2.0**overflows)
+        assert answer["then"]["skip"] == 0.0
+        assert answer["then"]["changed"]
+        assert answer["norm"] == answers[0]["norm"] == pytest.approx(answer["by_hand"], rel=1e-5)
+        assert answer["then"]["norm"] == answers[0]["then"]["norm"]
+
+
+@pytest.mark.parametrize("precision", EXCHANGED)
+def test_checkpoints_go_to_fsdp2_and_back(told: Told, precision: str) -> None:
+    """And what fairscale has gathered for an evaluation is no longer what it trains with after a restore."""
+    first, second, third = told[2][0]["exchange"][precision].values()
+    state, losses = first
+    assert [shape for shape, _, _ in state.values()].count([]) == sum(".step" in name for name in state) > 10
+    assert second == [state, losses]
+    assert third == [state, losses]
+
+
+@pytest.mark.parametrize("precision", EXCHANGED)
+def test_checkpoints_go_to_another_number_of_ranks(told: Told, precision: str) -> None:
+    state, curve = told[2][0]["exchange"][precision]["fsdp2"]
+    for its_state, its_curve in told[3][0]["exchanged_elsewhere"][precision].values():
+        assert its_state == state
+        assert its_curve["losses"] == pytest.approx(curve["losses"], abs=5e-6 if precision == "fp32" else 2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_evaluation_changes_nothing(told: Told, precision: str) -> None:
+    found = told[2][0]["evaluated"][precision]
+    assert found["disturbed"] == found["undisturbed"]
+    assert found["evaluations"][-1] == found["reference"] < found["evaluations"][0]
+
+
+def test_hooks_do_not_pile_up(told: Told) -> None:
+    """fairscale alone runs one more of its hooks for each parameter after every forward pass, for ever."""
+    micro_batches, parameters = GLOBAL_BATCH // 2 // 2, 2 * 16 + 4
+    for calls in told[2][0]["hooks"].values():
+        assert calls == [micro_batches * parameters] * 4
+
+
+def test_a_step_never_waits_for_the_device(told: Told) -> None:
+    assert list(told[2][0]["waits"].values()) == [[], []]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_norms_of_layers_are_fsdp2s(told: Told, world: int) -> None:
+    found = told[world][0]["layer_norms"]
+    for mine, reference in zip(found["fairscale"], found["fsdp2"], strict=True):
+        assert mine == pytest.approx(reference, rel=1e-5)
+
+
+def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
+    curves = run_script(SCRIPT, 2, "recomputed", str(tmp_path), folder=tmp_path, seconds=380)[0]["recomputed"]
+    kept = curves.pop("none")
+    assert len(curves) == 5
+    for name, curve in curves.items():
+        if "compiled" in name:
+            assert curve["losses"] == pytest.approx(kept["losses"], abs=1e-3), name
+            assert curve["norms"] == pytest.approx(kept["norms"], rel=1e-2), name
+        else:
+            assert curve == kept, name
+
+
+@pytest.mark.timeout(300)
+def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
+    """The real trainer: it validates and saves, is killed, goes on from there to the bit, and with FSDP2 nearly so."""
+    config = replace(
+        tiny_config(tmp_path, steps=8, validate_every=2),
+        parallel=ParallelConfig(engine="fairscale"),
+        precision=PrecisionConfig(compute="bf16"),
+        checkpoint=CheckpointConfig(every_steps=4),
+    )
+    told = []
+    checkpoint = None
+    for name, engine in (("whole", "fairscale"), ("resumed", "fairscale"), ("by fsdp2", "fsdp2")):
+        (folder := tmp_path / name).mkdir()
+        config = replace(config, parallel=replace(config.parallel, engine=engine))
+        with World(folder, config, module="tests.parallel.fairscale_rank") as world:
+            world.begin(checkpoint=checkpoint)
+            assert [leaving.code for leaving in world.finish()] == [0, 0], world.logs()
+            metrics = {step: (line["loss"], line["grad_norm"]) for step, line in world.ranks[0].metrics.items()}
+            validations = [fact.loss for fact in world.ranks[0].told(Validation)]
+            told.append((metrics, validations[-2:], tensors_in(world.commit(8))))
+            checkpoint = checkpoint or world.commit(4)
+            assert "Warning" not in world.logs()
+    whole, resumed, by_fsdp2 = told
+    assert sorted(whole[0]) == list(range(1, 9))
+    assert whole[0][8][0] < whole[0][1][0]
+    for step in range(5, 9):
+        assert resumed[0][step] == whole[0][step]
+        assert by_fsdp2[0][step] == pytest.approx(whole[0][step], abs=2e-4)
+    assert resumed[1:] == whole[1:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.tensor=2", "cluster.nodes=2"],
+         "parallel.engine=fairscale shards over all ranks and knows no parallel.tensor=2; use parallel.tensor=1, or "
+         "parallel.engine=fsdp2"),
+        (["parallel.replicate=2", "cluster.nodes=2"],
+         "parallel.engine=fairscale shards over all ranks and knows no parallel.replicate=2; use parallel.replicate=1, "
+         "or parallel.engine=fsdp2"),
+        (["optim.fused=apex"],
+         "parallel.engine=fairscale updates with torch's AdamW, not optim.fused=apex; use optim.fused=auto"),
+        (["train.device=cpu"],
+         "parallel.engine=fairscale needs GPUs, and train.device=cpu has none; use parallel.engine=fsdp2"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_do_is_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        compose(["parallel.engine=fairscale", *overrides])
+    assert str(refused.value) == expected
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = config_checks.importlib.util.find_spec
+    monkeypatch.setattr(
+        config_checks.importlib.util, "find_spec", lambda name: None if name == "fairscale" else find_spec(name)
+    )
+    with pytest.raises(
+        BadInput, match=r"parallel.engine=fairscale is not installed; pip install 'opt-train\[fairscale\]'"
+    ):
+        compose(["parallel.engine=fairscale"])

@@ -1,0 +1,37 @@
+"""What counts a rehearsal's memory must count as torch's own tracker does, where that one can."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.plan.presets import recipe, with_layers
+from tests.train.rig import environment
+
+SCRIPT = Path(__file__).with_name("torchs_tracker.py")
+
+CONFIGS = [
+    with_layers(recipe(size, f"parallel.activation_checkpointing={mode}", f"train.micro_batch={rows}"), 3)
+    for size, rows in (("125m", 32), ("6.7b", 8), ("175b", 8))
+    for mode in ("none", "selective", "full")
+]
+
+
+@pytest.mark.timeout(300)
+def test_the_peak_is_that_of_torchs_tracker() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps([asdict(config) for config in CONFIGS]),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    peaks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(peaks) == len(CONFIGS)
+    for config, peak in zip(CONFIGS, peaks, strict=True):
+        assert peak["ours"] == pytest.approx(peak["torch"], rel=0.001), config.model.name
