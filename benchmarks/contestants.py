@@ -10,13 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Loss
 from opt_train.model.init import initialise
 from opt_train.optim.adamw import apply, make_optimizer
+from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
+from opt_train.parallel.make_engine import make_engine
 
 Step = Callable[[Tensor, Tensor], float]
 """Forward, backward and update over tokens and targets, both [batch, sequence]; returns the loss before it, in nats."""
@@ -28,16 +30,11 @@ QUICK = ModelConfig(name="quick", layers=2, heads=4, d_model=64, ffn=256, vocab_
 
 
 def ours(config: ModelConfig, bf16: bool) -> Step:
-    """`opt_train`'s model, loss and optimizer; in bf16 under FSDP2 on one rank, which is where its fp32 weights are."""
+    """`opt_train`'s model, loss and optimizer; in bf16 as `trainer`, which is where its fp32 weights are."""
     if bf16:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        parallel = ParallelConfig()
-        layout = Layout.of(parallel, 1)
-        model = build(config, PrecisionConfig(compute="bf16"), parallel, layout, torch.device("cpu"), seed=0)
-    else:
-        model = OPT(config)
-        initialise(model, config, 0)
+        return trainer(config, bf16)
+    model = OPT(config)
+    initialise(model, config, 0)
     optimizer = make_optimizer(model, VALUES)
     never = torch.zeros(())
 
@@ -48,6 +45,22 @@ def ours(config: ModelConfig, bf16: bool) -> Step:
         loss.loss_sum.backward()
         apply(optimizer, never)
         return loss.loss_sum.item()
+
+    return step
+
+
+def trainer(config: ModelConfig, bf16: bool) -> Step:
+    """What a rank of `opt-train train` does, alone: FSDP2 with nobody to share with, and the gradient clipped."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    precision = PrecisionConfig(compute="bf16" if bf16 else "fp32")
+    layout, device = Layout(replicate=1, shard=1, tensor=1), torch.device("cpu")
+    engine = make_engine(config, precision, ParallelConfig(), layout, device, values=VALUES, seed=0)
+
+    def step(tokens: Tensor, targets: Tensor) -> float:
+        sums = engine.forward_backward([MicroBatch(tokens, targets, torch.ones(len(tokens)))])
+        engine.apply(clip(engine.grad_norm(torch.tensor(float(tokens.numel()), dtype=torch.float64)), 1.0))
+        return sums.loss_sum.item() / tokens.numel()
 
     return step
 
@@ -86,7 +99,7 @@ def plain(config: ModelConfig, bf16: bool) -> Step:
     return _autocast_step(model, loss_of, bf16)
 
 
-CONTESTANTS = {"ours": ours, "transformers": transformers_opt, "plain": plain}
+CONTESTANTS = {"ours": ours, "trainer": trainer, "transformers": transformers_opt, "plain": plain}
 
 
 class PlainBlock(nn.Module):

@@ -1,5 +1,7 @@
 """Throughput of one training step on a CPU: ours against transformers' OPT and a plain loop, in turn in one process.
 
+*ours* is the model with its loss and optimizer, *trainer* what a rank does with it: FSDP2, even alone, and clipping.
+
     python benchmarks/step_cpu.py            OPT-125M, fp32, 2 threads, 1 x 512 tokens, 7 rounds
     python benchmarks/step_cpu.py --bf16
     python benchmarks/step_cpu.py --quick    a tiny model: whether it runs
@@ -16,6 +18,7 @@ import torch
 from contestants import CONTESTANTS, OPT_125M, QUICK, micro_batch
 
 AIM = 0.98
+OURS = ("ours", "trainer")
 
 
 def main() -> None:
@@ -47,9 +50,10 @@ def main() -> None:
     for name, taken in seconds.items():
         median = statistics.median(taken)
         print(f"{name:13} {median:8.3f} s a step, {tokens.numel() / median:8.0f} tokens/s")
-    for name in list(steps)[1:]:
-        ratio = statistics.median(peer / own for peer, own in zip(seconds[name], seconds["ours"], strict=True))
-        print(f"ours/{name}: {ratio:.3f}x throughput (aim {AIM:.2f}x)")
+    for own in OURS:
+        for peer in (name for name in steps if name not in OURS):
+            ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds[peer], seconds[own], strict=True))
+            print(f"{own}/{peer}: {ratio:.3f}x throughput (aim {AIM:.2f}x)")
 
 
 if __name__ == "__main__":
