@@ -1,6 +1,6 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
 # make test     lint, types, import contracts, tests
-# make test-end-to-end   whole runs that break and recover, some five minutes more
+# make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some ten minutes more
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make docs     rewrite the generated parts of README.md and docs/configuration.md
 # make clean    remove the environment and caches; runs/ and prepared/ stay
@@ -47,10 +47,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --ignore tests/end_to_end
+	$(BIN)/python -m pytest --ignore tests/end_to_end -m "not slow"
 
 test-end-to-end: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/end_to_end
+	$(BIN)/python -m pytest --ignore tests/end_to_end -m slow
 
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/step_cpu.py

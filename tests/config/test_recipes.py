@@ -164,6 +164,7 @@ SHRUNK = (
 """What makes a recipe train on two cores: the size, the length, the layout. The rest stays the recipe's."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("size", "changes"), [("opt-125m", ()), ("opt-175b", ("parallel.tensor=2",))])
 def test_a_shrunk_recipe_trains_to_its_end(size: str, changes: tuple[str, ...], tmp_path: Path) -> None:

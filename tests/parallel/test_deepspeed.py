@@ -163,12 +163,14 @@ def test_checkpoints_go_from_fsdp2_and_back(told: Told, name: str) -> None:
     assert there["curve"]["losses"] == pytest.approx(expected["losses"], rel=0, abs=TOLERANCE[compute])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_follow_the_textbook(tmp_path: Path, reference: dict[str, Any]) -> None:
     check_same(
         run(tmp_path, "deepspeed", Case(stage=2, world=2, ways={"compile": True}), "curve")[0]["curve"], reference
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
     """The real trainer: it validates and saves, is started anew from there, and goes on to the bit."""

@@ -133,6 +133,7 @@ def test_norms_of_layers_are_fsdp2s(told: Told, world: int) -> None:
         assert mine == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
     curves = run_script(SCRIPT, 2, "recomputed", str(tmp_path), folder=tmp_path, seconds=380)[0]["recomputed"]
     kept = curves.pop("none")
@@ -145,6 +146,7 @@ def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
             assert curve == kept, name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
     """The real trainer: it validates and saves, is killed, goes on from there to the bit, and with FSDP2 nearly so."""

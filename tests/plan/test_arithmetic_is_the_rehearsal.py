@@ -14,7 +14,7 @@ from opt_train.plan.comparison import Row, collective_rows, memory_rows, reason
 from opt_train.plan.memory import MODES
 from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 VARIANTS = {
     **{size: recipe(size) for size in SIZES},

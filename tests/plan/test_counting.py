@@ -20,6 +20,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_peak_is_that_of_torchs_tracker() -> None:
     done = subprocess.run(

@@ -14,7 +14,7 @@ from tests.slurm.slurm_lab import SlurmLab, missing
 ROOT = Path(__file__).resolve().parents[2]
 UNABLE = missing()
 
-pytestmark = [pytest.mark.skipif(bool(UNABLE), reason=UNABLE), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(UNABLE), reason=UNABLE), pytest.mark.timeout(600)]
 
 
 class Site:
