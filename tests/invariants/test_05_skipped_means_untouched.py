@@ -1,7 +1,6 @@
 """A skipped step leaves weights, moments and step counts as they were, to the bit; and deciding it syncs nothing."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opt_train.config import to_json
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import put_in_force, really_in_force
@@ -21,14 +19,13 @@ from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
-from opt_train.protocol.commands import Begin
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
 from opt_train.train.step import read_batch, take_step
 from opt_train.train.training import Training
 from opt_train.train.word import Readback
 from tests.optim.syncs import Syncs
-from tests.train.rig import tiny_config
+from tests.train.rig import begin_alone, tiny_config
 
 PRECISIONS = {
     "fp32": PrecisionConfig(compute="fp32"),
@@ -132,13 +129,7 @@ def one_rank(folder: Path, precision: PrecisionConfig) -> Training:
     config = tiny_config(folder, global_batch=4, **probed)
     config = replace(config, precision=precision, model=replace(TINY, vocab_size=512))
     config = replace(config, data=replace(config.data, sequence_length=16))
-    path = folder / "config.json"
-    path.write_text(to_json(config))
-    begin = Begin(
-        generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
-        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
-    )  # fmt: skip
+    begin = begin_alone(folder, config)
     return start(begin, lambda fact: None, NoOrders(), StopSignals(), lambda *_: dist.new_group(backend="gloo"))
 
 

@@ -77,6 +77,17 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
     return config
 
 
+def begin_alone(folder: Path, config: RunConfig) -> Begin:
+    """`config` written into `folder`, and what a rank is told that trains it with nobody beside it."""
+    path = folder / "config.json"
+    path.write_text(to_json(config))
+    return Begin(
+        generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
+        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
+    )  # fmt: skip
+
+
 def run_script(
     script: Path, world_size: int, *arguments: str, folder: Path, seconds: float = SCRIPT_SECONDS
 ) -> list[dict[str, Any]]:

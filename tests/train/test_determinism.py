@@ -1,6 +1,5 @@
 """`train.deterministic` is really in effect, and an operation that cannot do it is named in a sentence."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt_train.config import to_json
-from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG
 from opt_train.protocol.facts import Leaving
 from opt_train.protocol.framing import Message
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import run_rank
-from tests.train.rig import World, tiny_config
+from tests.train.rig import World, begin_alone, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +65,7 @@ def test_only_torchs_complaint_is_explained() -> None:
 def test_rank_that_meets_such_an_operation_says_so_and_leaves(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=2)
     config = replace(config, train=replace(config.train, deterministic=True))
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    begin = Begin(
-        generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
-        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(tmp_path), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
-    )  # fmt: skip
+    begin = begin_alone(tmp_path, config)
     facts: list[Message] = []
 
     def joins(*_: object) -> torch.distributed.ProcessGroup:
