@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.manifest import build, commit, read
+from opt_train.checkpoint.manifest import read
 from opt_train.checkpoint.restore import restore
-from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import MODEL as MODEL_PREFIX
 from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force, really_in_force
@@ -33,6 +30,7 @@ from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
 from tests.optim.syncs import Syncs
 from tests.parallel import deepspeed_on_cpu
+from tests.parallel.engine_state import described, save_together, world_sum
 from tests.parallel.layout_ranks import (
     CPU,
     GLOBAL_BATCH,
@@ -108,27 +106,10 @@ class Trainer:
         return hashlib.sha256(b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)).hexdigest()
 
     def save(self, folder: Path) -> None:
-        files = save(self.engine.tensors(), {}, folder)
-        reports: list[Any] = [None] * self.world
-        dist.all_gather_object(reports, files)
-        if self.rank == 0:
-            named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}
-            commit(folder, build(folder, "1.00", 0, named))
-        dist.barrier()
+        save_together(self.engine, folder)
 
     def restore(self, folder: Path) -> None:
         restore(self.engine, folder, read(folder))
-
-
-def described(tensor: Tensor) -> tuple[list[int], str, str]:
-    whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
-    return list(whole.shape), str(whole.dtype), hashlib.sha256(whole.view(-1).numpy().tobytes()).hexdigest()
-
-
-def world_sum(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total)
 
 
 def curve(trainer: Trainer) -> dict[str, Any]:
