@@ -56,6 +56,7 @@ test-end-to-end: $(VENV)/installed-dev
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/step_cpu.py --bf16
+	$(BIN)/python benchmarks/memory_cpu.py --batch 16
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/loop_overhead.py
 

@@ -50,7 +50,7 @@ def ours(config: ModelConfig, bf16: bool) -> Step:
 
 
 def trainer(config: ModelConfig, bf16: bool) -> Step:
-    """What a rank of `opt-train train` does, alone: FSDP2 with nobody to share with, and the gradient clipped."""
+    """What a rank of `opt-train train` does, alone: its engine's step, and the gradient clipped."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     precision = PrecisionConfig(compute="bf16" if bf16 else "fp32")

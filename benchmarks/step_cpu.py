@@ -1,6 +1,6 @@
 """Throughput of one training step on a CPU: ours against transformers' OPT and a plain loop, in turn in one process.
 
-*ours* is the model with its loss and optimizer, *trainer* what a rank does with it: FSDP2, even alone, and clipping.
+*ours* is the model with its loss and optimizer, *trainer* what a lone rank does with it: its engine, and clipping.
 
     python benchmarks/step_cpu.py            OPT-125M, fp32, 2 threads, 1 x 512 tokens, 7 rounds
     python benchmarks/step_cpu.py --bf16

@@ -80,7 +80,8 @@ def construct(
     for block in model.model.decoder.layers:
         assert isinstance(block, Block)
         recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)
-    _shard(model, precision, mesh[layout.data_mesh])
+    if layout.gathers(precision):
+        _shard(model, precision, mesh[layout.data_mesh])
     return model
 
 
@@ -137,7 +138,8 @@ class Fsdp2:
 
     def _reduce_gradients(self, last: bool) -> None:
         """Whether the next backward sums gradients over ranks, or only adds them to what is there."""
-        assert isinstance(self.model, FSDPModule)
+        if not isinstance(self.model, FSDPModule):  # a lone rank's are sums already
+            return
         self.model.set_requires_gradient_sync(last or self._accumulate == "shards")
         # Replicas add up their own shards until the last micro-batch.
         self.model.set_requires_all_reduce(last)

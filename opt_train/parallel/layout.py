@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opt_train.parallel.config import ParallelConfig
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import BadInput
 
 
@@ -65,3 +65,11 @@ class Layout:
     def data_mesh(self) -> tuple[str, ...]:
         """The dimensions that FSDP spreads the state over; with two names the first holds copies."""
         return tuple(name for name in self.mesh if name != "tensor")
+
+    def gathers(self, precision: PrecisionConfig) -> bool:
+        """Whether weights are brought together, or into another type, before they are used.
+
+        A lone rank whose weights are in the compute type uses them where they are, and gradients arrive where they are
+        kept: FSDP would copy both, and on a CPU take a third more time for a step.
+        """
+        return self.world_size > 1 or precision.weights != precision.compute

@@ -65,8 +65,10 @@ class StepMemory:
 
         # Parameters and their gradients.
         several = batch.micro_batches > 1
-        self._added_in_shards = several and config.parallel.accumulate == "shards"
-        self._added_whole = several and config.parallel.accumulate == "whole"
+        self._gathers = layout.gathers(config.precision)
+        self._added_whole = several and self._gathers and config.parallel.accumulate == "whole"
+        self._added_in_shards = several and not self._added_whole
+        self._added_in_place = several and not self._gathers
         count = self.layers * sharded(block, shard) + sharded(root, shard)
         self._state = (weights + MOMENT_BYTES) * count
         self._gradients = weights * count
@@ -77,9 +79,11 @@ class StepMemory:
         self._summed_width = weights + (SUM_BYTES if copied and weights != SUM_BYTES else 0)
         largest_shard = max(-(-piece.rows // shard) * piece.columns for piece in (*block, *root))
         self._update_copies = UPDATE_BYTES * largest_shard if weights != SUM_BYTES else 0
-        self._block_weights, self.root_weights = compute * padded(block, shard), compute * padded(root, shard)
+        gathered = compute if self._gathers else 0
+        self._block_weights, self.root_weights = gathered * padded(block, shard), gathered * padded(root, shard)
         self._block_gradients, self._root_gradients = compute * elements(block), compute * elements(root)
-        self._block_sum, self._root_sum = SUM_BYTES * padded(block, shard), SUM_BYTES * padded(root, shard)
+        summed = SUM_BYTES if self._gathers else 0
+        self._block_sum, self._root_sum = summed * padded(block, shard), summed * padded(root, shard)
         self._block_whole, self._root_whole = SUM_BYTES * elements(block), SUM_BYTES * elements(root)
         self._projection_gradient = compute * model.d_model**2 // tensor
         self._fed_gradient = compute * model.d_model * model.ffn // tensor
@@ -189,18 +193,24 @@ class StepMemory:
         yield Moment("the backward pass of a feed-forward network", shards, gathered, summing, held, part + matrices)
 
         held = before + normed + whole
-        gradients = summing + self._block_gradients - self._projection_gradient
+        gradients = summing + self._arrived(missing=1)
         if split:
             yield Moment(
                 "the backward pass of attention's projections", shards, gathered, gradients, held, 3 * whole + 2 * part
             )
-        gradients -= 2 * self._projection_gradient
+        gradients = summing + self._arrived(missing=3)
         yield Moment("the backward pass of attention", shards, gathered, gradients, held + self._attention, 5 * part)
 
+        if not self._gathers:
+            return
         own_gradients = 0 if self._added_whole else self._block_gradients
         gathered = self.root_weights + next_weights
         gradients = waiting + own_gradients + self._block_sum
         yield Moment("the sum of a block's gradients", shards, gathered, gradients, before, part)
+
+    def _arrived(self, missing: int) -> int:
+        """The block's own gradients in its backward pass, but for `missing` of attention's projections."""
+        return 0 if self._added_in_place else self._block_gradients - missing * self._projection_gradient
 
     def _summed(self, done: int) -> int:
         """Gradients in shards when the backward pass of the last micro-batch is through `done` blocks."""

@@ -18,6 +18,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opt_train.optim.clip import local_part
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -71,8 +73,7 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
     def hold(self, what: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were there before."""
         for tensor in tensors:
-            assert isinstance(tensor, DTensor)
-            self._see(tensor.to_local(), what)
+            self._see(local_part(tensor), what)
         self.largest = 0
 
     def enter(self, phase: str, notes: list[int] | None = None) -> None:

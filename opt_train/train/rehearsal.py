@@ -30,7 +30,7 @@ from opt_train.data.batches import MicroBatch
 from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
-from opt_train.optim.clip import clip
+from opt_train.optim.clip import clip, local_part
 from opt_train.optim.in_force import in_force
 from opt_train.parallel.fsdp import Fsdp2, construct
 from opt_train.parallel.layout import Layout
@@ -143,7 +143,7 @@ def moments_of(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
-    locals_ = (tensor.to_local() for tensor in tensors if tensor is not None)
+    locals_ = (local_part(tensor) for tensor in tensors if tensor is not None)
     return sum(tensor.numel() * tensor.element_size() for tensor in locals_)
 
 

@@ -16,6 +16,8 @@ from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+ALONE = ("cluster.nodes=1", "cluster.slots_per_node=1")
+
 VARIANTS = {
     **{size: recipe(size) for size in SIZES},
     "gradients of many micro-batches added in shards": recipe("175b", "train.micro_batch=2"),
@@ -27,6 +29,10 @@ VARIANTS = {
         "6.7b", "parallel.replicate=4", "train.micro_batch=4", "parallel.accumulate=whole"
     ),
     "fp32 on one node": recipe("125m", "precision=fp32", "train.micro_batch=4"),
+    "alone": recipe("125m", "precision=fp32", *ALONE, "train.micro_batch=256"),
+    "alone, many micro-batches": recipe("125m", "precision=fp32", *ALONE),
+    "alone in fp16": recipe("350m", "precision=fp16-memory-efficient", *ALONE),
+    "alone with fp32 weights": recipe("125m", *ALONE),
     "fp32 over tensor groups": recipe("1.3b", "precision=fp32", "train.micro_batch=4", "parallel.tensor=4"),
     "no dropout": recipe("66b", "model.dropout=0"),
     "an embedding of another width, split": recipe("350m", "parallel.tensor=2"),

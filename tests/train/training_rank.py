@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from opt_train.model.decoder import Loss
+from opt_train.optim.clip import local_part
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import Message, to_line, to_payload
 from opt_train.protocol.orders import Save
@@ -80,7 +81,7 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
         "state": to_payload(state.to_json()),
         "words": {"losses": [repr(loss) for loss in state.losses], "updates": state.updates},
         "weights": hashlib.sha256(
-            b"".join(parameter.to_local().detach().numpy().tobytes() for parameter in run.engine.model.parameters())
+            b"".join(local_part(parameter.detach()).numpy().tobytes() for parameter in run.engine.model.parameters())
         ).hexdigest(),
         "optimizer_steps": sorted({float(each["step"]) for each in run.engine.optimizer.state.values()}),
     }
