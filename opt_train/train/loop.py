@@ -27,7 +27,7 @@ def train(run: Training) -> Leaving:
 
         run.validate(sets_due(run))
         if is_due(config.checkpoint.every_steps, state.step):
-            run.save()
+            run.begin_save()
 
 
 def finish(run: Training) -> Leaving:

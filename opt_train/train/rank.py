@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from opt_train.checkpoint import manifest as checkpoint_manifest
+from opt_train.checkpoint.background import Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.restore import restore
 from opt_train.config import RunConfig, from_json
@@ -30,7 +31,7 @@ from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.loop import train
 from opt_train.train.orders import OrderSource, StopSignals
-from opt_train.train.rendezvous import choose_device, join
+from opt_train.train.rendezvous import choose_device, control_group, join
 from opt_train.train.state import TrainState
 from opt_train.train.telling import Tell, log_line
 from opt_train.train.training import Training
@@ -111,6 +112,8 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         validation_sets=validation_sets,
         data_fingerprint=dataset.fingerprint,
         agreement=Agreement(group, begin.rank, begin.world_size),
+        staging=Staging(device),
+        saving_group=control_group(config),
         orders=orders,
         signals=signals,
         tell=tell,

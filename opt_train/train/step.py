@@ -49,6 +49,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     readback = Readback(*sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale, *probes.on_device)
     _log(run)
     put_in_force(run.engine.optimizer, values)
+    run.wait_copied()
     run.engine.apply(verdict)
     run.loss_scale.update(verdict.skip)
     order_number = run.poll_orders()
@@ -63,6 +64,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
         loss_scale=scale_value,
         skipped=skip != 0.0,
         wants_to_stop=bool(run.signals.received),
+        saves=run.is_writing,
         step_seconds=run.clock.lap(),
         data_seconds=data_seconds,
         memory_bytes=memory_bytes(run.device),

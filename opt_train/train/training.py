@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from opt_train.checkpoint.background import BackgroundSave, Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save as save_checkpoint
 from opt_train.checkpoint.tensors import reshard
@@ -27,6 +29,7 @@ from opt_train.protocol.facts import (
     OrderObeyed,
     Phase,
     Progress,
+    SavedFile,
     SaveFailed,
     ShardsSaved,
     Validation,
@@ -56,6 +59,9 @@ class Training:
     """By name: ``validation``, the part of the corpus that is held out, and the named sets."""
     data_fingerprint: str
     agreement: Agreement
+    staging: Staging
+    saving_group: dist.ProcessGroup
+    """gloo, for a save that goes on beside training."""
     orders: OrderSource
     signals: StopSignals
     tell: Tell
@@ -70,6 +76,10 @@ class Training:
     inbox: list[Order] = field(default_factory=list)
     """Rank 0: orders not obeyed yet."""
     saved_step: int = -1
+    saving: BackgroundSave | None = None
+    """The save that goes on beside training."""
+    is_written: bool = False
+    """A word has said that no rank writes any more at `saving`."""
     started_step: int = field(init=False)
     """Where this rank began: `state.step` before its first one."""
     told_head: bool = False
@@ -116,6 +126,7 @@ class Training:
             self.state.absorb(word, self.loss_scale.policy.floor)
             self.stop_votes += word.stop_votes
             self.order_heard = max(self.order_heard, word.order_number)
+            self.is_written = not word.saving_ranks
             if self.leads:
                 rate = in_force(self.config, (), word.step)["lr"]
                 line = metrics_line(self.config, self.begin, self.state, word, rate, self.device)
@@ -126,7 +137,10 @@ class Training:
 
     def obey(self) -> Leaving | None:
         """Do what the words that were heard ask for; a `Leaving` ends training. The same on every rank."""
+        if self.is_written:
+            self.end_save()
         if self.state.floor_steps >= self.config.train.max_nonfinite_steps:
+            self.end_save()
             return self._unstable()
         for order in self._new_orders():
             # Told before the work: the order holds from here on, and a long save must not look like a deaf rank.
@@ -134,7 +148,7 @@ class Training:
                 self.tell(OrderObeyed(order.number, self.state.step))
             if isinstance(order, SaveAndStop):
                 return self._save_and_stop(f"order {order.number}: {order.reason}")
-            self.save()
+            self.begin_save()
         if self.stop_votes:
             what = self.signals.received or "a signal to another rank"
             return self._save_and_stop(f"asked to stop by {what}")
@@ -183,29 +197,87 @@ class Training:
         total, count = self.agreement.sum(loss_sum * share_of_rank, tokens * share_of_rank)
         return total, count
 
+    def begin_save(self) -> None:
+        """Begin to save; with `checkpoint.asynchronous` training goes on meanwhile, and `end_save` says how it went."""
+        if not self.config.checkpoint.asynchronous:
+            self.save()
+            return
+        self.end_save()
+        if self.saved_step == self.state.step:
+            return
+        self.hear(before=self.state.step)
+        self.saving = BackgroundSave(
+            self.state.step,
+            self.staging,
+            self.engine.tensors(),
+            self._state_json(),
+            self._folder(),
+            self.saving_group,
+        )
+        self.is_written = False
+        self.clock.reset()
+
+    @property
+    def is_writing(self) -> bool:
+        """This rank's part of a checkpoint is on its way to the disk."""
+        return self.saving is not None and not self.saving.wait(0.0)
+
+    def wait_copied(self) -> None:
+        """The weights are about to change: whoever copies them must have done."""
+        if self.saving is not None:
+            self.saving.wait_copied()
+
+    def end_save(self) -> None:
+        """Wait for the save that goes on beside training, if one does, and tell how it went."""
+        saving, self.saving = self.saving, None
+        if saving is None:
+            return
+        if not saving.wait(0.0):
+            self.enter("checkpoint")
+        told = (0, 0)
+        while not saving.wait(PROGRESS_SECONDS):
+            if saving.written != told:  # what stands still is not progress
+                told = saving.written
+                self.tell(Progress(*told))
+        self._tell_saved(saving.step, saving.folder, saving.files, lambda: saving.seconds)
+
     def save(self) -> bool:
-        """Write this rank's part of a checkpoint; True where all ranks did. A failure is told, and training goes on."""
+        """Write this rank's part of a checkpoint, and return when that is done; True where all ranks did it."""
+        self.end_save()
         if self.saved_step == self.state.step:
             return True
         self.hear(before=self.state.step)
         self.enter("checkpoint")
-        began = time.monotonic()
-        folder = checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
-        try:
-            files = save_checkpoint(
+        began, folder = time.monotonic(), self._folder()
+
+        def write() -> tuple[SavedFile, ...]:
+            return save_checkpoint(
                 self.engine.tensors(),
                 self._state_json(),
                 folder,
                 process_group=self.agreement.group,
                 progress=self._progress,
             )
-            self.saved_step = self.state.step
-            self.tell(ShardsSaved(self.state.step, str(folder), files, time.monotonic() - began))
-        except CheckpointError as error:
-            # The save has failed on every rank alike. A run that trains is worth more than one checkpoint.
-            self.tell(SaveFailed(self.state.step, str(error)))
+
+        self._tell_saved(self.state.step, folder, write, lambda: time.monotonic() - began)
         self.clock.reset()
         return self.saved_step == self.state.step
+
+    def _tell_saved(
+        self, step: int, folder: Path, files: Callable[[], tuple[SavedFile, ...]], seconds: Callable[[], float]
+    ) -> None:
+        """A failure is told, and training goes on: a run that trains is worth more than one checkpoint."""
+        try:
+            written = files()
+        except CheckpointError as error:
+            # The save has failed on every rank alike.
+            self.tell(SaveFailed(step, str(error)))
+            return
+        self.saved_step = step
+        self.tell(ShardsSaved(step, str(folder), written, seconds()))
+
+    def _folder(self) -> Path:
+        return checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
 
     def _save_and_stop(self, why: str) -> Leaving:
         if self.save():

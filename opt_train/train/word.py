@@ -36,6 +36,8 @@ class Own:
     """This rank's device skipped the update."""
     wants_to_stop: bool = False
     """It saw SIGTERM, SIGUSR1 or, alone, SIGINT."""
+    saves: bool = False
+    """It still writes the checkpoint that was begun last."""
     step_seconds: float = 0.0
     data_seconds: float = 0.0
     memory_bytes: int = 0
@@ -60,6 +62,8 @@ class StepWord:
     skipped: bool
     """The update was not applied, on any rank."""
     stop_votes: int
+    saving_ranks: int
+    """Those that still wrote the checkpoint that was begun last."""
     order_number: int
     """The newest order that rank 0 had heard of."""
     step_seconds: float
@@ -99,7 +103,8 @@ class Agreement:
         """Begin to reduce the word of `step`; does not wait. Only rank 0's `order_number`, norms and scale count."""
         first = self._rank == 0
         # A sum carries a NaN from any rank to all of them, which a maximum does not promise.
-        sums = [own.loss_sum, own.tokens, own.activation_squares, float(own.skipped), float(own.wants_to_stop)]
+        sums = [own.loss_sum, own.tokens, own.activation_squares]
+        sums += [float(flag) for flag in (own.skipped, own.wants_to_stop, own.saves)]
         of_first = [own.grad_norm, own.clipped_norm, own.loss_scale, float(order_number)]
         sums += of_first if first else [0.0] * len(of_first)
         sums += own.probed.sums(self._rank, self._world_size)
@@ -126,7 +131,8 @@ class Agreement:
         return words
 
     def _read(self, step: int, probed: OwnProbed, summed: Sequence[float], largest: Sequence[float]) -> StepWord:
-        loss_sum, tokens, squares, skipped, votes, grad_norm, clipped_norm, loss_scale, order_number, *rest = summed
+        loss_sum, tokens, squares, skipped, votes, saving, *others = summed
+        grad_norm, clipped_norm, loss_scale, order_number, *rest = others
         if skipped not in (0.0, float(self._world_size)):
             raise SplitDecision(f"step {step}: {int(skipped)} of {self._world_size} ranks skipped the update")
         return StepWord(
@@ -139,6 +145,7 @@ class Agreement:
             loss_scale=loss_scale,
             skipped=skipped > 0,
             stop_votes=int(votes),
+            saving_ranks=int(saving),
             order_number=int(order_number),
             step_seconds=largest[0],
             data_seconds=largest[1],

@@ -117,7 +117,7 @@ class Life:
         word = StepWord(
             step=state.step, loss=math.nan if skips else 3.0, tokens=len(self.read[name][-1]) * SEQUENCE,
             activation_norm=1.0, grad_norm=1.0, clipped_norm=1.0, loss_scale=1.0, skipped=skips, stop_votes=0,
-            order_number=0, step_seconds=0.1, data_seconds=0.0, memory_bytes=1,
+            saving_ranks=0, order_number=0, step_seconds=0.1, data_seconds=0.0, memory_bytes=1,
         )  # fmt: skip
         # What `train.step.take_step` does behind the update.
         state.step += 1

@@ -34,8 +34,8 @@ def told(config: RunConfig, norms: list[float]) -> bytes:
     )  # fmt: skip
     word = StepWord(
         step=299_999, loss=LONG, tokens=2_031_616, activation_norm=LONG, grad_norm=LONG, clipped_norm=LONG,
-        loss_scale=2.0**-5, skipped=False, stop_votes=0, order_number=0, step_seconds=LONG, data_seconds=LONG,
-        memory_bytes=80 << 30, probed=probed,
+        loss_scale=2.0**-5, skipped=False, stop_votes=0, saving_ranks=0, order_number=0, step_seconds=LONG,
+        data_seconds=LONG, memory_bytes=80 << 30, probed=probed,
     )  # fmt: skip
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", "", None, None, 0)
     state = TrainState(updates=299_000, tokens=180_000_000_000)
