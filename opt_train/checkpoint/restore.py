@@ -27,6 +27,7 @@ def restore(
     *,
     process_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
+    convert: bool = False,
 ) -> None:
     """Load the checkpoint in `folder`. Called by all ranks of `process_group` together.
 
@@ -39,28 +40,41 @@ def restore(
         manifest: from `manifest.read`, with the hash that the supervisor sent.
         process_group: one that communicates CPU tensors (gloo); default: the default group.
         progress: told this rank's verified bytes.
+        convert: take tensors of another type too, as weights from elsewhere have.
 
     Raises:
         CheckpointError: a file is not as the manifest has it, or a tensor is missing, unexpected, incomplete, or of
-            another shape or type. On every rank.
+            another shape, or of another type without `convert`. On every rank.
     """
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(process_group), dist.get_world_size(process_group))
     failure = f"{folder} cannot be restored"
     together(lambda: _verify_share(folder, manifest, rank, world, progress), process_group, failure)
+    load(into, folder, process_group, convert=convert)
 
+
+def load(
+    into: Restorable, folder: Path, process_group: dist.ProcessGroup | None = None, *, convert: bool = False
+) -> None:
+    """The part of `restore` behind the verification.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, incomplete, of another shape, or of another type without
+            `convert`. On every rank.
+    """
+    failure = f"{folder} cannot be restored"
     tensors = into.tensors()
     whole = any(name.startswith(OPTIMIZER) for name in tensors)
     reader = _Reader(folder)
-    together(lambda: _check_same(tensors, reader.read_metadata(), whole), process_group, failure)
+    together(lambda: _check_same(tensors, reader.read_metadata(), whole, convert), process_group, failure)
 
-    def load() -> None:
+    def read() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load_tensors(tensors, storage_reader=reader, process_group=process_group, no_dist=alone)
+            load_tensors(tensors, storage_reader=reader, process_group=process_group, no_dist=not dist.is_initialized())
         into.put_back(tensors)
 
-    together(load, process_group, failure)
+    together(read, process_group, failure)
 
 
 class _Reader(HuggingFaceStorageReader):
@@ -87,7 +101,7 @@ def _verify_share(folder: Path, manifest: Manifest, rank: int, world: int, progr
         done += entry.bytes
 
 
-def _check_same(wanted: Mapping[str, torch.Tensor], metadata: Metadata, with_optimizer: bool) -> None:
+def _check_same(wanted: Mapping[str, torch.Tensor], metadata: Metadata, with_optimizer: bool, convert: bool) -> None:
     """The loader copies with conversion and passes over what it does not know: so all is compared before."""
     stored = metadata.state_dict_metadata
     if missing := sorted(wanted.keys() - stored.keys()):
@@ -104,7 +118,7 @@ def _check_same(wanted: Mapping[str, torch.Tensor], metadata: Metadata, with_opt
         # The stored size is known from the pieces alone, so a piece lost at the end shows as a smaller tensor.
         if there.size != tensor.shape:
             raise CheckpointError(f"tensor {name} has shape {list(there.size)} in it and {list(tensor.shape)} here")
-        if there.properties.dtype != tensor.dtype:
+        if there.properties.dtype != tensor.dtype and not convert:
             raise CheckpointError(f"tensor {name} has type {there.properties.dtype} in it and {tensor.dtype} here")
         if sum(math.prod(chunk.sizes) for chunk in there.chunks) != tensor.numel():
             raise CheckpointError(f"tensor {name} is incomplete in it: a shard is missing")

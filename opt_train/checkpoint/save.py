@@ -1,7 +1,7 @@
 """Every rank writes its shards, fsynced and hashed on the way. Whether they are a checkpoint, a manifest decides later.
 
-The tensors go through torch.distributed.checkpoint's Hugging Face writer into safetensors files. Its own `.metadata`
-and `torch.save` are pickles and are not used.
+torch.distributed.checkpoint plans who writes what, and its Hugging Face reader reads it: one safetensors file a rank,
+with the offsets of its parts. Its `.metadata` and `torch.save` are pickles and are not used.
 """
 
 import contextlib
@@ -10,20 +10,23 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Progress, retire, sync_folder, write_durably
+from opt_train.checkpoint.safetensors_file import write_safetensors
 from opt_train.protocol.facts import SavedFile
 from opt_train.protocol.framing import to_payload
 
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 PIECE_BYTES = 1 << 26
-"""Progress is told, and bytes are made durable, in pieces of this size."""
+"""Progress is told, and bytes are made durable, in pieces of about this size."""
+
+SHARD_NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
+"""As torch names the files of ranks."""
 
 
 def save(
@@ -65,18 +71,16 @@ def save(
     together(lambda: _make_empty(folder) if first else None, process_group, f"{folder} cannot be prepared")
 
     expected = sum(_local_bytes(tensor) for tensor in tensors.values())
-    files = _DurableFiles(None if progress is None else lambda done: progress(done, max(done, expected)))
+    writer = _Writer(folder, None if progress is None else lambda done: progress(done, max(done, expected)))
 
     def write() -> None:
-        writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-        writer.fs = files
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save_tensors(dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone)
         if first:
             content = (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
             write_durably(folder / STATE, content)
-            files.written[folder / STATE] = (len(content), hashlib.sha256(content).hexdigest())
+            writer.written[folder / STATE] = (len(content), hashlib.sha256(content).hexdigest())
         sync_folder(folder)
 
     try:
@@ -88,59 +92,104 @@ def save(
         raise
     return tuple(
         SavedFile(path.relative_to(folder).as_posix(), size, sha256)
-        for path, (size, sha256) in sorted(files.written.items())
+        for path, (size, sha256) in sorted(writer.written.items())
     )
 
 
-class _DurableFiles(FileSystem):
-    """torch's file system with files that are hashed as they are written and durable when they are closed."""
+class _Writer(HuggingFaceStorageWriter):
+    """torch's writer with a hand of its own: what it writes is durable, hashed, and nowhere in memory a second time."""
 
-    def __init__(self, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, folder: Path, progress: Callable[[int], None] | None) -> None:
+        super().__init__(path=str(folder), save_distributed=True)
         self.written: dict[Path, tuple[int, str]] = {}
-        """Size and sha256 of every file closed."""
+        """Size and sha256 of every file."""
+        self._folder = folder
         self._progress = progress
-        self._done = 0
 
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with _DurableFile(path, mode, self._durable) as stream:
-            yield stream
-        self.written[Path(path)] = (stream.size, stream.digest.hexdigest())
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors into one file."""
+        done: Future[list[WriteResult]] = Future()
+        results, tensors, offsets = [], {}, {}
+        for item in plan.items:
+            tensor, chunk = planner.resolve_data(item), item.tensor_data
+            assert isinstance(tensor, torch.Tensor)
+            assert chunk is not None
+            name = item.index.fqn
+            assert name not in tensors, f"two parts of {name} on one rank"
+            tensors[name] = tensor.cpu()
+            offsets[name] = {"saved_offsets": list(chunk.chunk.offsets)}
+            results.append(WriteResult(item.index, tensor.numel() * tensor.element_size(), None))
+        if tensors:
+            path = self._folder / SHARD_NAME.format(plan.storage_data["shard_index"])
+            # What torch's reader looks for.
+            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            with DurableFile(path, self._progress) as file:
+                write_safetensors(file, tensors, metadata)
+            self.written[path] = (file.size, file.sha256)
+        done.set_result(results)
+        return done
 
-    def _durable(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done)
 
+class DurableFile:
+    """A new file, written once from front to back, hashed as it is written and durable when it is closed."""
 
-class _DurableFile(io.FileIO):
-    """A new file, written once from front to back."""
+    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Open it.
 
-    def __init__(self, path: str | os.PathLike[str], mode: str, durable: Callable[[int], None]) -> None:
-        super().__init__(path, mode)
+        Args:
+            progress: told the durable bytes now and then.
+        """
+        self._file = io.FileIO(path, "w")
         self.size = 0
-        self.digest = hashlib.sha256()
-        self._durable = durable
+        self._digest = hashlib.sha256()
+        self._progress = progress
+        self._durable = 0
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._hashing.shutdown()
+        try:
+            os.fsync(self._file.fileno())
+            self._note_durable()
+        finally:
+            self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
     def write(self, content: "ReadableBuffer", /) -> int:
+        """Write all of `content`, piece by piece.
+
+        Raises:
+            OSError: the file system takes no more.
+        """
         view = memoryview(content).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
-            self.digest.update(piece)
-            self.size += len(piece)
-            while piece:  # the system may take less than it was given, a full disk for one
-                piece = piece[super().write(piece) :]
-            # Piece by piece: the progress told is then of bytes on the disk, and never stands still in one long fsync.
-            os.fdatasync(self.fileno())
-            self._durable(min(PIECE_BYTES, len(view) - start))
+            hashed = self._hashing.submit(self._digest.update, piece)  # the file system need not wait for it
+            try:
+                self._write(piece)
+            finally:
+                hashed.result()
         return len(view)
 
-    def close(self) -> None:
-        try:
-            if not self.closed:
-                os.fsync(self.fileno())
-        finally:
-            super().close()
+    def _write(self, piece: memoryview) -> None:
+        self.size += len(piece)
+        while piece:  # the system may take less than it was given, a full disk for one
+            piece = piece[self._file.write(piece) :]
+        # Now and then: the progress told is then of bytes on the disk, and never stands still in one long fsync.
+        if self.size - self._durable >= PIECE_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._note_durable()
+
+    def _note_durable(self) -> None:
+        self._durable = self.size
+        if self._progress is not None:
+            self._progress(self.size)
 
 
 def _make_empty(folder: Path) -> None:
