@@ -1,6 +1,7 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
 # make test     lint, types, import contracts, tests
 # make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some ten minutes more
+# make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make docs     rewrite the generated parts of README.md and docs/configuration.md
 # make clean    remove the environment and caches; runs/ and prepared/ stay
@@ -10,8 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH := torch==2.13.0
+KILLS ?= 50
+SEED ?=
 
-.PHONY: demo test test-end-to-end benchmarks venv docs clean
+.PHONY: demo test test-end-to-end test-resume benchmarks venv docs clean
 .DEFAULT_GOAL := demo
 
 venv: $(VENV)/installed
@@ -53,12 +56,17 @@ test-end-to-end: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/end_to_end
 	$(BIN)/python -m pytest --ignore tests/end_to_end -m slow
 
+test-resume: $(VENV)/installed-dev
+	$(BIN)/python -m tests.resume.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/step_cpu.py --bf16
 	$(BIN)/python benchmarks/memory_cpu.py --batch 16
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/exchange_memory.py
+	$(BIN)/python benchmarks/save_cpu.py
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py

@@ -35,6 +35,8 @@ class Verb:
     """Takes Hydra overrides; otherwise the path of a run directory."""
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None
     """Adds those that no other verb has."""
+    about: tuple[str, str] = ("RUN", "run directory, such as runs/demo")
+    """What a verb that is not configured takes: its name and meaning."""
 
 
 # Configured verbs ---------------------------------------------------------------------------------------------
@@ -196,15 +198,15 @@ def _stop(flags: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _checkpoints(flags: argparse.Namespace, _rest: list[str]) -> int:
-    from opt_train.cli_about import checkpoints
+    from opt_train.cli_checkpoints import checkpoints
 
-    return checkpoints(flags.run, as_json=flags.json)
+    return checkpoints(flags.run, verify=flags.verify, as_json=flags.json)
 
 
 def _evaluate(flags: argparse.Namespace, _rest: list[str]) -> int:
     from opt_train.cli_evaluate import evaluate
 
-    return evaluate(flags.run, flags.checkpoint, flags.sets, as_json=flags.json)
+    return evaluate(flags.run, flags.checkpoint, flags.sets, as_json=flags.json, data=flags.data)
 
 
 def _generate(flags: argparse.Namespace, _rest: list[str]) -> int:
@@ -214,13 +216,20 @@ def _generate(flags: argparse.Namespace, _rest: list[str]) -> int:
     sampling = Sampling(
         greedy=flags.greedy, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    return generate(flags.run, flags.prompt, flags.checkpoint, flags.max_new_tokens, sampling, as_json=flags.json)
+    return generate(
+        flags.run, flags.prompt, flags.checkpoint, flags.max_new_tokens, sampling, as_json=flags.json, data=flags.data
+    )
+
+
+def _add_checkpoints_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="read and hash every byte, not names and sizes alone")
 
 
 def _add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="", metavar="STEP", help="a step or a path; by default the newest good one"
     )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared data, for imported weights alone")
 
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +249,30 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: from all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest with P in all")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed draws the same text")
+
+
+def _export(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_exchange import export_weights
+
+    return export_weights(flags)
+
+
+def _import(flags: argparse.Namespace, _rest: list[str]) -> int:
+    from opt_train.cli_exchange import import_weights
+
+    return import_weights(flags)
+
+
+def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    from opt_train.cli_exchange import add_export_flags
+
+    add_export_flags(parser)
+
+
+def _add_import_flags(parser: argparse.ArgumentParser) -> None:
+    from opt_train.cli_exchange import add_import_flags
+
+    add_import_flags(parser)
 
 
 VERBS = {
@@ -285,7 +318,11 @@ VERBS = {
         "ask a run to save and stop; `run` resumes it", ("opt-train stop runs/demo",), _stop, configured=False
     ),
     "checkpoints": Verb(
-        "list a run's checkpoints", ("opt-train checkpoints runs/demo --json",), _checkpoints, configured=False
+        "list a run's checkpoints: what each is worth, and which one a restart would take",
+        ("opt-train checkpoints runs/demo", "opt-train checkpoints runs/demo --verify --json"),
+        _checkpoints,
+        configured=False,
+        add_flags=_add_checkpoints_flags,
     ),
     "evaluate": Verb(
         "measure a checkpoint's perplexity on the validation sets",
@@ -293,6 +330,7 @@ VERBS = {
         _evaluate,
         configured=False,
         add_flags=_add_evaluation_flags,
+        about=("RUN", "run directory, such as runs/demo, or a checkpoint's folder"),
     ),
     "generate": Verb(
         "let a checkpoint go on with a text",
@@ -303,6 +341,29 @@ VERBS = {
         _generate,
         configured=False,
         add_flags=_add_generation_flags,
+        about=("RUN", "run directory, such as runs/demo, or a checkpoint's folder"),
+    ),
+    "export": Verb(
+        "write a checkpoint's weights as a Hugging Face folder",
+        (
+            "opt-train export runs/demo --to demo-hf",
+            "opt-train export name=demo --checkpoint 400 --to demo-hf --dtype fp16 --max-shard-size 2GB",
+        ),
+        _export,
+        configured=False,
+        add_flags=_add_export_flags,
+        about=("RUN", "run directory, such as runs/demo, or a checkpoint's folder"),
+    ),
+    "import": Verb(
+        "make a checkpoint of Hugging Face's or metaseq's OPT weights",
+        (
+            "opt-train import opt-125m-hf --to opt-125m",
+            "opt-train import consolidated.pt --from metaseq --model opt-125m --to opt-125m",
+        ),
+        _import,
+        configured=False,
+        add_flags=_add_import_flags,
+        about=("SOURCE", "a Hugging Face folder, or metaseq's consolidated file"),
     ),
 }
 
@@ -334,7 +395,7 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
         parser.add_argument("-m", "--multirun", action="store_true", help="try every combination of key=a,b")
         parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="a folder with groups of your own")
     else:
-        parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/demo")
+        parser.add_argument("run", type=Path, metavar=verb.about[0], help=verb.about[1])
         if name != "stop":
             parser.add_argument("--json", action="store_true", help="print JSON for a program")
     if verb.add_flags is not None:

@@ -1,4 +1,4 @@
-"""What a run's directory says of it: `opt-train status`, `checkpoints`, `stop`, and the summary at a run's end."""
+"""What a run's directory says of it: `opt-train status`, `stop`, and the summary at a run's end."""
 
 import getpass
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_logbook import inbox, journal, lock, metrics
-from opt_logbook.events import CheckpointCommitted, RunCreated
+from opt_logbook.events import RunCreated
 from opt_logbook.incidents import Incident, Story, fold_story
 from opt_logbook.run_directory import RunDirectory
 
@@ -92,23 +92,6 @@ class About:
                 f"  incident {incident.number} at step {told['step']}: {told['cause']}{where}, {cost}{told['outcome']}"
             )
 
-    def checkpoints(self) -> list[dict[str, Any]]:
-        """The checkpoints that have not been retired, oldest first."""
-        entries = self.story.reading.entries
-        sizes = {e.event.path: e.event.bytes for e in entries if isinstance(e.event, CheckpointCommitted)}
-        live = {checkpoint.path for checkpoint in self.state.chain()}
-        return [
-            {
-                "path": one.path,
-                "attempt": one.attempt,
-                "step": one.step,
-                "bytes": sizes[one.path],
-                "healthy": one.healthy,
-                "state": "rejected" if one.rejected else "good" if one.path in live else "abandoned",
-            }
-            for one in self.state.checkpoints
-        ]
-
     def payload(self) -> dict[str, Any]:
         """Everything `status` says, for a program."""
         return {
@@ -188,21 +171,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a user number without a name, as in many containers
         return f"user {os.getuid()}"
-
-
-def checkpoints(path: Path, as_json: bool) -> int:
-    """List the checkpoints that have not been retired, oldest first."""
-    about = About(RunDirectory(path))
-    found = about.checkpoints()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return DONE
-    if not found:
-        print(f"{about.created.name} has no checkpoint yet")
-    for one in found:
-        state = one["state"] if one["healthy"] else f"{one['state']}, saved while training was not well"
-        print(f"step {one['step']:>8}  {one['attempt']:>6}  {one['bytes']:>15,} bytes  {one['path']}  {state}")
-    return DONE
 
 
 # The end of a run ---------------------------------------------------------------------------------------------

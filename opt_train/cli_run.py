@@ -22,6 +22,7 @@ from opt_train.config import RunConfig, difference, from_json, to_json, to_yaml
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest, check_fits
 from opt_train.data.prepare import check_prepared_by, directory_of
 from opt_train.data.prepare_sets import check_sets
+from opt_train.exchange.imported import check_initial_weights
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.sinks.start import SinkProcesses
@@ -73,6 +74,7 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     check_machine(config)
     if plan.is_new:
         check_room(directory, config)
+        check_beginning(resolved)
     if plan.is_new or not _has_all(data, resolved):
         code = prepare()
         if code != DONE:
@@ -129,6 +131,16 @@ def _supervise(
         sinks.close()
 
 
+def check_beginning(config: RunConfig) -> None:
+    """Check that a new run can begin with `train.initial_weights`.
+
+    Raises:
+        BadInput: they are not there, or of another model.
+    """
+    if config.train.initial_weights:
+        check_initial_weights(Path(config.train.initial_weights), config.model)
+
+
 def say_beside(sentence: str) -> None:
     """Tell the person at the terminal something that changes nothing about the run."""
     with contextlib.suppress(OSError):
@@ -137,9 +149,11 @@ def say_beside(sentence: str) -> None:
 
 def resolve(config: RunConfig) -> tuple[RunDirectory, RunConfig]:
     """The run's directory, and the configuration as it is kept there: without the request for a lineage, and with the
-    data's full path, so that ranks find it wherever their agent was started."""
+    full paths of the data and of initial weights, so that ranks find them wherever their agent was started."""
     data = directory_of(config.data, config.tokenizer).absolute()
     resolved = replace(config, lineage="", data=replace(config.data, directory=str(data)))
+    if weights := config.train.initial_weights:
+        resolved = replace(resolved, train=replace(config.train, initial_weights=str(Path(weights).absolute())))
     return RunDirectory(Path(config.runs, config.name).absolute()), resolved
 
 
@@ -299,10 +313,11 @@ def check_room(directory: RunDirectory, config: RunConfig) -> None:
         )
     free = shutil.disk_usage(above).free
     parameters = parameter_count(config.model)
-    needed = BYTES_PER_PARAMETER * parameters * (config.checkpoint.keep + 1)
+    kept = config.checkpoint.most_kept(config.train.steps)
+    needed = BYTES_PER_PARAMETER * parameters * (kept + 1)
     if free < needed:
         raise BadInput(
-            f"runs={config.runs} has {_size(free)} free, but {config.checkpoint.keep} checkpoints of {parameters:,} "
+            f"runs={config.runs} has {_size(free)} free, but {kept} checkpoints of {parameters:,} "
             f"parameters and the next one take {_size(needed)}; make space or choose another runs="
         )
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ from opt_train.sinks.start import SinkProcesses
 from opt_train.supervisor.checkpoints import CheckpointKeeper
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.effects import CommitManifest
+from opt_train.supervisor.retention import dispensable
 from opt_train.supervisor.shell import damage_question
 from opt_train.supervisor.state import Checkpoint, RunState, fold
 from opt_train.train.alone import Lone, train_alone
@@ -80,6 +82,8 @@ def train(config: RunConfig) -> int:
         if leads:
             print(summary(directory))
         return DONE
+    if plan.is_new:
+        cli_run.check_beginning(resolved)
     alone = LoneRun(directory, resolved, plan)
     sinks = SinkProcesses(directory, resolved.sinks, cli_run.say_beside)
 
@@ -151,6 +155,7 @@ class LoneRun:
         self._metrics = MetricsWriter(directory)
         self._state = RunState()
         self._attempt = ""
+        self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
         self._loss = math.nan
         self._tokens = 0
         self._reports: dict[int, ShardsSaved] = {}
@@ -322,13 +327,10 @@ class LoneRun:
         print(f"step {step}: the checkpoint could not be saved: {why}", flush=True)
 
     def _retire(self) -> None:
-        """Keep the newest `checkpoint.keep` of the live chain, two good ones at the least."""
-        kept = {c.path for c in self._state.chain()[-max(2, self._config.checkpoint.keep) :]}
-        kept |= {c.path for c in [c for c in self._state.chain() if c.healthy and not c.rejected][-2:]}
-        for checkpoint in self._state.checkpoints:
-            if checkpoint.path not in kept:
-                self._append(CheckpointRetired(checkpoint.path), checkpoint.attempt, checkpoint.step)
-                self._keeper.retire(checkpoint.path)
+        """Drop what the rule of retention keeps no longer; training does not wait for the file system."""
+        for checkpoint in dispensable(self._state, self._config):
+            self._append(CheckpointRetired(checkpoint.path), checkpoint.attempt, checkpoint.step)
+            self._removing.submit(self._keeper.retire, checkpoint.path)
 
     def _left(self, leaving: Leaving) -> None:
         assert self._state.attempt is not None
@@ -360,7 +362,8 @@ class LoneRun:
         return path.relative_to(self._directory.path).as_posix()
 
     def close(self) -> None:
-        """Give the run back."""
+        """Give the run back, when what was retired is gone."""
+        self._removing.shutdown()
         self._metrics.close()
         if self._journal is not None:
             self._journal.close()

@@ -108,6 +108,7 @@ FIXED = (
     "tokenizer",
     "precision.weights",
     "train.global_batch",
+    "train.initial_weights",
 )
 """Keys, and rooms, that no lineage changes: the run's checkpoints would not fit the model, nor its cursor the data."""
 

@@ -51,6 +51,7 @@ NOT_NEGATIVE = (
     "seed", "data.max_bytes", "parallel.shard", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
     "train.validate_every", "train.validate_sets_every", "train.threads", "cluster.buffer_nodes",
     "train.layer_norms_every", "train.attention_logit_every", "train.speed_probe_every",
+    "checkpoint.keep_hours", "checkpoint.milestone_every_steps",
     "supervisor.settle_seconds", "faults.seed",
 )  # fmt: skip
 
@@ -82,6 +83,7 @@ def check(config: "RunConfig") -> None:
     _engine(config)
     _precision(config)
     _cluster(config)
+    _checkpoints(config)
     if config.optim.warmup_steps >= config.train.steps:
         raise BadInput(
             f"optim.warmup_steps={config.optim.warmup_steps} must be smaller than train.steps={config.train.steps}; "
@@ -313,6 +315,16 @@ def _cluster(config: "RunConfig") -> None:
     names = [name for _, name in socket.if_nameindex()]
     if config.cluster.kind == "local" and interface and interface not in names:
         raise BadInput(f"cluster.interface={interface} is no network interface here; use one of {', '.join(names)}")
+
+
+def _checkpoints(config: "RunConfig") -> None:
+    every, milestones = config.checkpoint.every_steps, config.checkpoint.milestone_every_steps
+    if milestones % every:
+        near = [n for n in (milestones // every * every, -(-milestones // every) * every) if n]
+        raise BadInput(
+            f"checkpoint.milestone_every_steps={milestones} must be a multiple of checkpoint.every_steps={every}, or "
+            f"milestones would not be saved; use {_listed(near)}, or 0 for none"
+        )
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

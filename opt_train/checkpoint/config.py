@@ -1,6 +1,10 @@
 """When state is saved and what is kept."""
 
+import math
 from dataclasses import dataclass
+
+FEWEST_KEPT = 2
+"""The newest two good ones of the live chain stay, whatever the configuration says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,3 +17,25 @@ class CheckpointConfig:
     large as on the disk."""
     keep: int = 3
     """Committed checkpoints to keep; never fewer than the newest two good ones of the live chain."""
+    keep_hours: float = 0.0
+    """Keep those that are younger than this too, measured when the newest was committed; 0: none for its age."""
+    milestone_every_steps: int = 0
+    """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no milestones."""
+
+    @property
+    def newest_kept(self) -> int:
+        """How many are kept for being the newest."""
+        return max(self.keep, FEWEST_KEPT)
+
+    def most_kept(self, steps: int, step_seconds: float | None = None) -> int:
+        """How many there are at most, at the end of a run of `steps` that never left its chain.
+
+        Args:
+            step_seconds: how long a step takes; None: unknown, and none is counted for its age.
+        """
+        newest = self.newest_kept
+        if self.keep_hours and step_seconds:
+            young = math.ceil(self.keep_hours * 3600.0 / (self.every_steps * step_seconds))
+            newest = max(newest, min(young, math.ceil(steps / self.every_steps)))
+        every = self.milestone_every_steps
+        return newest + max(0, steps // every - newest * self.every_steps // every) if every else newest

@@ -133,8 +133,8 @@ def read(folder: Path, manifest_sha256: str | None = None) -> Manifest:
         manifest = Manifest(**{**payload, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(manifest.state, dict) or not isinstance(manifest.step, int):
-        raise CheckpointError(f"{path} is damaged: state or step is of a wrong type")
+    if not _has_types(manifest):
+        raise CheckpointError(f"{path} is damaged: state or step, or a file's size or sha256, is of a wrong type")
     _check_names(folder, files)
     return manifest
 
@@ -216,26 +216,56 @@ class Listed:
     attempt: str
     step: int
     bytes: int
+    """What its manifest vouches for; without a readable one, what lies there."""
+    files: int
     why: str
     """Empty: it has a readable manifest and all files in their sizes. Otherwise what is wrong, in one sentence."""
+    has_manifest: bool = True
+    """Readable or not."""
+    healthy: bool | None = None
+    """`Manifest.healthy`; None: no manifest tells."""
 
 
-def checkpoints(root: Path) -> tuple[Listed, ...]:
-    """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people: ranks list nothing."""
+def checkpoints(root: Path, committed: Mapping[Path, str] | None = None) -> tuple[Listed, ...]:
+    """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people: ranks list nothing.
+
+    Args:
+        committed: sha256 of the manifests that were committed, by folder; another one there is not trusted.
+    """
     found = []
     for folder in sorted(root.glob("*/step-*")):
-        attempt, step = folder.parent.name, folder.name.removeprefix("step-")
-        if not folder.is_dir() or not step.isdecimal():
-            continue
-        try:
-            manifest = read(folder)
-            check_sizes(folder, manifest)
-            found.append(Listed(folder, attempt, int(step), manifest.bytes, ""))
-        except CheckpointError as error:
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            why = str(error) if (folder / MANIFEST).exists() else "no manifest: it was never committed"
-            found.append(Listed(folder, attempt, int(step), size, why))
+        if folder.is_dir() and folder.name.removeprefix("step-").isdecimal():
+            found.append(_listed(folder, (committed or {}).get(folder)))
     return tuple(sorted(found, key=lambda item: (_numbers(item.attempt), item.step)))
+
+
+def _listed(folder: Path, manifest_sha256: str | None) -> Listed:
+    attempt, step = folder.parent.name, int(folder.name.removeprefix("step-"))
+    try:
+        manifest = read(folder, manifest_sha256)
+    except CheckpointError as error:
+        there = (folder / MANIFEST).exists()
+        why = str(error) if there or manifest_sha256 is not None else "no manifest: it was never committed"
+        sizes = _sizes(folder)
+        return Listed(folder, attempt, step, sum(sizes), len(sizes), why, there)
+    why = ""
+    try:
+        check_sizes(folder, manifest)
+        if (manifest.attempt, manifest.step) != (attempt, step):
+            why = f"{folder / MANIFEST} is that of step {manifest.step} of attempt {manifest.attempt}"
+    except CheckpointError as error:
+        why = str(error)
+    return Listed(folder, attempt, step, manifest.bytes, len(manifest.files), why, healthy=manifest.healthy)
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Of the files below `folder`; the run may be removing them meanwhile."""
+    sizes = []
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                sizes.append(file.stat().st_size)
+    return sizes
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -264,6 +294,17 @@ def _numbers(attempt: str) -> tuple[int, ...]:
     with contextlib.suppress(ValueError):
         return tuple(int(part) for part in attempt.split("."))
     return ()
+
+
+def _has_types(manifest: Manifest) -> bool:
+    """JSON may hold anything under the right names."""
+    numbers = [manifest.step, *(entry.bytes for entry in manifest.files.values())]
+    words = [manifest.attempt, *(entry.sha256 for entry in manifest.files.values())]
+    return (
+        isinstance(manifest.state, dict)
+        and all(isinstance(number, int) and number >= 0 for number in numbers)
+        and all(isinstance(word, str) for word in words)
+    )
 
 
 def _check_names(folder: Path, entries: Mapping[str, FileEntry]) -> None:

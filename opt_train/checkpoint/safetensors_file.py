@@ -6,7 +6,8 @@ with spaces; the tensors' bytes, one behind the other.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -45,18 +46,27 @@ def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mappi
     """
     # The widest first, so that each begins at a multiple of its width.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    sink.write(len(text).to_bytes(8, "little") + text)
+    sink.write(header_of(((name, tensors[name].dtype, tensors[name].shape) for name in names), metadata))
     for name in names:
         if tensors[name].numel():
             sink.write(bytes_of(tensors[name]))
+
+
+def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the bytes of `tensors`: (name, type, shape), in the order in which their bytes will follow.
+
+    Raises:
+        KeyError: the format has no name for a tensor's type.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, dtype, sizes in tensors:
+        shape = list(sizes)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

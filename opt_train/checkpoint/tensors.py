@@ -60,6 +60,21 @@ class ModelAndOptimizer:
         put_back(self.model, self.optimizer, tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsAlone:
+    """The weights of something that has more state, which stays as it is."""
+
+    of: Restorable
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The model's tensors."""
+        return {name: tensor for name, tensor in self.of.tensors().items() if name.startswith(MODEL)}
+
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make `tensors` the weights."""
+        self.of.put_back({**self.of.tensors(), **tensors})
+
+
 def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:
     """Every tensor of training's state by name, sharing memory with the model and the optimizer.
 

@@ -130,11 +130,17 @@ def _time(plan: Plan) -> str:
 
 
 def _checkpoint(plan: Plan) -> str:
-    one, keep = plan.checkpoint, max(2, plan.config.checkpoint.keep)
+    one, policy = plan.checkpoint, plan.config.checkpoint
     rows = [
         ("a save", f"{in_units(one.bytes)}; {in_units(one.bytes_per_rank)} from each of {one.ranks:,} ranks"),
-        ("on disk", f"{in_units(one.kept_bytes)} for the {keep} that are kept and the next one"),
+        ("on disk", f"{in_units(one.kept_bytes)} for the {one.kept:,} that are kept and the next one"),
     ]
+    if policy.milestone_every_steps:
+        milestones = plan.throughput.steps // policy.milestone_every_steps
+        rows.append(("", f"{milestones:,} of them milestones, one every {policy.milestone_every_steps:,} steps"))
+    if policy.keep_hours:
+        told = "at the pace planned" if plan.throughput.step_seconds else "not counted: no step's time is known"
+        rows.append(("", f"those of the last {policy.keep_hours:g} hours {told}"))
     return "\n".join(["checkpoint", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
 
 

@@ -25,6 +25,8 @@ class Checkpoint:
     """Of a rank that writes its share."""
     ranks: int
     """That write: one of the replicas."""
+    kept: int
+    """At the run's end: the newest, those young enough at the planned pace, and the milestones before them."""
     kept_bytes: int
     """Of the checkpoints that are kept, and of the next one before the oldest goes."""
 
@@ -65,6 +67,7 @@ def plan_of(config: RunConfig, gpu: Gpu, mfu: float, tokens: int | None = None) 
     """
     layout = Layout.of(config.parallel, config.world_size)
     batch = Batch.of(config, layout)
+    throughput = throughput_of(config, batch, gpu, mfu, tokens)
     return Plan(
         config=config,
         layout=layout,
@@ -74,8 +77,8 @@ def plan_of(config: RunConfig, gpu: Gpu, mfu: float, tokens: int | None = None) 
         without_a_node=_without_a_node(config),
         memory=tuple(memory_of(config, layout, mode) for mode in MODES),
         collectives=tuple(collectives_of(config, layout)),
-        throughput=throughput_of(config, batch, gpu, mfu, tokens),
-        checkpoint=_checkpoint(config, layout),
+        throughput=throughput,
+        checkpoint=_checkpoint(config, layout, throughput),
     )
 
 
@@ -87,7 +90,8 @@ def _without_a_node(config: RunConfig) -> Batch | None:
         return None
 
 
-def _checkpoint(config: RunConfig, layout: Layout) -> Checkpoint:
+def _checkpoint(config: RunConfig, layout: Layout, time: Throughput) -> Checkpoint:
     size = (WIDTHS[config.precision.weights] + MOMENT_BYTES) * parameter_count(config.model)
     ranks = layout.shard * layout.tensor
-    return Checkpoint(size, -(-size // ranks), ranks, (max(2, config.checkpoint.keep) + 1) * size)
+    kept = config.checkpoint.most_kept(time.steps, time.step_seconds)
+    return Checkpoint(size, -(-size // ranks), ranks, kept, (kept + 1) * size)

@@ -84,6 +84,8 @@ class Performer:
         self._appending = ThreadPoolExecutor(1, thread_name_prefix="append")
         self._working = ThreadPoolExecutor(4, thread_name_prefix="work")
         self._checking = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        # Apart from those that check and commit: to remove thousands of shards may take a file system minutes.
+        self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
         self._node_locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics_lost = 0
@@ -134,9 +136,9 @@ class Performer:
             case CommitManifest():
                 self._spawn(self._answer(partial(self._checkpoints.commit, effect, self._journal.head.hash)))
             case RetireCheckpoint(path):
-                self._checking.submit(self._checkpoints.retire, path)
+                self._removing.submit(self._checkpoints.retire, path)
             case ClearUncommitted(attempts, kept):
-                self._checking.submit(self._checkpoints.clear, attempts, kept)
+                self._removing.submit(self._checkpoints.clear, attempts, kept)
             case _ if callable(effect):
                 effect()
 
@@ -144,10 +146,15 @@ class Performer:
         """Give work under way `seconds` to end, and end the threads that have nothing left to do."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.get_running_loop().run_in_executor(self._appending, self._metrics.close)
-        for pool in (self._appending, self._working, self._checking):
+        last: tuple[tuple[ThreadPoolExecutor, Callable[[], None]], ...] = (
+            (self._appending, self._metrics.close),
+            (self._removing, _nothing),  # what a finished run has retired, nobody removes later
+        )
+        for pool, work in last:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await asyncio.get_running_loop().run_in_executor(pool, work)
+        for pool in (self._appending, self._working, self._checking, self._removing):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _append(self, entry: Entry) -> None:
@@ -202,6 +209,10 @@ class Performer:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._queue.put_nowait(partial(_raise, error))
+
+
+def _nothing() -> None:
+    """The last piece of work of a thread: when it is done, so is all before it."""
 
 
 def _raise(error: BaseException) -> None:

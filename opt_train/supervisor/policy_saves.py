@@ -4,10 +4,8 @@ from opt_logbook.events import CheckpointCommitted, CheckpointRetired, SaveAband
 
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.retention import dispensable
 from opt_train.supervisor.state import path_of_save
-
-FEWEST_KEPT = 2
-"""The newest two good ones of the live chain are never retired, whatever `checkpoint.keep` says."""
 
 
 def commit(s: Situation) -> list[Decision]:
@@ -80,22 +78,8 @@ def saves_in_flight(s: Situation) -> bool:
 
 
 def retire(s: Situation) -> list[Decision]:
-    """Keep the newest `checkpoint.keep` good ones of the live chain; drop older ones, and those beside the chain."""
-    keep = max(s.config.checkpoint.keep, FEWEST_KEPT)
-    if len(s.state.checkpoints) <= keep:
-        return []
-    attempt = s.attempt
-    good = [c for c in s.state.chain() if not c.rejected]
-    kept = {c.path for c in good[-keep:]} | {c.path for c in [c for c in good if c.healthy][-FEWEST_KEPT:]}
-    own = [c for c in good if c.attempt == attempt.name]
-    if len(own) < FEWEST_KEPT:
-        # Until this attempt stands on two checkpoints of its own, a person may want those it left behind.
-        on_chain = {c.path for c in good}
-        kept |= {c.path for c in s.state.checkpoints if c.path not in on_chain}
-    if not attempt.began:
-        kept.add(attempt.checkpoint)
+    """Drop what the rule of retention keeps no longer: on record first, then from the disk."""
     decisions: list[Decision] = []
-    for old in s.state.checkpoints:
-        if old.path not in kept:
-            decisions += [Record(CheckpointRetired(old.path), old.step, old.attempt), RetireCheckpoint(old.path)]
+    for old in dispensable(s.state, s.config):
+        decisions += [Record(CheckpointRetired(old.path), old.step, old.attempt), RetireCheckpoint(old.path)]
     return decisions

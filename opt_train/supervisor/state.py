@@ -104,6 +104,8 @@ class Checkpoint:
     manifest_sha256: str
     healthy: bool = True
     rejected: bool = False
+    committed: float = 0.0
+    """Unix seconds of `checkpoint_committed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,12 @@ class RunState:
         best = [c for c in good if c.healthy] or good
         return best[-1] if best else None
 
+    def reconsidered(self) -> tuple[Checkpoint, ...]:
+        """`checkpoints`, none of them rejected if all are: the storage may be mended, and each is read again anyhow."""
+        if self.newest_good() is not None:
+            return self.checkpoints
+        return tuple(replace(checkpoint, rejected=False) for checkpoint in self.checkpoints)
+
 
 def path_of_save(attempt: str, step: int) -> str:
     """A checkpoint's path relative to the run directory."""
@@ -270,7 +278,9 @@ def _supervisor_started(s: RunState, entry: Entry, event: SupervisorStarted) -> 
     if s.stage not in ("stopped", "halted"):
         return s
     # A person has looked and started it again: budgets begin anew after a halt.
-    return replace(s, stage="assembling", order=None, question="", restarts={} if s.stage == "halted" else s.restarts)
+    if s.stage == "halted":
+        s = replace(s, restarts={}, checkpoints=s.reconsidered())
+    return replace(s, stage="assembling", order=None, question="")
 
 
 def _agents_adopted(s: RunState, entry: Entry, event: AgentsAdopted) -> RunState:
@@ -359,7 +369,7 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
     if any(c.path == event.path for c in s.checkpoints):
         return s
     step = entry.step or 0
-    made = Checkpoint(event.path, entry.attempt, step, event.manifest_sha256, event.healthy)
+    made = Checkpoint(event.path, entry.attempt, step, event.manifest_sha256, event.healthy, committed=entry.time)
     progress = step > s.furthest_save
     return replace(
         s, checkpoints=(*s.checkpoints, made), settled_saves=s.settled_saves | {event.path},
@@ -434,7 +444,7 @@ def _of_attempt(s: RunState, generation: int, **changes: Any) -> RunState:
     return replace(s, attempt=replace(s.attempt, **changes))
 
 
-RETIRED_REMEMBERED = 4
+RETIRED_REMEMBERED = 64
 
 HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     RunCreated: _run_created,

@@ -25,6 +25,9 @@ class TrainConfig:
     """Steps from one timing of each rank's own speed to the next; 0: never."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: cuda where there is one."""
+    initial_weights: str = ""
+    """A checkpoint's folder whose weights the run begins with, as `opt-train import` writes one; empty: they are drawn
+    from the seed."""
     threads: int = 0
     """Threads a rank on a CPU; 0: cores divided by ranks on the node."""
     collective_timeout_seconds: float = 600.0

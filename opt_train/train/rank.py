@@ -13,6 +13,7 @@ from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.background import Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.restore import restore
+from opt_train.checkpoint.tensors import WeightsAlone
 from opt_train.config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
 from opt_train.data.manifest import HELD_OUT, DatasetManifest, check_fits
@@ -88,8 +89,9 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     state = read_state(manifest, dataset)
 
     group = joins(begin, config, device, tell)
+    initial = Path(config.train.initial_weights) if config.train.initial_weights and manifest is None else None
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
-    seed = config.seed if manifest is None else None
+    seed = config.seed if manifest is None and initial is None else None
     engine = make_engine(
         config.model, config.precision, config.parallel, layout, device,
         values=in_force(config, (), state.step), seed=seed, fused=config.optim.fused,
@@ -99,6 +101,8 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     if manifest is not None:
         load(engine, begin, manifest, group, tell)
         load_loss_scale(loss_scale, manifest)
+    if initial is not None:
+        begin_with(engine, initial, group, tell)
     report_in_force(config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
     engine.model.train()
     return Training(
@@ -218,6 +222,25 @@ def load(
         )
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
+
+
+def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Tell) -> None:
+    """Give the engine another checkpoint's weights, in its own type; the optimizer stays at its beginning.
+
+    Raises:
+        CannotStart: the checkpoint does not verify, or is of another model.
+    """
+    try:
+        restore(
+            WeightsAlone(engine),
+            folder,
+            checkpoint_manifest.read(folder),
+            process_group=group,
+            progress=lambda done, all_: tell(Progress(done, all_)),
+            convert=True,
+        )
+    except CheckpointError as error:
+        raise CannotStart("config", f"train.initial_weights={folder} does not fit: {error}") from None
 
 
 def load_loss_scale(loss_scale: LossScale, manifest: checkpoint_manifest.Manifest) -> None:

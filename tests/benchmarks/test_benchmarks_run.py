@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RATIOS = {
     "step_cpu.py": (r"ours/transformers: [\d.]+x throughput", r"ours/plain: [\d.]+x throughput"),
     "memory_cpu.py": (r"ours/transformers: [\d.]+x memory",),
+    "exchange_memory.py": (r"export/largest tensor: [\d.]+x memory", r"import/transformers: [\d.]+x memory"),
+    "save_cpu.py": (r"blocked/plain: [\d.]+% of a plain save", r"ours/dd: [\d.]+x of its rate"),
     "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
 }
 

@@ -25,7 +25,7 @@ SMALL = (
     "name=small",
 )  # fmt: skip
 
-ALL_VERBS = "prepare, run, train, plan, status, stop, checkpoints, evaluate, generate"
+ALL_VERBS = "prepare, run, train, plan, status, stop, checkpoints, evaluate, generate, export, import"
 
 MISTAKES = {
     "misspelt verb": ("trian", "trian is no verb; did you mean train?"),

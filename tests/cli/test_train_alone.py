@@ -118,9 +118,13 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     workplace: Path, finished: RunDirectory
 ) -> None:
     process = start_and_wait_for_step(workplace, 9, "optim.decay_steps=12")
+    run = RunDirectory(workplace / "runs" / "small")
+    deadline = time.monotonic() + 60
+    while sum(isinstance(e.event, CheckpointCommitted) for e in read(run.journal).entries) < 2:
+        assert time.monotonic() < deadline, "saves are committed while training goes on, but they are"
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    run = RunDirectory(workplace / "runs" / "small")
     # The newest checkpoint is damaged: the one before must be taken, and the journal must say so.
     # A later folder may be there too, of the save that the kill interrupted.
     newest = (

@@ -24,6 +24,13 @@ from opt_train.protocol.exits import BadInput
          "optim.warmup_steps=1000 must be smaller than train.steps=1000; warm up for less or train for longer"),
         (["optim.decay_steps=700"],
          "optim.decay_steps=700 must be larger than optim.warmup_steps=715, which it includes; 0 means train.steps"),
+        (["checkpoint.milestone_every_steps=700"],
+         "checkpoint.milestone_every_steps=700 must be a multiple of checkpoint.every_steps=500, or milestones would "
+         "not be saved; use 500 or 1000, or 0 for none"),
+        (["checkpoint.milestone_every_steps=7"],
+         "checkpoint.milestone_every_steps=7 must be a multiple of checkpoint.every_steps=500, or milestones would "
+         "not be saved; use 500, or 0 for none"),
+        (["checkpoint.keep_hours=-1"], "checkpoint.keep_hours=-1.0 must not be negative"),
         (["optim.beta2=1.0"], "optim.beta2=1.0 must be at least 0 and below 1"),
         (["optim.final_fraction=1.5"], "optim.final_fraction=1.5 must be at most 1, a part of the peak"),
         (["model.layer_norm=both"], "model.layer_norm=both is not possible; use pre or post"),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Never
 
+from opt_train.checkpoint import background
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Phase
 from opt_train.protocol.framing import Message
@@ -90,7 +91,7 @@ def remembering(run_rank: Callable[..., int]) -> Callable[..., int]:
 if __name__ == "__main__":
     telling.FactPipe.tell = pausing(telling.FactPipe.tell)  # type: ignore[method-assign]
     if "slow_save" in TROUBLE:
-        training.save_checkpoint = slow(training.save_checkpoint)
+        training.save_checkpoint = background.save = slow(background.save)
     if TROUBLE.get("deaf"):
         rank.run_rank = deaf(rank.run_rank)
     rank.run_rank = remembering(rank.run_rank)

@@ -1,12 +1,29 @@
-"""What ranks report as in effect is `in_force(configuration, ledger, step)`, at the start and after every restore."""
+"""What ranks report as in effect is `in_force(configuration, ledger, step)`, at the start and after every restore.
 
+That the supervisor compares it too: tests/supervisor_core/test_scenarios.py.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from opt_train.checkpoint import manifest
+from opt_train.config import RunConfig
+from opt_train.data.order import Cursor
 from opt_train.optim.in_force import differences, in_force
-from opt_train.protocol.exits import RANK_BAD_CONFIG
-from opt_train.protocol.facts import InForce, Metrics
-from tests.train.rig import World, tiny_config
+from opt_train.parallel.config import PrecisionConfig
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import DONE, RANK_BAD_CONFIG
+from opt_train.protocol.facts import InForce, Leaving, Metrics
+from opt_train.protocol.framing import Message
+from opt_train.train import rank
+from opt_train.train.orders import NoOrders, StopSignals
+from tests.train.rig import World, begin_alone, sha256_of, tiny_config
 
 
 def test_reported_values_are_those_of_the_configuration(tmp_path: Path) -> None:
@@ -51,3 +68,142 @@ def test_wrong_cursor_stops_the_run_and_is_named(tmp_path: Path) -> None:
         assert leaving.code == RANK_BAD_CONFIG
         assert "samples: expected 8, in force 16" in leaving.reason
         assert not world.ranks[0].told(Metrics)
+
+
+# A difference planted in each of the values ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run in fp16, whose loss scale is state, and its checkpoint after two steps of four."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = replace(tiny_config(folder, steps=2), precision=PrecisionConfig(compute="fp16"))
+    with World(folder, config, world_size=1) as world:
+        world.begin()
+        world.finish()
+        checkpoint = world.commit(2)
+    return replace(config, train=replace(config.train, steps=4)), checkpoint
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Callable[..., dist.ProcessGroup]]:
+    """Joins a world of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield lambda *_: dist.new_group(backend="gloo")
+    dist.destroy_process_group()
+
+
+Group = dict[str, Any]
+
+
+def in_groups(change: Callable[[Group], None]) -> Callable[[torch.optim.Optimizer], None]:
+    def plant(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            change(group)
+
+    return plant
+
+
+def one_update_more(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        state["step"] += 1
+
+
+def decay_of_a_vector(group: Group) -> None:
+    group["weight_decay"] = 0.1
+
+
+def betas(first: float, second: float) -> Callable[[Group], None]:
+    return lambda group: group.update(betas=(first, second))
+
+
+IN_THE_OPTIMIZER: dict[str, tuple[Callable[[torch.optim.Optimizer], None], str]] = {
+    "lr": (in_groups(lambda group: group.update(lr=1.0)), "lr: expected 0.00"),
+    "beta1": (in_groups(betas(0.8, 0.95)), "beta1: expected 0.9, in force 0.8"),
+    "beta2": (in_groups(betas(0.9, 0.99)), "beta2: expected 0.95, in force 0.99"),
+    "eps": (in_groups(lambda group: group.update(eps=1.0)), "eps: expected 1e-08, in force 1.0"),
+    "decay": (in_groups(lambda group: group.update(weight_decay=0.0)), "weight_decay: expected 0.1, in force 0.0"),
+    "decay of a vector": (in_groups(decay_of_a_vector), "weight_decay: expected 0.1, in force nan"),
+    "optimizer step": (one_update_more, "updates: expected 2, in force 3"),
+}
+
+
+@pytest.mark.parametrize("value", IN_THE_OPTIMIZER)
+def test_difference_in_the_optimizer_stops_the_run_and_is_named(
+    value: str, saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the restore had let a checkpoint's own values outlive it."""
+    plant, named = IN_THE_OPTIMIZER[value]
+    load = rank.load
+
+    def load_and_plant(engine: Any, *more: Any) -> None:
+        load(engine, *more)
+        plant(engine.optimizer)
+
+    monkeypatch.setattr(rank, "load", load_and_plant)
+    assert_stopped(saved, group, tmp_path, named)
+
+
+def test_difference_in_the_loss_scale_stops_the_run_and_is_named(
+    saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it began anew, or came from elsewhere, instead of going on."""
+
+    def load_another(loss_scale: Any, _manifest: manifest.Manifest) -> None:
+        loss_scale.scale = loss_scale.scale * 4
+
+    monkeypatch.setattr(rank, "load_loss_scale", load_another)
+    assert_stopped(saved, group, tmp_path, "loss_scale: expected 4.0, in force 16.0")
+
+
+def test_difference_in_the_cursor_stops_the_run_and_is_named(
+    saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if one sample had been read twice."""
+    read_state = rank.read_state
+
+    def read_one_back(*arguments: Any) -> Any:
+        state = read_state(*arguments)
+        state.cursor = Cursor(state.cursor.samples - 1)
+        return state
+
+    monkeypatch.setattr(rank, "read_state", read_one_back)
+    assert_stopped(saved, group, tmp_path, "samples: expected 16, in force 15")
+
+
+def test_difference_in_the_clip_stops_the_run_and_is_named(
+    saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the ledger had tightened the clip and the rank had not heard of it: here the expectation is what moves."""
+    monkeypatch.setattr(rank, "in_force", lambda *arguments: {**in_force(*arguments), "clip": 0.3})
+    assert_stopped(saved, group, tmp_path, "clip: expected 0.3, in force 1.0")
+
+
+def test_nothing_planted_stops_nothing(saved: tuple[RunConfig, Path], group: Any, tmp_path: Path) -> None:
+    code, facts = go_on(saved, group, tmp_path)
+    assert code == DONE
+    assert [fact.line["step"] for fact in facts if isinstance(fact, Metrics)] == [3, 4]
+
+
+def assert_stopped(saved: tuple[RunConfig, Path], group: Any, folder: Path, named: str) -> None:
+    code, facts = go_on(saved, group, folder)
+    leaving = facts[-1]
+    assert isinstance(leaving, Leaving)
+    assert (code, leaving.code, leaving.cause) == (RANK_BAD_CONFIG, RANK_BAD_CONFIG, "config")
+    assert named in leaving.reason
+    assert leaving.reason.count("expected") == 1, "only what was planted is named"
+    assert not [fact for fact in facts if isinstance(fact, Metrics)], "it trained"
+
+
+def go_on(saved: tuple[RunConfig, Path], group: Any, folder: Path) -> tuple[int, list[Message]]:
+    """Resume from the checkpoint in this process, as the only rank; its exit code and what it told."""
+    config, checkpoint = saved
+    begin: Begin = replace(
+        begin_alone(folder, config),
+        attempt="2.00",
+        generation=2,
+        checkpoint=str(checkpoint),
+        manifest_sha256=sha256_of(checkpoint / manifest.MANIFEST),
+    )
+    facts: list[Message] = []
+    return rank.run_rank(begin, facts.append, NoOrders(), StopSignals(), group), facts

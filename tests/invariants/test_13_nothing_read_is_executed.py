@@ -81,6 +81,9 @@ def test_no_code_of_ours_can_unpickle_or_evaluate() -> None:
                 found.append((path.name, node.lineno, node.func.id))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 dotted = ast.unparse(node.func)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if dotted == "torch.load" and given.get("weights_only") == "True":
+                    continue  # torch's restricted reader; tests/exchange/test_hostile_weights.py tries it
                 if dotted in ("torch.load", "torch.save", "yaml.load", "os.system", "os.popen"):
                     found.append((path.name, node.lineno, dotted))
                 shell = [k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) != "False"]

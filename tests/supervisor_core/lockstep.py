@@ -43,8 +43,8 @@ def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Ra
     expected = in_force(world.config, (), group.step)
     for agent, _, rank in parts:
         values = dict(expected)
-        if world.wrong_lr and rank.begin.rank == len(parts) - 1:
-            values["lr"] *= 2.0
+        if world.wrong_value and rank.begin.rank == len(parts) - 1:
+            values[world.wrong_value] = 2.0 * values[world.wrong_value] + 1.0
         world.say_of(agent, rank, InForce(values))
         rank.phase, rank.step, rank.since = "step", group.step, world.now
 

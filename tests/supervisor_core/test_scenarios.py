@@ -25,6 +25,7 @@ from opt_logbook.events import (
     TrainingBegan,
 )
 
+from opt_train.optim.in_force import in_force
 from opt_train.protocol.commands import Begin, Kill, Leave
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
 from opt_train.protocol.facts import Leaving
@@ -172,6 +173,22 @@ def test_never_silently_from_scratch() -> None:
     assert "never starts from scratch" in world.events(RunHalted)[0].question
 
 
+def test_checkpoints_that_could_not_be_read_are_tried_again_once_a_person_has_mended_the_storage() -> None:
+    """A file system that answered ESTALE while the run looked at all of them would have been the end of it."""
+    world = a_run().until_step(7)
+    whole, world.disk = dict(world.disk), dict.fromkeys(world.disk, "cannot be read: Stale file handle")
+    world.kill_rank(0)
+    world.run()
+    world.start_supervisor()
+    world.run()
+    assert len(world.events(RunHalted)) == 2, "it is not mended yet"
+    world.disk = whole
+    world.start_supervisor()
+    world.run()
+    assert [entry.step for entry in world.entries(AttemptStarted)] == [0, 6]
+    assert code_of(world) == DONE
+
+
 def test_before_the_first_checkpoint_a_restart_begins_from_the_initial_weights() -> None:
     world = a_run().until_step(2)
     world.kill_rank(0)
@@ -181,14 +198,15 @@ def test_before_the_first_checkpoint_a_restart_begins_from_the_initial_weights()
     assert code_of(world) == DONE
 
 
-def test_a_different_learning_rate_in_force_halts_and_is_named() -> None:
+@pytest.mark.parametrize("value", in_force(make_config(), (), 0))
+def test_a_different_value_in_force_halts_and_is_named(value: str) -> None:
     world = World(make_config())
-    world.wrong_lr = True
+    world.wrong_value = value
     world.start_supervisor()
     world.run()
     (halted,) = world.events(RunHalted)
     assert halted.cause == "config"
-    assert "lr: expected" in halted.question
+    assert f"{value}: expected" in halted.question
     assert "in force" in halted.question
     assert world.living(1) == []
 

@@ -99,8 +99,8 @@ class World:
         self.effects: list[Effect] = []
         self.fail_commits = 0
         """Commits that will fail; negative: saves of ranks that will."""
-        self.wrong_lr = False
-        """The last rank of every generation trains with another LR."""
+        self.wrong_value = ""
+        """Of this value in force the last rank of every generation has another."""
         self.poison: tuple[int, str] | None = None
         """(step, log line): rank 0 crashes there, every time."""
         self.settled_saves: set[str] = set()
