@@ -1,6 +1,7 @@
 """Checkpoints of models that nobody trained, saved as a run saves them; `python weights.py FOLDER RANK WORLD` saves one
 from several ranks."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     if rank == 0:
         named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}  # type: ignore[attr-defined]
         commit(folder, build(folder, "1.00", 7, named))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads of several groups sometimes abort while the interpreter ends
 
 
 if __name__ == "__main__":
