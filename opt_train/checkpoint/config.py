@@ -13,7 +13,7 @@ class CheckpointConfig:
 
     every_steps: int = 500
     asynchronous: bool = True
-    """Train on while a checkpoint is written: a rank keeps a copy of its part in host memory, as large as on the disk."""
+    """Train on while a checkpoint is written: a rank keeps a copy of its part in host memory, as large as its files."""
     keep: int = 3
     """Committed checkpoints to keep; never fewer than the newest two good ones of the live chain."""
     keep_hours: float = 0.0

@@ -29,7 +29,9 @@ def troubled(folder: Path, **trouble: object) -> dict[str, str]:
 @pytest.mark.timeout(300)
 def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
     pauses = [(1, "data", 12), (0, "step", 22), (1, "checkpoint", 40), (0, "evaluation", 45)]
-    process = driving.start(tmp_path, *QUICK, "train.validate_every=15", environment=troubled(tmp_path, pauses=pauses))
+    # A save beside training has no phase of its own to stop in.
+    more = ("train.validate_every=15", "checkpoint.asynchronous=false")
+    process = driving.start(tmp_path, *QUICK, *more, environment=troubled(tmp_path, pauses=pauses))
     run = driving.run_directory(tmp_path)
     try:
         assert driving.finish(process, tmp_path, 200) == 0, driving.tail(tmp_path)
