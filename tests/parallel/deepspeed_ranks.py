@@ -6,7 +6,6 @@ which other processes read. There is one engine a process: the parts, functions 
 
 import hashlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from tests.parallel.layout_ranks import (
     digest,
     share,
 )
+from tests.train.leave import leave_with
 
 TIMEOUT = 120.0
 STEPS_AFTER = 3
@@ -244,9 +244,7 @@ def main() -> None:
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
     trainer = Trainer(case, Path(sys.argv[5]))
-    print(json.dumps({part: PARTS[part](trainer) for part in case["parts"]}), flush=True)
-    # As `opt_train.train.warm` does. DeepSpeed holds the process group, whose threads may outlive the interpreter.
-    os._exit(0)
+    leave_with({part: PARTS[part](trainer) for part in case["parts"]})
 
 
 if __name__ == "__main__":

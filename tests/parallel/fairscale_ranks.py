@@ -4,9 +4,7 @@ A part is a function of this file. `FOLDER` is for checkpoints, which another wo
 """
 
 import hashlib
-import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,6 +33,7 @@ from tests.optim.syncs import Syncs
 from tests.parallel import fairscale_on_cpu
 from tests.parallel.engine_state import described, save_together, world_sum
 from tests.parallel.layout_ranks import CPU, GLOBAL_BATCH, MODEL, SEQUENCE, VALUES, global_batch, share, train
+from tests.train.leave import leave_with
 
 PRECISIONS = {
     "fp32": PrecisionConfig(compute="fp32"),
@@ -306,11 +305,7 @@ def main() -> None:
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     found = {part: PARTS[part](Path(sys.argv[5])) for part in sys.argv[4].split()}
-    dist.barrier()
-    print(json.dumps(found), flush=True)
-    # As the real rank ends. With this many groups gloo's threads outlived the interpreter once in some forty times, and
-    # the process aborted.
-    os._exit(0)
+    leave_with(found)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes
 from opt_train.train.word import Agreement, Own, Readback
 from tests.parallel.layout_ranks import MODEL, VALUES, share
+from tests.train.leave import leave_with
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -89,8 +90,7 @@ def main() -> None:
         probed = train(PROBED, *what)
         torch.compiler.reset()
         seen[name] = {**probed, "unprobed": train(UNPROBED, *what)["trained"]}
-    print(json.dumps(seen))
-    dist.destroy_process_group()
+    leave_with(seen)
 
 
 if __name__ == "__main__":

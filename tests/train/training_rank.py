@@ -25,6 +25,7 @@ from opt_train.train.loop import train
 from opt_train.train.orders import ControlPipe, StopSignals
 from opt_train.train.rank import start
 from opt_train.train.training import Training
+from tests.train.leave import leave_with
 
 
 def plant(run: Training, poison_step: int, terminate_step: int, orders: list[list[int]], orders_fd: int) -> None:
@@ -85,9 +86,7 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
         ).hexdigest(),
         "optimizer_steps": sorted({float(each["step"]) for each in run.engine.optimizer.state.values()}),
     }
-    dist.barrier()
-    print(json.dumps(summary), flush=True)
-    os._exit(0)
+    leave_with(summary)
 
 
 if __name__ == "__main__":
