@@ -37,8 +37,8 @@ POSITIVE = (
     "optim.lr", "optim.eps", "optim.clip", "optim.final_fraction",
     "train.steps", "train.global_batch", "train.micro_batch", "train.collective_timeout_seconds",
     "train.max_nonfinite_steps",
-    "checkpoint.every_steps", "checkpoint.keep",
-    "cluster.nodes", "cluster.slots_per_node",
+    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.memory_keep", "checkpoint.node_keep",
+    "cluster.nodes", "cluster.slots_per_node", "cluster.nodes_per_domain",
     "supervisor.start_seconds", "supervisor.step_seconds", "supervisor.checkpoint_seconds",
     "supervisor.evaluation_seconds", "supervisor.minimum_seconds", "supervisor.orphan_seconds",
     "supervisor.join_seconds", "supervisor.restarts_without_progress", "supervisor.status_seconds",
@@ -51,7 +51,8 @@ NOT_NEGATIVE = (
     "seed", "data.max_bytes", "parallel.shard", "optim.weight_decay", "optim.warmup_steps", "optim.decay_steps",
     "train.validate_every", "train.validate_sets_every", "train.threads", "cluster.buffer_nodes",
     "train.layer_norms_every", "train.attention_logit_every", "train.speed_probe_every",
-    "checkpoint.keep_hours", "checkpoint.milestone_every_steps",
+    "checkpoint.keep_hours", "checkpoint.milestone_every_steps", "checkpoint.memory_every_steps",
+    "checkpoint.node_every_steps",
     "supervisor.settle_seconds", "faults.seed",
 )  # fmt: skip
 

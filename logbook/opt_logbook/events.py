@@ -278,6 +278,12 @@ class CheckpointCommitted(Event, kind="checkpoint_committed"):
     seconds: float
     healthy: bool
     """False: training was not well when it was saved (non-finite loss, overflow storm)."""
+    tier: str = "shared"
+    """Where its files are: ``memory`` or ``node`` (held by the nodes' agents), or ``shared``, in the run directory."""
+    world_size: int = 0
+    """Of a memory or node checkpoint: the ranks that made it, each of which reads its own part again."""
+    config_sha256: str = ""
+    """Of a memory or node checkpoint: what those ranks were configured with."""
 
 
 @dataclass(frozen=True, slots=True)

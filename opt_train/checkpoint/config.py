@@ -1,4 +1,4 @@
-"""When state is saved and what is kept."""
+"""When state is saved, where, and what is kept."""
 
 import math
 from dataclasses import dataclass
@@ -20,6 +20,17 @@ class CheckpointConfig:
     """Keep those that are younger than this too, measured when the newest was committed; 0: none for its age."""
     milestone_every_steps: int = 0
     """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no milestones."""
+
+    memory_every_steps: int = 0
+    """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none."""
+    memory_keep: int = 2
+    """Snapshots held at a time, each as large as a rank's files, and once more at the partner."""
+    node_every_steps: int = 0
+    """Steps between snapshots that go on to each node's own disk, a multiple of `memory_every_steps`; 0: none."""
+    node_keep: int = 2
+    """Snapshots on a node's disk."""
+    node_directory: str = ""
+    """A folder on the node's own disk; empty: that of temporary files."""
 
     @property
     def newest_kept(self) -> int:

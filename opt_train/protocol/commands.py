@@ -3,6 +3,7 @@
 Every command is safe to receive twice: a generation that runs is not begun again, one that is gone is not killed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opt_train.protocol.framing import Message
@@ -53,6 +54,30 @@ class Relay(Message, kind="relay"):
 
     generation: int
     order: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Message, kind="fetch"):
+    """Hold the files `names` of the checkpoint `path`, each verified by the manifest; the answer is `Fetched`.
+
+    What the agent holds already is read and verified again, and got anew where it is not good and there is a source.
+    """
+
+    path: str
+    """Under the run directory, where its manifest lies: `memory/...` is held in memory, `node/...` on a node's disk."""
+    manifest_sha256: str
+    names: tuple[str, ...]
+    sources: Mapping[str, str]
+    """Name -> ``host:port`` of an agent that holds it; names that are missing here must be held already."""
+    origin: str = ""
+    """The checkpoint that holders have the same files under; empty: `path`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop(Message, kind="drop"):
+    """Hold nothing of the checkpoint `path` any more."""
+
+    path: str
 
 
 @dataclass(frozen=True, slots=True)

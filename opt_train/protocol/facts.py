@@ -102,6 +102,28 @@ class SaveFailed(Message, kind="save_failed"):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A file of a snapshot in the memory of the rank that took it: `fd` is the number of its descriptor there."""
+
+    path: str
+    bytes: int
+    sha256: str
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken(Message, kind="snapshot_taken"):
+    """This rank's part of the state at `step` lies in memory of its own; the agent is to hold it from now on.
+
+    Said by each rank for itself. Rank 0's files include `state.json`.
+    """
+
+    step: int
+    files: tuple[MemoryFile, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class OrderObeyed(Message, kind="order_obeyed"):
     """Order `number` took effect at the boundary before `step`, on every rank alike."""
 
@@ -146,6 +168,15 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldFiles:
+    """Files of one checkpoint that an agent holds, in memory or on its node's disk."""
+
+    path: str
+    """The checkpoint: `memory/<attempt>/step-<step>` or `node/<attempt>/step-<step>`, as it stands in the journal."""
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AgentState(Message, kind="agent_state"):
     """The agent's whole state, told first on every connection."""
 
@@ -154,6 +185,9 @@ class AgentState(Message, kind="agent_state"):
     slots: tuple[SlotState, ...]
     leader_generation: int = 0
     """The highest supervisor generation this agent has obeyed."""
+    held: tuple[HeldFiles, ...] = ()
+    address: str = ""
+    """``host:port`` at which other agents of the run get what it holds; empty: nothing can be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +253,32 @@ class GenerationGone(Message, kind="generation_gone"):
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotHeld(Message, kind="snapshot_held"):
+    """The agent holds what `SnapshotTaken` told of, whatever becomes of the rank."""
+
+    generation: int
+    attempt: str
+    rank: int
+    step: int
+    files: tuple[SavedFile, ...]
+    seconds: float
+    state: Mapping[str, Any] | None = None
+    """Of rank 0: its `state.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(Message, kind="fetched"):
+    """The answer to `Fetch`: every file that was asked for is here and has been verified, or `why` says what is not."""
+
+    path: str
+    names: tuple[str, ...]
+    """As asked for."""
+    why: str = ""
+    folder: str = ""
+    """Where the node's ranks find them, beside the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Told(Message, kind="told"):
     """A numbered fact: kept and told again until acknowledged."""
 
@@ -227,5 +287,6 @@ class Told(Message, kind="told"):
 
 
 FACTS_OF_A_RANK: tuple[type[Message], ...] = (
-    Warm, Store, Phase, Progress, InForce, Metrics, Validation, ShardsSaved, SaveFailed, OrderObeyed, Leaving,
+    Warm, Store, Phase, Progress, InForce, Metrics, Validation, ShardsSaved, SaveFailed, SnapshotTaken,
+    OrderObeyed, Leaving,
 )  # fmt: skip

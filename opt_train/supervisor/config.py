@@ -15,6 +15,9 @@ class ClusterConfig:
     """Nodes that stand by."""
     slots_per_node: int = 1
     """Ranks a node."""
+    nodes_per_domain: int = 1
+    """Neighbours in the list of nodes that may fail together (a rack, a switch); a node's snapshots have their copy in
+    another domain."""
     interface: str = ""
     """Network interface of the collectives; empty: the library's choice (`lo` on a local cluster)."""
     rank_module: str = "opt_train.train.warm"
