@@ -23,16 +23,14 @@ from opt_logbook.events import (
     RunStopped,
     SaveAbandoned,
 )
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.run_directory import RunDirectory, tier_of
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError, Listed, Progress
 from opt_train.cli_about import About
 from opt_train.protocol.exits import DONE, NO
-from opt_train.supervisor.state import RunState
+from opt_train.supervisor.state import FASTEST_LAST, MEMORY, NODE, SHARED, RunState
 
-SHARED = "shared"
-"""The tier of the run directory's file system."""
 TELL_SECONDS = 2.0
 COLUMNS = 100
 LIVE, ABANDONED = "live", "abandoned"
@@ -59,8 +57,9 @@ class Row:
     """`good` or `abandoned`, by branch, as the journal has it · `rejected` when it was wanted and did not verify ·
     `retired` or `given up`, and not yet removed · `never committed` · `unknown` to the journal, with a manifest."""
     checked: str
-    """`listed`: its manifest is readable and the sizes are right · `verified`: all its bytes are · `bad` · ``-``: it
-    is no checkpoint."""
+    """`listed`: its manifest is readable and the sizes are right · `verified`: all its bytes are · `held`: its
+    manifest is readable, and agents hold its files, which they verify when they are wanted · `bad` · ``-``: it is no
+    checkpoint."""
     why: str
     """What is wrong with it, in a sentence."""
     referred: tuple[str, ...]
@@ -120,7 +119,8 @@ def rows_of(
         if not fate:
             fate = ("good" if branch == LIVE else ABANDONED) if branch else "unknown" if one.has_manifest else ""
         commit = record.commits.get(path)
-        checked = "bad" if why else "listed" if verified is None else "verified"
+        tier = tier_of(path)
+        checked = "bad" if why else "held" if tier != SHARED else "listed" if verified is None else "verified"
         if fate == "" or (fate in ("retired", "given up") and not one.has_manifest):
             checked, why = "-", reason
         elif fate == "unknown":
@@ -129,14 +129,15 @@ def rows_of(
             why = why or reason
         rows.append(
             Row(
-                path, one.attempt, one.step, SHARED, one.bytes, one.files, one.healthy,
+                path, one.attempt, one.step, tier, one.bytes, one.files, one.healthy,
                 None if commit is None else commit.time, branch, fate or "never committed", checked, why,
                 _referred(run, state, record, path, one, branch),
             )
         )  # fmt: skip
     taken = taken_next(state, rows)
     return sorted(
-        (replace(row, next=row.path == taken) for row in rows), key=lambda row: (_numbers(row.attempt), row.step)
+        (replace(row, next=row.path == taken) for row in rows),
+        key=lambda row: (_numbers(row.attempt), row.step, FASTEST_LAST.index(row.tier)),
     )
 
 
@@ -190,12 +191,23 @@ def checkpoints(path: Path, verify: bool, as_json: bool) -> int:
     committed = {run.path / path: sha256 for path, sha256 in record.manifests.items()}
     listed = manifest.checkpoints(run.checkpoints, committed)
     verified = _verified(run, listed, committed) if verify else None
-    rows = rows_of(run, about.state, record, listed, verified)
+    rows = rows_of(run, about.state, record, [*listed, *_held(run, about.state, committed)], verified)
     if as_json:
         print(json.dumps([_payload(row) for row in rows], indent=2))
     else:
         print(_page(about.created.name, rows, time.time()))
     return DONE if any(row.next for row in rows) else NO
+
+
+def _held(run: RunDirectory, state: RunState, committed: Mapping[Path, str]) -> list[Listed]:
+    """What agents hold, as far as the journal still counts on it."""
+    known = {run.path / c.path for c in state.checkpoints}
+    found = [
+        one
+        for tier in (NODE, MEMORY)
+        for one in manifest.checkpoints(run.checkpoints_of(tier), committed, files_here=False)
+    ]
+    return [one for one in found if one.path in known]
 
 
 def _verified(run: RunDirectory, listed: Sequence[Listed], committed: Mapping[Path, str]) -> dict[Path, str]:
@@ -239,7 +251,7 @@ def _page(name: str, rows: Sequence[Row], now: float) -> str:
         return f"{name} has no checkpoint yet"
     taken = next((row for row in rows if row.next), None)
     would = f"a restart would take step {taken.step} of attempt {taken.attempt}" if taken else "none could be restored"
-    count = f"{len(rows)} checkpoint folder{'s' if len(rows) > 1 else ''}"
+    count = f"{len(rows)} checkpoint{'s' if len(rows) > 1 else ''}"
     heading = f"{name}: {count}, {_size(sum(row.bytes for row in rows))}; {would}"
     head = ("", "step", "attempt", "tier", "size", "files", "committed (UTC)", "age", "health", "journal", "checked")
     cells = [head, *(_cells(row, now) for row in rows)]

@@ -94,7 +94,7 @@ class Subject:
     @staticmethod
     def _choose(run: RunDirectory, about: About, wanted: str) -> Checkpoint:
         if not wanted:
-            newest = about.state.newest_good()
+            newest = about.state.newest_good(shared_only=True)
             if newest is None:
                 raise BadInput(f"{run.path} has no good checkpoint yet; wait until it has saved one")
             return newest

@@ -257,7 +257,7 @@ class LoneRun:
         )
 
     def _newest_verified(self) -> Checkpoint | None:
-        while (checkpoint := self._state.newest_good()) is not None:
+        while (checkpoint := self._state.newest_good(shared_only=True)) is not None:
             verified = self._keeper.verify(checkpoint.path, checkpoint.manifest_sha256)
             if not verified.why:
                 return checkpoint
@@ -316,6 +316,7 @@ class LoneRun:
         done = self._keeper.commit(wanted, self._journal.head.hash)
         if done.why:
             self._abandon(step, done.why)
+            self._keeper.retire(path)  # the shards would fill the disk that the next save needs
             return
         committed = CheckpointCommitted(path, done.manifest_sha256, done.bytes, done.files, done.seconds, done.healthy)
         self._append(committed, step=step)

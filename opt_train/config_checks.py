@@ -85,6 +85,7 @@ def check(config: "RunConfig") -> None:
     _precision(config)
     _cluster(config)
     _checkpoints(config)
+    _tiers(config)
     if config.optim.warmup_steps >= config.train.steps:
         raise BadInput(
             f"optim.warmup_steps={config.optim.warmup_steps} must be smaller than train.steps={config.train.steps}; "
@@ -321,11 +322,25 @@ def _cluster(config: "RunConfig") -> None:
 def _checkpoints(config: "RunConfig") -> None:
     every, milestones = config.checkpoint.every_steps, config.checkpoint.milestone_every_steps
     if milestones % every:
-        near = [n for n in (milestones // every * every, -(-milestones // every) * every) if n]
+        near = _multiples_near(milestones, every)
         raise BadInput(
             f"checkpoint.milestone_every_steps={milestones} must be a multiple of checkpoint.every_steps={every}, or "
             f"milestones would not be saved; use {_listed(near)}, or 0 for none"
         )
+
+
+def _tiers(config: "RunConfig") -> None:
+    memory, node = config.checkpoint.memory_every_steps, config.checkpoint.node_every_steps
+    if node and (not memory or node % memory):
+        mend = f"use {_listed(_multiples_near(node, memory))}" if memory else "set checkpoint.memory_every_steps too"
+        raise BadInput(
+            f"checkpoint.node_every_steps={node} must be a multiple of checkpoint.memory_every_steps={memory}: what "
+            f"goes to a node's disk comes from its memory; {mend}, or 0 for none"
+        )
+
+
+def _multiples_near(number: int, of: int) -> list[int]:
+    return [near for near in (number // of * of, -(-number // of) * of) if near]
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

@@ -341,7 +341,7 @@ def _totals(
         other=wall - kept_seconds - redone - down,
         steps=steps,
         tokens=tokens,
-        checkpoints=sum(len(attempt.saved) for attempt in attempts),
+        checkpoints=sum(told.event.tier == "shared" for attempt in attempts for told in attempt.saved),
     )
 
 

@@ -91,5 +91,15 @@ class RunDirectory:
     def rank_log(self, attempt: str, node: str, rank: int) -> Path:
         return self.logs / attempt / node / f"rank{rank}.log"
 
-    def checkpoint(self, attempt: str, step: int) -> Path:
-        return self.checkpoints / attempt / f"step-{step:08d}"
+    def checkpoints_of(self, tier: str) -> Path:
+        """Checkpoints of tier ``shared``; the manifests of those that agents hold, in ``memory`` or on a ``node``."""
+        return self.checkpoints if tier == "shared" else self.path / tier
+
+    def checkpoint(self, attempt: str, step: int, tier: str = "shared") -> Path:
+        return self.checkpoints_of(tier) / attempt / f"step-{step:08d}"
+
+
+def tier_of(path: str) -> str:
+    """Where the files of the checkpoint with this path are: ``memory``, ``node`` or ``shared``."""
+    first = path.split("/", 1)[0]
+    return first if first in ("memory", "node") else "shared"

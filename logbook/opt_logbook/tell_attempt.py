@@ -8,8 +8,19 @@ from opt_logbook import events as kinds
 from opt_logbook.codec import to_json_value
 from opt_logbook.events import Entry
 from opt_logbook.incidents import Attempt, Told, by_set
+from opt_logbook.run_directory import tier_of
 from opt_logbook.told import Said
-from opt_logbook.words import bytes_in_words, clock, duration, listed, listed_briefly, many, perplexity_on, sentence
+from opt_logbook.words import (
+    TIERS,
+    bytes_in_words,
+    clock,
+    duration,
+    listed,
+    listed_briefly,
+    many,
+    perplexity_on,
+    sentence,
+)
 
 _TOLD_ELSEWHERE = (
     kinds.RunCreated,
@@ -43,9 +54,15 @@ def tell_attempt(attempt: Attempt) -> tuple[Said, ...]:
     elif attempt.started and attempt.last_step is None:
         said.append(Said("No step of it was done."))
     said += tell_entries(attempt.entries, attempt.since)
-    said += _saved(attempt.saved)
+    said += _saved([told for told in attempt.saved if told.event.tier == "shared"])
+    said += _held(attempt.saved, "memory", "held in the nodes' memory")
+    said += _held(attempt.saved, "node", "copied to the nodes' own disks")
     said += _validated(attempt.validated)
-    retired = [entry.seq for entry in attempt.entries if isinstance(entry.event, kinds.CheckpointRetired)]
+    retired = [
+        entry.seq
+        for entry in attempt.entries
+        if isinstance(entry.event, kinds.CheckpointRetired) and tier_of(entry.event.path) == "shared"
+    ]
     if retired:
         said.append(Said(f"{many(len(retired), 'older checkpoint')} removed by the retention rule.", tuple(retired)))
     if attempt.ended:
@@ -94,6 +111,15 @@ def _saved(saved: list[Told[kinds.CheckpointCommitted]]) -> list[Said]:
     return said
 
 
+def _held(saved: list[Told[kinds.CheckpointCommitted]], tier: str, where: str) -> list[Said]:
+    held = [told for told in saved if told.event.tier == tier]
+    if not held:
+        return []
+    newest, size = held[-1], bytes_in_words(held[-1].event.bytes)
+    text = f"{many(len(held), 'snapshot')} of {size} {where}, the newest at step {newest.step or 0:,}."
+    return [Said(text, (newest.line,))]
+
+
 def _validated(validated: list[Told[kinds.ValidationMeasured]]) -> list[Said]:
     said: list[Said] = []
     for name, measured in by_set(validated).items():
@@ -130,7 +156,7 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.OrderEnded(number=number, outcome=outcome):
             return f"order {number} was {outcome}{f' before step {entry.step:,}' if entry.step is not None else ''}."
         case kinds.CheckpointRejected(path=path, why=why):
-            return f"the checkpoint {path} did not verify ({why}); an older one was looked for."
+            return f"the {TIERS[tier_of(path)]} {path} did not verify ({why}); an older one was looked for."
         case kinds.SaveAbandoned(path=path, why=why):
             return f"the save of {path} was abandoned: {sentence(why)}"
         case kinds.JournalMended(bytes_removed=count):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from opt_logbook.events import IncidentClosed, RunHalted
 from opt_logbook.incidents import Attempt, Incident, Story, Told
+from opt_logbook.run_directory import tier_of
 from opt_logbook.told import Said
-from opt_logbook.words import CAUSES, clock, duration, listed, many, moment, sentence
+from opt_logbook.words import CAUSES, TIERS, clock, duration, listed, many, moment, sentence
 
 QUOTES_MAX = 12
 """Evidence shown for one incident; the journal has all of it."""
@@ -124,13 +125,14 @@ def _done(incident: Incident) -> tuple[Said, ...]:
         said.append(Said(f"{promoted.event.node} took the place of {promoted.event.replaces}.", (promoted.line,)))
     for rejected in incident.rejected:
         text = (
-            f"The checkpoint {rejected.event.path} did not verify ({rejected.event.why}); an older one was looked for."
+            f"The {TIERS[tier_of(rejected.event.path)]} {rejected.event.path} did not verify ({rejected.event.why}); "
+            "an older one was looked for."
         )
         said.append(Said(text, (rejected.line,)))
     for restart in incident.restarts:
         event = restart.event
         source = (
-            f"the checkpoint of step {restart.step or 0:,} ({event.checkpoint})"
+            f"the {TIERS[tier_of(event.checkpoint)]} of step {restart.step or 0:,} ({event.checkpoint})"
             if event.checkpoint
             else "the initial weights"
         )

@@ -92,6 +92,10 @@ def many(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+TIERS = {"shared": "checkpoint", "memory": "snapshot in the nodes' memory", "node": "snapshot on the nodes' own disks"}
+"""What the reader calls a checkpoint, by where its files are."""
+
+
 def perplexity_on(validation_set: str) -> str:
     """``Validation perplexity``, or ``Perplexity on web`` for a set of that name."""
     return "Validation perplexity" if validation_set == HELD_OUT else f"Perplexity on {validation_set}"

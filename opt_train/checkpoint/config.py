@@ -22,9 +22,11 @@ class CheckpointConfig:
     """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no milestones."""
 
     memory_every_steps: int = 0
-    """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none."""
+    """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none. It is agents that hold
+    them: a lone `train` takes none."""
     memory_keep: int = 2
-    """Snapshots held at a time, each as large as a rank's files, and once more at the partner."""
+    """Snapshots held at a time, each as large as all that a rank holds, and once more at the partner. A rank has memory
+    for one more, which is the one that is being taken."""
     node_every_steps: int = 0
     """Steps between snapshots that go on to each node's own disk, a multiple of `memory_every_steps`; 0: none."""
     node_keep: int = 2

@@ -4,14 +4,16 @@ Standard library only: the supervisor imports this file and no torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from opt_train.protocol.framing import to_payload
 
@@ -20,7 +22,14 @@ STATE = "state.json"
 SHARD_SUFFIX = ".safetensors"
 VERSION = 1
 
+LATE_SECONDS = 20.0
+"""For so long a file may be missing from a folder that is there, or its handle be stale, before that is believed: what
+one node has made or renamed, a shared file system may show to another one only when its cache has run out."""
+
 _HASH_BYTES = 1 << 22
+_LOOK_AGAIN_SECONDS = 1.0
+
+_Found = TypeVar("_Found")
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all) after each piece of long work."""
@@ -79,39 +88,73 @@ def build(
     """The manifest of what the ranks reported to have saved in `folder`: path to (bytes, sha256).
 
     Raises:
-        CheckpointError: a reported file is not there in its full size, no shard or no `state.json` was reported, or the
-            state's bytes are not the reported ones.
+        CheckpointError: a reported file is not there in its full size, a shard lies there that was not reported, no
+            shard or no `state.json` was reported, or the state's bytes are not the reported ones.
     """
     entries = {path: FileEntry(*files[path]) for path in sorted(files)}
     _check_names(folder, entries)
-    for path, entry in entries.items():
-        _check_size(folder / path, entry)
+    _check_sizes(folder, entries)
     if not any(path.endswith(SHARD_SUFFIX) for path in entries):
         raise CheckpointError(f"no shard of {folder} was reported")
     if STATE not in entries:
         raise CheckpointError(f"{folder / STATE} was not reported")
+    _check_no_stray(folder, entries)
     content = _content(folder / STATE)
     if hashlib.sha256(content).hexdigest() != entries[STATE].sha256:
         raise CheckpointError(f"{folder / STATE} has a wrong checksum")
     state = _object(folder / STATE, content)
-    layout = state.get("layout", {})
-    return Manifest(attempt, step, entries, state, config_sha256, journal_head, layout if layout else {})
+    return _of(attempt, step, entries, state, config_sha256, journal_head)
+
+
+def of_reports(
+    attempt: str,
+    step: int,
+    files: Mapping[str, tuple[int, str]],
+    state: Mapping[str, Any],
+    *,
+    config_sha256: str = "",
+    journal_head: str = "",
+) -> Manifest:
+    """The manifest of files that lie elsewhere, as their holders reported them; `state` is `state.json`'s content.
+
+    Raises:
+        CheckpointError: no shard or no `state.json` was reported.
+    """
+    entries = {path: FileEntry(*files[path]) for path in sorted(files)}
+    where = Path(f"step {step} of attempt {attempt}")
+    _check_names(where, entries)
+    if STATE not in entries or not any(path.endswith(SHARD_SUFFIX) for path in entries):
+        raise CheckpointError(f"no shard, or no {STATE}, of {where} was reported")
+    return _of(attempt, step, entries, state, config_sha256, journal_head)
+
+
+def _of(
+    attempt: str, step: int, entries: Mapping[str, FileEntry], state: Mapping[str, Any], config: str, head: str
+) -> Manifest:
+    return Manifest(attempt, step, entries, state, config, head, state.get("layout") or {})
 
 
 def commit(folder: Path, manifest: Manifest) -> str:
     """Make `folder` a checkpoint. Returns the sha256 of the manifest's bytes, which names the checkpoint's content.
 
     Raises:
-        OSError: the file system does not allow it; then there is no checkpoint.
+        OSError: the file system does not allow it; then there is no checkpoint, as far as it lets us say so.
     """
     text = json.dumps(to_payload(asdict(manifest)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     content = text.encode() + b"\n"
     # The shards' names must be as durable as their bytes before the manifest vouches for them.
     sync_folder(folder)
     partial = folder / f"{MANIFEST}.partial"
-    write_durably(partial, content)
-    partial.replace(folder / MANIFEST)
-    sync_folder(folder)
+    try:
+        write_durably(partial, content)
+        partial.replace(folder / MANIFEST)
+        sync_folder(folder)
+    except OSError:
+        # Whoever is told that there is no checkpoint must find none: the rename may have happened.
+        for name in (MANIFEST, partial.name):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+        raise
     return hashlib.sha256(content).hexdigest()
 
 
@@ -160,12 +203,8 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     Raises:
         CheckpointError: as `verify`.
     """
-    for path, entry in manifest.files.items():
-        _check_size(folder / path, entry)
-    # The reader takes every shard it finds: a stray one could replace tensors of a checkpoint that is otherwise good.
-    for stray in sorted(folder.rglob(f"*{SHARD_SUFFIX}")):
-        if stray.relative_to(folder).as_posix() not in manifest.files:
-            raise CheckpointError(f"{stray} is not in the manifest")
+    _check_sizes(folder, manifest.files)
+    _check_no_stray(folder, manifest.files)
 
 
 def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -> None:
@@ -184,9 +223,27 @@ def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -
                 if progress is not None:
                     progress(done, entry.bytes)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error) from error
     if digest.hexdigest() != entry.sha256:
         raise CheckpointError(f"{path} has a wrong checksum")
+
+
+def patiently(folder: Path, work: Callable[[], _Found]) -> _Found:
+    """`work`, and again while it may have met an old state of `folder`, for `LATE_SECONDS` at most.
+
+    Raises:
+        CheckpointError: what `work` raised last.
+    """
+    end = time.monotonic() + LATE_SECONDS
+    while True:
+        try:
+            return work()
+        except CheckpointError as error:
+            cause = error.__cause__
+            is_late = isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE)
+            if not is_late or time.monotonic() >= end or not folder.is_dir():
+                raise
+        time.sleep(_LOOK_AGAIN_SECONDS)
 
 
 def shifted(progress: Progress, before: int, total: int) -> Progress:
@@ -203,9 +260,23 @@ def retire(folder: Path) -> None:
     if not folder.exists():
         return
     # The manifest goes first, durably: without it the rest is rubbish that nobody can mistake for a checkpoint.
-    (folder / MANIFEST).unlink(missing_ok=True)
-    sync_folder(folder)
+    had = _unlinked(folder / MANIFEST)
+    try:
+        sync_folder(folder)
+    except OSError:
+        # A full disk may refuse it, and what was never a checkpoint gives its space back all the same.
+        if had:
+            raise
     shutil.rmtree(folder)
+
+
+def _unlinked(path: Path) -> bool:
+    """Remove a file; whether it was there."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,20 +297,23 @@ class Listed:
     """`Manifest.healthy`; None: no manifest tells."""
 
 
-def checkpoints(root: Path, committed: Mapping[Path, str] | None = None) -> tuple[Listed, ...]:
+def checkpoints(
+    root: Path, committed: Mapping[Path, str] | None = None, *, files_here: bool = True
+) -> tuple[Listed, ...]:
     """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people: ranks list nothing.
 
     Args:
         committed: sha256 of the manifests that were committed, by folder; another one there is not trusted.
+        files_here: False where only the manifests lie in `root`, and agents hold the files.
     """
     found = []
     for folder in sorted(root.glob("*/step-*")):
         if folder.is_dir() and folder.name.removeprefix("step-").isdecimal():
-            found.append(_listed(folder, (committed or {}).get(folder)))
+            found.append(_listed(folder, (committed or {}).get(folder), files_here))
     return tuple(sorted(found, key=lambda item: (_numbers(item.attempt), item.step)))
 
 
-def _listed(folder: Path, manifest_sha256: str | None) -> Listed:
+def _listed(folder: Path, manifest_sha256: str | None, files_here: bool) -> Listed:
     attempt, step = folder.parent.name, int(folder.name.removeprefix("step-"))
     try:
         manifest = read(folder, manifest_sha256)
@@ -250,7 +324,8 @@ def _listed(folder: Path, manifest_sha256: str | None) -> Listed:
         return Listed(folder, attempt, step, sum(sizes), len(sizes), why, there)
     why = ""
     try:
-        check_sizes(folder, manifest)
+        if files_here:
+            check_sizes(folder, manifest)
         if (manifest.attempt, manifest.step) != (attempt, step):
             why = f"{folder / MANIFEST} is that of step {manifest.step} of attempt {manifest.attempt}"
     except CheckpointError as error:
@@ -274,7 +349,7 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         OSError: the file system does not allow it.
     """
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -284,9 +359,21 @@ def sync_folder(folder: Path) -> None:
     """fsync the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the file system say that it is about `path`: what fails on a descriptor names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _numbers(attempt: str) -> tuple[int, ...]:
@@ -314,11 +401,23 @@ def _check_names(folder: Path, entries: Mapping[str, FileEntry]) -> None:
             raise CheckpointError(f"the manifest of {folder} names {path!r}, which is not a file inside it")
 
 
+def _check_sizes(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+    for path, entry in entries.items():
+        _check_size(folder / path, entry)
+
+
+def _check_no_stray(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+    # The reader takes every shard it finds: a stray one could replace tensors of a checkpoint that is otherwise good.
+    for stray in sorted(folder.rglob(f"*{SHARD_SUFFIX}")):
+        if stray.relative_to(folder).as_posix() not in entries:
+            raise CheckpointError(f"{stray} is not in the manifest")
+
+
 def _check_size(path: Path, entry: FileEntry) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error) from error
     if size != entry.bytes:
         raise CheckpointError(f"{path} has {size} bytes instead of {entry.bytes}")
 
@@ -327,7 +426,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error) from error
 
 
 def _object(path: Path, content: bytes) -> dict[str, Any]:

@@ -141,7 +141,40 @@ def _checkpoint(plan: Plan) -> str:
     if policy.keep_hours:
         told = "at the pace planned" if plan.throughput.step_seconds else "not counted: no step's time is known"
         rows.append(("", f"those of the last {policy.keep_hours:g} hours {told}"))
+    rows += [*_snapshots(plan), *_losses(plan)]
     return "\n".join(["checkpoint", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
+
+
+def _snapshots(plan: Plan) -> list[tuple[str, str]]:
+    """What the tiers cost that agents hold."""
+    one, config, policy = plan.checkpoint, plan.config, plan.config.checkpoint
+    takes = in_units(one.memory_bytes(config))
+    if not policy.memory_every_steps:
+        return [
+            ("in memory", f"none (checkpoint.memory_every_steps=0); {policy.memory_keep} would take {takes} a node")
+        ]
+    copied = config.cluster.nodes > 1
+    beside = ", the next one, and a partner's as many" if copied else " and the next one; no node is there to copy to"
+    rows = [("in memory", f"{takes} of each node's, for {policy.memory_keep} snapshots{beside}")]
+    if copied:
+        rows.append(("", f"{in_units(one.node_bytes)} from node to node every {policy.memory_every_steps:,} steps"))
+    if policy.node_every_steps:
+        kept = f"{policy.node_keep} snapshots and the next one, one every {policy.node_every_steps:,} steps"
+        rows.append(("on the nodes' disks", f"{in_units(one.disk_bytes(config))} of each, for {kept}"))
+    return rows
+
+
+def _losses(plan: Plan) -> list[tuple[str, str]]:
+    """The steps between two saves of a tier: what a failure loses at most, beside those of a save under way."""
+    policy, seconds = plan.config.checkpoint, plan.throughput.step_seconds
+
+    def lost(steps: int) -> str:
+        return f"{steps:,} steps" + (f" ({steps * seconds / 60:,.1f} minutes)" if seconds is not None else "")
+
+    rows = [("lost work", f"up to {lost(policy.every_steps)} where a restart reads the file system")]
+    if policy.memory_every_steps:
+        rows.append(("", f"up to {lost(policy.memory_every_steps)} where it finds a snapshot"))
+    return rows
 
 
 def _not_counted(plan: Plan) -> str:

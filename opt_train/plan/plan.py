@@ -29,6 +29,17 @@ class Checkpoint:
     """At the run's end: the newest, those young enough at the planned pace, and the milestones before them."""
     kept_bytes: int
     """Of the checkpoints that are kept, and of the next one before the oldest goes."""
+    node_bytes: int
+    """What the ranks of one node have of a snapshot: each its own part, the replicas too."""
+
+    def memory_bytes(self, config: RunConfig) -> int:
+        """Of a node's memory for snapshots: those it keeps and the next one, and as many of its partner's."""
+        holders = 2 if config.cluster.nodes > 1 else 1
+        return holders * (config.checkpoint.memory_keep + 1) * self.node_bytes
+
+    def disk_bytes(self, config: RunConfig) -> int:
+        """Of a node's own disk: the snapshots it keeps there, and the next one."""
+        return (config.checkpoint.node_keep + 1) * self.node_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +105,5 @@ def _checkpoint(config: RunConfig, layout: Layout, time: Throughput) -> Checkpoi
     size = (WIDTHS[config.precision.weights] + MOMENT_BYTES) * parameter_count(config.model)
     ranks = layout.shard * layout.tensor
     kept = config.checkpoint.most_kept(time.steps, time.step_seconds)
-    return Checkpoint(size, -(-size // ranks), ranks, kept, (kept + 1) * size)
+    part = -(-size // ranks)
+    return Checkpoint(size, part, ranks, kept, (kept + 1) * size, part * config.cluster.slots_per_node)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from opt_logbook.lock import Lock
@@ -10,8 +11,9 @@ from opt_logbook.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError
-from opt_train.supervisor.effects import CommitManifest
+from opt_train.supervisor.effects import CommitManifest, CommitSnapshot
 from opt_train.supervisor.inputs import CheckpointVerified, ManifestCommitted
+from opt_train.supervisor.state import FASTEST_LAST
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class CheckpointKeeper:
         """Read every byte of the checkpoint; `why` of the answer is empty when it is good."""
         try:
             folder = self._folder(path)
-            manifest.verify(folder, manifest_sha256 or None)
+            manifest.patiently(folder, partial(manifest.verify, folder, manifest_sha256 or None))
             found = manifest_sha256 or hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()
         except (CheckpointError, OSError) as error:
             return CheckpointVerified(path, self._relative(error))
@@ -38,7 +40,8 @@ class CheckpointKeeper:
             folder = self._folder(effect.path)
             if Path(effect.folder).resolve() != folder.resolve():
                 raise CheckpointError(f"the ranks saved in {effect.folder} instead of {effect.path}")
-            built = manifest.build(
+            build = partial(
+                manifest.build,
                 folder,
                 effect.attempt,
                 effect.step,
@@ -46,6 +49,7 @@ class CheckpointKeeper:
                 config_sha256=self._config_sha256,
                 journal_head=journal_head,
             )
+            built = manifest.patiently(folder, build)
             # Re-read at the last moment: a supervisor that was succeeded while it slept must not commit anything.
             if not self._lock.still_held():
                 raise CheckpointError("another supervisor has taken over")
@@ -55,6 +59,32 @@ class CheckpointKeeper:
         return ManifestCommitted(
             effect.path, effect.attempt, effect.step, "", sha256, built.bytes, len(built.files), effect.seconds,
             built.healthy,
+        )  # fmt: skip
+
+    def commit_snapshot(self, effect: CommitSnapshot, journal_head: str) -> ManifestCommitted:
+        """Write the manifest of files that agents hold; as `commit`, but nothing of theirs can be looked at here."""
+        path = effect.paths[0]
+        try:
+            made = manifest.of_reports(
+                effect.attempt,
+                effect.step,
+                effect.files,
+                effect.state,
+                config_sha256=self._config_sha256,
+                journal_head=journal_head,
+            )
+            if not self._lock.still_held():
+                raise CheckpointError("another supervisor has taken over")
+            for each in effect.paths:
+                folder = self._folder(each)
+                self._run.make_folder(folder)
+                sha256 = manifest.commit(folder, made)
+        except (CheckpointError, OSError) as error:
+            return ManifestCommitted(path, effect.attempt, effect.step, self._relative(error))
+        return ManifestCommitted(
+            path, effect.attempt, effect.step, "", sha256, made.bytes, len(made.files), effect.seconds, made.healthy,
+            world_size=sum(name.endswith(manifest.SHARD_SUFFIX) for name in made.files),
+            config_sha256=self._config_sha256,
         )  # fmt: skip
 
     def retire(self, path: str) -> None:
@@ -68,7 +98,7 @@ class CheckpointKeeper:
     def clear(self, attempts: Collection[str], kept: Collection[str]) -> None:
         """Remove every save of `attempts` but those in `kept`: ranks that died while they saved told nobody of it."""
         for attempt in attempts:
-            for folder in sorted((self._run.checkpoints / attempt).glob("step-*")):
+            for folder in sorted(f for root in self._roots() for f in (root / attempt).glob("step-*")):
                 path = folder.relative_to(self._run.path).as_posix()
                 if path not in kept:
                     log.info("%s was never committed: removed", path)
@@ -76,10 +106,13 @@ class CheckpointKeeper:
 
     def _folder(self, path: str) -> Path:
         folder = self._run.path / path
-        root = self._run.checkpoints.resolve()
-        if folder.resolve().parent.parent != root:
+        if folder.resolve().parent.parent not in self._roots():
             raise CheckpointError(f"{path} is no checkpoint of this run")
         return folder
+
+    def _roots(self) -> tuple[Path, ...]:
+        """One folder a tier; of what agents hold only the manifests lie there."""
+        return tuple(self._run.checkpoints_of(tier).resolve() for tier in FASTEST_LAST)
 
     def _relative(self, error: Exception) -> str:
         return str(error).replace(f"{self._run.path}/", "")

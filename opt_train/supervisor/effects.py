@@ -82,6 +82,22 @@ class CommitManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitSnapshot:
+    """Every agent holds its ranks' parts: write the manifest at `paths`, after re-reading the lock.
+
+    The answer is one `ManifestCommitted` of the first path; the others are of tiers that the files still go on to.
+    `files` maps a name to (bytes, sha256), and `state` is what rank 0 put into `state.json`.
+    """
+
+    paths: tuple[str, ...]
+    attempt: str
+    step: int
+    files: Mapping[str, tuple[int, str]]
+    state: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RetireCheckpoint:
     """Remove the checkpoint's folder, manifest first. The core has journalled it."""
 
@@ -128,6 +144,7 @@ Effect = (
     | WriteMetrics
     | VerifyCheckpoint
     | CommitManifest
+    | CommitSnapshot
     | RetireCheckpoint
     | ClearUncommitted
     | Show

@@ -101,7 +101,7 @@ class CheckpointVerified:
 
 @dataclass(frozen=True, slots=True)
 class ManifestCommitted:
-    """The answer to `CommitManifest`. `why` is empty when the manifest is in place."""
+    """The answer to `CommitManifest` or `CommitSnapshot`. `why` is empty when the manifest is in place."""
 
     path: str
     attempt: str
@@ -112,6 +112,8 @@ class ManifestCommitted:
     files: int = 0
     seconds: float = 0.0
     healthy: bool = True
+    world_size: int = 0
+    config_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opt_train.protocol.commands import Begin, Kill
+from opt_train.protocol.commands import Begin, Fetch, Kill
 from opt_train.protocol.exits import DONE, STOPPED
 from opt_train.protocol.facts import (
     AgentState,
+    Fetched,
     GenerationGone,
     InForce,
     Leaving,
@@ -20,6 +21,7 @@ from opt_train.protocol.facts import (
     SaveFailed,
     ShardsSaved,
     SlotState,
+    SnapshotHeld,
     Stacks,
     Store,
     Validation,
@@ -29,6 +31,7 @@ from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
     CommitManifest,
+    CommitSnapshot,
     Effect,
     FenceNode,
     Finish,
@@ -50,6 +53,7 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
+from opt_train.supervisor.inventory import Inventory
 from opt_train.supervisor.state import RunState, path_of_save
 from opt_train.supervisor.timeouts import FIRST_STEPS, PhaseTimeouts
 
@@ -144,6 +148,7 @@ class Observation:
         self.committing: dict[str, float] = {}
         self.committed: dict[str, ManifestCommitted] = {}
         self.verified: dict[str, CheckpointVerified] = {}
+        self.inventory = Inventory()
         self.dialled: set[str] = set()
         """Nodes that dialled in with the input at hand."""
         self.shown: Show | None = None
@@ -193,6 +198,7 @@ class Observation:
                 self._take_cluster(given)
             case AgentConnected(node, told):
                 self.dialled.add(node)
+                self.inventory.take_connection(node, told)
                 self._take_connection(self.view(node), told, state)
             case AgentDisconnected(node):
                 self.view(node).disconnect(now.monotonic)
@@ -201,6 +207,7 @@ class Observation:
             case ManifestCommitted(path):
                 self.committing.pop(path, None)
                 self.committed[path] = given
+                self.inventory.take_committed(given)
             case StopAsked():
                 # Nor does a TERM hurry. Schedulers repeat it: `scancel` reaches the supervisor and the launch script,
                 # which hands its own on, and the time limit sends a second one while a long save is under way.
@@ -266,6 +273,10 @@ class Observation:
                 self.stacks.setdefault(generation, {})[rank] = (given.node, given.fact)
             case GenerationGone(generation):
                 view.gone_generation = max(view.gone_generation, generation)
+            case SnapshotHeld():
+                self.inventory.take_snapshot(given.node, given.fact)
+            case Fetched():
+                self.inventory.take_fetched(given.node, given.fact)
             case _:
                 pass
 
@@ -323,6 +334,7 @@ class Observation:
         match effect:
             case Send(node, command):
                 self._sent[self.key_of(node, command)] = now
+                self.inventory.note_command(node, command)
                 if isinstance(command, Kill):
                     self.kill_asked.setdefault((node, command.generation), now)
                 if isinstance(command, Begin):
@@ -341,6 +353,9 @@ class Observation:
                 self._sent["verify", path] = now
             case CommitManifest(path):
                 self.committing[path] = now
+            case CommitSnapshot():
+                self.committing[effect.paths[0]] = now
+                self.inventory.note_commit(effect)
             case Show():
                 self.shown, self.shown_at = effect, now
             case Finish():
@@ -361,6 +376,8 @@ class Observation:
                 return (command.kind, node, connection, str(generation), str(rank))
             case Kill(generation):
                 return (command.kind, node, connection, str(generation))
+            case Fetch(path, _, names):
+                return (command.kind, node, connection, path, *names)
             case _:
                 return (command.kind, node, connection)
 
@@ -369,6 +386,10 @@ class Observation:
         now = self.now.monotonic
         if before.stage != state.stage:
             self.stage_since = now
+            if state.stage in ("assembling", "recovering"):
+                # What was fetched while ranks lived says nothing: they may have written over it since.
+                self.inventory.fetched = {}
+                self._sent = {key: at for key, at in self._sent.items() if key[0] != Fetch.kind}
         if before.orders != state.orders:
             self.order_since = now
         if before.generation != state.generation:
@@ -377,6 +398,7 @@ class Observation:
             self.verified, self.failed_saves, self._sent, self.kill_asked = {}, {}, {}, {}
             for table in (self.stores, self.in_force, self.exits, self.deaths, self.leavings, self.stacks):
                 _forget(table, state.generation)
+            self.inventory.enter(state.generation)
             self.shards = {k: v for k, v in self.shards.items() if k[0] >= state.generation}
             self.validations = {k: v for k, v in self.validations.items() if k[0] >= state.generation}
             self.seen_running = {k for k in self.seen_running if k[0] >= state.generation}
@@ -391,6 +413,7 @@ class Observation:
             settled = [key for key in self.shards if path_of_save(name, key[1]) in state.settled_saves]
             for key in settled:
                 del self.shards[key]
+            self.inventory.forget_settled(name, state.settled_saves)
         if before.validations != state.validations:
             told = [key for key in self.validations if key[1:] in state.validations]
             for seen in told:

@@ -27,6 +27,7 @@ from opt_train.supervisor.effects import (
     Append,
     ClearUncommitted,
     CommitManifest,
+    CommitSnapshot,
     Effect,
     FenceNode,
     Finish,
@@ -135,6 +136,8 @@ class Performer:
                 self._spawn(self._answer(partial(self._checkpoints.verify, path, sha256)))
             case CommitManifest():
                 self._spawn(self._answer(partial(self._checkpoints.commit, effect, self._journal.head.hash)))
+            case CommitSnapshot():
+                self._spawn(self._answer(partial(self._checkpoints.commit_snapshot, effect, self._journal.head.hash)))
             case RetireCheckpoint(path):
                 self._removing.submit(self._checkpoints.retire, path)
             case ClearUncommitted(attempts, kept):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from opt_train.config import RunConfig
 from opt_train.supervisor import policy_attempt as attempt
 from opt_train.supervisor import policy_failure as failure
+from opt_train.supervisor import policy_held as held
 from opt_train.supervisor import policy_nodes as nodes
 from opt_train.supervisor import policy_saves as saves
 from opt_train.supervisor import policy_stop as stop
@@ -25,7 +26,8 @@ SHOW_SECONDS = 0.5
 """Between two updates of what a person sees."""
 
 HEAR: tuple[Rule, ...] = (saves.conclude, nodes.join)
-SAVE: tuple[Rule, ...] = (saves.abandon_failed, saves.commit)
+SAVE: tuple[Rule, ...] = (saves.abandon_failed, saves.commit, held.commit)
+HOLD: tuple[Rule, ...] = (held.copy_to_partners, held.pass_on)
 LISTEN: tuple[Rule, ...] = (
     failure.see_difference,
     attempt.report_in_force,
@@ -62,10 +64,12 @@ TAKE_OVER: tuple[Rule, ...] = (
     watch.watch_silence,
 )
 TRAIN: tuple[Rule, ...] = (
-    *LISTEN, *SAVE, saves.retire, failure.see_unsaved_end, attempt.end_by_itself, *SIGNS, attempt.begin_ranks, *KEEP,
+    *LISTEN, *SAVE, *HOLD, saves.retire, failure.see_unsaved_end, attempt.end_by_itself, *SIGNS, attempt.begin_ranks,
+    *KEEP,
 )  # fmt: skip
 STOP: tuple[Rule, ...] = (
-    stop.hear_obedience, *LISTEN, *SAVE, saves.retire, failure.see_unsaved_end, attempt.end_by_itself, stop.withdraw,
+    stop.hear_obedience, *LISTEN, *SAVE, *HOLD, saves.retire, failure.see_unsaved_end, attempt.end_by_itself,
+    stop.withdraw,
 )  # fmt: skip
 
 STAGES: Mapping[str, tuple[Rule, ...]] = {
@@ -124,4 +128,4 @@ def end(s: Situation) -> list[Decision]:
     return stop.leave(s) if s.state.stage in TERMINAL else []
 
 
-LAST: tuple[Rule, ...] = (nodes.acknowledge, show, end)
+LAST: tuple[Rule, ...] = (held.drop, nodes.acknowledge, show, end)

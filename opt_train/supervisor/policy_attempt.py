@@ -21,11 +21,12 @@ from opt_logbook.run_directory import RunDirectory
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import Store
+from opt_train.supervisor import policy_held as held
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.policy_nodes import close_incidents, halt, is_warm
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation, number_in
-from opt_train.supervisor.state import Attempt
+from opt_train.supervisor.state import Attempt, Checkpoint
 
 BUFFER_SECONDS = 5.0
 """How long the first attempt waits for nodes that only stand by."""
@@ -40,7 +41,8 @@ def verify(s: Situation) -> list[Decision]:
     """The newest good checkpoint of the live chain is read again before it is used; a bad one is passed over."""
     wanted = s.state.newest_good()
     if wanted is None:
-        rejected = [c for c in s.state.chain() if c.rejected]
+        # Snapshots come and go: a run that has lost them all, and has saved nothing, begins again.
+        rejected = [c for c in s.state.chain() if c.rejected and not c.is_held]
         if not rejected:
             return []
         question = (
@@ -48,6 +50,8 @@ def verify(s: Situation) -> list[Decision]:
             f"by itself; mend the storage, or begin another run with name=<other>."
         )
         return halt(s, question, "corrupt_checkpoint")
+    if wanted.is_held:
+        return held.bring_together(s, wanted)
     answer = s.seen.verified.get(wanted.path)
     if answer is not None:
         rejection = CheckpointRejected(wanted.path, answer.why)
@@ -60,7 +64,7 @@ def verify(s: Situation) -> list[Decision]:
 def start(s: Situation) -> list[Decision]:
     """Begin an attempt once its nodes are warm and its checkpoint is known to be good."""
     wanted = s.state.newest_good()
-    if wanted is not None and wanted.path not in s.seen.verified:
+    if wanted is not None and not _is_ready(s, wanted):
         return []
     places = s.places()
     if not all(s.seen.view(n).connected and is_warm(s, n) for n in places) or _old_ranks_live(s):
@@ -94,6 +98,10 @@ def start(s: Situation) -> list[Decision]:
         ClearUncommitted(tuple(s.state.history), kept),
         Record(started, step=wanted.step if wanted else 0, attempt=s.state.next_attempt(max(1, s.state.lineage))),
     ]
+
+
+def _is_ready(s: Situation, wanted: Checkpoint) -> bool:
+    return held.is_together(s, wanted) if wanted.is_held else wanted.path in s.seen.verified
 
 
 def _old_ranks_live(s: Situation) -> bool:
@@ -136,6 +144,10 @@ def begin_ranks(s: Situation) -> list[Decision]:
 def _begin(s: Situation, attempt: Attempt, rank: int, node: str, slot: int, store: Store | None) -> Begin:
     run = RunDirectory(Path(s.identity.run_directory))
     known = store if rank > 0 else None
+    saved = next((c for c in s.state.checkpoints if c.path == attempt.checkpoint), None)
+    checkpoint = str(run.path / attempt.checkpoint) if attempt.checkpoint else None
+    if saved is not None and saved.is_held:
+        checkpoint = held.folder_on(s, saved, node)
     return Begin(
         generation=attempt.generation,
         attempt=attempt.name,
@@ -150,7 +162,7 @@ def _begin(s: Situation, attempt: Attempt, rank: int, node: str, slot: int, stor
         config_sha256=s.identity.config_sha256,
         run_directory=s.identity.run_directory,
         log_path=str(run.rank_log(attempt.name, node, rank)),
-        checkpoint=str(run.path / attempt.checkpoint) if attempt.checkpoint else None,
+        checkpoint=checkpoint,
         manifest_sha256=attempt.manifest_sha256 or None,
         order_number=s.state.orders,
     )

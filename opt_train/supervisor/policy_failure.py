@@ -65,7 +65,7 @@ def see_unsaved_end(s: Situation) -> list[Decision]:
         return []
     last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
     done = all(exited.code == DONE for _, exited in exits.values())
-    if not done or any(saved.step == last for saved in s.state.chain()):
+    if not done or any(saved.step == last for saved in s.state.chain() if not saved.is_held):
         return []
     return failure(s, "", -1, f"all steps are done, but there is no checkpoint of step {last}", "unsaved")
 

@@ -4,7 +4,6 @@ from opt_logbook.events import IncidentClosed, NodeFailed, NodeJoined, NodePromo
 
 from opt_train.protocol.commands import Kill, Leave
 from opt_train.protocol.facts import (
-    GenerationGone,
     InForce,
     Leaving,
     OrderObeyed,
@@ -12,6 +11,7 @@ from opt_train.protocol.facts import (
     RankFact,
     SaveFailed,
     ShardsSaved,
+    SnapshotHeld,
     Stacks,
     Store,
     Validation,
@@ -19,7 +19,7 @@ from opt_train.protocol.facts import (
 from opt_train.protocol.framing import Message
 from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
 from opt_train.supervisor.policy_situation import REPEAT_SECONDS, Decision, Record, Situation
-from opt_train.supervisor.state import Attempt, path_of_save
+from opt_train.supervisor.state import MEMORY, Attempt, path_of_save
 
 LEAVE_AGAIN_SECONDS = 10.0
 
@@ -161,8 +161,9 @@ def is_settled(s: Situation, fact: Message) -> bool:
             return live is None or generation != live.generation
         case RankFact(generation, _, _, told):
             return live is None or generation != live.generation or _is_settled_of_live(s, live, told)
-        case GenerationGone():
-            return True
+        case SnapshotHeld(generation, _, _, step):
+            settled = live is None or path_of_save(live.name, step, MEMORY) in s.state.settled_saves
+            return settled or live is None or generation != live.generation
         case _:
             return True
 

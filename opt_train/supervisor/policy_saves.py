@@ -1,11 +1,13 @@
 """Rules about checkpoints: commit what every rank has saved, give up what will not be complete, retire the old."""
 
 from opt_logbook.events import CheckpointCommitted, CheckpointRetired, SaveAbandoned
+from opt_logbook.run_directory import tier_of
 
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
+from opt_train.supervisor.inputs import ManifestCommitted
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
 from opt_train.supervisor.retention import dispensable
-from opt_train.supervisor.state import path_of_save
+from opt_train.supervisor.state import MEMORY, path_of_save
 
 
 def commit(s: Situation) -> list[Decision]:
@@ -33,11 +35,16 @@ def conclude(s: Situation) -> list[Decision]:
             if path not in s.state.settled_saves:
                 decisions += abandon(s, path, answer.why, answer.step, answer.attempt)
             continue
-        made = CheckpointCommitted(
-            path, answer.manifest_sha256, answer.bytes, answer.files, answer.seconds, answer.healthy
-        )
-        decisions.append(Record(made, answer.step, answer.attempt))
+        decisions.append(Record(committed(path, answer), answer.step, answer.attempt))
     return decisions
+
+
+def committed(path: str, made: ManifestCommitted) -> CheckpointCommitted:
+    """What the journal says of a manifest that is in place."""
+    return CheckpointCommitted(
+        path, made.manifest_sha256, made.bytes, made.files, made.seconds, made.healthy,
+        tier=tier_of(path), world_size=made.world_size, config_sha256=made.config_sha256,
+    )  # fmt: skip
 
 
 def abandon_failed(s: Situation) -> list[Decision]:
@@ -54,11 +61,13 @@ def abandon_failed(s: Situation) -> list[Decision]:
 def abandon_unfinished(s: Situation, why: str) -> list[Decision]:
     """The generation is at its end: what it has not saved completely will never be complete."""
     attempt = s.attempt
+    reported = [(path_of_save(attempt.name, step), step, len(r)) for step, r in s.seen.saves_of(attempt.generation)]
+    for step, held in s.seen.inventory.snapshots_of(attempt.generation):
+        reported.append((path_of_save(attempt.name, step, MEMORY), step, len(held)))
     decisions: list[Decision] = []
-    for step, reports in s.seen.saves_of(attempt.generation):
-        path = path_of_save(attempt.name, step)
+    for path, step, ranks in reported:
         if path not in s.state.settled_saves:
-            told = f"{why} ({len(reports)} of {attempt.world_size} ranks had reported)"
+            told = f"{why} ({ranks} of {attempt.world_size} ranks had reported)"
             decisions += abandon(s, path, told, step, attempt.name)
     return decisions
 

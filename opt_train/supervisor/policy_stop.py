@@ -89,7 +89,7 @@ def rest(s: Situation) -> list[Decision]:
         decisions.append(Record(OrderEnded(stop.number, "withdrawn")))
     told = s.seen.leavings.get(last.generation, {}) if last is not None else {}
     by = stop.reason if stop is not None else next((t.reason for t in told.values() if t.reason), "the scheduler")
-    newest = s.state.newest_good()
+    newest = s.state.newest_good(shared_only=True)
     saved = newest.step if newest is not None else -1
     return [*decisions, *close_incidents(s, "stopped"), Record(RunStopped(by, saved))]
 

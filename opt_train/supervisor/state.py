@@ -42,12 +42,16 @@ from opt_logbook.events import (
     TrainingBegan,
     ValidationMeasured,
 )
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.run_directory import RunDirectory, tier_of
 
 TERMINAL = frozenset({"finished", "stopped", "halted"})
 """Stages in which nothing more happens until somebody starts the run again."""
 
 SAVE_AND_STOP = "save_and_stop"
+
+MEMORY, NODE, SHARED = "memory", "node", "shared"
+"""Tiers of checkpoints: held by the nodes' agents in memory, or on the nodes' own disks, or in the run directory."""
+FASTEST_LAST = (SHARED, NODE, MEMORY)
 
 RELATIVE = RunDirectory(Path())
 
@@ -106,6 +110,20 @@ class Checkpoint:
     rejected: bool = False
     committed: float = 0.0
     """Unix seconds of `checkpoint_committed`."""
+    world_size: int = 0
+    """Of one that agents hold: the ranks that made it."""
+    config_sha256: str = ""
+    """Of one that agents hold: what those ranks were configured with."""
+
+    @property
+    def tier(self) -> str:
+        """Where its files are: ``memory``, ``node`` or ``shared``."""
+        return tier_of(self.path)
+
+    @property
+    def is_held(self) -> bool:
+        """By agents, and not in the run directory."""
+        return self.tier != SHARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,11 +255,17 @@ class RunState:
             # A parent's saves beyond the child's start were abandoned with the steps that made them.
             name, limit = self.history.get(name, ("", 0))
         found = [c for c in self.checkpoints if c.attempt in reach and c.step <= reach[c.attempt]]
-        return tuple(sorted(found, key=lambda c: c.step))
+        return tuple(sorted(found, key=lambda c: (c.step, FASTEST_LAST.index(c.tier))))
 
-    def newest_good(self) -> Checkpoint | None:
-        """What a restart restores: the newest of the live chain not rejected; an unhealthy one for want of others."""
-        good = [c for c in self.chain() if not c.rejected]
+    def newest_good(self, *, shared_only: bool = False) -> Checkpoint | None:
+        """What a restart restores: the newest of the live chain not rejected, of those of one step the fastest.
+
+        An unhealthy one only for want of others.
+
+        Args:
+            shared_only: for whoever reads the run directory alone and has no agents.
+        """
+        good = [c for c in self.chain() if not c.rejected and not (shared_only and c.is_held)]
         best = [c for c in good if c.healthy] or good
         return best[-1] if best else None
 
@@ -252,9 +276,9 @@ class RunState:
         return tuple(replace(checkpoint, rejected=False) for checkpoint in self.checkpoints)
 
 
-def path_of_save(attempt: str, step: int) -> str:
-    """A checkpoint's path relative to the run directory."""
-    return str(RELATIVE.checkpoint(attempt, step))
+def path_of_save(attempt: str, step: int, tier: str = SHARED) -> str:
+    """A checkpoint's path relative to the run directory; of one that agents hold only the manifest lies there."""
+    return str(RELATIVE.checkpoint(attempt, step, tier))
 
 
 def fold(state: RunState, entry: Entry) -> RunState:
@@ -369,12 +393,16 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
     if any(c.path == event.path for c in s.checkpoints):
         return s
     step = entry.step or 0
-    made = Checkpoint(event.path, entry.attempt, step, event.manifest_sha256, event.healthy, committed=entry.time)
-    progress = step > s.furthest_save
+    made = Checkpoint(
+        event.path, entry.attempt, step, event.manifest_sha256, event.healthy, committed=entry.time,
+        world_size=event.world_size, config_sha256=event.config_sha256,
+    )  # fmt: skip
+    # A snapshot is soon gone: a run that only ever gets from one to the next has not got anywhere.
+    progress = step > s.furthest_save and not made.is_held
     return replace(
         s, checkpoints=(*s.checkpoints, made), settled_saves=s.settled_saves | {event.path},
         abandoned=tuple(path for path in s.abandoned if path != event.path),
-        furthest_save=max(s.furthest_save, step), restarts={} if progress else s.restarts,
+        furthest_save=step if progress else s.furthest_save, restarts={} if progress else s.restarts,
     )  # fmt: skip
 
 
@@ -415,16 +443,21 @@ def _metrics_dropped(s: RunState, entry: Entry, event: MetricsDropped) -> RunSta
 
 
 def _run_finished(s: RunState, entry: Entry, event: RunFinished) -> RunState:
-    return replace(s, stage="finished", finished=event, open_incidents=(), order=None)
+    return replace(_at_rest(s), stage="finished", finished=event)
 
 
 def _run_stopped(s: RunState, entry: Entry, event: RunStopped) -> RunState:
-    rest = replace(s, stage="stopped", stopped_by=event.by, saved_step=event.saved_step)
-    return replace(rest, open_incidents=(), order=None)
+    return replace(_at_rest(s), stage="stopped", stopped_by=event.by, saved_step=event.saved_step)
 
 
 def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
-    return replace(s, stage="halted", question=event.question, open_incidents=(), order=None)
+    return replace(_at_rest(s), stage="halted", question=event.question)
+
+
+def _at_rest(s: RunState) -> RunState:
+    """Agents leave, and what they hold in memory goes with them."""
+    stay = tuple(c for c in s.checkpoints if c.tier != MEMORY)
+    return replace(s, checkpoints=stay, open_incidents=(), order=None)
 
 
 def _journal_damaged(s: RunState, entry: Entry, event: JournalDamaged) -> RunState:

@@ -301,6 +301,7 @@ USUAL: tuple[Message, ...] = (
     Metrics(LINE),
     facts.Validation("pile/" + "validation" * 6, 10**9, WIDEST, 10**12),
     ShardsSaved(10**9, FOLDER, tuple(SavedFile(path, 10**12, "ab" * 32) for path in FILES), WIDEST),
+    facts.SnapshotTaken(10**9, (facts.MemoryFile(FILES[0], 10**12, "ab" * 32, 10**6),) * 2, WIDEST),
     facts.SaveFailed(10**9, "No space left on device: " + FOLDER * 3),
     facts.OrderObeyed(10**6, 10**9),
     Leaving(81, 10**9, "x" * 2000, 10**6, "corrupt_checkpoint"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config import RunConfig
-from opt_train.protocol.commands import Begin
+from opt_train.protocol.commands import Begin, Fetch
 from opt_train.protocol.framing import Message
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.supervisor.config import ClusterConfig, SupervisorConfig
@@ -67,6 +67,14 @@ class Agent:
     number: int = 0
     kept: dict[int, Message] = field(default_factory=dict)
     frozen: bool = False
+    held: dict[str, set[str]] = field(default_factory=dict)
+    """Checkpoint -> names of its files here."""
+    spoiled: set[tuple[str, str]] = field(default_factory=set)
+    """(checkpoint, name) of those whose bytes are not what they were."""
+    verified: set[tuple[str, str]] = field(default_factory=set)
+    """(checkpoint, name) of those that were found good since ranks last trained."""
+    fetching: list[tuple[float, Fetch]] = field(default_factory=list)
+    """What was asked for, and when it will be here."""
     unkillable: bool = False
     """A rank of it hangs in the kernel: it takes kills and can never tell the end."""
 

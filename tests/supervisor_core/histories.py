@@ -68,6 +68,13 @@ def spoil_a_checkpoint(world: World, draw: random.Random) -> None:
         world.disk[draw.choice(sorted(world.disk)[-2:])] = "rank0.safetensors has another sha256"
 
 
+def spoil_what_is_held(world: World, draw: random.Random) -> None:
+    agent = world.agents.get(draw.choice(world.names))
+    if agent is not None and agent.held:
+        path = draw.choice(sorted(agent.held))
+        agent.spoiled.add((path, draw.choice(sorted(agent.held[path]))))
+
+
 def fail_a_commit(world: World, draw: random.Random) -> None:
     world.fail_commits = draw.choice((-1, 1, 2))
 
@@ -99,8 +106,9 @@ FAULTS: tuple[tuple[Fault, int], ...] = (
     (freeze_an_agent, 1),
     (hang_a_rank_in_the_kernel, 1),
     (spoil_a_checkpoint, 2),
+    (spoil_what_is_held, 2),
     (fail_a_commit, 2),
-    (kill_the_supervisor, 6),
+    (kill_the_supervisor, 7),
     (lose_words, 2),
     (ask_to_stop, 1),
 )
@@ -115,7 +123,8 @@ def run_history(seed: int) -> World:
     draw = random.Random(seed)
     config = make_config(
         nodes=draw.choice((1, 2, 2)), buffer_nodes=draw.choice((0, 1, 2)), slots_per_node=draw.choice((1, 1, 2)),
-        steps=draw.choice((4, 8)), every_steps=draw.choice((1, 2, 3)),
+        steps=draw.choice((4, 8)), every_steps=draw.choice((1, 2, 3)), memory_every_steps=draw.choice((0, 1, 2)),
+        node_every_steps=draw.choice((0, 2)), nodes_per_domain=draw.choice((1, 2)),
     )  # fmt: skip
     world = World(config, seed)
     world.start_supervisor()

@@ -2,9 +2,22 @@
 
 from typing import TYPE_CHECKING
 
+from opt_logbook.run_directory import tier_of
+
 from opt_train.optim.in_force import in_force
-from opt_train.protocol.facts import InForce, Leaving, OrderObeyed, SavedFile, SaveFailed, ShardsSaved, Validation
+from opt_train.protocol.facts import (
+    InForce,
+    Leaving,
+    OrderObeyed,
+    SavedFile,
+    SaveFailed,
+    ShardsSaved,
+    SnapshotHeld,
+    Validation,
+)
 from opt_train.supervisor.inputs import MetricsTold
+from opt_train.supervisor.policy_held import STATE, shard_of
+from opt_train.supervisor.state import MEMORY, SHARED, path_of_save
 from tests.supervisor_core.actors import START_SECONDS, STEP_SECONDS, Agent, Group, Rank, Slot
 
 if TYPE_CHECKING:
@@ -33,6 +46,9 @@ def advance(world: "World", group: Group) -> None:
     group.moved = world.now
     if parts[0][2].phase == "start":
         _begin_steps(world, group, parts)
+        restored = world.replayed.live.checkpoint if world.replayed.live is not None else ""
+        if group.step >= world.config.train.steps and tier_of(restored) != SHARED:
+            _save(world, group, parts)
     elif group.step < world.config.train.steps:
         _step(world, group, parts)
     if group.step >= world.config.train.steps:
@@ -42,6 +58,7 @@ def advance(world: "World", group: Group) -> None:
 def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
     expected = in_force(world.config, (), group.step)
     for agent, _, rank in parts:
+        agent.verified.clear()
         values = dict(expected)
         if world.wrong_value and rank.begin.rank == len(parts) - 1:
             values[world.wrong_value] = 2.0 * values[world.wrong_value] + 1.0
@@ -55,6 +72,10 @@ def _step(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -
         for agent, _, rank in parts:
             if rank.begin.rank == 0:
                 world.say_of(agent, rank, OrderObeyed(order.number, group.step))
+        if world.snapshot_at_stop and group.slow_save_until < 0:
+            _snapshot(world, group, parts)
+            group.slow_save_until = world.now + 5.0
+            return
         _save(world, group, parts)
         _leave(world, group, parts, 75, order.reason)
         return
@@ -68,8 +89,27 @@ def _step(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -
             line = {"step": group.step, "loss": 5.0 - 0.1 * group.step, "tokens": 8 * group.step}
             line |= world.durations
             world.queue.append(MetricsTold(agent.node, group.generation, line))
+    every = world.config.checkpoint.memory_every_steps
+    if every and group.step % every == 0:
+        _snapshot(world, group, parts)
     if group.step % world.config.checkpoint.every_steps == 0 or group.step == world.config.train.steps:
         _save(world, group, parts)
+
+
+def _snapshot(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
+    for agent, _, rank in parts:
+        if world.snapshots_missed.get(group.step) == rank.begin.rank:
+            continue
+        first = rank.begin.rank == 0
+        names = [shard_of(rank.begin.rank), *([STATE] if first else [])]
+        files = tuple(SavedFile(name, 10, f"sha of {name}") for name in names)
+        state = {"healthy": True} if first else None
+        path = path_of_save(rank.begin.attempt, group.step, MEMORY)
+        agent.held.setdefault(path, set()).update(names)
+        world.say(
+            agent,
+            SnapshotHeld(group.generation, rank.begin.attempt, rank.begin.rank, group.step, files, 0.1, state),
+        )
 
 
 def _save(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:

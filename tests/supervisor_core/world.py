@@ -18,12 +18,15 @@ from opt_logbook.events import (
     RunCreated,
     SaveAbandoned,
 )
+from opt_logbook.run_directory import tier_of
 
 from opt_train.config import RunConfig
-from opt_train.protocol.commands import Begin, Kill, Leave, Relay
+from opt_train.protocol.commands import Begin, Drop, Fetch, Kill, Leave, Relay
 from opt_train.protocol.facts import (
     AgentState,
+    Fetched,
     GenerationGone,
+    HeldFiles,
     Leaving,
     LogLine,
     Pulse,
@@ -31,6 +34,7 @@ from opt_train.protocol.facts import (
     RankFact,
     ShardsSaved,
     SlotState,
+    SnapshotHeld,
     Stacks,
     Store,
 )
@@ -42,6 +46,7 @@ from opt_train.supervisor.effects import (
     Append,
     ClearUncommitted,
     CommitManifest,
+    CommitSnapshot,
     Effect,
     FenceNode,
     Finish,
@@ -65,7 +70,8 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
-from opt_train.supervisor.state import RunState, fold
+from opt_train.supervisor.policy_held import shard_of
+from opt_train.supervisor.state import MEMORY, NODE, SHARED, RunState, fold, path_of_save
 from tests.supervisor_core.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
 from tests.supervisor_core.lockstep import advance
 
@@ -88,6 +94,8 @@ class World:
         self.groups: dict[int, Group] = {}
         self.disk: dict[str, str] = {}
         """Committed checkpoint -> why it does not verify; empty: it does."""
+        self.node_disks: dict[str, dict[str, set[str]]] = {}
+        """What agents wrote to their nodes' own disks: the next agent of the node finds it."""
         self.metrics: dict[tuple[str, int], float] = {}
         self.durations: dict[str, float] = {}
         """What every metrics line says of lengths: `step_seconds` and `data_seconds`."""
@@ -99,6 +107,10 @@ class World:
         self.effects: list[Effect] = []
         self.fail_commits = 0
         """Commits that will fail; negative: saves of ranks that will."""
+        self.snapshots_missed: dict[int, int] = {}
+        """Step -> rank that takes no snapshot then."""
+        self.snapshot_at_stop = False
+        """Ranks that are asked to stop take a snapshot first, and are a while over their save."""
         self.wrong_value = ""
         """Of this value in force the last rank of every generation has another."""
         self.poison: tuple[int, str] | None = None
@@ -197,8 +209,19 @@ class World:
                 else:
                     self.disk.setdefault(path, "")
                 self._answer(1.0, ManifestCommitted(path, attempt, step, why, "sha", 10, 2, 0.1))
+            case CommitSnapshot(paths, attempt, step, files):
+                for path in paths:
+                    self.disk.setdefault(path, "")
+                size, ranks = 10 * len(files), len(files) - 1
+                self._answer(
+                    1.0,
+                    ManifestCommitted(
+                        paths[0], attempt, step, "", "sha", size, len(files), 0.1, world_size=ranks, config_sha256="c0"
+                    ),
+                )
             case RetireCheckpoint(path):
-                assert path not in [c.path for c in self.replayed.chain() if not c.rejected][-2:]
+                chain = [c for c in self.replayed.chain() if not c.rejected]
+                assert path not in [c.path for c in chain if not c.is_held][-2:]
                 self.disk.pop(path, None)
             case ClearUncommitted(attempts, kept):
                 assert kept >= {c.path for c in self.replayed.checkpoints}, "what is on record stays"
@@ -251,16 +274,20 @@ class World:
             if isinstance(fact, RankFact) and isinstance(fact.fact, ShardsSaved):
                 path = _path(fact)
                 assert old or path in self.settled_saves, f"{path} is forgotten before its fate is journalled"
+            if isinstance(fact, SnapshotHeld):
+                path = path_of_save(fact.attempt, fact.step, MEMORY)
+                assert old or path in self.settled_saves, f"{path} is forgotten before its fate is journalled"
 
     # Agents ---------------------------------------------------------------------------------------------------
 
     def _start_agent(self, node: str) -> None:
         self._pids += 1
         slots = [Slot(self.now + WARM_SECONDS) for _ in range(self.config.cluster.slots_per_node)]
-        self.agents[node] = Agent(node, self._pids, slots, self.now)
+        left = {path: set(names) for path, names in self.node_disks.get(node, {}).items()}
+        self.agents[node] = Agent(node, self._pids, slots, self.now, held=left)
         self.down.pop(node, None)
 
-    def _obey(self, agent: Agent, command: Message) -> None:
+    def _obey(self, agent: Agent, command: Message) -> None:  # noqa: PLR0912 - one case a command
         match command:
             case Begin():
                 self._begin(agent, command)
@@ -274,13 +301,18 @@ class World:
                         if stacks:
                             state = "T" if rank.stopped else "S"
                             told = Stacks(rank.begin.generation, rank.begin.rank, not rank.stopped, state)
-                            self._say(agent, told)
+                            self.say(agent, told)
                         self.end_rank(agent, slot, signal=9, by_agent=True)
-                self._say(agent, GenerationGone(generation))
+                self.say(agent, GenerationGone(generation))
             case Relay(generation, order):
                 for slot in agent.slots:
                     if slot.rank and slot.rank.begin.generation == generation and isinstance(order, SaveAndStop):
                         slot.rank.ordered = order
+            case Fetch():
+                agent.fetching.append((self.now + 1.0, command))
+            case Drop(path):
+                agent.held.pop(path, None)
+                self.node_disks.get(agent.node, {}).pop(path, None)
             case Leave():
                 for slot in agent.slots:
                     slot.rank = None
@@ -301,6 +333,7 @@ class World:
         assert not others, f"generation {begin.generation} begins while ranks of {others} live"
         if slot.warm_at > self.now:
             return
+        self._check_restored(agent, begin)
         self._pids += 1
         slot.rank = Rank(begin, self._pids, since=self.now, step=self.replayed.live.start_step)
         slot.warm_at = self.now + WARM_SECONDS
@@ -312,14 +345,45 @@ class World:
             self.say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
         group.moved = self.now
 
-    def _say(self, agent: Agent, fact: Message) -> None:
+    def _check_restored(self, agent: Agent, begin: Begin) -> None:
+        """What a rank of a snapshot reads is there, all of it, and good."""
+        assert self.replayed.live is not None
+        path = self.replayed.live.checkpoint
+        if begin.checkpoint is None or tier_of(path) == SHARED:
+            return
+        assert begin.checkpoint == f"/held/{agent.node}/{path}"
+        made = next(c for c in self.replayed.checkpoints if c.path == path)
+        same = made.world_size == begin.world_size
+        names = {shard_of(rank) for rank in ([begin.rank] if same else range(made.world_size))}
+        assert names <= agent.held.get(path, set()), f"rank {begin.rank} lacks its part of {path}"
+        assert {(path, name) for name in names} <= agent.verified, f"rank {begin.rank} reads what nobody has verified"
+
+    def _fetch(self, agent: Agent, command: Fetch) -> None:
+        why = ""
+        for name in command.names:
+            own = [p for p in (command.path, command.origin) if name in agent.held.get(p, ())]
+            good = [p for p in own if (p, name) not in agent.spoiled]
+            there = self.agents.get(command.sources.get(name, ""))
+            if good or (there is not None and name in there.held.get(command.path, ()) and not there.frozen
+                        and (command.path, name) not in there.spoiled):  # fmt: skip
+                agent.held.setdefault(command.path, set()).add(name)
+                if tier_of(command.path) == NODE:
+                    self.node_disks.setdefault(agent.node, {}).setdefault(command.path, set()).add(name)
+                agent.spoiled.discard((command.path, name))
+                agent.verified.add((command.path, name))
+            else:
+                why = f"{name} is nowhere"
+        folder = "" if why else f"/held/{agent.node}/{command.path}"
+        self.say(agent, Fetched(command.path, command.names, why, folder))
+
+    def say(self, agent: Agent, fact: Message) -> None:
         agent.number += 1
         agent.kept[agent.number] = fact
         if agent.connected and not agent.frozen:
             self.queue.append(FactTold(agent.node, agent.number, fact))
 
     def say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
-        self._say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
+        self.say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
 
     def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
         told = []
@@ -339,7 +403,9 @@ class World:
 
     def _connect(self, agent: Agent) -> None:
         agent.connected, agent.led_at = True, self.now
-        self.queue.append(AgentConnected(agent.node, AgentState(agent.node, agent.pid, self._slots(agent))))
+        held = tuple(HeldFiles(path, tuple(sorted(names))) for path, names in agent.held.items())
+        state = AgentState(agent.node, agent.pid, self._slots(agent), held=held, address=agent.node)
+        self.queue.append(AgentConnected(agent.node, state))
         self.queue += [FactTold(agent.node, number, fact) for number, fact in agent.kept.items()]
 
     # Ranks ----------------------------------------------------------------------------------------------------
@@ -365,7 +431,7 @@ class World:
     ) -> None:  # fmt: skip
         rank, slot.rank = slot.rank, None
         assert rank is not None
-        self._say(
+        self.say(
             agent,
             RankExited(
                 rank.begin.generation, rank.begin.rank, rank.begin.slot, rank.pid, code, signal, by_agent, leaving,
@@ -415,6 +481,11 @@ class World:
             elif self.now - agent.led_at > self.config.supervisor.orphan_seconds:
                 self.lose_node(agent.node, "its agent left: nobody led it")
         self._drain()
+        for agent in list(self.agents.values()):
+            due_now = [command for at, command in agent.fetching if at <= self.now and not agent.frozen]
+            agent.fetching = [item for item in agent.fetching if item[1] not in due_now]
+            for command in due_now:
+                self._fetch(agent, command)
         for group in list(self.groups.values()):
             advance(self, group)
         self._drain()
