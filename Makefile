@@ -67,6 +67,7 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/exchange_memory.py
 	$(BIN)/python benchmarks/save_cpu.py
+	$(BIN)/python benchmarks/snapshot_cpu.py
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py

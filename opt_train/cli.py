@@ -113,16 +113,16 @@ def _run_jobs(flags: argparse.Namespace, jobs: list[tuple[list[str], "RunConfig"
 def _call(arguments: list[str]) -> int:
     """`opt-train` with `arguments` as a process of its own, with this one's terminal; its exit code.
 
-    Ctrl-C reaches the child too, so this process only waits for the child's own answer; TERM, which reaches this one
-    alone, is handed on.
+    Ctrl-C reaches the child too, so this process only waits for the child's own answer; TERM and USR1, which reach
+    this one alone, are handed on.
     """
     children: list[subprocess.Popen[bytes]] = []
 
-    def hand_on(*_: object) -> None:
+    def hand_on(number: int, *_: object) -> None:
         for child in children:
-            child.terminate()
+            child.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, hand_on)
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         # -P: a file of the user's that is called datasets.py is not the library.
         child = subprocess.Popen([sys.executable, "-P", "-m", "opt_train.cli", *arguments])
@@ -134,7 +134,8 @@ def _call(arguments: list[str]) -> int:
                 continue
             return code if code >= 0 else 128 - code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:

@@ -320,7 +320,8 @@ class OrderGiven(Event, kind="order_given"):
 
 @dataclass(frozen=True, slots=True)
 class OrderEnded(Event, kind="order_ended"):
-    """`outcome` is ``obeyed`` (all ranks, before the line's step) or ``withdrawn``."""
+    """`outcome` is ``obeyed`` (all ranks, before the line's step), ``withdrawn``, or ``superseded``: all of the run was
+    ended in the middle of a stop, and it was started again."""
 
     number: int
     outcome: str

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes, shifted
+from opt_train.checkpoint.snapshot import OWN, PARTS, load_own
 from opt_train.checkpoint.tensors import OPTIMIZER, Restorable
 
 
@@ -28,6 +29,7 @@ def restore(
     process_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
     convert: bool = False,
+    rank_file: Path | None = None,
 ) -> None:
     """Load the checkpoint in `folder`. Called by all ranks of `process_group` together.
 
@@ -41,6 +43,8 @@ def restore(
         process_group: one that communicates CPU tensors (gloo); default: the default group.
         progress: told this rank's verified bytes.
         convert: take tensors of another type too, as weights from elsewhere have.
+        rank_file: this rank's own file of a snapshot, on all ranks or none, where the ranks are spread as those that
+            took it. It alone is then read and verified: the others' files may be on other nodes.
 
     Raises:
         CheckpointError: a file is not as the manifest has it, or a tensor is missing, unexpected, incomplete, or of
@@ -49,6 +53,11 @@ def restore(
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(process_group), dist.get_world_size(process_group))
     failure = f"{folder} cannot be restored"
+    if rank_file is not None and manifest.state.get(PARTS) == OWN:
+        own = rank_file
+        together(lambda: _verify_own(own, manifest, progress), process_group, failure)
+        load_own(into, own, process_group)
+        return
     together(lambda: _verify_share(folder, manifest, rank, world, progress), process_group, failure)
     load(into, folder, process_group, convert=convert)
 
@@ -87,7 +96,29 @@ class _Reader(HuggingFaceStorageReader):
     def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
         if self._metadata is None:
             self._metadata = super().read_metadata(*arguments, **named)
+            for name, tensor in self._metadata.state_dict_metadata.items():
+                if isinstance(tensor, TensorStorageMetadata):
+                    tensor.chunks = _each_once(name, tensor.chunks)
         return self._metadata
+
+
+def _each_once(name: str, chunks: list[ChunkStorageMetadata]) -> list[ChunkStorageMetadata]:
+    """One of the chunks that begin at the same place: in a snapshot every replica has stored its own.
+
+    Raises:
+        CheckpointError: they are of different shapes.
+    """
+    found = {tuple(chunk.offsets): chunk for chunk in chunks}
+    for chunk in chunks:
+        if chunk.sizes != found[tuple(chunk.offsets)].sizes:
+            raise CheckpointError(f"its files disagree about the part of tensor {name} at {list(chunk.offsets)}")
+    return list(found.values())
+
+
+def _verify_own(file: Path, manifest: Manifest, progress: Progress | None) -> None:
+    if (entry := manifest.files.get(file.name)) is None:
+        raise CheckpointError(f"{file.name} is not in the manifest")
+    check_file(file, entry, progress)
 
 
 def _verify_share(folder: Path, manifest: Manifest, rank: int, world: int, progress: Progress | None) -> None:

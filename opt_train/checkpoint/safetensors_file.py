@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor, straight from the tensors' memory.
+"""Writing a safetensors file tensor by tensor, straight from the tensors' memory; and the header of one, read strictly.
 
 The library's own `save` makes the whole file in memory first, in which a checkpoint of a rank spent most of its time.
 The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the header, JSON, padded
@@ -7,8 +7,10 @@ with spaces; the tensors' bytes, one behind the other.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +29,34 @@ DTYPES = {
 }
 """The format's names."""
 
+LONGEST_HEADER = 100_000_000
+"""The format's own limit, in bytes."""
+
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+_METADATA = "__metadata__"
 _ALIGNMENT = 8
+
+
+class Damaged(ValueError):
+    """Not a whole safetensors file; the message says why, and names the tensor but not the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Type and shape of a tensor in a file, and its bytes: those from `begin` to before `end`, of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself; every byte behind the header belongs to one of `tensors`, and none to two."""
+
+    tensors: Mapping[str, Place]
+    metadata: Mapping[str, str]
 
 
 class Sink(Protocol):
@@ -58,7 +87,7 @@ def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadat
     Raises:
         KeyError: the format has no name for a tensor's type.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
     end = 0
     for name, dtype, sizes in tensors:
         shape = list(sizes)
@@ -72,3 +101,57 @@ def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadat
 def bytes_of(tensor: Tensor) -> memoryview:
     """A CPU tensor's bytes: its own memory where it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The header of a file opened at its beginning, compared with the file's size.
+
+    Raises:
+        Damaged: the file is cut, or is not what the format allows.
+        OSError: it cannot be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        raise Damaged(f"its header is {length} bytes long and the file {size}")
+    try:
+        payload = json.loads(file.read(length), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its header is no JSON: {str(error)[:80]}") from None
+    if not isinstance(payload, dict):
+        raise Damaged("its header is no JSON object")
+    metadata = payload.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Damaged(f"{_METADATA} of its header does not hold texts")
+    places = {name: _place(name, entry, 8 + length) for name, entry in payload.items()}
+    end = 8 + length
+    for place, name in sorted((((place.begin, place.end), name) for name, place in places.items())):
+        if place[0] != end:
+            raise Damaged(f"tensor {name} begins at byte {place[0]}, where {end} is the end of the one before")
+        end = place[1]
+    if end != size:
+        raise Damaged(f"its tensors end at byte {end} and the file at {size}")
+    return Header(places, metadata)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: which of two is meant depends on the reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _place(name: str, entry: Any, first: int) -> Place:
+    """Where a tensor's bytes are, checked against its shape and type; those of all begin at `first`."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise Damaged(f"the header does not say type, shape and place of tensor {name}") from None
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        raise Damaged(f"tensor {name} has type {dtype!r:.40}, which is not known here")
+    if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise Damaged(f"shape or place of tensor {name} are no whole numbers")
+    if math.prod(shape) * _TYPES[dtype].itemsize != end - begin:
+        raise Damaged(f"tensor {name} has shape {shape} and {end - begin} bytes, which do not fit")
+    return Place(_TYPES[dtype], tuple(shape), first + begin, first + end)

@@ -188,6 +188,8 @@ class AgentState(Message, kind="agent_state"):
     held: tuple[HeldFiles, ...] = ()
     address: str = ""
     """``host:port`` at which other agents of the run get what it holds; empty: nothing can be had."""
+    first_leader: int = 0
+    """The supervisor that this agent obeyed first: whether it has lived through a change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from opt_logbook.run_directory import RunDirectory
 
+from opt_train.protocol import signals
 from opt_train.sinks.config import SinksConfig
 from opt_train.sinks.tail import Line, Position, Tail
 
@@ -100,6 +101,8 @@ def die_with_starter() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if signals.were_blocked():
+        signals.ignore()
     parser = argparse.ArgumentParser(prog="python -m opt_train.sinks", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     parser.add_argument("sink", choices=MODULES, metavar="SINK", help=" or ".join(MODULES))

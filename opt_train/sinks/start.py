@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opt_logbook.run_directory import RunDirectory
 
+from opt_train.protocol import signals
 from opt_train.sinks.config import SinksConfig
 
 KILLED_SECONDS = 1.0
@@ -47,7 +48,7 @@ class SinkProcesses:
         self._run.make_folder(self._run.logs)
         # -P: a folder `wandb` where the run was started is not the library.
         command = [sys.executable, "-P", "-m", "opt_train.sinks", str(self._run.path), name]
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, signals.blocked():
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
         watch = threading.Thread(target=self._watch, args=(name, process), name=f"sink {name}", daemon=True)
         watch.start()

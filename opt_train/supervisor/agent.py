@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from typing import Any
 
 from opt_logbook.run_directory import RunDirectory
 
-from opt_train.protocol.commands import Acknowledge, Begin, Kill, Lead, Leave, Relay
+from opt_train.protocol import signals
+from opt_train.protocol.commands import Acknowledge, Begin, Drop, Fetch, Kill, Lead, Leave, Relay
 from opt_train.protocol.facts import AgentState, GenerationGone, Pulse
 from opt_train.protocol.framing import Message
 from opt_train.supervisor.address import read_address
+from opt_train.supervisor.holding import Holding
 from opt_train.supervisor.link import Connection, LinkRefused, prove_agent
 from opt_train.supervisor.outbox import Outbox
 from opt_train.supervisor.processes import NODE_MARK, mark_of, stat_of
@@ -55,6 +56,10 @@ class AgentOptions:
     orphan_seconds: float
     threads: int
     interface: str
+    memory_every_steps: int = 0
+    """Above 0: ranks take snapshots, and other agents may get them from here."""
+    node_directory: str = ""
+    """Where this node's disk is; empty: the folder of temporary files."""
 
 
 class Agent:
@@ -65,13 +70,14 @@ class Agent:
         self._options = options
         self._deregister = deregister
         self._outbox = Outbox()
-        self._leader = 0
+        self._leader = self._first_leader = 0
         self._led_at = time.monotonic()
         self._leave = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_trouble = ""
         run = options.run
+        self._holding = Holding(run, options.node, options.node_directory, self._outbox.tell, self._start)
         command = (sys.executable, "-P", "-m", options.rank_module)
         mark = {NODE_MARK: mark_of(run.path, options.node)}
         environment = rank_environment(mark, options.threads, options.interface)
@@ -79,7 +85,7 @@ class Agent:
         self._slots = [
             RankSlot(
                 slot, command, environment, run, warm_logs,
-                self._outbox.tell, self._outbox.relay, self._changed.set,
+                self._outbox.tell, self._outbox.relay, self._holding.snapshot, self._changed.set,
             )
             for slot in range(options.slots)
         ]  # fmt: skip
@@ -89,12 +95,15 @@ class Agent:
         for slot in self._slots:
             slot.open()
         self._start(self._watch_lease())
+        # Before the first connection: with it goes what is held, and where others get it.
+        await self._holding.open(self._options.memory_every_steps > 0, self._options.interface)
         dialling = self._start(self._dial())
         await self._leave.wait()
         self._deregister()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await asyncio.gather(*(slot.close() for slot in self._slots))
+                await self._holding.close()
         await asyncio.sleep(0.1)  # the last facts may still reach the supervisor
         dialling.cancel()
         await asyncio.gather(dialling, return_exceptions=True)
@@ -134,7 +143,12 @@ class Agent:
     async def _talk(self, connection: Connection) -> None:
         for slot in self._slots:
             slot.forget_pending()
-        connection.send(AgentState(self._options.node, os.getpid(), self._slot_states(), self._leader))
+        held, address = self._holding.held(), self._holding.address
+        connection.send(
+            AgentState(
+                self._options.node, os.getpid(), self._slot_states(), self._leader, held, address, self._first_leader
+            )
+        )  # fmt: skip
         caught_up = asyncio.Event()
         parts = [
             asyncio.create_task(part)
@@ -178,6 +192,7 @@ class Agent:
         if leader < self._leader:
             raise LinkRefused(f"supervisor {leader} has been succeeded by {self._leader}")
         self._leader = leader
+        self._first_leader = self._first_leader or leader
         self._led_at = time.monotonic()
 
     def _slot_states(self) -> Any:
@@ -195,6 +210,10 @@ class Agent:
                 for rank_slot in self._slots:
                     if rank_slot.runs(generation, rank=0):
                         rank_slot.relay_order(generation, order)
+            case Fetch():
+                self._holding.fetch(command)
+            case Drop():
+                self._holding.drop(command)
             case Leave(reason=reason):
                 log.info("leaving: %s", reason)
                 self._leave.set()
@@ -239,7 +258,7 @@ def read_options(arguments: list[str]) -> AgentOptions:
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run.resolve())
     config = json.loads(run.config_json.read_bytes())
-    cluster, train = config.get("cluster", {}), config.get("train", {})
+    cluster, train, checkpoint = config.get("cluster", {}), config.get("train", {}), config.get("checkpoint", {})
     local = cluster.get("kind", "local") == "local"
     # All nodes of a local cluster share this machine's cores.
     ranks_here = given.slots * (cluster.get("nodes", 1) if local else 1)
@@ -252,6 +271,8 @@ def read_options(arguments: list[str]) -> AgentOptions:
         orphan_seconds=float(config.get("supervisor", {}).get("orphan_seconds", 60.0)),
         threads=train.get("threads", 0) or max(1, cores // ranks_here),
         interface=cluster.get("interface", "") or ("lo" if local else ""),
+        memory_every_steps=int(checkpoint.get("memory_every_steps", 0)),
+        node_directory=checkpoint.get("node_directory", ""),
     )
 
 
@@ -285,8 +306,7 @@ def hold_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
 
 def main(arguments: list[str]) -> int:
     """Run the agent; 0 when it left in good order, 1 when the node has one already."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
     if os.getsid(0) != os.getpid():
         with contextlib.suppress(PermissionError):  # a group leader that is no session leader stays where it is
             os.setsid()

@@ -75,6 +75,8 @@ class NodeView:
     caught_up: bool = False
     """A pulse has come on this connection: facts that the agent keeps are told before it, so none is outstanding."""
     pid: int = 0
+    first_leader: int = 0
+    """The supervisor that its agent obeyed first."""
     slots: dict[int, SlotState] = field(default_factory=dict)
     slots_at: float = 0.0
     absent_since: dict[int, float] = field(default_factory=dict)
@@ -209,9 +211,9 @@ class Observation:
                 self.committed[path] = given
                 self.inventory.take_committed(given)
             case StopAsked():
-                # Nor does a TERM hurry. Schedulers repeat it: `scancel` reaches the supervisor and the launch script,
-                # which hands its own on, and the time limit sends a second one while a long save is under way.
-                if given.by != "SIGTERM" and self.age(self._stopped_at) > STOP_ECHO_SECONDS:
+                # Nor does a scheduler's signal hurry. It repeats it: `scancel` reaches the supervisor and the launch
+                # script, which hands its own on, and the time limit sends a second one while a long save goes on.
+                if given.by not in ("SIGTERM", "SIGUSR1") and self.age(self._stopped_at) > STOP_ECHO_SECONDS:
                     self.stops += 1
                     self._stopped_at = now.monotonic
             case _:
@@ -222,6 +224,7 @@ class Observation:
             if view.pid:
                 view.lost_generation = state.generation
             view.pid, view.facts, view.acknowledged = told.pid, {}, 0
+            view.first_leader = told.first_leader
         view.connected, view.seen_up, view.fenced_unreached = True, True, False
         view.connected_at = self.now.monotonic
         view.connections += 1

@@ -10,6 +10,7 @@ from opt_train.supervisor.policy_attempt import report_dropped
 from opt_train.supervisor.policy_nodes import LEAVE, LEAVE_AGAIN_SECONDS, close_incidents
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.state import MEMORY, SUPERSEDED, OrderRecord
 
 RELAY_AGAIN_SECONDS = 5.0
 LONG_PHASES = ("checkpoint", "evaluation")
@@ -84,14 +85,21 @@ def rest(s: Situation) -> list[Decision]:
     by_themselves = s.state.stage == "stopping"
     if s.state.live is not None or (stop is None and not by_themselves):
         return []
+    if stop is not None and last is not None and last.outcome == "failed" and _began_anew(s, stop):
+        return [Record(OrderEnded(stop.number, SUPERSEDED))]
     decisions: list[Decision] = []
     if stop is not None and not stop.outcome:
         decisions.append(Record(OrderEnded(stop.number, "withdrawn")))
     told = s.seen.leavings.get(last.generation, {}) if last is not None else {}
     by = stop.reason if stop is not None else next((t.reason for t in told.values() if t.reason), "the scheduler")
-    newest = s.state.newest_good(shared_only=True)
-    saved = newest.step if newest is not None else -1
+    saved = max((c.step for c in s.state.chain() if not c.rejected and c.tier != MEMORY), default=-1)
     return [*decisions, *close_incidents(s, "stopped"), Record(RunStopped(by, saved))]
+
+
+def _began_anew(s: Situation, stop: OrderRecord) -> bool:
+    """Supervisor, agents and ranks were all ended in the middle of the stop: whoever starts the run again means it."""
+    agents = [view for view in s.seen.nodes.values() if view.pid]
+    return stop.leader < s.state.leader and bool(agents) and all(a.first_leader == s.state.leader for a in agents)
 
 
 def leave(s: Situation) -> list[Decision]:

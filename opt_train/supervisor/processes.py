@@ -12,7 +12,8 @@ from pathlib import Path
 NODE_MARK = "OPT_TRAIN_NODE"
 """Environment variable that every process of a node inherits: so they are found, whoever their parent is by now."""
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
+"""Looked up here: between fork and exec even the dynamic linker's lock may be another thread's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,14 @@ def kill_marked(mark: str, patience_seconds: float = 10.0) -> bool:
 def die_with_parent(parent: int) -> Callable[[], None]:
     """For `preexec_fn`: the child is SIGKILLed when the thread that started it ends, however that comes about.
 
-    The caller must have one thread alone: then running Python between fork and exec is safe.
+    That must be the main thread, which ends with the process. Other threads may run meanwhile, such as the agent's
+    helper: a child has none of them, and what they had locked stays locked. Python's own locks and malloc's are set
+    right by the fork, and no other is needed here: nothing is imported, looked up, logged, hashed or opened, only two
+    system calls are made. What the helper may have locked (OpenSSL, files) is left alone until exec makes all new.
     """
 
     def set_death_signal() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent died before the line above
             os._exit(1)
 

@@ -62,7 +62,9 @@ class RankProcess:
                     pass_fds=(facts_write, control_read),
                     env=dict(environment),
                     process_group=0,
-                    preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 - the agent has one thread
+                    # Called between fork and exec, where another thread's locks would stay locked for ever: what it
+                    # does takes none (see there). A program that does it in between would cost each spare a start.
+                    preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509
                 )
             self._pidfd = os.pidfd_open(self._child.pid)
         except BaseException:
@@ -123,12 +125,13 @@ class RankProcess:
         # reaped: until then nobody else can have its number.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        code = self._child.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        # Its last words name descriptors of its own: looked for under its number while that is still its own.
         budget = _LAST_WORDS_BYTES
         while budget > 0 and (count := self._read()) > 0:
             budget -= count
+        code = self._child.wait()
         self._close_facts()
         os.close(self._control)
         self.returncode = code

@@ -23,6 +23,7 @@ from opt_train.protocol.facts import (
     RankExited,
     RankFact,
     SlotState,
+    SnapshotTaken,
     Stacks,
     Warm,
 )
@@ -56,7 +57,8 @@ class _Rank:
 
 
 class RankSlot:
-    """One slot. `tell` takes facts that must arrive, `relay` metrics lines, which may be lost."""
+    """One slot. `tell` takes facts that must arrive, `relay` metrics lines, which may be lost; `snapshot` holds what a
+    rank, with its pid and the command that began it, has taken."""
 
     def __init__(
         self,
@@ -67,12 +69,13 @@ class RankSlot:
         warm_logs: Path,
         tell: Callable[[Message], None],
         relay: Callable[[RankFact], None],
+        snapshot: Callable[[int, Begin, SnapshotTaken], None],
         changed: Callable[[], None],
     ) -> None:
         self.slot = slot
         self._command, self._environment = command, environment
         self._run, self._warm_logs = run, warm_logs
-        self._tell, self._relay, self._changed = tell, relay, changed
+        self._tell, self._relay, self._snapshot, self._changed = tell, relay, snapshot, changed
         self._spare: RankProcess | None = None
         self._spare_is_warm = False
         self._spares_started = 0
@@ -232,6 +235,8 @@ class RankSlot:
             case Metrics():
                 self._relay(_relayed(rank, fact))
                 self._has_stepped(rank)
+            case SnapshotTaken():
+                self._snapshot(process.pid, rank.begin, fact)
             case Warm():
                 pass
             case _:

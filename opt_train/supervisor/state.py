@@ -48,6 +48,8 @@ TERMINAL = frozenset({"finished", "stopped", "halted"})
 """Stages in which nothing more happens until somebody starts the run again."""
 
 SAVE_AND_STOP = "save_and_stop"
+SUPERSEDED = "superseded"
+"""The outcome of a stop that somebody has countermanded by starting the run again."""
 
 MEMORY, NODE, SHARED = "memory", "node", "shared"
 """Tiers of checkpoints: held by the nodes' agents in memory, or on the nodes' own disks, or in the run directory."""
@@ -162,6 +164,8 @@ class OrderRecord:
     order: str
     reason: str
     outcome: str = ""
+    leader: int = 0
+    """The supervisor that gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,13 +427,15 @@ def _save_abandoned(s: RunState, entry: Entry, event: SaveAbandoned) -> RunState
 
 def _order_given(s: RunState, entry: Entry, event: OrderGiven) -> RunState:
     stops = event.order == SAVE_AND_STOP and s.stage in ("starting", "training")
-    order = OrderRecord(event.number, event.order, event.reason)
+    order = OrderRecord(event.number, event.order, event.reason, leader=s.leader)
     return replace(s, order=order, orders=max(s.orders, event.number), stage="stopping" if stops else s.stage)
 
 
 def _order_ended(s: RunState, entry: Entry, event: OrderEnded) -> RunState:
     if s.order is None or s.order.number != event.number:
         return s
+    if event.outcome == SUPERSEDED:
+        return replace(s, order=None)
     return replace(s, order=replace(s.order, outcome=event.outcome))
 
 

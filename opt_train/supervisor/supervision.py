@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Coroutine
@@ -23,6 +22,7 @@ from opt_logbook.lock import Lock, LockLost
 from opt_logbook.metrics import MetricsWriter
 from opt_logbook.run_directory import RunDirectory
 
+from opt_train.protocol import signals
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
 from opt_train.supervisor.address import Address, make_socket_path, publish, read_address, remove_socket
@@ -152,7 +152,7 @@ class Supervision:
         await self._server.start()
         publish(self._run.supervisor_address, Address(self._socket, self._identity.leader))
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals.ASK_TO_STOP:
             loop.add_signal_handler(number, partial(self.tell, StopAsked(number.name)))
         performing = self._start(self._performer.run())
         self._performer.take(self._core.begin(_now()))
@@ -225,12 +225,13 @@ class Supervision:
 
     async def _render(self) -> None:
         """Bring the chronicle up to date, in a process that gives way to the ranks."""
-        self._rendering = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "opt_logbook.cli", "render", str(self._run.path)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        with signals.blocked():
+            self._rendering = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "opt_logbook.cli", "render", str(self._run.path)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, self._rendering.pid, 19)
         if await self._rendering.wait() != 0:

@@ -26,6 +26,8 @@ def train(run: Training) -> Leaving:
         take_step(run, micro_batches, data_seconds)
 
         run.validate(sets_due(run))
+        if is_due(config.checkpoint.memory_every_steps, state.step):
+            run.begin_snapshot()
         if is_due(config.checkpoint.every_steps, state.step):
             run.begin_save()
 

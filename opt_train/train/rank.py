@@ -13,6 +13,7 @@ from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.background import Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.restore import restore
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots, own_file_name
 from opt_train.checkpoint.tensors import WeightsAlone
 from opt_train.config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
@@ -31,7 +32,7 @@ from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
 from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.loop import train
-from opt_train.train.orders import OrderSource, StopSignals
+from opt_train.train.orders import NoOrders, OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, control_group, join
 from opt_train.train.state import TrainState
 from opt_train.train.telling import Tell, log_line
@@ -105,6 +106,8 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         begin_with(engine, initial, group, tell)
     report_in_force(config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
     engine.model.train()
+    # Whoever gives orders is an agent; without one nobody would hold a snapshot.
+    takes_snapshots = config.checkpoint.memory_every_steps and not isinstance(orders, NoOrders)
     return Training(
         begin=begin,
         config=config,
@@ -118,11 +121,12 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         agreement=Agreement(group, begin.rank, begin.world_size),
         staging=Staging(device),
         saving_group=control_group(config),
+        snapshots=Snapshots(begin.rank, config.checkpoint.memory_keep, device) if takes_snapshots else None,
         orders=orders,
         signals=signals,
         tell=tell,
         state=state,
-        saved_step=state.step if manifest is not None else -1,
+        saved_step=state.step if manifest is not None and manifest.state.get(PARTS) != OWN else -1,
     )
 
 
@@ -219,9 +223,19 @@ def load(
             manifest,
             process_group=group,
             progress=lambda done, all_: tell(Progress(done, all_)),
+            rank_file=own_file(begin, manifest),
         )
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
+
+
+def own_file(begin: Begin, manifest: checkpoint_manifest.Manifest) -> Path | None:
+    """This rank's own file of a snapshot; None: it is none, or the ranks that took it were spread otherwise."""
+    state = manifest.state
+    is_same = manifest.config_sha256 == begin.config_sha256 and state.get("world_size") == begin.world_size
+    if begin.checkpoint is None or state.get(PARTS) != OWN or not is_same:
+        return None
+    return Path(begin.checkpoint) / own_file_name(begin.rank)
 
 
 def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Tell) -> None:

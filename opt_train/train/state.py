@@ -40,6 +40,11 @@ class TrainState:
         """Sequences consumed, over the world."""
         return self.cursor.samples
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the newest words heard were of training that goes well."""
+        return self.floor_steps == 0 and (not self.losses or math.isfinite(self.losses[-1]))
+
     def absorb(self, word: StepWord, loss_scale_floor: float = 1.0) -> None:
         """Count what the world said of a step. Above its floor an overflow is but how a loss scale finds its place."""
         hopeless = word.skipped and word.loss_scale <= loss_scale_floor
@@ -66,7 +71,7 @@ class TrainState:
                     "nonfinite_steps": self.nonfinite_steps,
                     "floor_steps": self.floor_steps,
                 },
-                "healthy": self.floor_steps == 0 and (loss is None or math.isfinite(loss)),
+                "healthy": self.healthy,
                 "health": {"loss": loss, "grad_norm": norm, "finite": self.floor_steps == 0},
             }
         )  # fmt: skip

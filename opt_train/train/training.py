@@ -12,6 +12,7 @@ import torch.distributed as dist
 from opt_train.checkpoint.background import BackgroundSave, Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save as save_checkpoint
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.checkpoint.tensors import reshard
 from opt_train.config import RunConfig
 from opt_train.data.batches import Batches, ValidationSet
@@ -32,13 +33,14 @@ from opt_train.protocol.facts import (
     SavedFile,
     SaveFailed,
     ShardsSaved,
+    SnapshotTaken,
     Validation,
 )
 from opt_train.protocol.orders import Order, SaveAndStop
 from opt_train.train.metrics import Clock, metrics_line
 from opt_train.train.orders import OrderSource, StopSignals
 from opt_train.train.state import RNG_RULE, TrainState
-from opt_train.train.telling import Tell
+from opt_train.train.telling import Tell, log_line
 from opt_train.train.word import Agreement, StepWord
 
 PROGRESS_SECONDS = 0.5
@@ -62,6 +64,8 @@ class Training:
     staging: Staging
     saving_group: dist.ProcessGroup
     """gloo, for a save that goes on beside training."""
+    snapshots: Snapshots | None = None
+    """None: there are to be none, or there is no agent that would hold them."""
     orders: OrderSource
     signals: StopSignals
     tell: Tell
@@ -78,6 +82,10 @@ class Training:
     saved_step: int = -1
     saving: BackgroundSave | None = None
     """The save that goes on beside training."""
+    snapshot: Snapshot | None = None
+    """The snapshot that goes on beside training, or has ended and has not been told."""
+    snapshot_step: int = -1
+    """Of the last one begun."""
     is_written: bool = False
     """A word has said that no rank writes any more at `saving`."""
     started_step: int = field(init=False)
@@ -137,9 +145,12 @@ class Training:
 
     def obey(self) -> Leaving | None:
         """Do what the words that were heard ask for; a `Leaving` ends training. The same on every rank."""
+        if self.snapshot is not None and self.snapshot.wait(0.0):
+            self.end_snapshot()
         if self.is_written:
             self.end_save()
         if self.state.floor_steps >= self.config.train.max_nonfinite_steps:
+            self.end_snapshot()
             self.end_save()
             return self._unstable()
         for order in self._new_orders():
@@ -226,6 +237,37 @@ class Training:
         """The weights are about to change: whoever copies them must have done."""
         if self.saving is not None:
             self.saving.wait_copied()
+        if self.snapshot is not None:
+            self.snapshot.wait_copied()
+
+    def begin_snapshot(self) -> None:
+        """Begin to put this rank's state into memory that its agent will hold; a boundary soon says that it is there.
+
+        A state that is not well is left out: those that are held are then the last that were.
+        """
+        if self.snapshots is None or self.snapshot_step == self.state.step:
+            return
+        self.end_snapshot()
+        self.hear(before=self.state.step)
+        if not self.state.healthy:
+            return
+        state = {**self._state_json(), PARTS: OWN, "world_size": self.begin.world_size} if self.leads else None
+        self.snapshot = self.snapshots.begin(self.state.step, self.engine.tensors(), state)
+        self.snapshot_step = self.state.step
+
+    def end_snapshot(self) -> None:
+        """Wait for the snapshot that goes on beside training, if one does, and tell that it is there."""
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is None:
+            return
+        if not snapshot.wait(0.0):
+            self.enter("checkpoint")
+        try:
+            files = snapshot.files()
+        except CheckpointError as error:
+            log_line(f"{error}; training goes on")
+            return
+        self.tell(SnapshotTaken(snapshot.step, files, snapshot.seconds))
 
     def end_save(self) -> None:
         """Wait for the save that goes on beside training, if one does, and tell how it went."""
@@ -280,6 +322,8 @@ class Training:
         return checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
 
     def _save_and_stop(self, why: str) -> Leaving:
+        self.begin_snapshot()  # the fastest first: whoever asks may not wait for a save
+        self.end_snapshot()
         if self.save():
             return Leaving(STOPPED, self.state.step, f"{why}; state saved at step {self.state.step}", cause="stopped")
         reason = f"{why}; the save at step {self.state.step} failed, so the last committed checkpoint counts"

@@ -4,7 +4,7 @@ Which trouble is in the environment, `TROUBLE`, a JSON object:
 
 - `pauses`: a list of `[rank, phase, step]`: the rank stops itself (SIGSTOP), once, on entering the phase at that step
   or later.
-- `slow_save`: `[step, seconds]`: the save at that step takes so much longer, but moves.
+- `slow_save`: `[step, seconds]`: the save at that step (null: the first) takes so much longer, but moves.
 - `deaf`: true: a rank whose peers died does not notice, as on NCCL; it spins until it is killed.
 - `markers`: a folder; what has happened once is marked there and does not happen again.
 """
@@ -55,7 +55,7 @@ def slow(save: Callable[..., Any]) -> Callable[..., Any]:
     step, seconds = TROUBLE["slow_save"]
 
     def save_slowly(tensors: Any, state: Mapping[str, Any], folder: Path, **more: Any) -> Any:
-        if state["counters"]["step"] == step and once(f"slow{BEGUN[0].rank}"):
+        if step in (None, state["counters"]["step"]) and once(f"slow{BEGUN[0].rank}"):
             began = time.monotonic()
             while (gone := time.monotonic() - began) < seconds:
                 more["progress"](int(1000 * gone), int(1000 * seconds))

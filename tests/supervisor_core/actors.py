@@ -67,6 +67,7 @@ class Agent:
     number: int = 0
     kept: dict[int, Message] = field(default_factory=dict)
     frozen: bool = False
+    first_leader: int = 0
     held: dict[str, set[str]] = field(default_factory=dict)
     """Checkpoint -> names of its files here."""
     spoiled: set[tuple[str, str]] = field(default_factory=set)

@@ -10,6 +10,7 @@ from opt_logbook.events import (
     CheckpointRetired,
     Entry,
     IncidentClosed,
+    OrderEnded,
     RunStopped,
     SaveAbandoned,
 )
@@ -200,6 +201,36 @@ def test_a_stop_passes_its_snapshot_on_to_the_disks_whatever_its_step() -> None:
     (stopped,) = world.events(RunStopped)
     assert {("memory", stopped.saved_step), ("node", stopped.saved_step), ("shared", stopped.saved_step)} <= tiers
     assert not [c for c in world.replayed.checkpoints if c.tier == "memory"], "gone with the agents"
+
+
+def test_a_run_that_was_ended_in_the_middle_of_its_stop_goes_on_when_it_is_started_again() -> None:
+    """By a scheduler whose grace was over, say: whoever starts it again has not started it to be told that it stops."""
+    world = a_run(node_every_steps=100, every_steps=100).until_step(7)
+    world.snapshot_at_stop = True
+    world.ask_stop()
+    while "node" not in {event.tier for event in world.events(CheckpointCommitted)}:
+        world.second()
+    world.kill_supervisor()
+    for node in world.names:
+        world.lose_node(node)
+    world.snapshot_at_stop = False
+    world.start_supervisor()
+    world.until(AttemptStarted, 2)
+    assert [event.outcome for event in world.events(OrderEnded)][-1] == "superseded"
+    assert restarts(world)[0][0] == "node"
+    finished(world)
+
+
+def test_a_stop_is_carried_out_by_the_next_supervisor_where_agents_have_lived_through_the_change() -> None:
+    world = a_run().until_step(7)
+    world.ask_stop()
+    world.kill_supervisor()
+    for _ in range(3):
+        world.second()
+    world.start_supervisor()
+    world.run()
+    assert world.events(RunStopped)
+    assert len(world.events(AttemptStarted)) == 1
 
 
 @pytest.mark.parametrize(

@@ -404,7 +404,11 @@ class World:
     def _connect(self, agent: Agent) -> None:
         agent.connected, agent.led_at = True, self.now
         held = tuple(HeldFiles(path, tuple(sorted(names))) for path, names in agent.held.items())
-        state = AgentState(agent.node, agent.pid, self._slots(agent), held=held, address=agent.node)
+        assert self.core is not None
+        agent.first_leader = agent.first_leader or self.core.identity.leader
+        state = AgentState(
+            agent.node, agent.pid, self._slots(agent), held=held, address=agent.node, first_leader=agent.first_leader
+        )
         self.queue.append(AgentConnected(agent.node, state))
         self.queue += [FactTold(agent.node, number, fact) for number, fact in agent.kept.items()]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from opt_logbook.run_directory import RunDirectory
 
+from opt_train.protocol import signals
 from opt_train.supervisor.clusters.cluster import DOWN, UNKNOWN, UP, NodeView
 from opt_train.supervisor.processes import (
     NODE_MARK,
@@ -61,7 +62,7 @@ class LocalCluster:
         self._run.make_folder(folder)
         command = [sys.executable, "-P", "-m", "opt_train.supervisor.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
-        with open(folder / "agent.log", "ab") as output:
+        with open(folder / "agent.log", "ab") as output, signals.blocked():
             self._children[node] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

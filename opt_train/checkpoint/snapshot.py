@@ -1,0 +1,319 @@
+"""A rank's own part of the state in memory that can outlive it: files in memory, which the node's agent opens too.
+
+No rank waits for another here, and none knows whether the others have done: whoever leads the run judges that. The
+parts are not shared out among replicas, as those of a save are, so that each rank can be restored from its own file
+alone; all ranks' files together are a checkpoint that torch's reader loads on any layout.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.manifest import SHARD_SUFFIX, STATE, CheckpointError
+from opt_train.checkpoint.safetensors_file import Damaged, Header, Place, header_of, read_header
+from opt_train.checkpoint.tensors import Restorable
+from opt_train.protocol.facts import MemoryFile
+from opt_train.protocol.framing import to_payload
+
+PARTS = "parts"
+"""The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the rank holds."""
+OWN = "own"
+
+_OFFSETS = "DCP_SHARDING_INFO"
+_OFFSETS_OF_ONE = "saved_offsets"
+
+
+def own_file_name(rank: int) -> str:
+    """What the file of a rank is called in a snapshot."""
+    return f"shard-{rank:05d}{SHARD_SUFFIX}"
+
+
+class Part(NamedTuple):
+    """What this rank holds of a tensor, and where in the whole it begins."""
+
+    local: Tensor
+    offsets: tuple[int, ...]
+
+
+def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The local part of each tensor, sharing its memory; those that have none here are left out."""
+    parts = {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+                part = Part(tensor.to_local(), tuple(offsets))
+            else:
+                part = Part(tensor.detach(), (0,) * tensor.ndim)
+            if part.local.numel() or not tensor.numel():
+                parts[name] = part
+    return parts
+
+
+class Snapshot:
+    """One snapshot under way."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.seconds = 0.0
+        """From the beginning to the end, as soon as it has ended."""
+        self._began = time.monotonic()
+        self._copied = Event()
+        self._done: Future[tuple[MemoryFile, ...]] = Future()
+        self._ended = Event()
+
+    def wait_copied(self) -> None:
+        """Return when the tensors may change again, whether or not they could be copied."""
+        self._copied.wait()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the snapshot is whole and hashed, or has failed, within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            self._done.exception(timeout=seconds)
+        return self._done.done()
+
+    def files(self) -> tuple[MemoryFile, ...]:
+        """This rank's files; waits for the end.
+
+        Raises:
+            CheckpointError: there is no snapshot: no memory could be had for it. Training can go on.
+        """
+        return self._done.result()
+
+
+class Snapshots:
+    """The newest snapshots of a rank, in a ring of files in memory.
+
+    There is one more file than snapshots to keep: that many are whole while another one is copied. The files are used
+    again and again, as pages that have not been touched before make a copy take twice its time and more. So whoever
+    holds a descriptor of an older snapshot finds another one in it, and by its hash.
+    """
+
+    def __init__(self, rank: int, keep: int, device: torch.device) -> None:
+        """Make no file yet.
+
+        Args:
+            keep: snapshots that stay whole meanwhile; memory is used for one more.
+        """
+        self._name = own_file_name(rank)
+        self._device = device
+        self._slots = [_Slot() for _ in range(keep + 1)]
+        self._next = 0
+        self._newest: Snapshot | None = None
+        # Beside the device's work, and not behind what is queued: on a GPU, which no test of this has run on.
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> Snapshot:
+        """Begin to copy `tensors`, which nobody may change before `Snapshot.wait_copied` has returned.
+
+        Waits for the snapshot before, if that has not ended.
+
+        Args:
+            state: what is not a tensor; given by rank 0, whose files then include `state.json`.
+        """
+        if self._newest is not None:
+            self._newest._ended.wait()
+        if self._device.type != "cpu":
+            # As `Staging.start` does: the copies do not wait for the update that was queued last. They go into plain
+            # memory, a tensor at a time; memory registered with the device (cudaHostRegister) has not been tried.
+            torch.accelerator.current_stream(self._device).synchronize()
+        self._newest = snapshot = Snapshot(step)
+        parts = own_parts(tensors)
+        # No daemon: memory does not stand still, and torch aborts a process that ends while a thread of it computes.
+        Thread(target=self._run, args=(snapshot, parts, state), name=f"snapshot of step {step}").start()
+        return snapshot
+
+    def _run(self, snapshot: Snapshot, parts: Mapping[str, Part], state: Mapping[str, Any] | None) -> None:
+        slot = self._slots[self._next]
+        try:
+            try:
+                size = self._copy(parts, slot)
+            finally:
+                snapshot._copied.set()
+            files = [slot.shard_file(self._name)]
+            if state is not None:
+                files.append(slot.state_file(state))
+            self._next = (self._next + 1) % len(self._slots)
+            snapshot.seconds = time.monotonic() - snapshot._began
+            snapshot._done.set_result(tuple(files))
+            with contextlib.suppress(OSError, MemoryError):  # the next snapshot will say so
+                self._slots[self._next].make(size, touch=True)
+        except (OSError, MemoryError) as error:
+            slot.give_up()
+            reason = f"{error.strerror}" if isinstance(error, OSError) else str(error) or "no memory"
+            snapshot._done.set_exception(
+                CheckpointError(f"no memory for the snapshot of step {snapshot.step}: {reason}")
+            )
+        except BaseException as error:  # whoever asks for the files gets it
+            snapshot._done.set_exception(error)
+        finally:
+            snapshot._ended.set()
+
+    def _copy(self, parts: Mapping[str, Part], slot: "_Slot") -> int:
+        """Make the slot's file that of `parts`; its size."""
+        # The widest first, so that each begins at a multiple of its width.
+        names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
+        offsets = {name: {_OFFSETS_OF_ONE: list(parts[name].offsets)} for name in names}
+        # What torch's reader looks for, as `save` writes it.
+        metadata = {_OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        described = ((name, parts[name].local.dtype, parts[name].local.shape) for name in names)
+        header = header_of(described, metadata)
+        size = len(header) + sum(part.local.numel() * part.local.element_size() for part in parts.values())
+        mapped = slot.make(size)
+        mapped[: len(header)] = header
+        at = len(header)
+        with torch.no_grad(), self._stream or contextlib.nullcontext():
+            for name in names:
+                local = parts[name].local
+                if count := local.numel():
+                    there = torch.frombuffer(mapped, dtype=local.dtype, count=count, offset=at)
+                    there.view(local.shape).copy_(local)
+                    at += count * local.element_size()
+        return size
+
+
+class _Slot:
+    """The two files of one snapshot: the rank's tensors, mapped and never made anew, and what is no tensor."""
+
+    def __init__(self) -> None:
+        self._shard_fd = self._state_fd = -1
+        self._mapped: mmap.mmap | None = None
+
+    def make(self, size: int, *, touch: bool = False) -> mmap.mmap:
+        """The file of tensors, of `size` bytes.
+
+        Args:
+            touch: have all its pages mapped, if they are new.
+
+        Raises:
+            OSError, MemoryError: no memory can be had.
+        """
+        if self._mapped is not None and len(self._mapped) == size:
+            return self._mapped
+        self.give_up()
+        self._shard_fd = os.memfd_create("snapshot", os.MFD_CLOEXEC)
+        # Before anything is written: a page that cannot be had is then an error, and not a signal that kills.
+        os.posix_fallocate(self._shard_fd, 0, size)
+        self._mapped = mmap.mmap(self._shard_fd, size)
+        if touch:
+            torch.frombuffer(self._mapped, dtype=torch.uint8)[:: mmap.PAGESIZE].zero_()
+        return self._mapped
+
+    def shard_file(self, name: str) -> MemoryFile:
+        """The file of tensors as it is now."""
+        assert self._mapped is not None
+        sha256 = hashlib.sha256(self._mapped).hexdigest()
+        return MemoryFile(name, len(self._mapped), sha256, self._shard_fd)
+
+    def state_file(self, state: Mapping[str, Any]) -> MemoryFile:
+        """Make the other file hold `state`, the same bytes as `save` writes.
+
+        Raises:
+            OSError: no memory can be had.
+        """
+        content = (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        if self._state_fd < 0:
+            self._state_fd = os.memfd_create("snapshot state", os.MFD_CLOEXEC)
+        os.ftruncate(self._state_fd, 0)
+        written = os.pwrite(self._state_fd, content, 0)
+        if written != len(content):
+            raise MemoryError("no memory for the state")
+        return MemoryFile(STATE, len(content), hashlib.sha256(content).hexdigest(), self._state_fd)
+
+    def give_up(self) -> None:
+        """Hold no memory any more."""
+        self._mapped = None  # unmapped when the last tensor that looks into it is gone
+        for fd in (self._shard_fd, self._state_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._shard_fd = self._state_fd = -1
+
+
+def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | None = None) -> None:
+    """Restore this rank from its own file of a snapshot alone. Called by all ranks of `process_group` together.
+
+    Nobody's bytes are verified here: see `restore`. If anything is wrong, what it went into must not be used.
+
+    Raises:
+        CheckpointError: the file is damaged, or a tensor is missing, unexpected, or of another shape, type or place
+            than this rank's. On every rank.
+    """
+    failure = f"{file} cannot be restored"
+    tensors = into.tensors()
+    together(lambda: _read_own(own_parts(tensors), file), process_group, failure)
+    together(lambda: into.put_back(tensors), process_group, failure)
+
+
+def _read_own(parts: Mapping[str, Part], path: Path) -> None:
+    try:
+        with io.FileIO(path) as file:
+            header = read_header(file)
+            _check_same(parts, header)
+            largest = max((place.end - place.begin for place in header.tensors.values()), default=0)
+            buffer = torch.empty(largest, dtype=torch.uint8)  # one for all: memory that is new is slow
+            with torch.no_grad():
+                for name, place in header.tensors.items():
+                    if place.begin != place.end:
+                        parts[name].local.copy_(_read_tensor(file, place, buffer))
+    except Damaged as error:
+        raise CheckpointError(f"it is damaged: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}") from None
+
+
+def _read_tensor(file: io.FileIO, place: Place, buffer: Tensor) -> Tensor:
+    """One tensor of the file, in `buffer`."""
+    content = buffer[: place.end - place.begin]
+    view = content.numpy().data
+    file.seek(place.begin)
+    while view:  # the system gives 2 GB at a time at most
+        if not (count := file.readinto(view)):
+            raise Damaged("it has become shorter while it was read")
+        view = view[count:]
+    return content.view(place.dtype).view(place.shape)
+
+
+def _check_same(parts: Mapping[str, Part], header: Header) -> None:
+    """Compare what is stored with what is to be filled."""
+    stored, offsets = header.tensors, _offsets_in(header)
+    if missing := sorted(parts.keys() - stored.keys()):
+        raise CheckpointError(f"tensor {missing[0]} is not in it")
+    if unexpected := sorted(stored.keys() - parts.keys()):
+        raise CheckpointError(f"its tensor {unexpected[0]} belongs to no part of this model on this rank")
+    for name, (local, begins) in parts.items():
+        place = stored[name]
+        if place.shape != tuple(local.shape):
+            raise CheckpointError(f"tensor {name} has shape {list(place.shape)} in it and {list(local.shape)} here")
+        if place.dtype != local.dtype:
+            raise CheckpointError(f"tensor {name} has type {place.dtype} in it and {local.dtype} here")
+        if offsets[name] != list(begins):
+            raise CheckpointError(f"tensor {name} begins at {offsets[name]} of the whole in it and {list(begins)} here")
+
+
+def _offsets_in(header: Header) -> Mapping[str, list[int]]:
+    """Where each tensor of the file begins in the whole.
+
+    Raises:
+        Damaged: the file does not say so.
+    """
+    try:
+        entries = json.loads(header.metadata[_OFFSETS])
+        return {name: [int(offset) for offset in entries[name][_OFFSETS_OF_ONE]] for name in header.tensors}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None
