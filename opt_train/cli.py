@@ -7,6 +7,7 @@ imports what it needs: `--help` answers at once, and `run`, which stays for mont
 import argparse
 import difflib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,9 +206,9 @@ def _checkpoints(flags: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _evaluate(flags: argparse.Namespace, _rest: list[str]) -> int:
-    from opt_train.cli_evaluate import evaluate
+    from opt_train.cli_evaluate import evaluate_as_told
 
-    return evaluate(flags.run, flags.checkpoint, flags.sets, as_json=flags.json, data=flags.data)
+    return evaluate_as_told(flags)
 
 
 def _generate(flags: argparse.Namespace, _rest: list[str]) -> int:
@@ -239,6 +240,26 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="sets", metavar="NAME",
         help="a validation set, more than once for several; by default all that the data holds",
     )  # fmt: skip
+    parser.add_argument(
+        "--harness", nargs="?", const="", type=_task_names, metavar="TASK,...",
+        help="instead of perplexity, what lm_eval (pip install 'opt-train[harness]') makes of it on these tasks, "
+        "beside the released OPT of its size; by default those that have published values: lambada_openai, piqa, "
+        "arc_easy, arc_challenge, winogrande, sciq. Their data come from huggingface.co, once. Stands behind RUN",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", type=Path, metavar="PATH",
+        help="with --harness: the YAML of a task of your own, or a folder of them; all in it, unless some are named",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="with --harness: the first N documents of each task, to try it out"
+    )
+
+
+def _task_names(text: str) -> str:
+    """Tasks as `a,b`, and not the run, which `--harness` would swallow where it stands before it."""
+    if not re.fullmatch(r"[\w.:,-]*", text) or (text and Path(text).is_dir()):
+        raise argparse.ArgumentTypeError(f"{text} names no tasks; put RUN before --harness, and tasks behind it as a,b")
+    return text
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
@@ -326,8 +347,14 @@ VERBS = {
         add_flags=_add_checkpoints_flags,
     ),
     "evaluate": Verb(
-        "measure a checkpoint's perplexity on the validation sets",
-        ("opt-train evaluate runs/demo", "opt-train evaluate name=demo --checkpoint 400 --set validation --json"),
+        "measure a checkpoint's perplexity on the validation sets, or its scores on public tasks",
+        (
+            "opt-train evaluate runs/demo",
+            "opt-train evaluate name=demo --checkpoint 400 --set validation --json",
+            "opt-train evaluate runs/demo --harness",
+            "opt-train evaluate runs/demo --harness=piqa,sciq --limit 100",
+            "opt-train evaluate runs/demo --harness --tasks mine.yaml",
+        ),
         _evaluate,
         configured=False,
         add_flags=_add_evaluation_flags,

@@ -1,8 +1,10 @@
 """`opt-train evaluate` and `opt-train generate`: what a checkpoint can do. They change nothing in its run."""
 
+import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from opt_train.protocol.exits import DONE, BadInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from opt_train.evaluate.harness import Score
 
 NEW_TOKENS = 64
 """Unless told otherwise, and the model has positions for them."""
@@ -103,6 +107,160 @@ def _as_table(subject: Subject, dataset: DatasetManifest, measured: Mapping[str,
         lines.append(f"{name:{width}} {result.tokens:>14,} {result.loss:>9.4f} {result.perplexity:>11.2f}")
     if HELD_OUT in measured:
         lines.append(f"a unigram model of the same data has {dataset.unigram_perplexity:.1f} on {HELD_OUT}")
+    return "\n".join(lines)
+
+
+def evaluate_as_told(flags: argparse.Namespace) -> int:
+    """Obey `opt-train evaluate` with its flags.
+
+    Raises:
+        BadInput: flags that do not go together.
+    """
+    if flags.harness is None:
+        for flag in ("tasks", "limit"):
+            if getattr(flags, flag) is not None:
+                raise BadInput(f"--{flag} is for --harness alone; add --harness, or leave it out")
+        return evaluate(flags.run, flags.checkpoint, flags.sets, as_json=flags.json, data=flags.data)
+    if flags.sets:
+        raise BadInput(f"--set={flags.sets[0]} is for perplexity, and --harness measures tasks; leave one of them out")
+    if flags.limit is not None and flags.limit < 1:
+        raise BadInput(f"--limit={flags.limit} must be larger than 0")
+    names = [name for name in flags.harness.split(",") if name]
+    return harness(flags.run, flags.checkpoint, names, flags.tasks, flags.limit, as_json=flags.json, data=flags.data)
+
+
+def harness(
+    run: Path,
+    checkpoint: str,
+    names: Sequence[str],
+    definitions: Path | None,
+    limit: int | None,
+    as_json: bool,
+    data: Path | None = None,
+) -> int:
+    """Print what EleutherAI's harness makes of a checkpoint, beside the released OPT of its size.
+
+    The checkpoint is exported to a temporary folder, as `opt-train export` does it, and asked there.
+
+    Args:
+        names: tasks; empty: those that `definitions` has, or those with published values.
+        definitions: the YAML of a task of one's own, or a folder of them.
+        limit: documents of each task; None: all.
+        data: prepared data, for imported weights; their tokenizer is taken.
+    """
+    from opt_train.evaluate import harness as bridge
+    from opt_train.evaluate.published import size_of
+    from opt_train.exchange.exporting import export
+    from opt_train.parallel.fsdp import TYPES
+
+    version = bridge.check_installed()
+    subject = Subject(run, checkpoint, data)
+    subject.tokenizer()  # a wrong one, or none, is said before any work
+    config = subject.config
+    size = size_of(config.model)
+    tasks = bridge.load_tasks(names, definitions)
+    device = subject.device()
+    with tempfile.TemporaryDirectory(prefix="opt-train-") as folder:
+        export(
+            config.model,
+            subject.folder,
+            subject.checkpoint.manifest_sha256,
+            Path(folder, "exported"),
+            dtype=config.precision.compute,
+            tokenizer=subject.tokenizer_files(),
+            verifying=telling("verifying the checkpoint", "bytes"),
+            writing=telling("writing it for the harness", "bytes"),
+        )
+        scores = bridge.evaluate(
+            Path(folder, "exported"),
+            tasks,
+            device=device,
+            dtype=TYPES[config.precision.compute],
+            length=config.data.sequence_length,
+            batch=config.train.micro_batch,
+            limit=limit,
+        )
+    print((_scores_as_json if as_json else _scores_as_table)(subject, version, scores, size, limit))
+    return DONE
+
+
+def _published(score: "Score", size: str | None) -> float | None:
+    """What is published of the same task, asked in the same way."""
+    from opt_train.evaluate.published import SHOTS, published
+
+    same = not score.own and score.shots == SHOTS
+    return published(size, score.task, score.metric) if same else None
+
+
+def _scores_as_json(
+    subject: Subject, version: str, scores: Sequence["Score"], size: str | None, limit: int | None
+) -> str:
+    from opt_train.evaluate.published import CONDITIONS, SOURCE
+
+    rows = []
+    for score in scores:
+        known, finite = _published(score, size), math.isfinite(score.value)
+        rows.append(
+            {
+                "task": score.task,
+                "metric": score.metric,
+                "shots": score.shots,
+                "version": score.version,
+                "documents": score.documents,
+                "value": score.value if finite else None,
+                "stderr": score.stderr,
+                "published": known,
+                "difference": score.value - known if known is not None and finite else None,
+            }
+        )
+    payload = {
+        "name": subject.name,
+        "checkpoint": subject.checkpoint.path,
+        "attempt": subject.checkpoint.attempt,
+        "step": subject.checkpoint.step,
+        "lm_eval": version,
+        "limit": limit,
+        "published": None if size is None else {"size": size, "source": SOURCE, "conditions": CONDITIONS},
+        "results": rows,
+    }
+    return json.dumps(payload, indent=2)
+
+
+def _scores_as_table(
+    subject: Subject, version: str, scores: Sequence["Score"], size: str | None, limit: int | None
+) -> str:
+    from opt_train.evaluate.published import CONDITIONS, SOURCE
+
+    head = ("task", "metric", "shots", "value", "stderr", "published", "difference")
+    rows = [head]
+    for score in scores:
+        known, digits = _published(score, size), 2 if "perplexity" in score.metric else 4
+        rows.append(
+            (
+                score.task,
+                score.metric,
+                "" if score.shots is None else str(score.shots),
+                f"{score.value:.{digits}f}",
+                "" if score.stderr is None else f"{score.stderr:.{digits}f}",
+                "" if known is None else f"{known:.{digits}f}",
+                "" if known is None else f"{score.value - known:+.{digits}f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{subject.name} at step {subject.checkpoint.step}, by lm_eval {version}"]
+    for row in rows:
+        cells = [f"{cell:{'<' if n < 2 else '>'}{widths[n]}}" for n, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    if limit is not None:
+        lines.append(f"only the first {limit} documents of each task; published values are of all")
+    if size is None:
+        lines.append(f"{subject.name} has the shape of no OPT size with published values, so there is none beside it")
+    elif any(_published(score, size) is not None for score in scores):
+        versions = {score.task: score.version for score in scores if _published(score, size) is not None}
+        lines.append(f"published: {size} in {SOURCE}; {CONDITIONS}")
+        lines.append("here: " + ", ".join(f"{task} version {number}" for task, number in versions.items()))
+    else:
+        lines.append(f"nothing is published here for {size} on these tasks")
     return "\n".join(lines)
 
 

@@ -3,20 +3,28 @@
 Nothing is unpickled: the shards are safetensors, the rest is JSON, and no other file of the folder is opened.
 """
 
+import contextlib
+import io
 import math
+import os
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.futures import Future
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes, shifted
+from opt_train.checkpoint.safetensors_file import PartReader, read_header
 from opt_train.checkpoint.snapshot import OWN, PARTS, load_own
 from opt_train.checkpoint.tensors import OPTIMIZER, Restorable
 
@@ -100,6 +108,37 @@ class _Reader(HuggingFaceStorageReader):
                 if isinstance(tensor, TensorStorageMetadata):
                     tensor.chunks = _each_once(name, tensor.chunks)
         return self._metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Have the disk begin with what this rank will read, while the ranks still agree on who reads what."""
+        wanted = {self.storage_data[item.storage_index].relative_path for item in plan.items}
+        Thread(target=_read_ahead, args=(sorted(wanted),), name="read ahead", daemon=True).start()
+        return super().prepare_local_plan(plan)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As torch's, which maps the files and copies from there, at half of what the disk gives."""
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+        reader = PartReader()
+        for path, items in sorted(by_file.items()):
+            with io.FileIO(path) as file:
+                places = read_header(file).tensors
+                for item in sorted(items, key=lambda item: places[item.storage_index.fqn].begin):
+                    target = planner.resolve_tensor(item).detach()
+                    place = places[item.storage_index.fqn]
+                    reader.read(file, place, target, tuple(item.storage_offsets), tuple(item.lengths))
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _read_ahead(paths: list[str]) -> None:
+    """Ask the system to have these files in its memory soon. A wish: whoever reads them finds out what is wrong."""
+    for path in paths:
+        with contextlib.suppress(OSError), io.FileIO(path) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _each_once(name: str, chunks: list[ChunkStorageMetadata]) -> list[ChunkStorageMetadata]:

@@ -5,10 +5,11 @@ The format (github.com/huggingface/safetensors): the header's length in 8 bytes,
 with spaces; the tensors' bytes, one behind the other.
 """
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
@@ -101,6 +102,53 @@ def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadat
 def bytes_of(tensor: Tensor) -> memoryview:
     """A CPU tensor's bytes: its own memory where it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class PartReader:
+    """Reads parts of tensors from one file after another, straight into where they belong if that is plain memory."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # one for all: memory that is new is slow
+
+    def read(
+        self, file: io.FileIO, place: Place, target: Tensor, offsets: Sequence[int] = (), lengths: Sequence[int] = ()
+    ) -> None:
+        """Fill `target` with the part of a tensor of the file that begins at `offsets`; without them with all of it.
+
+        Raises:
+            Damaged: the file ends too early.
+            OSError: it cannot be read.
+        """
+        shape, width = place.shape, place.dtype.itemsize
+        offsets, lengths = offsets or [0] * len(shape), lengths or shape
+        inner = math.prod(shape[1:]) * width
+        if list(lengths[1:]) != list(shape[1:]):  # not one piece: read the rows, and take from them
+            rows = self._rows(file, place, offsets[0], lengths[0], inner)
+            taken = tuple(slice(begin, begin + length) for begin, length in zip(offsets[1:], lengths[1:], strict=True))
+            target.copy_(rows[(slice(None), *taken)])
+        elif target.device.type == "cpu" and target.is_contiguous() and target.dtype == place.dtype:
+            begin = place.begin + (offsets[0] * inner if shape else 0)
+            _fill(file, begin, target.reshape(-1).view(torch.uint8))
+        else:
+            rows = self._rows(file, place, *((offsets[0], lengths[0]) if shape else (0, 1)), inner)
+            target.copy_(rows.view(target.shape))
+
+    def _rows(self, file: io.FileIO, place: Place, first: int, count: int, inner: int) -> Tensor:
+        size = count * inner
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        content = self._buffer[:size]
+        _fill(file, place.begin + first * inner, content)
+        return content.view(place.dtype).view(count, *place.shape[1:])
+
+
+def _fill(file: io.FileIO, begin: int, content: Tensor) -> None:
+    view = content.numpy().data
+    file.seek(begin)
+    while view:  # the system gives 2 GB at a time at most
+        if not (count := file.readinto(view)):
+            raise Damaged("it has become shorter while it was read")
+        view = view[count:]
 
 
 def read_header(file: BinaryIO) -> Header:

@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import SHARD_SUFFIX, STATE, CheckpointError
-from opt_train.checkpoint.safetensors_file import Damaged, Header, Place, header_of, read_header
+from opt_train.checkpoint.safetensors_file import Damaged, Header, PartReader, header_of, read_header
 from opt_train.checkpoint.tensors import Restorable
 from opt_train.protocol.facts import MemoryFile
 from opt_train.protocol.framing import to_payload
@@ -265,28 +265,15 @@ def _read_own(parts: Mapping[str, Part], path: Path) -> None:
         with io.FileIO(path) as file:
             header = read_header(file)
             _check_same(parts, header)
-            largest = max((place.end - place.begin for place in header.tensors.values()), default=0)
-            buffer = torch.empty(largest, dtype=torch.uint8)  # one for all: memory that is new is slow
+            reader = PartReader()
             with torch.no_grad():
                 for name, place in header.tensors.items():
                     if place.begin != place.end:
-                        parts[name].local.copy_(_read_tensor(file, place, buffer))
+                        reader.read(file, place, parts[name].local)
     except Damaged as error:
         raise CheckpointError(f"it is damaged: {error}") from None
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror}") from None
-
-
-def _read_tensor(file: io.FileIO, place: Place, buffer: Tensor) -> Tensor:
-    """One tensor of the file, in `buffer`."""
-    content = buffer[: place.end - place.begin]
-    view = content.numpy().data
-    file.seek(place.begin)
-    while view:  # the system gives 2 GB at a time at most
-        if not (count := file.readinto(view)):
-            raise Damaged("it has become shorter while it was read")
-        view = view[count:]
-    return content.view(place.dtype).view(place.shape)
 
 
 def _check_same(parts: Mapping[str, Part], header: Header) -> None:
