@@ -13,7 +13,8 @@ def together(action: Callable[[], None], process_group: dist.ProcessGroup | None
     """Run `action` on every rank and agree on whether it succeeded everywhere: a barrier that nobody fails to reach.
 
     Raises:
-        CheckpointError: `action` failed on some rank; here with the reason, if it was here.
+        CheckpointError: `action` failed on some rank; with the reason, its own where it failed, the first failing
+            rank's elsewhere: whichever rank is heard first, the journal has the reason.
     """
     error: BaseException | None = None
     try:
@@ -25,10 +26,22 @@ def together(action: Callable[[], None], process_group: dist.ProcessGroup | None
         votes = torch.tensor(failed, dtype=torch.int64)
         dist.all_reduce(votes, group=process_group)
         failed = int(votes.item())
+    if not failed:
+        return
+    reason = "" if error is None else _reason_of(error)
+    reasons = _of_all(reason, process_group)
     if error is not None:
-        raise CheckpointError(f"{failure}: {_reason_of(error)}") from error
-    if failed:
-        raise CheckpointError(f"{failure}: {failed} other rank{'s' if failed > 1 else ''} failed")
+        raise CheckpointError(f"{failure}: {reason}") from error
+    rank = min(rank for rank, reason in enumerate(reasons) if reason)
+    raise CheckpointError(f"{failure}: rank {rank}: {reasons[rank]}")
+
+
+def _of_all(reason: str, process_group: dist.ProcessGroup | None) -> list[str]:
+    if not dist.is_initialized():
+        return [reason]
+    reasons = [""] * dist.get_world_size(process_group)
+    dist.all_gather_object(reasons, reason, group=process_group)
+    return reasons
 
 
 def _reason_of(error: BaseException) -> str:

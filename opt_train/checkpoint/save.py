@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from opt_train.checkpoint.agreement import together
-from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Progress, retire, sync_folder, write_durably
+from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Progress, naming, retire, sync_folder
 from opt_train.checkpoint.safetensors_file import write_safetensors
 from opt_train.protocol.facts import SavedFile
 from opt_train.protocol.framing import to_payload
@@ -68,7 +69,11 @@ def save(
     """
     alone = not dist.is_initialized()
     first = alone or dist.get_rank(process_group) == 0
-    together(lambda: _make_empty(folder) if first else None, process_group, f"{folder} cannot be prepared")
+    made: list[int] = []  # the folder, open: so its inode is nobody else's meanwhile, though it were removed
+
+    def prepare() -> None:
+        if first:
+            made.append(_make_empty(folder))
 
     expected = sum(_local_bytes(tensor) for tensor in tensors.values())
     writer = _Writer(folder, None if progress is None else lambda done: progress(done, max(done, expected)))
@@ -79,17 +84,22 @@ def save(
             save_tensors(dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone)
         if first:
             content = (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-            write_durably(folder / STATE, content)
-            writer.written[folder / STATE] = (len(content), hashlib.sha256(content).hexdigest())
+            with DurableFile(folder / STATE) as file:
+                file.write(content)
+            writer.written[folder / STATE] = (file.size, file.sha256)
         sync_folder(folder)
 
     try:
+        together(prepare, process_group, f"{folder} cannot be prepared")
         together(write, process_group, f"{folder} was not saved")
     except CheckpointError:
         # Nobody writes any more. On a full disk the leftovers would be what keeps the next save from succeeding.
-        if first:
-            _remove(folder)
+        for descriptor in made:
+            _remove(folder, descriptor)
         raise
+    finally:
+        for descriptor in made:
+            os.close(descriptor)
     return tuple(
         SavedFile(path.relative_to(folder).as_posix(), size, sha256)
         for path, (size, sha256) in sorted(writer.written.items())
@@ -131,7 +141,10 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 class DurableFile:
-    """A new file, written once from front to back, hashed as it is written and durable when it is closed."""
+    """A new file, written once from front to back, hashed as it is written and durable when it is closed.
+
+    One that is there already is an error: two that write into one file make it neither's.
+    """
 
     def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
         """Open it.
@@ -139,21 +152,26 @@ class DurableFile:
         Args:
             progress: told the durable bytes now and then.
         """
-        self._file = io.FileIO(path, "w")
+        self._file = io.FileIO(path, "x")
+        self._path = path
         self.size = 0
         self._digest = hashlib.sha256()
         self._progress = progress
-        self._durable = 0
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._beside = ThreadPoolExecutor(2, thread_name_prefix="save")
+        self._synced: tuple[int, futures.Future[None]] | None = None
+        """Bytes that will be durable, and when."""
+        self._asked = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._hashing.shutdown()
+        self._beside.shutdown()
         try:
-            os.fsync(self._file.fileno())
-            self._note_durable()
+            with naming(self._path):
+                self._wait_durable()
+                os.fsync(self._file.fileno())
+            self._tell(self.size)
         finally:
             self._file.close()
 
@@ -170,9 +188,10 @@ class DurableFile:
         view = memoryview(content).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
-            hashed = self._hashing.submit(self._digest.update, piece)  # the file system need not wait for it
+            hashed = self._beside.submit(self._digest.update, piece)  # the file system need not wait for it
             try:
-                self._write(piece)
+                with naming(self._path):
+                    self._write(piece)
             finally:
                 hashed.result()
         return len(view)
@@ -181,19 +200,30 @@ class DurableFile:
         self.size += len(piece)
         while piece:  # the system may take less than it was given, a full disk for one
             piece = piece[self._file.write(piece) :]
-        # Now and then: the progress told is then of bytes on the disk, and never stands still in one long fsync.
-        if self.size - self._durable >= PIECE_BYTES:
-            os.fdatasync(self._file.fileno())
-            self._note_durable()
+        # Now and then: the progress told is then of bytes on the disk, and never stands still in one long fsync. While
+        # the disk takes these, the next are copied into the system's memory.
+        if self.size - self._asked >= PIECE_BYTES:
+            self._wait_durable()
+            self._asked = self.size
+            self._synced = (self.size, self._beside.submit(os.fdatasync, self._file.fileno()))
 
-    def _note_durable(self) -> None:
-        self._durable = self.size
+    def _wait_durable(self) -> None:
+        """Wait for the bytes that were sent to the disk, if any were. Raises OSError if it does not take them."""
+        synced, self._synced = self._synced, None
+        if synced is not None:
+            synced[1].result()
+            self._tell(synced[0])
+
+    def _tell(self, durable: int) -> None:
         if self._progress is not None:
-            self._progress(self.size)
+            self._progress(durable)
 
 
-def _make_empty(folder: Path) -> None:
-    if (folder / MANIFEST).exists():
+def _make_empty(folder: Path) -> int:
+    """Make the folder, and open it."""
+    # Asked so that an error stays one: what cannot be looked at is not to be taken for what is not there.
+    with contextlib.suppress(FileNotFoundError):
+        (folder / MANIFEST).lstat()
         raise CheckpointError("it is a committed checkpoint already")
     retire(folder)
     # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not want it back.
@@ -202,12 +232,22 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir()
     sync_folder(folder.parent)
     sync_folder(folder.parent.parent)
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _remove(folder: Path) -> None:
-    """Best effort: what stays has no manifest, so it harms nobody, and the next save here clears it."""
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Whether the folder of that name is the one that was opened, and not one made in its place."""
+    return os.path.samestat(folder.stat(), os.fstat(descriptor))
+
+
+def _remove(folder: Path, descriptor: int) -> None:
+    """Best effort: what stays has no manifest, so it harms nobody, and the next save here clears it.
+
+    Another save's folder in the place of ours is not ours to remove: it may be a checkpoint by now.
+    """
     with contextlib.suppress(OSError):
-        retire(folder)
+        if _is_still(folder, descriptor):
+            retire(folder)
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:

@@ -180,8 +180,10 @@ def read_manifest(begin: Begin) -> checkpoint_manifest.Manifest | None:
         return None
     if not begin.manifest_sha256:
         raise CannotStart("corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}")
+    folder, sha256 = Path(begin.checkpoint), begin.manifest_sha256
     try:
-        return checkpoint_manifest.read(Path(begin.checkpoint), begin.manifest_sha256)
+        # Another node committed it, perhaps a moment ago.
+        return checkpoint_manifest.patiently(folder, lambda: checkpoint_manifest.read(folder, sha256))
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
 

@@ -121,6 +121,32 @@ def test_each_checkpoint_is_on_its_branch_and_the_one_a_restart_takes_is_marked(
     assert rows["1.00", 10]["committed"] == "2026-09-21T14:18:20.000Z"
 
 
+def test_what_agents_hold_is_listed_by_tier_as_far_as_the_journal_counts_on_it(story: Story, say) -> None:
+    files = {"state.json": (10, "ab" * 32), "shard-00000.safetensors": (1000, "cd" * 32)}
+    for tier, step in (("memory", 32), ("node", 34), ("memory", 34)):
+        folder = story.run.checkpoint("1.01", step, tier)
+        folder.mkdir(parents=True)
+        made = manifest.of_reports("1.01", step, files, {"healthy": True})
+        path = folder.relative_to(story.run.path).as_posix()
+        sha256 = manifest.commit(folder, made)
+        story.tell(CheckpointCommitted(path, sha256, made.bytes, 2, 0.1, True, tier, 1, "c0"), step)
+    story.tell(CheckpointRejected("node/1.01/step-00000034", "node-1: shard-00000.safetensors is nowhere"), 34)
+    rows = json.loads(say("checkpoints", str(story.run.path), "--json").out)
+    held = [
+        (row["tier"], row["step"], row["state"], row["checked"], row["next"]) for row in rows if row["tier"] != "shared"
+    ]
+    assert held == [
+        ("memory", 32, "good", "held", False),
+        ("node", 34, "rejected", "held", False),
+        ("memory", 34, "good", "held", True),
+    ]
+    # At rest nobody holds anything in memory any more, though the manifests lie there until the next start.
+    story.tell(RunStopped("a person", 30))
+    rows = json.loads(say("checkpoints", str(story.run.path), "--json").out)
+    assert [row["tier"] for row in rows if row["tier"] != "shared"] == ["node"]
+    assert [(row["tier"], row["step"]) for row in rows if row["next"]] == [("shared", 30)]
+
+
 def test_a_flipped_bit_is_found_by_verify_alone_and_moves_the_restart(story: Story, say) -> None:
     path = story.run.checkpoint("1.01", 30) / "b.safetensors"
     path.write_bytes(bytes(499) + b"\1")

@@ -30,6 +30,12 @@ from opt_train.protocol.exits import BadInput
         (["checkpoint.milestone_every_steps=7"],
          "checkpoint.milestone_every_steps=7 must be a multiple of checkpoint.every_steps=500, or milestones would "
          "not be saved; use 500, or 0 for none"),
+        (["checkpoint.memory_every_steps=20", "checkpoint.node_every_steps=50"],
+         "checkpoint.node_every_steps=50 must be a multiple of checkpoint.memory_every_steps=20: what goes to a "
+         "node's disk comes from its memory; use 40 or 60, or 0 for none"),
+        (["checkpoint.node_every_steps=50"],
+         "checkpoint.node_every_steps=50 must be a multiple of checkpoint.memory_every_steps=0: what goes to a node's "
+         "disk comes from its memory; set checkpoint.memory_every_steps too, or 0 for none"),
         (["checkpoint.keep_hours=-1"], "checkpoint.keep_hours=-1.0 must not be negative"),
         (["optim.beta2=1.0"], "optim.beta2=1.0 must be at least 0 and below 1"),
         (["optim.final_fraction=1.5"], "optim.final_fraction=1.5 must be at most 1, a part of the peak"),

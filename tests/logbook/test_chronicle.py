@@ -9,8 +9,10 @@ from opt_logbook import metrics
 from opt_logbook.chain import read_bytes
 from opt_logbook.chronicle import Chronicle
 from opt_logbook.events import (
+    AttemptEnded,
     CheckpointCommitted,
     CheckpointRejected,
+    CheckpointRetired,
     Entry,
     Event,
     Evidence,
@@ -35,6 +37,7 @@ from opt_logbook.plots import ALARM, ATTEMPT_COLOURS
 from opt_logbook.render import render
 from opt_logbook.run_directory import RunDirectory
 from opt_logbook.told import Said
+from opt_logbook.verify import verify
 
 from tests.logbook.demo_run import NODES, DemoRun, metrics_line, write_demo
 
@@ -400,6 +403,38 @@ def test_each_attempt_has_its_curve_and_each_time_without_training_its_shade(dem
         assert ATTEMPT_COLOURS[3] not in figures[name]
     shades = re.findall(rf"fill: {ALARM}; opacity: 0.16", figures["wall_clock"])
     assert len(shades) == 2
+
+
+def test_snapshots_are_told_in_a_sentence_and_restarts_say_where_they_came_from(tmp_path: Path) -> None:
+    demo = DemoRun(tmp_path / "demo")
+    demo.create()
+    demo.start("1.00", 0, NODES, (), reason="the run begins")
+    for step in (10, 20, 30):
+        for tier in ("memory", "node") if step == 20 else ("memory",):
+            path = f"{tier}/1.00/step-{step:08d}"
+            demo.tell(CheckpointCommitted(path, "ab", 44_300_000, 3, 0.2, healthy=True, tier=tier, world_size=2), step)
+    demo.tell(CheckpointRetired("memory/1.00/step-00000010"), 30)
+    demo.tell(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 33)
+    demo.tell(IncidentDiagnosed(1, "killed", "unknown", "", 0.9, "node-2", 1, (), "restart"), 33)
+    demo.tell(AttemptEnded(1, "failed"), 33)
+    demo.tell(CheckpointRejected("memory/1.00/step-00000030", "no node that is left holds shard-00001.safetensors"), 30)
+    demo.latest = ("memory/1.00/step-00000020", "ab")
+    demo.start("1.01", 20, NODES, (), reason="killed on node-2", incident=1)
+    text = markdown_of(demo.run)
+    for words in (
+        "3 snapshots of 44.3 MB held in the nodes' memory, the newest at step 30.",
+        "1 snapshot of 44.3 MB copied to the nodes' own disks, the newest at step 20.",
+        "The snapshot in the nodes' memory memory/1.00/step-00000030 did not verify (no node that is left holds "
+        "shard-00001.safetensors); an older one was looked for.",
+        "from the snapshot in the nodes' memory of step 20 (memory/1.00/step-00000020)",
+    ):
+        assert words in text, words
+    assert "older checkpoint" not in text, "snapshots come and go without a word"
+    missing = {finding.file for finding in verify(demo.run)}
+    assert missing == {f"{tier}/1.00/step-00000020/manifest.json" for tier in ("memory", "node")}
+    demo.tell(RunStopped("a person", -1))
+    missing = {finding.file for finding in verify(demo.run)}
+    assert missing == {"node/1.00/step-00000020/manifest.json"}, "what was in memory went with the agents"
 
 
 def figures_of(run: RunDirectory) -> dict[str, str]:

@@ -50,3 +50,29 @@ def test_hours_without_a_pace_are_said_not_to_be_counted() -> None:
     assert "those of the last 12 hours not counted: no step's time is known" in page(plan)
     without = replace(config, checkpoint=replace(config.checkpoint, keep_hours=0.0))
     assert "hours" not in page(planned(without)).partition("checkpoint\n")[2].partition("not counted")[0]
+
+
+def test_the_plan_says_what_each_tier_costs() -> None:
+    """By hand: 12 bytes a parameter less two for fp16 weights, over 992 ranks, 8 of them a node."""
+    tiers = ("checkpoint.memory_every_steps=10", "checkpoint.node_every_steps=50", "checkpoint.memory_keep=3")
+    plan = planned(recipe("175b", *tiers))
+    part = -(-10 * plan.parameters // 992)
+    assert plan.checkpoint.node_bytes == 8 * part
+    assert plan.checkpoint.memory_bytes(plan.config) == 2 * (3 + 1) * 8 * part
+    assert plan.checkpoint.disk_bytes(plan.config) == (2 + 1) * 8 * part
+    told = page(plan)
+    assert "112.6 GB of each node's, for 3 snapshots, the next one, and a partner's as many" in told
+    assert "14.08 GB from node to node every 10 steps" in told
+    assert "42.24 GB of each, for 2 snapshots and the next one, one every 50 steps" in told
+    assert "up to 10 steps (3.3 minutes) where it finds a snapshot" in told
+
+
+def test_replicas_and_a_lone_node_have_their_own_costs() -> None:
+    plan = planned(recipe("1.3b", "checkpoint.memory_every_steps=10", "parallel.replicate=4"))
+    assert plan.checkpoint.node_bytes == 8 * plan.checkpoint.bytes_per_rank
+    assert plan.checkpoint.ranks * 4 == plan.config.world_size, "a save is of one replica, a snapshot of all"
+    alone = planned(recipe("125m", "checkpoint.memory_every_steps=10"))
+    assert alone.checkpoint.memory_bytes(alone.config) == 3 * alone.checkpoint.node_bytes
+    assert "no node is there to copy to" in page(alone)
+    off = page(planned(recipe("125m")))
+    assert "none (checkpoint.memory_every_steps=0)" in off

@@ -1,0 +1,36 @@
+"""What becomes of a save that failed on another rank, or that a lone rank could not commit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from opt_logbook.journal import read
+
+from opt_train.config import compose
+from tests.cli.conftest import prepared_once, workplace  # noqa: F401 - fixtures
+from tests.cli.test_lone_run import SMALL, a_lone_run, save
+from tests.train.rig import environment
+
+
+def test_what_a_lone_rank_cannot_commit_gives_its_space_back(workplace: Path) -> None:  # noqa: F811
+    alone, run = a_lone_run(compose(SMALL))
+    attempt = alone.open().attempt
+    save(alone, run, attempt, 4, missing_bytes=1)
+    assert not run.checkpoint(attempt, 4).exists()
+    save(alone, run, attempt, 8)
+    alone.close()
+    told = {entry.step: entry.event for entry in read(run.journal).entries if entry.step in (4, 8)}
+    assert [event.kind for event in told.values()] == ["save_abandoned", "checkpoint_committed"]
+    assert "bytes instead of" in getattr(told[4], "why", "")
+
+
+def test_every_rank_knows_why_another_one_could_not_save(tmp_path: Path) -> None:
+    """The journal takes the word of the rank that is heard first, and "another rank failed" is no reason."""
+    words = [sys.executable, "-m", "tests.faults.agreeing_ranks"]
+    ranks = [
+        subprocess.Popen([*words, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment())
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
+    reason = "[Errno 28] No space left on device: 'shard-00002'"
+    assert said == [f"it was not saved: rank 1: {reason}", f"it was not saved: {reason}"]
