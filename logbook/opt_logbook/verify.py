@@ -151,9 +151,11 @@ def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Finding]:
                 expected[path] = (entry.seq, sha256)
             case CheckpointRetired(path=path) | CheckpointRejected(path=path):
                 expected.pop(path, None)
-            case RunStopped() | RunHalted() | RunFinished():
+            case RunStopped() | RunHalted():
                 # What agents held in memory went with them, and the next start clears its manifests.
                 expected = {path: known for path, known in expected.items() if tier_of(path) != "memory"}
+            case RunFinished():
+                expected = {path: known for path, known in expected.items() if tier_of(path) == "shared"}
             case _:
                 pass
     findings: list[Finding] = []

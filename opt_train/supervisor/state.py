@@ -449,20 +449,21 @@ def _metrics_dropped(s: RunState, entry: Entry, event: MetricsDropped) -> RunSta
 
 
 def _run_finished(s: RunState, entry: Entry, event: RunFinished) -> RunState:
-    return replace(_at_rest(s), stage="finished", finished=event)
+    # The last weights are in the run directory: nothing is to stay on nodes that others will use.
+    return replace(_at_rest(s, SHARED), stage="finished", finished=event)
 
 
 def _run_stopped(s: RunState, entry: Entry, event: RunStopped) -> RunState:
-    return replace(_at_rest(s), stage="stopped", stopped_by=event.by, saved_step=event.saved_step)
+    return replace(_at_rest(s, SHARED, NODE), stage="stopped", stopped_by=event.by, saved_step=event.saved_step)
 
 
 def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
-    return replace(_at_rest(s), stage="halted", question=event.question)
+    return replace(_at_rest(s, SHARED, NODE), stage="halted", question=event.question)
 
 
-def _at_rest(s: RunState) -> RunState:
-    """Agents leave, and what they hold in memory goes with them."""
-    stay = tuple(c for c in s.checkpoints if c.tier != MEMORY)
+def _at_rest(s: RunState, *tiers: str) -> RunState:
+    """Agents leave, and what they hold in memory goes with them; of `tiers` checkpoints stay."""
+    stay = tuple(c for c in s.checkpoints if c.tier in tiers)
     return replace(s, checkpoints=stay, open_incidents=(), order=None)
 
 

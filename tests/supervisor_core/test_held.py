@@ -188,6 +188,13 @@ def test_the_nodes_own_disks_outlive_their_agents() -> None:
     assert {event.path.split("/")[0] for event in world.events(CheckpointRejected)} == {"memory"}
 
 
+def test_a_finished_run_leaves_nothing_on_the_nodes() -> None:
+    world = a_run(node_every_steps=3).until_step(10)
+    assert any(world.node_disks.values())
+    finished(world)
+    assert not any(world.node_disks.values())
+
+
 def test_a_stop_passes_its_snapshot_on_to_the_disks_whatever_its_step() -> None:
     """The scheduler's grace may not last for the file system."""
     world = a_run(node_every_steps=100, memory_every_steps=5, every_steps=100).until_step(7)
