@@ -228,8 +228,11 @@ def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -
         raise CheckpointError(f"{path} has a wrong checksum")
 
 
-def patiently(folder: Path, work: Callable[[], _Found]) -> _Found:
+def patiently(folder: Path, work: Callable[[], _Found], waiting: Callable[[], None] = lambda: None) -> _Found:
     """`work`, and again while it may have met an old state of `folder`, for `LATE_SECONDS` at most.
+
+    Args:
+        waiting: called before each time but the first.
 
     Raises:
         CheckpointError: what `work` raised last.
@@ -244,6 +247,7 @@ def patiently(folder: Path, work: Callable[[], _Found]) -> _Found:
             if not is_late or time.monotonic() >= end or not folder.is_dir():
                 raise
         time.sleep(_LOOK_AGAIN_SECONDS)
+        waiting()
 
 
 def shifted(progress: Progress, before: int, total: int) -> Progress:

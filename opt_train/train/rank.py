@@ -86,7 +86,7 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     set_threads(config, begin.world_size, device)
     # Before anybody waits for anybody: a rank that was given rubbish should say so at once.
     dataset, batches, validation_sets = open_data(config)
-    manifest = read_manifest(begin)
+    manifest = read_manifest(begin, tell)
     state = read_state(manifest, dataset)
 
     group = joins(begin, config, device, tell)
@@ -170,7 +170,7 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     return dataset, batches, validation_sets
 
 
-def read_manifest(begin: Begin) -> checkpoint_manifest.Manifest | None:
+def read_manifest(begin: Begin, tell: Tell) -> checkpoint_manifest.Manifest | None:
     """The manifest of the checkpoint to restore; None only where none was asked for.
 
     Raises:
@@ -182,8 +182,10 @@ def read_manifest(begin: Begin) -> checkpoint_manifest.Manifest | None:
         raise CannotStart("corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}")
     folder, sha256 = Path(begin.checkpoint), begin.manifest_sha256
     try:
-        # Another node committed it, perhaps a moment ago.
-        return checkpoint_manifest.patiently(folder, lambda: checkpoint_manifest.read(folder, sha256))
+        # Another node committed it, perhaps a moment ago. To wait for it, which has an end, is not to hang.
+        return checkpoint_manifest.patiently(
+            folder, lambda: checkpoint_manifest.read(folder, sha256), waiting=lambda: tell(Progress(0, 0))
+        )
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
 

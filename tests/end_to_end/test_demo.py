@@ -112,8 +112,8 @@ def test_the_chronicle_answers_five_questions_about_every_fault(demo: tuple[RunD
         between = [line for line in taken if fault["time"] <= line["time"] <= seen + 1]
         assert abs(int(when[3]) - fault["step"]) <= 3 + len(between), "when: not the step of the deed"
         assert re.search(r"SIGKILL", story), "why: the evidence does not say SIGKILL"
-        restarted = re.search(r"was started on (.*) from the checkpoint of step (\d+)", story)
-        assert restarted, "what was done: no restart from a checkpoint"
+        restarted = re.search(r"was started on (.*) from the snapshot in the nodes' memory of step (\d+)", story)
+        assert restarted, "what was done: no restart from a snapshot"
         if fault["kind"] == "kill-node":
             promoted = driving.of_kind(run, "node_promoted")[0].event
             assert f"{promoted.node} took the place of {fault['node']}" in story, "what was done: no word of the buffer"
