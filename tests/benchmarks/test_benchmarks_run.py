@@ -14,6 +14,7 @@ RATIOS = {
     "memory_cpu.py": (r"ours/transformers: [\d.]+x memory",),
     "exchange_memory.py": (r"export/largest tensor: [\d.]+x memory", r"import/transformers: [\d.]+x memory"),
     "save_cpu.py": (r"blocked/plain: [\d.]+% of a plain save", r"ours/dd: [\d.]+x of its rate"),
+    "snapshot_cpu.py": (r"blocked/copy: [\d.]+x", r"step/step: [\d.]+x the time"),
     "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
 }
 
