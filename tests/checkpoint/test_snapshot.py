@@ -63,11 +63,13 @@ def test_ranks_restore_each_from_its_own_file_and_any_layout_from_all(tmp_path: 
     ranks(tmp_path, 1, *one, ["fp16", [1, 1, 1], {}, "memory-efficient fp16", "read"])
 
 
+@pytest.mark.slow
 def test_shards_of_a_tensor_group_have_their_place_too(tmp_path: Path) -> None:
     """FSDP cuts what tensor parallelism has cut already along the same dimension."""
     ranks(tmp_path, 4, ["both", [1, 2, 2], {}, "fp32", ""])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fairscale", "deepspeed"])
 def test_other_engines_snapshots_are_alike(engine: str, tmp_path: Path) -> None:
     ranks(tmp_path, 2, [engine, [1, 2, 1], {"engine": engine}, "fp32", ""])
