@@ -70,6 +70,12 @@ def test_shards_of_a_tensor_group_have_their_place_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_and_recomputing_blocks_are_alike(tmp_path: Path) -> None:
+    ways = {"compile": True, "activation_checkpointing": "full"}
+    ranks(tmp_path, 2, ["compiled", [1, 2, 1], ways, "fp32", "evaluation"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fairscale", "deepspeed"])
 def test_other_engines_snapshots_are_alike(engine: str, tmp_path: Path) -> None:
     ranks(tmp_path, 2, [engine, [1, 2, 1], {"engine": engine}, "fp32", ""])
