@@ -39,4 +39,4 @@ def test_replicas_shards_and_tensor_groups_take_over_from_one_another(tmp_path: 
 @pytest.mark.slow
 def test_compiled_and_recomputing_blocks_save_and_load_what_plain_ones_do(tmp_path: Path) -> None:
     compiled = {"layout": [1, 2, 1], "ways": COMPILED}
-    follow(tmp_path, [compiled, ALONE, {**compiled, "trouble": "evaluation"}, {**compiled, "trouble": "raised"}, ALONE])
+    follow(tmp_path, [{**compiled, "trouble": "evaluation"}, {**ALONE, "ways": COMPILED, "trouble": "raised"}, ALONE])
