@@ -78,6 +78,7 @@ def test_cfg_of_a_multirun_prints_every_job(tmp_path, monkeypatch, say) -> None:
     assert [(job["seed"], job["optim"]["lr"]) for job in jobs] == [(s, r) for s in range(3) for r in (1e-3, 2e-3)]
 
 
+@pytest.mark.slow
 def test_a_multirun_is_a_process_and_a_run_directory_a_job(workplace: Path, say) -> None:
     said = say("train", "--multirun", *SMALL, "seed=1,2")
     assert said.code == 0, said.err
@@ -87,6 +88,7 @@ def test_a_multirun_is_a_process_and_a_run_directory_a_job(workplace: Path, say)
     assert sorted(p.name for p in (workplace / "runs").iterdir()) == ["small-0", "small-1"]
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_keep_the_next_from_running(workplace: Path, say) -> None:
     said = say("train", "--multirun", *SMALL, "data.name=nothing,files")
     assert said.code == 2

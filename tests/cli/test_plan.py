@@ -179,6 +179,7 @@ def test_a_rehearsal_stands_beside_the_arithmetic(say: Say) -> None:
     assert "rehearsing opt-demo" in said.err
 
 
+@pytest.mark.slow
 def test_a_program_gets_the_rehearsal_too(say: Say) -> None:
     plan = json.loads(say("plan", *TINY, "--rehearse", "--json").out)
     assert set(plan["rehearsals"]) == {"none", "selective", "full"}

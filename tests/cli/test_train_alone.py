@@ -184,6 +184,7 @@ def test_changed_training_keys_open_a_lineage_only_when_asked(workplace: Path, f
     assert {p.name for p in (run.path / "code").iterdir()} == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun_share_one_record(workplace: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -9,7 +9,7 @@ from opt_train.supervisor import core
 from opt_train.supervisor.policy import decide
 from tests.supervisor_core.histories import run_history
 
-HISTORIES = 2400
+HISTORIES = 1800
 PARTS = 6
 
 
