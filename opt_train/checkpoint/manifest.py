@@ -39,6 +39,16 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be saved, trusted or restored. The message names the file or tensor."""
 
 
+def own_file_name(rank: int) -> str:
+    """What the file of a rank is called in a snapshot."""
+    return f"shard-{rank:05d}{SHARD_SUFFIX}"
+
+
+def state_content(state: Mapping[str, Any]) -> bytes:
+    """The bytes of `state.json`."""
+    return (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """Size and hash of one file, as its writer had them."""

@@ -33,6 +33,9 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
 
+OFFSETS, OFFSETS_OF_ONE = "DCP_SHARDING_INFO", "saved_offsets"
+"""torch's names (torch.distributed.checkpoint._hf_utils)."""
+
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 _METADATA = "__metadata__"
 _ALIGNMENT = 8
@@ -80,6 +83,12 @@ def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mappi
     for name in names:
         if tensors[name].numel():
             sink.write(bytes_of(tensors[name]))
+
+
+def sharding_metadata(offsets: Mapping[str, Iterable[int]]) -> dict[str, str]:
+    """What torch's reader looks for: where in the whole each tensor of a file begins."""
+    places = {name: {OFFSETS_OF_ONE: list(begins)} for name, begins in offsets.items()}
+    return {OFFSETS: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 
 def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]) -> bytes:

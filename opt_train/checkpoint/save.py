@@ -7,7 +7,6 @@ with the offsets of its parts. Its `.metadata` and `torch.save` are pickles and 
 import contextlib
 import hashlib
 import io
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,10 +25,18 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from opt_train.checkpoint.agreement import together
-from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Progress, naming, retire, sync_folder
-from opt_train.checkpoint.safetensors_file import write_safetensors
+from opt_train.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    Progress,
+    naming,
+    retire,
+    state_content,
+    sync_folder,
+)
+from opt_train.checkpoint.safetensors_file import sharding_metadata, write_safetensors
 from opt_train.protocol.facts import SavedFile
-from opt_train.protocol.framing import to_payload
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -83,9 +90,8 @@ def save(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save_tensors(dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone)
         if first:
-            content = (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
             with DurableFile(folder / STATE) as file:
-                file.write(content)
+                file.write(state_content(state))
             writer.written[folder / STATE] = (file.size, file.sha256)
         sync_folder(folder)
 
@@ -127,14 +133,12 @@ class _Writer(HuggingFaceStorageWriter):
             name = item.index.fqn
             assert name not in tensors, f"two parts of {name} on one rank"
             tensors[name] = tensor.cpu()
-            offsets[name] = {"saved_offsets": list(chunk.chunk.offsets)}
+            offsets[name] = chunk.chunk.offsets
             results.append(WriteResult(item.index, tensor.numel() * tensor.element_size(), None))
         if tensors:
             path = self._folder / SHARD_NAME.format(plan.storage_data["shard_index"])
-            # What torch's reader looks for.
-            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             with DurableFile(path, self._progress) as file:
-                write_safetensors(file, tensors, metadata)
+                write_safetensors(file, tensors, sharding_metadata(offsets))
             self.written[path] = (file.size, file.sha256)
         done.set_result(results)
         return done

@@ -25,23 +25,23 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opt_train.checkpoint.agreement import together
-from opt_train.checkpoint.manifest import SHARD_SUFFIX, STATE, CheckpointError
-from opt_train.checkpoint.safetensors_file import Damaged, Header, PartReader, header_of, read_header
+from opt_train.checkpoint.manifest import STATE, CheckpointError, own_file_name, state_content
+from opt_train.checkpoint.safetensors_file import (
+    OFFSETS,
+    OFFSETS_OF_ONE,
+    Damaged,
+    Header,
+    PartReader,
+    header_of,
+    read_header,
+    sharding_metadata,
+)
 from opt_train.checkpoint.tensors import Restorable
 from opt_train.protocol.facts import MemoryFile
-from opt_train.protocol.framing import to_payload
 
 PARTS = "parts"
 """The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the rank holds."""
 OWN = "own"
-
-_OFFSETS = "DCP_SHARDING_INFO"
-_OFFSETS_OF_ONE = "saved_offsets"
-
-
-def own_file_name(rank: int) -> str:
-    """What the file of a rank is called in a snapshot."""
-    return f"shard-{rank:05d}{SHARD_SUFFIX}"
 
 
 class Part(NamedTuple):
@@ -169,9 +169,7 @@ class Snapshots:
         """Make the slot's file that of `parts`; its size."""
         # The widest first, so that each begins at a multiple of its width.
         names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
-        offsets = {name: {_OFFSETS_OF_ONE: list(parts[name].offsets)} for name in names}
-        # What torch's reader looks for, as `save` writes it.
-        metadata = {_OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        metadata = sharding_metadata({name: parts[name].offsets for name in names})
         described = ((name, parts[name].local.dtype, parts[name].local.shape) for name in names)
         header = header_of(described, metadata)
         size = len(header) + sum(part.local.numel() * part.local.element_size() for part in parts.values())
@@ -227,7 +225,7 @@ class _Slot:
         Raises:
             OSError: no memory can be had.
         """
-        content = (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        content = state_content(state)
         if self._state_fd < 0:
             self._state_fd = os.memfd_create("snapshot state", os.MFD_CLOEXEC)
         os.ftruncate(self._state_fd, 0)
@@ -300,7 +298,7 @@ def _offsets_in(header: Header) -> Mapping[str, list[int]]:
         Damaged: the file does not say so.
     """
     try:
-        entries = json.loads(header.metadata[_OFFSETS])
-        return {name: [int(offset) for offset in entries[name][_OFFSETS_OF_ONE]] for name in header.tensors}
+        entries = json.loads(header.metadata[OFFSETS])
+        return {name: [int(offset) for offset in entries[name][OFFSETS_OF_ONE]] for name in header.tensors}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None

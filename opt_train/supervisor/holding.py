@@ -22,6 +22,7 @@ from opt_train.supervisor import transfer
 from opt_train.supervisor.helper_thread import HelperThread
 from opt_train.supervisor.secret import SecretUnusable, read_secret
 from opt_train.supervisor.shelf import NotHeld, Shelf, check_words, directory_of, place_of
+from opt_train.supervisor.state import MEMORY, path_of_save
 from opt_train.supervisor.transfer import TransferServer, Unreachable
 
 STATE_BYTES_MAX = 256 << 10
@@ -95,7 +96,7 @@ class Holding:
 
     def snapshot(self, pid: int, begin: Begin, taken: SnapshotTaken) -> None:
         """Hold what the rank of `begin`, process `pid`, says it has taken, and tell it; a log line if that fails."""
-        path = f"memory/{begin.attempt}/step-{taken.step:08d}"
+        path = path_of_save(begin.attempt, taken.step, MEMORY)
         try:
             for file in taken.files:
                 self.shelf.take(path, file.path, pid, file.fd, file.bytes, file.sha256)

@@ -6,6 +6,7 @@ written; whether the bytes are still good is found out when they are wanted, by 
 
 from opt_logbook.events import CheckpointRejected
 
+from opt_train.checkpoint.manifest import STATE, own_file_name
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.supervisor.effects import CommitSnapshot, Send
 from opt_train.supervisor.policy_saves import abandon, committed
@@ -15,13 +16,6 @@ from opt_train.supervisor.state import MEMORY, NODE, Attempt, Checkpoint, path_o
 COPY_AGAIN_SECONDS = 60.0
 FETCH_AGAIN_SECONDS = 600.0
 """Agents give up on a source that is silent long before."""
-STATE = "state.json"
-
-
-def shard_of(rank: int) -> str:
-    """The name of a rank's own part."""
-    return f"shard-{rank:05d}.safetensors"
-
 
 # While ranks train --------------------------------------------------------------------------------------------
 
@@ -153,15 +147,15 @@ def names_for(s: Situation, wanted: Checkpoint, node: str) -> tuple[str, ...]:
     slots, places = s.config.cluster.slots_per_node, s.places()
     same = wanted.world_size == len(places) * slots and wanted.config_sha256 == s.identity.config_sha256
     if not same:
-        return (*(shard_of(rank) for rank in range(wanted.world_size)), STATE)
+        return (*(own_file_name(rank) for rank in range(wanted.world_size)), STATE)
     first = places.index(node) * slots
-    return tuple(shard_of(rank) for rank in range(first, first + slots))
+    return tuple(own_file_name(rank) for rank in range(first, first + slots))
 
 
 def own_names(attempt: Attempt, node: str) -> tuple[str, ...]:
     """Files that the ranks of `node` make."""
     first = attempt.nodes.index(node) * attempt.slots_per_node
-    shards = tuple(shard_of(rank) for rank in range(first, first + attempt.slots_per_node))
+    shards = tuple(own_file_name(rank) for rank in range(first, first + attempt.slots_per_node))
     return (*shards, STATE) if first == 0 else shards
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.background import Staging
-from opt_train.checkpoint.manifest import CheckpointError
+from opt_train.checkpoint.manifest import CheckpointError, own_file_name
 from opt_train.checkpoint.restore import restore
-from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots, own_file_name
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
 from opt_train.checkpoint.tensors import WeightsAlone
 from opt_train.config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.manifest import CheckpointError, build, commit, read
+from opt_train.checkpoint.manifest import CheckpointError, build, commit, own_file_name, read
 from opt_train.checkpoint.restore import restore
-from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots, own_file_name
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Engine

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from opt_train.checkpoint.manifest import CheckpointError, FileEntry, Manifest
+from opt_train.checkpoint.manifest import CheckpointError, FileEntry, Manifest, own_file_name
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.safetensors_file import header_of
-from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots, load_own, own_file_name
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots, load_own
 from opt_train.checkpoint.tensors import ModelAndOptimizer, tensors_of
 from opt_train.protocol.facts import MemoryFile
 from tests.checkpoint.test_restore import Counting, copied, made, same, train

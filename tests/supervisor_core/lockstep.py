@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from opt_logbook.run_directory import tier_of
 
+from opt_train.checkpoint.manifest import STATE, own_file_name
 from opt_train.optim.in_force import in_force
 from opt_train.protocol.facts import (
     InForce,
@@ -16,7 +17,6 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.supervisor.inputs import MetricsTold
-from opt_train.supervisor.policy_held import STATE, shard_of
 from opt_train.supervisor.state import MEMORY, SHARED, path_of_save
 from tests.supervisor_core.actors import START_SECONDS, STEP_SECONDS, Agent, Group, Rank, Slot
 
@@ -101,7 +101,7 @@ def _snapshot(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]
         if world.snapshots_missed.get(group.step) == rank.begin.rank:
             continue
         first = rank.begin.rank == 0
-        names = [shard_of(rank.begin.rank), *([STATE] if first else [])]
+        names = [own_file_name(rank.begin.rank), *([STATE] if first else [])]
         files = tuple(SavedFile(name, 10, f"sha of {name}") for name in names)
         state = {"healthy": True} if first else None
         path = path_of_save(rank.begin.attempt, group.step, MEMORY)

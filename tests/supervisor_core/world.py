@@ -20,6 +20,7 @@ from opt_logbook.events import (
 )
 from opt_logbook.run_directory import tier_of
 
+from opt_train.checkpoint.manifest import own_file_name
 from opt_train.config import RunConfig
 from opt_train.protocol.commands import Begin, Drop, Fetch, Kill, Leave, Relay
 from opt_train.protocol.facts import (
@@ -70,7 +71,6 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
-from opt_train.supervisor.policy_held import shard_of
 from opt_train.supervisor.state import MEMORY, NODE, SHARED, RunState, fold, path_of_save
 from tests.supervisor_core.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
 from tests.supervisor_core.lockstep import advance
@@ -354,7 +354,7 @@ class World:
         assert begin.checkpoint == f"/held/{agent.node}/{path}"
         made = next(c for c in self.replayed.checkpoints if c.path == path)
         same = made.world_size == begin.world_size
-        names = {shard_of(rank) for rank in ([begin.rank] if same else range(made.world_size))}
+        names = {own_file_name(rank) for rank in ([begin.rank] if same else range(made.world_size))}
         assert names <= agent.held.get(path, set()), f"rank {begin.rank} lacks its part of {path}"
         assert {(path, name) for name in names} <= agent.verified, f"rank {begin.rank} reads what nobody has verified"
 
