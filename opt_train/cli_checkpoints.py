@@ -29,7 +29,8 @@ from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError, Listed, Progress
 from opt_train.cli_about import About
 from opt_train.protocol.exits import DONE, NO
-from opt_train.supervisor.state import FASTEST_LAST, MEMORY, NODE, SHARED, RunState
+from opt_train.supervisor.records import FASTEST_LAST, MEMORY, NODE, SHARED
+from opt_train.supervisor.state import RunState
 
 TELL_SECONDS = 2.0
 COLUMNS = 100

@@ -59,9 +59,10 @@ from opt_train.sinks.start import SinkProcesses
 from opt_train.supervisor.checkpoints import CheckpointKeeper
 from opt_train.supervisor.clusters.local import LocalCluster
 from opt_train.supervisor.effects import CommitManifest
+from opt_train.supervisor.records import Checkpoint
 from opt_train.supervisor.retention import dispensable
 from opt_train.supervisor.shell import damage_question
-from opt_train.supervisor.state import Checkpoint, RunState, fold
+from opt_train.supervisor.state import RunState, fold
 from opt_train.train.alone import Lone, train_alone
 
 EXIT_OF = {RANK_BAD_CONFIG: BAD_INPUT, RANK_UNSTABLE: PERSON_MUST_DECIDE}

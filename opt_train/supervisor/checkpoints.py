@@ -13,7 +13,7 @@ from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.supervisor.effects import CommitManifest, CommitSnapshot
 from opt_train.supervisor.inputs import CheckpointVerified, ManifestCommitted
-from opt_train.supervisor.state import FASTEST_LAST
+from opt_train.supervisor.records import FASTEST_LAST
 
 log = logging.getLogger(__name__)
 

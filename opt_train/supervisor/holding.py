@@ -20,9 +20,9 @@ from opt_train.protocol.facts import Fetched, HeldFiles, SavedFile, SnapshotHeld
 from opt_train.protocol.framing import Message, ProtocolError, parse, to_line
 from opt_train.supervisor import transfer
 from opt_train.supervisor.helper_thread import HelperThread
+from opt_train.supervisor.records import MEMORY, path_of_save
 from opt_train.supervisor.secret import SecretUnusable, read_secret
 from opt_train.supervisor.shelf import NotHeld, Shelf, check_words, directory_of, place_of
-from opt_train.supervisor.state import MEMORY, path_of_save
 from opt_train.supervisor.transfer import TransferServer, Unreachable
 
 STATE_BYTES_MAX = 256 << 10

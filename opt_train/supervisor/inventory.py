@@ -6,7 +6,7 @@ from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.facts import AgentState, Fetched, SnapshotHeld
 from opt_train.supervisor.effects import CommitSnapshot
 from opt_train.supervisor.inputs import ManifestCommitted
-from opt_train.supervisor.state import MEMORY, path_of_save
+from opt_train.supervisor.records import MEMORY, path_of_save
 
 
 class Inventory:

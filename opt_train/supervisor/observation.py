@@ -54,7 +54,8 @@ from opt_train.supervisor.inputs import (
     Tick,
 )
 from opt_train.supervisor.inventory import Inventory
-from opt_train.supervisor.state import RunState, path_of_save
+from opt_train.supervisor.records import path_of_save
+from opt_train.supervisor.state import RunState
 from opt_train.supervisor.timeouts import FIRST_STEPS, PhaseTimeouts
 
 STOP_ECHO_SECONDS = 2.0

@@ -26,7 +26,7 @@ from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoin
 from opt_train.supervisor.policy_nodes import close_incidents, halt, is_warm
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation, number_in
-from opt_train.supervisor.state import Attempt, Checkpoint
+from opt_train.supervisor.records import Attempt, Checkpoint
 
 BUFFER_SECONDS = 5.0
 """How long the first attempt waits for nodes that only stand by."""

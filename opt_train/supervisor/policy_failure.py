@@ -19,8 +19,8 @@ from opt_train.supervisor.policy_attempt import report_dropped
 from opt_train.supervisor.policy_nodes import halt
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.records import Incident
 from opt_train.supervisor.responses import HALT, REPLACE, Verdict, respond
-from opt_train.supervisor.state import Incident
 
 
 def failure(s: Situation, node: str, rank: int, what: str, sign: str) -> list[Decision]:

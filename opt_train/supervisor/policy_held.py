@@ -11,7 +11,7 @@ from opt_train.protocol.commands import Drop, Fetch
 from opt_train.supervisor.effects import CommitSnapshot, Send
 from opt_train.supervisor.policy_saves import abandon, committed
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
-from opt_train.supervisor.state import MEMORY, NODE, Attempt, Checkpoint, path_of_save
+from opt_train.supervisor.records import MEMORY, NODE, Attempt, Checkpoint, path_of_save
 
 COPY_AGAIN_SECONDS = 60.0
 FETCH_AGAIN_SECONDS = 600.0

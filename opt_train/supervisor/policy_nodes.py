@@ -19,7 +19,7 @@ from opt_train.protocol.facts import (
 from opt_train.protocol.framing import Message
 from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
 from opt_train.supervisor.policy_situation import REPEAT_SECONDS, Decision, Record, Situation
-from opt_train.supervisor.state import MEMORY, Attempt, path_of_save
+from opt_train.supervisor.records import MEMORY, Attempt, path_of_save
 
 LEAVE_AGAIN_SECONDS = 10.0
 

@@ -6,8 +6,8 @@ from opt_logbook.run_directory import tier_of
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
 from opt_train.supervisor.inputs import ManifestCommitted
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
+from opt_train.supervisor.records import MEMORY, path_of_save
 from opt_train.supervisor.retention import dispensable
-from opt_train.supervisor.state import MEMORY, path_of_save
 
 
 def commit(s: Situation) -> list[Decision]:

@@ -13,7 +13,8 @@ from opt_train.protocol.facts import SlotState
 from opt_train.supervisor.effects import Effect, FenceNode, Send
 from opt_train.supervisor.inputs import Identity
 from opt_train.supervisor.observation import NodeView, Observation
-from opt_train.supervisor.state import Attempt, RunState
+from opt_train.supervisor.records import Attempt
+from opt_train.supervisor.state import RunState
 
 REPEAT_SECONDS = 2.0
 """A kill that was not answered is sent again after this."""

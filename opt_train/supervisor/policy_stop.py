@@ -10,7 +10,8 @@ from opt_train.supervisor.policy_attempt import report_dropped
 from opt_train.supervisor.policy_nodes import LEAVE, LEAVE_AGAIN_SECONDS, close_incidents
 from opt_train.supervisor.policy_saves import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.policy_situation import Decision, Record, Situation
-from opt_train.supervisor.state import MEMORY, SUPERSEDED, OrderRecord
+from opt_train.supervisor.records import MEMORY, OrderRecord
+from opt_train.supervisor.state import SUPERSEDED
 
 RELAY_AGAIN_SECONDS = 5.0
 LONG_PHASES = ("checkpoint", "evaluation")

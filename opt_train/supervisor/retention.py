@@ -9,7 +9,8 @@ loses nothing by it, and only a new checkpoint makes an old one dispensable.
 from collections.abc import Iterator, Sequence
 
 from opt_train.config import RunConfig
-from opt_train.supervisor.state import MEMORY, NODE, SHARED, Checkpoint, RunState
+from opt_train.supervisor.records import MEMORY, NODE, SHARED, Checkpoint
+from opt_train.supervisor.state import RunState
 
 FEWEST_HEALTHY = 2
 """Saved while training was well: a rollback that finds one of them damaged still finds another."""

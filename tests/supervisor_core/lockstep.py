@@ -17,7 +17,7 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.supervisor.inputs import MetricsTold
-from opt_train.supervisor.state import MEMORY, SHARED, path_of_save
+from opt_train.supervisor.records import MEMORY, SHARED, path_of_save
 from tests.supervisor_core.actors import START_SECONDS, STEP_SECONDS, Agent, Group, Rank, Slot
 
 if TYPE_CHECKING:

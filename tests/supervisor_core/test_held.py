@@ -22,7 +22,8 @@ from opt_train.supervisor.inputs import Now
 from opt_train.supervisor.observation import Observation
 from opt_train.supervisor.policy_held import partner_of
 from opt_train.supervisor.policy_situation import Situation
-from opt_train.supervisor.state import Attempt, RunState
+from opt_train.supervisor.records import Attempt
+from opt_train.supervisor.state import RunState
 from tests.supervisor_core.actors import make_config
 from tests.supervisor_core.world import World
 

@@ -21,8 +21,9 @@ from opt_logbook.events import (
 
 from opt_train.config import RunConfig
 from opt_train.supervisor.effects import Effect, RetireCheckpoint
+from opt_train.supervisor.records import path_of_save
 from opt_train.supervisor.retention import dispensable, kept, referred
-from opt_train.supervisor.state import RunState, fold, path_of_save
+from opt_train.supervisor.state import RunState, fold
 from tests.supervisor_core.actors import make_config
 from tests.supervisor_core.world import World
 

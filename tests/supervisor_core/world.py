@@ -71,7 +71,8 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
-from opt_train.supervisor.state import MEMORY, NODE, SHARED, RunState, fold, path_of_save
+from opt_train.supervisor.records import MEMORY, NODE, SHARED, path_of_save
+from opt_train.supervisor.state import RunState, fold
 from tests.supervisor_core.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
 from tests.supervisor_core.lockstep import advance
 
