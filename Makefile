@@ -3,6 +3,7 @@
 # make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some thirty minutes more
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
+# make benchmarks-gpu  training steps on one GPU: tokens/s, MFU, memory
 # make docs     rewrite the generated parts of README.md and docs/configuration.md
 # make clean    remove the environment and caches; runs/ and prepared/ stay
 
@@ -14,7 +15,7 @@ TORCH := torch==2.13.0
 KILLS ?= 50
 SEED ?=
 
-.PHONY: demo test test-end-to-end test-resume benchmarks venv docs clean
+.PHONY: demo test test-end-to-end test-resume benchmarks benchmarks-gpu venv docs clean
 .DEFAULT_GOAL := demo
 
 venv: $(VENV)/installed
@@ -68,6 +69,10 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/exchange_memory.py
 	$(BIN)/python benchmarks/save_cpu.py
 	$(BIN)/python benchmarks/snapshot_cpu.py
+
+benchmarks-gpu: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/step_gpu.py
+	$(BIN)/python benchmarks/step_gpu.py --sizes 1.3b --profile
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py

@@ -88,10 +88,10 @@ def transformers_opt(config: ModelConfig, bf16: bool) -> Step:
     return _autocast_step(model, loss_of, bf16)
 
 
-def plain(config: ModelConfig, bf16: bool) -> Step:
+def plain(config: ModelConfig, bf16: bool, device: torch.device | None = None) -> Step:
     """Plain modules and `F.cross_entropy` over all logits at once, as nanoGPT does it; in bf16 under autocast."""
     torch.manual_seed(0)
-    model = PlainDecoder(config)
+    model = PlainDecoder(config).to(device)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
@@ -138,7 +138,7 @@ class PlainDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Ids [batch, sequence] -> logits [batch, sequence, vocabulary]."""
-        hidden = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        hidden = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
             hidden = layer(hidden)
         return F.linear(self.norm(hidden), self.tokens.weight)
@@ -154,7 +154,7 @@ def _autocast_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]
     )  # fmt: skip
 
     def step(tokens: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(tokens, targets)
         loss.backward()
         optimizer.step()

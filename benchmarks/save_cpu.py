@@ -4,8 +4,8 @@
     python benchmarks/save_cpu.py --quick    a tiny model: whether it runs
 
 *blocked* is what a save beside training keeps the loop from: collecting the tensors, and the update that waits for
-their copy. The plain save is the same code with everybody waiting. Files are dropped from the page cache before they
-are read. Let nothing else run meanwhile.
+their copy. The plain save is the same code with everybody waiting. Ours and `dd` take turns with the same file, dropped
+from the page cache before it is read; a ratio is the median over rounds. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -20,20 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from contestants import OPT_125M, QUICK, VALUES, micro_batch
+from saved_model import CPU, SavedModel
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.background import BackgroundSave, Staging
-from opt_train.checkpoint.restore import load
+from opt_train.checkpoint.load import load
 from opt_train.checkpoint.save import PIECE_BYTES, save
-from opt_train.data.batches import MicroBatch
-from opt_train.optim.clip import clip
-from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.layout import Layout
-from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.facts import SavedFile
-
-CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -48,49 +41,35 @@ def main() -> None:
 
 class Benchmark:
     def __init__(self, folder: Path, quick: bool, rounds: int) -> None:
-        torch.set_num_threads(2)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        config, length = (QUICK, 64) if quick else (OPT_125M, 512)
         self._folder, self._rounds = folder, rounds
-        self._engine = make_engine(
-            config, PrecisionConfig(compute="fp32"), ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0
-        )
-        tokens, targets = micro_batch(config, 1, length)
-        self._batch = MicroBatch(tokens, targets, torch.ones(1))
-        self._weight = torch.tensor(float(tokens.numel()), dtype=torch.float64)
-        self._bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._engine.tensors().values())
+        self._model = SavedModel(quick)
 
     def run(self) -> None:
-        print(f"{self._bytes / 1e9:.2f} GB of weights and moments, torch {torch.__version__}", flush=True)
+        print(f"{self._model.bytes / 1e9:.2f} GB of weights and moments, torch {torch.__version__}", flush=True)
         for _ in range(2):
-            self._step(None)
-        alone = self._median(lambda: self._step(None))
-        plain = self._median(self._save)
+            self._model.step()
+        alone = self._median(self._model.step)
+        in_turn = self._beside_dd()
+        plain = statistics.median(in_turn["save"])
         blocked, beside, ended = self._save_beside_training()
         print(f"plain save             {plain:8.3f} s")
         print(f"save beside training   {ended:8.3f} s from the beginning to the end, {blocked:.3f} s of it blocked")
         print(f"blocked/plain: {blocked / plain:.1%} of a plain save (aim: at most 5 %)")
         print(f"a step                 {alone:8.3f} s alone, {beside:.3f} s while a checkpoint is copied and written")
         print(f"step/step: {beside / alone:.2f}x the time")
-        copy = self._median(self._copy)
+        copy = self._median(self._model.copy)
         print(f"a plain copy           {copy:8.3f} s")
         print(f"blocked/copy: {blocked / copy:.2f}x")
-        self._against_dd(plain)
+        for what, ours, theirs in (("write", "save", "dd writes"), ("read", "load", "dd reads")):
+            mine, peers = in_turn[ours], in_turn[theirs]
+            rate, its = (self._model.bytes / statistics.median(seconds) / 1e9 for seconds in (mine, peers))
+            ratio = statistics.median(its_seconds / seconds for seconds, its_seconds in zip(mine, peers, strict=True))
+            print(f"{what}: {rate:.2f} GB/s, {theirs} {its:.2f} GB/s")
+            print(f"ours/dd: {ratio:.2f}x of its rate (aim: at least 0.80)")
+        print(f"verify: {self._verify():.2f} GB/s on one core (aim: at least 1)")
 
     def _median(self, action: Callable[[], float]) -> float:
         return statistics.median(action() for _ in range(self._rounds))
-
-    def _step(self, saving: BackgroundSave | None) -> float:
-        """Seconds of one step; what it waits for `saving` is in `self._waited`."""
-        began = time.perf_counter()
-        self._engine.forward_backward([self._batch])
-        verdict = clip(self._engine.grad_norm(self._weight), 1.0)
-        waits = time.perf_counter()
-        if saving is not None:
-            saving.wait_copied()
-        self._waited = time.perf_counter() - waits
-        self._engine.apply(verdict)
-        return time.perf_counter() - began
 
     def _new_folder(self) -> Path:
         folder = self._folder / "1.00" / "step-00000001"
@@ -102,8 +81,44 @@ class Benchmark:
     def _save(self) -> float:
         folder = self._new_folder()
         began = time.perf_counter()
-        self._saved = save(self._engine.tensors(), {}, folder)
+        self._saved = save(self._model.engine.tensors(), {}, folder)
         return time.perf_counter() - began
+
+    @property
+    def _shard(self) -> Path:
+        paths = (self._folder / "1.00" / "step-00000001" / file.path for file in self._saved)
+        return max(paths, key=lambda path: path.stat().st_size)
+
+    def _beside_dd(self) -> dict[str, list[float]]:
+        """Seconds by what was done; in turn, as the disk of a virtual machine has good and bad minutes."""
+        self._save()
+        other, block = self._folder / "dd", f"bs={PIECE_BYTES}"
+
+        def write_by_dd() -> float:
+            other.unlink(missing_ok=True)
+            os.sync()
+            return _dd(f"if={self._shard}", f"of={other}", block, "conv=fsync")
+
+        def read_by_dd() -> float:
+            _forget(self._shard)
+            return _dd(f"if={self._shard}", "of=/dev/null", block)
+
+        def read() -> float:
+            _forget(self._shard)
+            began = time.perf_counter()
+            load(_State(self._model.engine.tensors()), self._shard.parent)
+            return time.perf_counter() - began
+
+        seconds: dict[str, list[float]] = {}
+        for pair in ({"save": self._save, "dd writes": write_by_dd}, {"load": read, "dd reads": read_by_dd}):
+            for action in pair.values():  # not counted; and a virtual machine's host has the file at hand from now on
+                action()
+            seconds |= {name: [] for name in pair}
+            for number in range(self._rounds):
+                # Whoever goes first in one round goes last in the next.
+                for name in list(pair)[:: 1 if number % 2 == 0 else -1]:
+                    seconds[name].append(pair[name]())
+        return seconds
 
     def _save_beside_training(self) -> tuple[float, float, float]:
         staging, group = Staging(CPU), dist.new_group(backend="gloo")
@@ -111,47 +126,21 @@ class Benchmark:
         for _ in range(self._rounds + 1):
             folder = self._new_folder()
             began = time.perf_counter()
-            saving = BackgroundSave(1, staging, self._engine.tensors(), {}, folder, group)
+            saving = BackgroundSave(1, staging, self._model.engine.tensors(), {}, folder, group)
             begun = time.perf_counter() - began
-            steps.append(self._step(saving))
-            blocked.append(begun + self._waited)
+            steps.append(self._model.step(saving))
+            blocked.append(begun + self._model.waited)
             while not saving.wait(0.0):
-                steps.append(self._step(None))
+                steps.append(self._model.step())
             self._saved = saving.files()
             seconds.append(saving.seconds)
         # The first save makes the memory that the later ones use.
         return statistics.median(blocked[1:]), statistics.median(steps), statistics.median(seconds[1:])
 
-    def _copy(self) -> float:
-        copies = getattr(self, "_copies", None)
-        if copies is None:
-            copies = self._copies = {name: tensor.clone() for name, tensor in self._engine.tensors().items()}
-        began = time.perf_counter()
-        for name, tensor in self._engine.tensors().items():
-            copies[name].copy_(tensor)
-        return time.perf_counter() - began
-
-    def _against_dd(self, plain: float) -> None:
-        folder = self._folder / "1.00" / "step-00000001"
-        shard = max((folder / file.path for file in self._saved), key=lambda path: path.stat().st_size)
-        size, beside = shard.stat().st_size, self._folder / "dd"
-        block = f"bs={PIECE_BYTES}"
-        written = self._median(lambda: _dd(f"if={shard}", f"of={beside}", block, "conv=fsync"))
-        print(f"write: {self._bytes / plain / 1e9:.2f} GB/s, dd {size / written / 1e9:.2f} GB/s")
-        print(f"ours/dd: {written / plain * self._bytes / size:.2f}x of its rate (aim: at least 0.80)")
-        read, read_by_dd = [], []
-        for _ in range(self._rounds):
-            _forget(beside)
-            read_by_dd.append(_dd(f"if={beside}", "of=/dev/null", block))
-            _forget(shard)
-            began = time.perf_counter()
-            load(_State(self._engine.tensors()), folder)
-            read.append(time.perf_counter() - began)
-        ours, theirs = statistics.median(read), statistics.median(read_by_dd)
-        print(f"read: {self._bytes / ours / 1e9:.2f} GB/s, dd reads {size / theirs / 1e9:.2f} GB/s")
-        print(f"ours/dd: {theirs / ours:.2f}x of its rate (aim: at least 0.80)")
-        made = _committed(folder, self._saved)
-        entry = made.files[shard.relative_to(folder).as_posix()]
+    def _verify(self) -> float:
+        """GB/s of a shard that is in memory already."""
+        shard = self._shard
+        entry = _committed(shard.parent, self._saved).files[shard.name]
 
         def check() -> float:
             began = time.perf_counter()
@@ -159,7 +148,7 @@ class Benchmark:
             return time.perf_counter() - began
 
         check()
-        print(f"verify: {size / self._median(check) / 1e9:.2f} GB/s on one core (aim: at least 1)")
+        return entry.bytes / self._median(check) / 1e9
 
 
 class _State:

@@ -4,6 +4,7 @@ A step changes weights and moments in its update alone, so the copy has the whol
 only an update that comes sooner waits for it.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.save import save
@@ -25,20 +26,48 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        on_gpu = device.type != "cpu"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=on_gpu
-            )
-        )
+        self._copies: dict[str, torch.Tensor] = {}
+        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has not run on one yet.)
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def start(self, tensors: Mapping[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:
-        """Begin to copy `tensors`, which nobody may change before the future is done."""
-        if self._device.type != "cpu":
+        """Begin to copy `tensors`, which nobody may change before the future is done.
+
+        The copies are named and spread as the tensors are, and belong to whoever waits for them until the next start.
+        """
+        if self._stream is not None:
             # The copies run on a stream of their own, which does not wait for the update that was queued last.
             torch.accelerator.current_stream(self._device).synchronize()
-        future: Any = self._stager.stage(dict(tensors))
-        return future  # type: ignore[no-any-return]  # torch's stubs know no asynchronous staging
+        copied: Future[dict[str, torch.Tensor]] = Future()
+        # No daemon: memory does not stand still, and torch aborts a process that ends while a thread of it computes.
+        Thread(target=self._run, args=(dict(tensors), copied), name="copy of the state").start()
+        return copied
+
+    def _run(self, tensors: Mapping[str, torch.Tensor], copied: Future[dict[str, torch.Tensor]]) -> None:
+        try:
+            copied.set_result(self._copy(tensors))
+        except BaseException as error:  # whoever asks for the copies gets it
+            self._copies.clear()
+            copied.set_exception(error)
+
+    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        spread: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), self._stream or contextlib.nullcontext():
+            for name, tensor in tensors.items():
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                copy = self._copies.get(name)
+                if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                    pinned = self._stream is not None
+                    copy = self._copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pinned)
+                copy.copy_(local, non_blocking=True)
+                if isinstance(tensor, DTensor):
+                    # Whoever plans a save asks where parts belong, and not which device they are on.
+                    spread[name] = DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+                else:
+                    spread[name] = copy
+            if self._stream is not None:
+                self._stream.synchronize()
+        return spread
 
 
 class BackgroundSave:

@@ -87,7 +87,7 @@ def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def sharding_metadata(offsets: Mapping[str, Iterable[int]]) -> dict[str, str]:
     """What torch's reader looks for: where in the whole each tensor of a file begins."""
-    places = {name: {OFFSETS_OF_ONE: list(begins)} for name, begins in offsets.items()}
+    places = {name: {OFFSETS_OF_ONE: list(begins)} for name, begins in sorted(offsets.items())}
     return {OFFSETS: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 

@@ -161,7 +161,9 @@ class DurableFile:
         self.size = 0
         self._digest = hashlib.sha256()
         self._progress = progress
-        self._beside = ThreadPoolExecutor(2, thread_name_prefix="save")
+        # One that hashes, in order and perhaps behind what is written; one that waits for the disk.
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._synced: tuple[int, futures.Future[None]] | None = None
         """Bytes that will be durable, and when."""
         self._asked = 0
@@ -170,7 +172,8 @@ class DurableFile:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._beside.shutdown()
+        self._hasher.shutdown(cancel_futures=raised[0] is not None)
+        self._syncer.shutdown()
         try:
             with naming(self._path):
                 self._wait_durable()
@@ -181,10 +184,11 @@ class DurableFile:
 
     @property
     def sha256(self) -> str:
+        """Of the file, once it is closed."""
         return self._digest.hexdigest()
 
     def write(self, content: "ReadableBuffer", /) -> int:
-        """Write all of `content`, piece by piece.
+        """Write all of `content`, piece by piece. It must not change before the file is closed.
 
         Raises:
             OSError: the file system takes no more.
@@ -192,12 +196,9 @@ class DurableFile:
         view = memoryview(content).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
-            hashed = self._beside.submit(self._digest.update, piece)  # the file system need not wait for it
-            try:
-                with naming(self._path):
-                    self._write(piece)
-            finally:
-                hashed.result()
+            self._hasher.submit(self._digest.update, piece)
+            with naming(self._path):
+                self._write(piece)
         return len(view)
 
     def _write(self, piece: memoryview) -> None:
@@ -209,7 +210,7 @@ class DurableFile:
         if self.size - self._asked >= PIECE_BYTES:
             self._wait_durable()
             self._asked = self.size
-            self._synced = (self.size, self._beside.submit(os.fdatasync, self._file.fileno()))
+            self._synced = (self.size, self._syncer.submit(os.fdatasync, self._file.fileno()))
 
     def _wait_durable(self) -> None:
         """Wait for the bytes that were sent to the disk, if any were. Raises OSError if it does not take them."""

@@ -7,63 +7,25 @@ alone; all ranks' files together are a checkpoint that torch's reader loads on a
 
 import contextlib
 import hashlib
-import io
-import json
 import mmap
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from opt_train.checkpoint.agreement import together
 from opt_train.checkpoint.manifest import STATE, CheckpointError, own_file_name, state_content
-from opt_train.checkpoint.safetensors_file import (
-    OFFSETS,
-    OFFSETS_OF_ONE,
-    Damaged,
-    Header,
-    PartReader,
-    header_of,
-    read_header,
-    sharding_metadata,
-)
-from opt_train.checkpoint.tensors import Restorable
+from opt_train.checkpoint.parts import Part, own_parts
+from opt_train.checkpoint.safetensors_file import header_of, sharding_metadata
 from opt_train.protocol.facts import MemoryFile
 
 PARTS = "parts"
 """The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the rank holds."""
 OWN = "own"
-
-
-class Part(NamedTuple):
-    """What this rank holds of a tensor, and where in the whole it begins."""
-
-    local: Tensor
-    offsets: tuple[int, ...]
-
-
-def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The local part of each tensor, sharing its memory; those that have none here are left out."""
-    parts = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-                part = Part(tensor.to_local(), tuple(offsets))
-            else:
-                part = Part(tensor.detach(), (0,) * tensor.ndim)
-            if part.local.numel() or not tensor.numel():
-                parts[name] = part
-    return parts
 
 
 class Snapshot:
@@ -116,7 +78,7 @@ class Snapshots:
         self._slots = [_Slot() for _ in range(keep + 1)]
         self._next = 0
         self._newest: Snapshot | None = None
-        # Beside the device's work, and not behind what is queued: on a GPU, which no test of this has run on.
+        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has not run on one yet.)
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> Snapshot:
@@ -241,64 +203,3 @@ class _Slot:
             if fd >= 0:
                 os.close(fd)
         self._shard_fd = self._state_fd = -1
-
-
-def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Restore this rank from its own file of a snapshot alone. Called by all ranks of `process_group` together.
-
-    Nobody's bytes are verified here: see `restore`. If anything is wrong, what it went into must not be used.
-
-    Raises:
-        CheckpointError: the file is damaged, or a tensor is missing, unexpected, or of another shape, type or place
-            than this rank's. On every rank.
-    """
-    failure = f"{file} cannot be restored"
-    tensors = into.tensors()
-    together(lambda: _read_own(own_parts(tensors), file), process_group, failure)
-    together(lambda: into.put_back(tensors), process_group, failure)
-
-
-def _read_own(parts: Mapping[str, Part], path: Path) -> None:
-    try:
-        with io.FileIO(path) as file:
-            header = read_header(file)
-            _check_same(parts, header)
-            reader = PartReader()
-            with torch.no_grad():
-                for name, place in header.tensors.items():
-                    if place.begin != place.end:
-                        reader.read(file, place, parts[name].local)
-    except Damaged as error:
-        raise CheckpointError(f"it is damaged: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read: {error.strerror}") from None
-
-
-def _check_same(parts: Mapping[str, Part], header: Header) -> None:
-    """Compare what is stored with what is to be filled."""
-    stored, offsets = header.tensors, _offsets_in(header)
-    if missing := sorted(parts.keys() - stored.keys()):
-        raise CheckpointError(f"tensor {missing[0]} is not in it")
-    if unexpected := sorted(stored.keys() - parts.keys()):
-        raise CheckpointError(f"its tensor {unexpected[0]} belongs to no part of this model on this rank")
-    for name, (local, begins) in parts.items():
-        place = stored[name]
-        if place.shape != tuple(local.shape):
-            raise CheckpointError(f"tensor {name} has shape {list(place.shape)} in it and {list(local.shape)} here")
-        if place.dtype != local.dtype:
-            raise CheckpointError(f"tensor {name} has type {place.dtype} in it and {local.dtype} here")
-        if offsets[name] != list(begins):
-            raise CheckpointError(f"tensor {name} begins at {offsets[name]} of the whole in it and {list(begins)} here")
-
-
-def _offsets_in(header: Header) -> Mapping[str, list[int]]:
-    """Where each tensor of the file begins in the whole.
-
-    Raises:
-        Damaged: the file does not say so.
-    """
-    try:
-        entries = json.loads(header.metadata[OFFSETS])
-        return {name: [int(offset) for offset in entries[name][OFFSETS_OF_ONE]] for name in header.tensors}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None

@@ -13,6 +13,8 @@ def train(run: Training) -> Leaving:
     Every decision here is taken from the step's word, at the same boundary on every rank.
     """
     state, config = run.state, run.config
+    if state.step and config.checkpoint.every_steps:
+        run.begin_save()  # one restored from memory: a save that was under way when the run broke is lost
     while True:
         run.hear(before=state.step - 1)  # the word of the step before last: it had a whole step to arrive
         if (leaving := run.obey()) is not None:

@@ -15,6 +15,7 @@ RATIOS = {
     "exchange_memory.py": (r"export/largest tensor: [\d.]+x memory", r"import/transformers: [\d.]+x memory"),
     "save_cpu.py": (r"blocked/plain: [\d.]+% of a plain save", r"ours/dd: [\d.]+x of its rate"),
     "snapshot_cpu.py": (r"blocked/copy: [\d.]+x", r"step/step: [\d.]+x the time"),
+    "step_gpu.py": (r"quick: bf16/plain: [\d.]+x throughput", r"quick: fp16/bf16: [\d.]+x throughput"),
     "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
 }
 
@@ -35,6 +36,6 @@ def test_a_benchmark_prints_its_ratio(name: str) -> None:
 
 def test_no_benchmark_is_left_out() -> None:
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*RATIOS, "contestants.py"}
+    assert scripts == {*RATIOS, "contestants.py", "saved_model.py"}
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"benchmarks/{name}" in makefile for name in RATIOS)

@@ -24,6 +24,7 @@ from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import ModelAndOptimizer, reshard, tensors_of
 from opt_train.protocol.facts import SavedFile
+from tests.checkpoint.torchs_reader import read_by_torch
 
 WIDTH = 5
 """Odd, and smaller than what some parameters are cut into: shards of unequal size, and empty ones."""
@@ -72,9 +73,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps:
 
 def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor of the state, gathered and copied."""
+    return gathered(tensors_of(model, optimizer))
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-        for name, tensor in tensors_of(model, optimizer).items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -122,10 +127,14 @@ def save_and_resume(root: Path) -> None:
 
 
 def resume_elsewhere(root: Path) -> None:
-    """What `save_and_resume` saved, on another number of ranks."""
+    """What `save_and_resume` saved, on another number of ranks; torch's reader finds the same."""
+    folder, reference = root / "step-00000003", load_file(root / "reference.safetensors")
     model, optimizer = sharded(seed=2)
-    restore(ModelAndOptimizer(model, optimizer), root / "step-00000003", read(root / "step-00000003"))
-    same(whole(model, optimizer), load_file(root / "reference.safetensors"))
+    restore(ModelAndOptimizer(model, optimizer), folder, read(folder))
+    same(whole(model, optimizer), reference)
+    theirs = tensors_of(*sharded(seed=3))
+    read_by_torch(theirs, folder)
+    same(gathered(theirs), reference)
 
 
 def after_evaluation(root: Path) -> None:

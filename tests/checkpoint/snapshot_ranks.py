@@ -29,6 +29,7 @@ from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
+from tests.checkpoint.torchs_reader import read_by_torch
 from tests.parallel import deepspeed_on_cpu, fairscale_on_cpu
 from tests.parallel.layout_ranks import CPU, MODEL, SEQUENCE, VALUES, share
 from tests.train.leave import leave_with
@@ -76,9 +77,13 @@ class Case:
 
 def whole(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor of the state, gathered and copied."""
+    return gathered(engine.tensors())
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().contiguous()
-        for name, tensor in engine.tensors().items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -148,11 +153,15 @@ def take_and_restore(case: Case, folder: Path, trouble: str) -> dict[str, Any]:
 
 
 def read_elsewhere(case: Case, folder: Path) -> None:
-    """All files together, by torch's reader, on as many ranks as there are, sharded by torch alone."""
+    """All files together on as many ranks as there are, sharded by torch alone; torch's reader finds the same."""
     parallel, layout = ParallelConfig(), Layout(1, dist.get_world_size(), 1)
+    reference = load_file(folder.with_name(f"{folder.name}.reference"))
     other = make_engine(MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=5)
     restore(other, folder, read(folder))
-    same(whole(other), load_file(folder.with_name(f"{folder.name}.reference")))
+    same(whole(other), reference)
+    theirs = make_engine(MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=6).tensors()
+    read_by_torch(theirs, folder)
+    same(gathered(theirs), reference)
 
 
 def spoil_one(case: Case, engine: Engine, manifest: Any, own: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from opt_train.checkpoint.load import load_own
 from opt_train.checkpoint.manifest import CheckpointError, FileEntry, Manifest, own_file_name
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.safetensors_file import header_of
-from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots, load_own
+from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
 from opt_train.checkpoint.tensors import ModelAndOptimizer, tensors_of
 from opt_train.protocol.facts import MemoryFile
 from tests.checkpoint.test_restore import Counting, copied, made, same, train
@@ -194,12 +195,12 @@ def test_a_torn_or_flipped_file_is_refused_before_anything_is_loaded(tmp_path: P
         file.write_bytes(good[:length])
         with pytest.raises(CheckpointError, match=r"shard-00000.safetensors has "):
             restore(into, file.parent, manifest, rank_file=file)
-        with pytest.raises(CheckpointError, match=r"cannot be restored: it is damaged"):
+        with pytest.raises(CheckpointError, match=r"cannot be restored: shard-00000.safetensors is damaged"):
             load_own(into, file)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"shard-00000.safetensors is missing"):
         restore(into, file.parent, manifest, rank_file=file)
-    with pytest.raises(CheckpointError, match=r"cannot be restored: it cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"shard-00000.safetensors cannot be read: No such file"):
         load_own(into, file)
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is not in the manifest"):
         restore(into, file.parent, manifest, rank_file=file.with_name(own_file_name(1)))

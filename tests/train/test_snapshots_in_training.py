@@ -261,6 +261,26 @@ def test_what_was_restored_from_memory_is_not_yet_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("world")
+def test_a_run_that_goes_on_from_memory_saves_that_first(tmp_path: Path) -> None:
+    """The save of that step, or of one shortly before, may have been lost with the ranks; the next is far away."""
+    config = with_snapshots(tiny_config(tmp_path, steps=10), 4, saves=4)
+    first = Agent.of(tmp_path / "first", config)
+    assert train(first.run).code == 0
+    saved = {fact.step: Path(fact.folder) for fact in first.facts if isinstance(fact, ShardsSaved)}
+    folder = commit(first.held[4], 4, tmp_path / "memory", first.run.begin.config_sha256)
+    second = Agent.of(tmp_path / "second", config, checkpoint=folder)
+    assert train(second.run).code == 0
+    assert second.told(ShardsSaved) == [4, 8, 10]
+    again = {fact.step: Path(fact.folder) for fact in second.facts if isinstance(fact, ShardsSaved)}
+    assert all(tensors_in(again[step]) == tensors_in(saved[step]) for step in (4, 8, 10))
+    files = {file.name: file.read_bytes() for file in saved[4].iterdir()}
+    folder = commit(files, 4, tmp_path / "checkpoint", first.run.begin.config_sha256)
+    third = Agent.of(tmp_path / "third", config, checkpoint=folder)
+    assert train(third.run).code == 0
+    assert third.told(ShardsSaved) == [8, 10]
+
+
+@pytest.mark.usefixtures("world")
 def test_its_own_file_is_for_a_rank_that_is_spread_as_the_one_that_wrote_it(tmp_path: Path) -> None:
     begin = replace(begin_alone(tmp_path, tiny_config(tmp_path)), checkpoint="/there", world_size=4, rank=2)
     state = {"parts": "own", "world_size": 4}
