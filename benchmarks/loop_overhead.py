@@ -104,7 +104,7 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
     begin = Begin(
         generation=1, attempt="1.00", node="alone", slot=0, rank=0, world_size=1, local_rank=0, store_host="127.0.0.1",
         store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
+        run_directory=str(folder), checkpoint=None, manifest_sha256=None, order_number=0,
     )  # fmt: skip
     watch = Stopwatch()
     Training.validate = lambda _self, _names: None  # type: ignore[method-assign]

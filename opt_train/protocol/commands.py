@@ -30,7 +30,6 @@ class Begin(Message, kind="begin"):
     """The resolved configuration, JSON, inside the run directory."""
     config_sha256: str
     run_directory: str
-    log_path: str
     checkpoint: str | None
     """Absolute path of the checkpoint to restore; None only for a run that has none."""
     manifest_sha256: str | None

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from opt_train.supervisor.holding import Holding
 from opt_train.supervisor.link import Connection, LinkRefused, prove_agent
 from opt_train.supervisor.outbox import Outbox
 from opt_train.supervisor.processes import NODE_MARK, mark_of, stat_of
+from opt_train.supervisor.rank_log import LogCopies
 from opt_train.supervisor.secret import SecretUnusable, read_secret
 from opt_train.supervisor.slots import RankSlot, rank_environment
+from opt_train.supervisor.supervisor_log import written_beside
 
 PULSE_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
@@ -41,6 +44,8 @@ _DIAL_SECONDS_MIN = 0.05
 _PULSE_BACKLOG_BYTES = 1 << 20
 LEAVE_SECONDS = 10.0
 """Ranks that SIGKILL has not ended by then (they hang in the kernel) are left to the node's death."""
+LOG_SECONDS = 5.0
+"""For the ends of the ranks' logs to reach the run directory."""
 
 log = logging.getLogger("opt_train.supervisor.agent")
 
@@ -82,9 +87,10 @@ class Agent:
         mark = {NODE_MARK: mark_of(run.path, options.node)}
         environment = rank_environment(mark, options.threads, options.interface)
         warm_logs = run.logs / "warm" / options.node
+        self._logs = LogCopies(run)
         self._slots = [
             RankSlot(
-                slot, command, environment, run, warm_logs,
+                slot, command, environment, run, warm_logs, self._logs,
                 self._outbox.tell, self._outbox.relay, self._holding.snapshot, self._changed.set,
             )
             for slot in range(options.slots)
@@ -105,6 +111,7 @@ class Agent:
                 await asyncio.gather(*(slot.close() for slot in self._slots))
                 await self._holding.close()
         await asyncio.sleep(0.1)  # the last facts may still reach the supervisor
+        await asyncio.to_thread(self._logs.close, LOG_SECONDS)
         dialling.cancel()
         await asyncio.gather(dialling, return_exceptions=True)
 
@@ -310,21 +317,35 @@ def main(arguments: list[str]) -> int:
     if os.getsid(0) != os.getpid():
         with contextlib.suppress(PermissionError):  # a group leader that is no session leader stays where it is
             os.setsid()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    options = read_options(arguments)
+    into = logging.StreamHandler()
+    into.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    queued, writing = written_beside(into)
+    logging.basicConfig(handlers=[queued], level=logging.INFO)
+    writing.start()
+    try:
+        return serve(read_options(arguments))
+    finally:
+        stopping = threading.Thread(target=writing.stop, daemon=True)
+        stopping.start()
+        stopping.join(LOG_SECONDS)
+
+
+def serve(options: AgentOptions) -> int:
+    """Be the node's agent until it leaves; see `main`."""
     os.environ[NODE_MARK] = mark_of(options.run.path, options.node)
     deregister = hold_node(options.run, options.node)
     if deregister is None:
         log.info("node %s has an agent already", options.node)
         return 1
 
-    async def serve() -> None:
+    async def run() -> None:
         await Agent(options, deregister).run()
 
-    asyncio.run(serve())
+    asyncio.run(run())
     log.info("left")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # Without the interpreter's own end, which would wait for a thread that a dead file system keeps in a write.
+    os._exit(main(sys.argv[1:]))

@@ -161,7 +161,6 @@ def _begin(s: Situation, attempt: Attempt, rank: int, node: str, slot: int, stor
         config_path=s.identity.config_path,
         config_sha256=s.identity.config_sha256,
         run_directory=s.identity.run_directory,
-        log_path=str(run.rank_log(attempt.name, node, rank)),
         checkpoint=checkpoint,
         manifest_sha256=attempt.manifest_sha256 or None,
         order_number=s.state.orders,

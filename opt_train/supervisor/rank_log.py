@@ -1,62 +1,174 @@
-"""The end of a rank's log as evidence: few lines, bounded in length, with their true numbers."""
+"""What a rank's process writes: a file on the node's own disk, which a thread copies into the run directory.
 
+So a shared file system that stands still or is full stops no rank in the middle of a step, and what a rank wrote last
+can be told as evidence at once. The file has no name: it is gone with the processes that have it open.
+"""
+
+import contextlib
+import fcntl
+import logging
 import os
+import tempfile
+import threading
 from pathlib import Path
+
+from opt_logbook.run_directory import RunDirectory
 
 from opt_train.protocol.facts import LogLine
 
 TAIL_LINES = 20
 MAX_LINE_BYTES = 600
+COPY_SECONDS = 0.2
+"""How far a copy lies behind, where nothing is wrong."""
 _TAIL_BYTES = 64 * 1024
 _BLOCK_BYTES = 1 << 20
 
-
-def size_of(path: Path) -> int:
-    """Bytes in the file; 0 if there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+log = logging.getLogger(__name__)
 
 
-def tail(path: Path, run_directory: Path, after_byte: int = 0, lines: int = TAIL_LINES) -> tuple[LogLine, ...]:
-    """The last non-empty `lines` of the log, as far as they begin at or after `after_byte`.
+class RankLog:
+    """One process's standard output and error. Close it when no process writes and everything is copied."""
 
-    Each is cut at `MAX_LINE_BYTES`; what is not UTF-8 is replaced. A log that cannot be read has no lines.
+    def __init__(self) -> None:
+        """Raises OSError if the folder of temporary files takes none."""
+        self._file = tempfile.TemporaryFile(prefix="opt-train-rank-", buffering=0)  # noqa: SIM115  closed by `close`
+        # Who opens /dev/stderr anew must not write over the beginning.
+        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) | os.O_APPEND)
+
+    def fileno(self) -> int:
+        """For the process to write to."""
+        return self._file.fileno()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return os.fstat(self.fileno()).st_size
+
+    def read(self, begin: int, count: int) -> bytes:
+        """At most `count` bytes from `begin`."""
+        return os.pread(self.fileno(), count, begin)
+
+    def tail(self, name: str, after_byte: int = 0, lines: int = TAIL_LINES) -> tuple[LogLine, ...]:
+        """The last non-empty `lines`, as far as they begin at or after `after_byte`, with their true numbers.
+
+        Each is cut at `MAX_LINE_BYTES`; what is not UTF-8 is replaced. `name` is the file's that the copy goes to.
+        """
+        end = self.size
+        begin = max(after_byte, end - _TAIL_BYTES)
+        number = 1 + self._newlines(begin)
+        numbered = [
+            LogLine(name, number + index, raw[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
+            for index, raw in enumerate(self.read(begin, end - begin).split(b"\n"))
+            if raw.strip()
+        ]
+        if begin > after_byte and numbered and numbered[0].line == number:
+            del numbered[0]  # the window begins in the middle of this line
+        return tuple(numbered[-lines:])
+
+    def _newlines(self, end: int) -> int:
+        """Newlines in the first `end` bytes."""
+        count = position = 0
+        while position < end and (block := self.read(position, min(_BLOCK_BYTES, end - position))):
+            count += block.count(b"\n")
+            position += len(block)
+        return count
+
+    def close(self) -> None:
+        """Give it up."""
+        self._file.close()
+
+
+class _Copy:
+    """A log on its way into the run directory."""
+
+    def __init__(self, source: RankLog, path: Path) -> None:
+        self.source, self.path = source, path
+        self.is_last = threading.Event()
+        """Nobody writes to the source any more."""
+        self.copied = 0
+        self._into = -1
+
+    def advance(self, run: RunDirectory) -> None:
+        """Copy what is there. Raises OSError; what was copied by then stays so."""
+        while content := memoryview(self.source.read(self.copied, _BLOCK_BYTES)):
+            if self._into < 0:
+                run.make_folder(self.path.parent)
+                self._into = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self.copied += os.write(self._into, content)
+
+    def reopen(self) -> None:
+        """Have the next `advance` open the file anew: the old handle may have gone stale."""
+        if self._into >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._into)
+            self._into = -1
+
+    def end(self) -> None:
+        """Close both."""
+        self.reopen()
+        self.source.close()
+
+
+class LogCopies:
+    """The thread that copies the logs of a node's ranks. What cannot be written is tried again until it can.
+
+    A daemon: one that hangs in a dead file system keeps nobody from leaving.
     """
-    try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
-            begin = max(after_byte, end - _TAIL_BYTES)
-            number = 1 + _newlines(file.fileno(), begin)
-            content = os.pread(file.fileno(), end - begin, begin)
-    except OSError:
-        return ()
-    name = _relative(path, run_directory)
-    numbered = [
-        LogLine(name, number + index, raw[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
-        for index, raw in enumerate(content.split(b"\n"))
-        if raw.strip()
-    ]
-    if begin > after_byte and numbered and numbered[0].line == number:
-        del numbered[0]  # the window begins in the middle of this line
-    return tuple(numbered[-lines:])
 
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._lock = threading.Lock()
+        self._copies: dict[RankLog, _Copy] = {}
+        self._poke = threading.Event()
+        self._closing = False
+        self._trouble = ""
+        self._thread = threading.Thread(target=self._serve, name="log copies", daemon=True)
 
-def _newlines(descriptor: int, end: int) -> int:
-    """Newlines in the file's first `end` bytes."""
-    count = position = 0
-    while position < end:
-        block = os.pread(descriptor, min(_BLOCK_BYTES, end - position), position)
-        if not block:
-            break
-        count += block.count(b"\n")
-        position += len(block)
-    return count
+    def begin(self, source: RankLog, path: Path) -> None:
+        """Copy `source`, from its first byte on, to `path` in the run directory."""
+        with self._lock:
+            self._copies[source] = _Copy(source, path)
+            if not self._thread.is_alive():
+                self._thread.start()
 
+    def end(self, source: RankLog) -> None:
+        """Nobody writes to `source` any more: copy the rest, then close it; at once if it is not to be copied."""
+        with self._lock:
+            copy = self._copies.get(source)
+        if copy is None:
+            source.close()
+        else:
+            copy.is_last.set()
+            self._poke.set()
 
-def _relative(path: Path, run_directory: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(run_directory.resolve()))
-    except ValueError:
-        return str(path)
+    def close(self, seconds: float) -> None:
+        """Wait for what is left to be copied, `seconds` at most."""
+        self._closing = True
+        self._poke.set()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _serve(self) -> None:
+        while not self._closing or self._copies:
+            self._poke.wait(COPY_SECONDS)
+            self._poke.clear()
+            with self._lock:
+                copies = list(self._copies.values())
+            for copy in copies:
+                self._serve_one(copy)
+
+    def _serve_one(self, copy: _Copy) -> None:
+        is_last = copy.is_last.is_set()  # asked first: what is written until then is copied now
+        try:
+            copy.advance(self._run)
+        except OSError as error:
+            copy.reopen()
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.warning("%s lies behind: %s", copy.path, error)
+            return
+        self._trouble = ""
+        if is_last:
+            with self._lock:
+                del self._copies[copy.source]
+            copy.end()

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from opt_train.protocol.facts import FACTS_OF_A_RANK, Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES, Message, ProtocolError, from_line
 from opt_train.supervisor.processes import die_with_parent, stat_of
+from opt_train.supervisor.rank_log import RankLog
 
 _READ_BYTES = 1 << 16
 _LAST_WORDS_BYTES = 4 << 20
@@ -29,21 +29,21 @@ def is_metrics_line(line: Any) -> bool:
 class RankProcess:
     """A rank's process, its own process group, killed by the kernel if this agent dies.
 
-    `heard` is called with each fact it tells, `gone` once, after its last fact, when it has been reaped.
+    `heard` is called with each fact it tells, `gone` once, after its last fact, when it has been reaped. What it writes
+    is in `log`, which is whoever's that `gone` calls to close.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        log_path: Path,
         heard: Callable[["RankProcess", Message], None],
         gone: Callable[["RankProcess"], None],
     ) -> None:
         """Start it: `command` plus ``--facts-fd N --control-fd M``. Raises OSError if that cannot be done."""
         self.garbage_lines = 0
         self.returncode: int | None = None
-        self.log_path = log_path
+        self.log = RankLog()
         self.ended = asyncio.Event()
         self._heard, self._gone = heard, gone
         self._buffer = bytearray()
@@ -53,23 +53,23 @@ class RankProcess:
         facts_read, facts_write = os.pipe()
         control_read, control_write = os.pipe()
         try:
-            with open(log_path, "ab") as output:
-                self._child = subprocess.Popen(
-                    [*command, "--facts-fd", str(facts_write), "--control-fd", str(control_read)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(facts_write, control_read),
-                    env=dict(environment),
-                    process_group=0,
-                    # Called between fork and exec, where another thread's locks would stay locked for ever: what it
-                    # does takes none (see there). A program that does it in between would cost each spare a start.
-                    preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509
-                )
+            self._child = subprocess.Popen(
+                [*command, "--facts-fd", str(facts_write), "--control-fd", str(control_read)],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log.fileno(),
+                stderr=subprocess.STDOUT,
+                pass_fds=(facts_write, control_read),
+                env=dict(environment),
+                process_group=0,
+                # Called between fork and exec, where another thread's locks would stay locked for ever: what it
+                # does takes none (see there). A program that does it in between would cost each spare a start.
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509
+            )
             self._pidfd = os.pidfd_open(self._child.pid)
         except BaseException:
             os.close(facts_read)
             os.close(control_write)
+            self.log.close()
             raise
         finally:
             os.close(facts_write)

@@ -28,7 +28,7 @@ from opt_train.protocol.facts import (
     Warm,
 )
 from opt_train.protocol.framing import Message, to_line
-from opt_train.supervisor import rank_log
+from opt_train.supervisor.rank_log import LogCopies
 from opt_train.supervisor.rank_process import RankProcess
 
 STACKS_SECONDS = 2.0
@@ -67,6 +67,7 @@ class RankSlot:
         environment: Mapping[str, str],
         run: RunDirectory,
         warm_logs: Path,
+        logs: LogCopies,
         tell: Callable[[Message], None],
         relay: Callable[[RankFact], None],
         snapshot: Callable[[int, Begin, SnapshotTaken], None],
@@ -74,7 +75,7 @@ class RankSlot:
     ) -> None:
         self.slot = slot
         self._command, self._environment = command, environment
-        self._run, self._warm_logs = run, warm_logs
+        self._run, self._warm_logs, self._logs = run, warm_logs, logs
         self._tell, self._relay, self._snapshot, self._changed = tell, relay, snapshot, changed
         self._spare: RankProcess | None = None
         self._spare_is_warm = False
@@ -180,12 +181,10 @@ class RankSlot:
         busy_starting = self._running is not None and not self._running.has_stepped and self._pending is None
         if self._closed or self._spare is not None or self._retry is not None or busy_starting:
             return
-        path = self._warm_logs / f"slot{self.slot}-{self._spares_started:04d}.log"
         self._spares_started += 1
         self._spare_is_warm = False
         try:
-            self._run.make_folder(path.parent)
-            self._spare = RankProcess(self._command, self._environment, path, self._heard, self._gone)
+            self._spare = RankProcess(self._command, self._environment, self._heard, self._gone)
         except OSError as error:
             log.error("slot %d: a spare cannot be started: %s", self.slot, error)
             self._spare_lost()
@@ -205,6 +204,7 @@ class RankSlot:
             return
         rank = self._running = _Rank(self._spare, self._pending)
         self._spare, self._spare_is_warm, self._pending = None, False, None
+        self._logs.begin(rank.process.log, self._log_of(rank.begin))
         if not rank.process.tell(to_line(rank.begin)):
             log.warning("slot %d: the spare did not take its begin", self.slot)
             rank.process.kill()
@@ -252,25 +252,26 @@ class RankSlot:
     def _gone(self, process: RankProcess) -> None:
         if process is self._spare:
             self._spare, self._spare_is_warm = None, False
+            path = self._warm_logs / f"slot{self.slot}-{self._spares_started - 1:04d}.log"
+            if process.log.size:
+                self._logs.begin(process.log, path)
             if not self._closed:
-                log.warning("slot %d: the spare died (%s); see %s", self.slot, process.returncode, process.log_path)
+                log.warning("slot %d: the spare died (%s); see %s", self.slot, process.returncode, path)
                 self._spare_lost()
             if self._pending is not None and self._spares_lost >= SPARE_ATTEMPTS:
-                self._tell_exit(_Rank(process, self._pending), process.log_path)
+                self._tell_exit(_Rank(process, self._pending), path)
                 self._pending = None
         elif self._running is not None and process is self._running.process:
             rank, self._running = self._running, None
-            self._tell_exit(rank, self._run.path / rank.begin.log_path)
+            self._tell_exit(rank, self._log_of(rank.begin))
             self._begin_pending()
             self._ensure_spare()
-        if rank_log.size_of(process.log_path) == 0:
-            process.log_path.unlink(missing_ok=True)
+        self._logs.end(process.log)
         self._changed()
 
     def _tell_exit(self, rank: _Rank, log_path: Path) -> None:
         process = rank.process
         code = process.returncode if process.returncode is not None else 0
-        lines = rank_log.tail(log_path, self._run.path) or rank_log.tail(process.log_path, self._run.path)
         self._tell(
             RankExited(
                 generation=rank.begin.generation,
@@ -283,23 +284,29 @@ class RankSlot:
                 leaving=rank.leaving,
                 phase=rank.phase,
                 step=rank.step,
-                log_tail=lines,
+                log_tail=process.log.tail(self._name(log_path)),
             )
         )
 
     async def _collect_stacks(self, rank: _Rank) -> None:
-        path = self._run.path / rank.begin.log_path
-        state, before = rank.process.process_state, rank_log.size_of(path)
+        written = rank.process.log
+        state, before = rank.process.process_state, written.size
         rank.process.ask_stacks()
         size, deadline = before, time.monotonic() + STACKS_SECONDS
         while state != "T" and not rank.process.ended.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-            grown = rank_log.size_of(path)
+            grown = written.size
             if size > before and grown == size:
                 break  # it wrote, and has finished
             size = grown
-        written = rank_log.tail(path, self._run.path, after_byte=before)
-        self._tell(Stacks(rank.begin.generation, rank.begin.rank, bool(written), state, written))
+        lines = written.tail(self._name(self._log_of(rank.begin)), after_byte=before)
+        self._tell(Stacks(rank.begin.generation, rank.begin.rank, bool(lines), state, lines))
+
+    def _log_of(self, begin: Begin) -> Path:
+        return self._run.rank_log(begin.attempt, begin.node, begin.rank)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._run.path).as_posix()
 
 
 def _relayed(rank: _Rank, fact: Message) -> RankFact:

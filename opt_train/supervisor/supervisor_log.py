@@ -1,4 +1,4 @@
-"""`logs/supervisor.log`: what the supervisor's rooms log, written by a thread, so that a sick disk stalls nobody."""
+"""Log lines written by a thread, so that a sick disk stalls nobody; `logs/supervisor.log` is written so."""
 
 import logging
 import logging.handlers
@@ -10,6 +10,14 @@ from typing import Self
 _ROOM = "opt_train.supervisor"
 
 
+def written_beside(
+    handler: logging.Handler,
+) -> tuple[logging.handlers.QueueHandler, logging.handlers.QueueListener]:
+    """What a logger is given instead of `handler`, and the thread that hands on to `handler` once it is started."""
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    return logging.handlers.QueueHandler(lines), logging.handlers.QueueListener(lines, handler)
+
+
 class SupervisorLog:
     """Use as ``with SupervisorLog(path):``; raises OSError if the file cannot be opened."""
 
@@ -19,9 +27,7 @@ class SupervisorLog:
         form = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         form.converter = time.gmtime
         self._file.setFormatter(form)
-        lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-        self._queue = logging.handlers.QueueHandler(lines)
-        self._listener = logging.handlers.QueueListener(lines, self._file)
+        self._queue, self._listener = written_beside(self._file)
         self._logger = logging.getLogger(_ROOM)
 
     def __enter__(self) -> Self:

@@ -84,7 +84,6 @@ def _begin(lone: Lone | None = None, rank: int = 0, world_size: int = 1, local_r
         config_path=lone.config_path if lone else "",
         config_sha256=lone.config_sha256 if lone else "",
         run_directory=lone.run_directory if lone else "",
-        log_path="",
         checkpoint=lone.checkpoint if lone else None,
         manifest_sha256=lone.manifest_sha256 if lone else None,
         order_number=0,

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
@@ -29,6 +28,8 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     # Ctrl-C goes to the whole terminal group; what to do about it is the supervisor's decision alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # both are text files here
     code = _FAILED
     try:
         code = be_warm(arguments.facts_fd, arguments.control_fd)
@@ -60,7 +61,6 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     if begin is None:
         return 0
     signals.received = ""  # what came before the rank had anything to save asks for nothing
-    write_to_log(begin.log_path)
     # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them, exceptions do not.
     try:
         code = run_rank(begin, pipe.tell, control, signals)
@@ -93,22 +93,6 @@ def import_everything() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.zeros(2)
     torch.optim.AdamW([weight], fused=True).step()
-
-
-def write_to_log(path: str) -> None:
-    """From now on standard output and error are this file, appended, a line at a time."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    node = Path(path).parent
-    # logs/<attempt>/<node>, and not the run directory itself: whoever removed it does not want it back.
-    for folder in (node.parent.parent, node.parent, node):
-        folder.mkdir(exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # both are text files here
 
 
 if __name__ == "__main__":

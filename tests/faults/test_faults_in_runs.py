@@ -21,6 +21,8 @@ from tests.faults.shim import FILLING, KINDS, Rule, Shim, strerror
 from tests.train.rig import tensors_in
 
 STEPS, EVERY = 60, 5
+LONG = 240
+"""Steps of a run that must outlast two seconds of trouble, however fast the machine."""
 SMALL = (
     f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "cluster.buffer_nodes=0", "model.d_model=32",
     "model.ffn=64",
@@ -57,6 +59,10 @@ class Disturbed:
     def committed(self) -> dict[int, Any]:
         return {entry.step: entry.event for entry in driving.of_kind(self.run, "checkpoint_committed")}
 
+    def newest_commit(self) -> int:
+        """Its step."""
+        return max(self.committed())
+
     def events(self, kind: str) -> list[Any]:
         return [entry.event for entry in driving.of_kind(self.run, kind)]
 
@@ -65,7 +71,7 @@ class Disturbed:
 
     def final(self) -> dict[str, Any]:
         """Weights and moments of the last step, from a checkpoint that verifies."""
-        last = self.committed()[STEPS]
+        last = self.committed()[self.newest_commit()]
         manifests.verify(self.run.path / last.path, last.manifest_sha256)
         return tensors_in(self.run.path / last.path)
 
@@ -95,9 +101,17 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def peace(fault_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("peace")
+    return undisturbed(fault_library, tmp_path_factory.mktemp("peace"))
+
+
+@pytest.fixture(scope="module")
+def long_peace(fault_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(fault_library, tmp_path_factory.mktemp("long-peace"), f"train.steps={LONG}")
+
+
+def undisturbed(fault_library: Path, folder: Path, *overrides: str) -> Undisturbed:
     shim = Shim(fault_library, folder / "shim")
-    run = Disturbed(folder, shim, driving.start(folder, *SMALL))
+    run = Disturbed(folder, shim, driving.start(folder, *SMALL, *overrides))
     try:
         run.ends()
     finally:
@@ -140,13 +154,13 @@ def test_a_save_that_a_full_disk_ends_is_on_record_and_costs_nothing_else(
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("fault", "calls"), [("ENOSPC", FILLING), ("EIO", KINDS)], ids=["full", "gone"])
 def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
-    start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, fault: str, calls: tuple[str, ...]
+    start: Callable[..., Disturbed], shim: Shim, long_peace: Undisturbed, fault: str, calls: tuple[str, ...]
 ) -> None:
     """Journal, metrics, checkpoints and logs alike: decisions wait, and nothing is missing from the record."""
-    run = start()
+    run = start(f"train.steps={LONG}")
     run.wait_for_step(8)
     shim.set(Rule(fault, f"{run.run.path}/*", calls, times=0))
-    time.sleep(5)
+    time.sleep(2)
     struck = {fired.path.rpartition("/")[2] for fired in shim.fired()}
     shim.set()
     run.ends()
@@ -155,8 +169,9 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
     assert run.events("failure_seen") == []
     assert struck & {"journal.jsonl", "journal.head.new", "journal.lock"}, struck
     assert max((event.seconds for event in run.events("journal_stalled")), default=0) > 1
+    assert run.newest_commit() == LONG
     verify(run.run)
-    assert run.final() == peace.final
+    assert run.final() == long_peace.final
 
 
 @pytest.mark.timeout(300)
@@ -166,18 +181,14 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
 def test_a_file_system_that_stands_still_is_waited_for(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, what: str, seconds: float
 ) -> None:
-    """Ranks write their logs into the run directory: there a minute is a hang by what was learned of their steps."""
+    """Ranks train on meanwhile, until the next save is due, and that has longer."""
     run = start()
     run.wait_for_step(30)
     path = run.run.checkpoints if what == "checkpoints" else run.run.path
     shim.set(Rule("stall", f"{path}/*", seconds=seconds))
     run.ends(150 + seconds)
     assert shim.fired()
-    seen = run.events("failure_seen")
-    if what == "checkpoints" or seconds < 10:
-        assert seen == []
-    assert {event.sign for event in seen} <= {"hang"}
-    assert [event.outcome for event in run.events("incident_closed")] == ["recovered"] * len(seen)
+    assert run.events("failure_seen") == []
     assert run.events("attempt_ended")[-1].outcome == "finished"
     waited = [*run.committed().values(), *run.events("journal_stalled")]
     assert max(event.seconds for event in waited) > seconds / 2, "whatever met it says how long it took"

@@ -15,9 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-from opt_logbook.run_directory import RunDirectory
 
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import InForce, Leaving, Metrics, OrderObeyed, Phase, Store, Warm
@@ -45,10 +42,6 @@ def main() -> int:
         return 0
     begin = from_line(line)
     assert isinstance(begin, Begin)
-    RunDirectory(Path(begin.run_directory)).make_folder(Path(begin.log_path).parent)
-    log = os.open(begin.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     with open(begin.config_path) as file:
         config = json.load(file)
     if config.get("deaf"):

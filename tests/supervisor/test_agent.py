@@ -289,6 +289,28 @@ def test_a_spare_that_cannot_import_is_tried_again_and_then_told_as_the_ranks_de
     play(scene())
 
 
+def test_a_run_directory_that_takes_no_logs_keeps_no_rank_from_training(run: RunDirectory) -> None:
+    """What it wrote is told all the same, and is in its log as soon as that can be."""
+    log = run.rank_log("1.00", "node-1", 0)
+    run.logs.mkdir()
+    log.parent.parent.write_text("a file where the attempt's folder should be")
+
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, steps=5))
+            exited = await listener.fact(RankExited)
+            assert exited.leaving == Leaving(0, 4, "done")
+            assert "begins" in exited.log_tail[0].text
+            assert not log.exists()
+            log.parent.parent.unlink()
+            await leave(listener, agent)
+            assert log.read_text().startswith("rank 0 of generation 1 begins\n")
+
+    play(scene())
+
+
 def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
     run = make_run(tmp_path, orphan_seconds=6.0)
 

@@ -519,10 +519,8 @@ def test_ranks_start_while_the_helper_thread_hashes(tmp_path: Path) -> None:
                 await helper.do(lambda: hashlib.sha256(data).hexdigest())
 
         hashing = asyncio.create_task(hash_for_ever())
-        for number in range(60):
-            process = RankProcess(
-                ["sh", "-c", "exit 7"], os.environ, tmp_path / f"{number}.log", lambda *_: None, lambda _: None
-            )
+        for _ in range(60):
+            process = RankProcess(["sh", "-c", "exit 7"], os.environ, lambda *_: None, lambda _: None)
             await process.ended.wait()
             codes.append(process.returncode)
         hashing.cancel()

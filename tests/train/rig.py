@@ -84,7 +84,7 @@ def begin_alone(folder: Path, config: RunConfig) -> Begin:
     return Begin(
         generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
         store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(folder), log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
+        run_directory=str(folder), checkpoint=None, manifest_sha256=None, order_number=0,
     )  # fmt: skip
 
 
@@ -218,7 +218,6 @@ class World:
             config_path=str(config_path),
             config_sha256=hashlib.sha256(config_path.read_bytes()).hexdigest(),
             run_directory=str(run_directory),
-            log_path=str(self.ranks[0].log),
             checkpoint=None if checkpoint is None else str(checkpoint),
             manifest_sha256=None if checkpoint is None else sha256_of(checkpoint / manifest.MANIFEST),
             order_number=0,
@@ -234,7 +233,7 @@ class World:
             return
         port = self.ranks[0].told(Store)[-1].port
         for number, rank in enumerate(self.ranks[1:], start=1):
-            rank.send(replace(begin, rank=number, slot=number, store_port=port, log_path=str(rank.log)))
+            rank.send(replace(begin, rank=number, slot=number, store_port=port))
 
     def wait(self, until: Callable[[], bool], what: str, reading: Sequence[Rank] | None = None) -> None:
         """Read facts until `until()`; fail with the logs' ends after a minute, or if a rank dies unexpectedly."""

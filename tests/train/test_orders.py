@@ -13,7 +13,7 @@ from opt_train.train.orders import AgentGone, ControlPipe, StopSignals
 
 BEGIN = Begin(
     generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="", store_port=0,
-    config_path="", config_sha256="", run_directory="", log_path="", checkpoint=None, manifest_sha256=None,
+    config_path="", config_sha256="", run_directory="", checkpoint=None, manifest_sha256=None,
     order_number=0,
 )  # fmt: skip
 

@@ -40,9 +40,9 @@ def test_a_begin_into_a_removed_run_fails_and_does_not_bring_it_back(tmp_path: P
     removed = tmp_path / "removed"
     with World(tmp_path, tiny_config(tmp_path), world_size=1) as world:
         (rank,) = world.ranks
-        world.begin(log_path=str(removed / "logs" / "1.00" / "n0" / "rank0.log"))
-        assert wait_for_exit(rank) == 1
-        assert "FileNotFoundError" in rank.log.read_text()
+        world.begin(config_path=str(removed / "config.json"), run_directory=str(removed))
+        assert wait_for_exit(rank) == 78
+        assert "config.json cannot be read: No such file" in rank.log.read_text()
         assert not removed.exists()
 
 

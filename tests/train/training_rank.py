@@ -58,7 +58,7 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
     begin = Begin(
         generation=1, attempt="1.00", node="n0", slot=rank, rank=rank, world_size=world_size, local_rank=0,
         store_host="", store_port=0, config_path=given["config"], config_sha256=hashlib.sha256(content).hexdigest(),
-        run_directory=given["run_directory"], log_path="", checkpoint=None, manifest_sha256=None, order_number=0,
+        run_directory=given["run_directory"], checkpoint=None, manifest_sha256=None, order_number=0,
     )  # fmt: skip
 
     def joins(*_: object) -> dist.ProcessGroup:
