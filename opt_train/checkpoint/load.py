@@ -118,11 +118,13 @@ def _stored_in(files: Iterable[Path]) -> dict[str, list[Stored]]:
 
 
 def _offsets_in(header: Header) -> Mapping[str, tuple[int, ...]]:
-    """Where each tensor of the file begins in the whole.
+    """Where each tensor of the file begins in the whole. One that says nothing of parts has all of each, as imports do.
 
     Raises:
-        Damaged: the file does not say so.
+        Damaged: what it says does not read.
     """
+    if OFFSETS not in header.metadata:
+        return {name: (0,) * len(place.shape) for name, place in header.tensors.items()}
     try:
         entries = json.loads(header.metadata[OFFSETS])
         offsets = {name: tuple(int(offset) for offset in entries[name][OFFSETS_OF_ONE]) for name in header.tensors}

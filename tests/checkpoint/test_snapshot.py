@@ -249,7 +249,8 @@ OFFSETS = '"__metadata__":{"DCP_SHARDING_INFO":"{\\"model.weight\\":{\\"saved_of
     ("header", "sentence"),
     [
         ("{" + ENTRY + "," + OFFSETS + "}", ""),
-        ("{" + ENTRY + "}", r"does not say where its tensors belong"),
+        ("{" + ENTRY + "}", ""),  # of no parts, so of all
+        ("{" + ENTRY + "," + OFFSETS.replace("model.weight", "other") + "}", r"does not say where its tensors belong"),
         ("{" + ENTRY + "," + OFFSETS.replace("[0]", "[4]") + "}", r"model.weight begins at \[4\] of the whole in it"),
         ("{" + ENTRY + "," + OFFSETS.replace("[0]", "7") + "}", r"does not say where its tensors belong"),
         ("{" + ENTRY + ',"__metadata__":{"a":1}}', r"does not hold texts"),
