@@ -1,5 +1,5 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
-# make test     lint, types, import contracts, tests
+# make test     lint, types, import contracts, tests; JOBS=2 files of them at a time
 # make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some thirty minutes more
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH := torch==2.13.0
+JOBS ?= 2
 KILLS ?= 50
 SEED ?=
 
@@ -51,7 +52,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --ignore tests/end_to_end -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/end_to_end -m "not slow"
 
 test-end-to-end: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/end_to_end

@@ -175,9 +175,7 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("what", "seconds"), [("checkpoints", 60.0), ("the run directory", 8.0), ("the run directory", 60.0)]
-)
+@pytest.mark.parametrize(("what", "seconds"), [("checkpoints", 20.0), ("the run directory", 60.0)])
 def test_a_file_system_that_stands_still_is_waited_for(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, what: str, seconds: float
 ) -> None:
