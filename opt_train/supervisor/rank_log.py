@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 
 from opt_logbook.run_directory import RunDirectory
@@ -27,26 +28,28 @@ log = logging.getLogger(__name__)
 
 
 class RankLog:
-    """One process's standard output and error. Close it when no process writes and everything is copied."""
+    """One process's standard output and error. Its file is closed with the last reference to this."""
 
     def __init__(self) -> None:
         """Raises OSError if the folder of temporary files takes none."""
-        self._file = tempfile.TemporaryFile(prefix="opt-train-rank-", buffering=0)  # noqa: SIM115  closed by `close`
+        with tempfile.TemporaryFile(prefix="opt-train-rank-", buffering=0) as file:
+            self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)
         # Who opens /dev/stderr anew must not write over the beginning.
-        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) | os.O_APPEND)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_APPEND)
 
     def fileno(self) -> int:
         """For the process to write to."""
-        return self._file.fileno()
+        return self._fd
 
     @property
     def size(self) -> int:
         """Bytes written so far."""
-        return os.fstat(self.fileno()).st_size
+        return os.fstat(self._fd).st_size
 
     def read(self, begin: int, count: int) -> bytes:
         """At most `count` bytes from `begin`."""
-        return os.pread(self.fileno(), count, begin)
+        return os.pread(self._fd, count, begin)
 
     def tail(self, name: str, after_byte: int = 0, lines: int = TAIL_LINES) -> tuple[LogLine, ...]:
         """The last non-empty `lines`, as far as they begin at or after `after_byte`, with their true numbers.
@@ -73,10 +76,6 @@ class RankLog:
             position += len(block)
         return count
 
-    def close(self) -> None:
-        """Give it up."""
-        self._file.close()
-
 
 class _Copy:
     """A log on its way into the run directory."""
@@ -96,17 +95,12 @@ class _Copy:
                 self._into = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self.copied += os.write(self._into, content)
 
-    def reopen(self) -> None:
-        """Have the next `advance` open the file anew: the old handle may have gone stale."""
+    def close(self) -> None:
+        """Close the copy; the next `advance` opens it anew, as the old handle may have gone stale."""
         if self._into >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._into)
             self._into = -1
-
-    def end(self) -> None:
-        """Close both."""
-        self.reopen()
-        self.source.close()
 
 
 class LogCopies:
@@ -132,12 +126,10 @@ class LogCopies:
                 self._thread.start()
 
     def end(self, source: RankLog) -> None:
-        """Nobody writes to `source` any more: copy the rest, then close it; at once if it is not to be copied."""
+        """Nobody writes to `source` any more: copy the rest, if it is copied at all, and forget it."""
         with self._lock:
             copy = self._copies.get(source)
-        if copy is None:
-            source.close()
-        else:
+        if copy is not None:
             copy.is_last.set()
             self._poke.set()
 
@@ -162,7 +154,7 @@ class LogCopies:
         try:
             copy.advance(self._run)
         except OSError as error:
-            copy.reopen()
+            copy.close()
             if str(error) != self._trouble:
                 self._trouble = str(error)
                 log.warning("%s lies behind: %s", copy.path, error)
@@ -171,4 +163,4 @@ class LogCopies:
         if is_last:
             with self._lock:
                 del self._copies[copy.source]
-            copy.end()
+            copy.close()

@@ -30,7 +30,7 @@ class RankProcess:
     """A rank's process, its own process group, killed by the kernel if this agent dies.
 
     `heard` is called with each fact it tells, `gone` once, after its last fact, when it has been reaped. What it writes
-    is in `log`, which is whoever's that `gone` calls to close.
+    is in `log`.
     """
 
     def __init__(
@@ -69,7 +69,6 @@ class RankProcess:
         except BaseException:
             os.close(facts_read)
             os.close(control_write)
-            self.log.close()
             raise
         finally:
             os.close(facts_write)

@@ -15,7 +15,9 @@ def written_beside(
 ) -> tuple[logging.handlers.QueueHandler, logging.handlers.QueueListener]:
     """What a logger is given instead of `handler`, and the thread that hands on to `handler` once it is started."""
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    return logging.handlers.QueueHandler(lines), logging.handlers.QueueListener(lines, handler)
+    queued = logging.handlers.QueueHandler(lines)
+    queued.setFormatter(logging.Formatter("%(message)s"))  # `handler` adds the rest
+    return queued, logging.handlers.QueueListener(lines, handler)
 
 
 class SupervisorLog:

@@ -22,6 +22,14 @@ from opt_train.protocol.framing import from_line, to_line
 from opt_train.protocol.orders import SaveAndStop
 
 
+def set_signals(config):
+    if config.get("dies_when_asked"):
+        faulthandler.unregister(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    if config.get("deaf"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--facts-fd", type=int, required=True)
@@ -44,8 +52,7 @@ def main() -> int:
     assert isinstance(begin, Begin)
     with open(begin.config_path) as file:
         config = json.load(file)
-    if config.get("deaf"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    set_signals(config)
     print(f"rank {begin.rank} of generation {begin.generation} begins", flush=True)
     tell(Phase("start", -1))
     if begin.rank == 0 and begin.store_port == 0:

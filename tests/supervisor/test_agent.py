@@ -311,6 +311,25 @@ def test_a_run_directory_that_takes_no_logs_keeps_no_rank_from_training(run: Run
     play(scene())
 
 
+def test_a_rank_that_dies_while_its_stacks_are_asked_for_takes_nobody_along(run: RunDirectory) -> None:
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run, dies_when_asked=True))
+            await listener.until(lambda: (s := listener.slot()) and s.step >= 0)
+            listener.server.send("node-1", Kill(1, stacks=True))
+            exited = await listener.fact(RankExited)
+            assert (exited.signal, exited.log_tail[0].text) == (signal.SIGUSR2, "rank 0 of generation 1 begins")
+            assert not (await listener.fact(Stacks)).answered
+            await listener.fact(GenerationGone)
+            await asyncio.sleep(0.5)
+            assert agent.poll() is None
+            await leave(listener, agent)
+
+    play(scene())
+
+
 def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
     run = make_run(tmp_path, orphan_seconds=6.0)
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.fixture
-def log() -> Iterator[RankLog]:
-    made = RankLog()
-    yield made
-    made.close()
+def log() -> RankLog:
+    return RankLog()
 
 
 def say(log: RankLog, text: str) -> None:
@@ -95,8 +93,14 @@ def test_a_removed_run_is_not_made_again(run: RunDirectory, log: RankLog) -> Non
     wait_for(lambda: run.rank_log("1.00", "n0", 0).exists())
 
 
-def test_what_is_not_to_be_copied_is_closed(run: RunDirectory) -> None:
-    log = RankLog()
-    LogCopies(run).end(log)
-    with pytest.raises(ValueError, match="closed file"):
-        log.fileno()
+def test_its_file_lives_as_long_as_somebody_knows_it(run: RunDirectory) -> None:
+    copies, log = LogCopies(run), RankLog()
+    fd = log.fileno()
+    say(log, "one\n")
+    copies.begin(log, run.rank_log("1.00", "n0", 0))
+    copies.end(log)
+    copies.close(20)
+    assert log.tail("")[0].text == "one", "whoever still looks for evidence finds it"
+    del log, copies
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
