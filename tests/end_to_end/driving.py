@@ -204,12 +204,15 @@ def steps_taken(run: RunDirectory) -> Iterator[StepTaken]:
 
 
 def rank_process(folder: Path, rank: int) -> int:
-    """The pid of the process that appends to the newest log of `rank`."""
+    """The pid of the process whose output the newest log of `rank` is a copy of."""
     logs = run_directory(folder).logs.glob(f"*/*/rank{rank}.log")
     newest = max(logs, key=lambda path: path.stat().st_mtime)
+    copied = newest.read_bytes()
+    assert copied
     for pid in processes_of(folder):
+        output = Path(f"/proc/{pid}/fd/1")
         try:
-            if Path(f"/proc/{pid}/fd/1").resolve() == newest.resolve():
+            if output.resolve() != newest.resolve() and output.read_bytes().startswith(copied):
                 return pid
         except OSError:
             continue

@@ -89,8 +89,9 @@ def test_a_removed_run_is_not_made_again(run: RunDirectory, log: RankLog) -> Non
     copies.end(log)
     copies.close(1.0)
     assert not run.path.exists()
-    run.path.mkdir()  # and with it the end of the thread
-    wait_for(lambda: run.rank_log("1.00", "n0", 0).exists())
+    run.path.mkdir()  # another run's
+    copies.close(20)
+    assert not list(run.path.iterdir())
 
 
 def test_its_file_lives_as_long_as_somebody_knows_it(run: RunDirectory) -> None:
