@@ -1,6 +1,6 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
 # make test     lint, types, import contracts, tests; JOBS=2 files of them at a time
-# make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some thirty minutes more
+# make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some twenty minutes more
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make benchmarks-gpu  training steps on one GPU: tokens/s, MFU, memory
