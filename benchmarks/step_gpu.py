@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from contestants import QUICK, VALUES, micro_batch, plain
 
+from opt_train.cli_plan import UNREAD
 from opt_train.config import RunConfig, compose
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
@@ -132,7 +133,6 @@ def _fitting(size: str, compute: str, compiled: bool, profile: bool) -> Case | N
 
 def _recipe(size: str, compute: str, batch: int) -> RunConfig:
     """The recipe of that size on one rank, with fp32 weights."""
-    unread = ("data.corpus=unread", "tokenizer.vocab_file=unread", "tokenizer.merges_file=unread")
     layout = (
         "cluster.nodes=1",
         "cluster.slots_per_node=1",
@@ -143,7 +143,7 @@ def _recipe(size: str, compute: str, batch: int) -> RunConfig:
     precision = (f"precision.compute={compute}", "precision.weights=fp32")
     return compose(
         [
-            *unread,
+            *UNREAD,
             f"experiment=opt-{size}",
             *layout,
             *precision,

@@ -11,8 +11,8 @@ from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.facts import ShardsSaved, SnapshotTaken
 from tests.train.rig import World, tensors_in, tiny_config
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
-ON_GPU = pytest.param("cuda", marks=NO_GPU)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+ON_GPU = pytest.param("cuda", marks=NEEDS_GPU)
 
 
 def config_on(device: str, folder: Path, compute: str, dropout: float = 0.1, **train: object) -> RunConfig:
@@ -32,14 +32,14 @@ def train(folder: Path, config: RunConfig) -> tuple[dict[int, float], dict[tuple
 
 @pytest.mark.parametrize(
     ("device", "compute"),
-    [("cpu", "fp16"), *(pytest.param("cuda", compute, marks=NO_GPU) for compute in ("fp32", "bf16", "fp16"))],
+    [("cpu", "fp16"), *(pytest.param("cuda", compute, marks=NEEDS_GPU) for compute in ("fp32", "bf16", "fp16"))],
 )
 def test_deterministic_training_gives_the_same_bits_twice(device: str, compute: str, tmp_path: Path) -> None:
     config = config_on(device, tmp_path, compute, steps=8, deterministic=True)
     assert train(tmp_path / "once", config) == train(tmp_path / "again", config)
 
 
-@NO_GPU
+@NEEDS_GPU
 def test_a_gpu_follows_the_cpu(tmp_path: Path) -> None:
     """Without dropout, whose random numbers differ by device; in fp32, in which torch by default uses no TF32."""
     on_cpu, _ = train(tmp_path / "cpu", config_on("cpu", tmp_path, "fp32", dropout=0.0))

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -416,3 +418,8 @@ def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
             await leave(listener, agent)
 
     play(scene())
+
+
+def test_an_agent_imports_no_torch() -> None:
+    code = "import sys, opt_train.supervisor.agent; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,8 @@ from opt_train.protocol.facts import (
     SnapshotTaken,
 )
 from opt_train.protocol.framing import Message
-from opt_train.supervisor.helper_thread import HelperThread
 from opt_train.supervisor.holding import STATE_BYTES_MAX, Holding
 from opt_train.supervisor.inputs import AgentConnected, FactTold
-from opt_train.supervisor.rank_process import RankProcess
 from tests.supervisor.harness import Listener, begin, make_run, start_agent
 from tests.supervisor.shelves import (
     MEMORY,
@@ -504,32 +500,3 @@ def test_an_agent_of_a_run_without_snapshots_listens_nowhere(tmp_path: Path) -> 
             assert (state.held, state.address) == ((), "")
 
     play(scene())
-
-
-def test_ranks_start_while_the_helper_thread_hashes(tmp_path: Path) -> None:
-    """Between fork and exec a child of a process with threads may wait for ever for a lock of one of them."""
-    data = content(1)
-
-    async def scene() -> None:
-        helper = HelperThread()
-        codes: list[int | None] = []
-
-        async def hash_for_ever() -> None:
-            while True:
-                await helper.do(lambda: hashlib.sha256(data).hexdigest())
-
-        hashing = asyncio.create_task(hash_for_ever())
-        for _ in range(60):
-            process = RankProcess(["sh", "-c", "exit 7"], os.environ, lambda *_: None, lambda _: None)
-            await process.ended.wait()
-            codes.append(process.returncode)
-        hashing.cancel()
-        helper.close()
-        assert codes == [7] * 60
-
-    play(scene())
-
-
-def test_an_agent_imports_no_torch_for_what_it_holds() -> None:
-    code = "import sys, opt_train.supervisor.agent; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
