@@ -40,6 +40,7 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.plan.memory import memory_of
 from opt_train.plan.throughput import GPUS
+from opt_train.train.metrics import OTHER_BOARDS
 
 SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
 LENGTH = 2048
@@ -206,7 +207,8 @@ class Measurement:
             sys.exit(OUT_OF_MEMORY)
         rate = self._tokens.numel() / seconds
         name = torch.cuda.get_device_name() if self._on_gpu else ""
-        gpu = next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+        slower = any(board in name for board in OTHER_BOARDS)
+        gpu = None if slower else next((gpu for gpu in GPUS.values() if gpu.name in name), None)
         flops = flops_per_token(self._model, self._tokens.shape[1])
         return {
             "seconds": seconds,

@@ -350,7 +350,7 @@ VERBS = {
         "measure a checkpoint's perplexity on the validation sets, or its scores on public tasks",
         (
             "opt-train evaluate runs/demo",
-            "opt-train evaluate name=demo --checkpoint 400 --set validation --json",
+            "opt-train evaluate name=demo --checkpoint 120 --set validation --json",
             "opt-train evaluate runs/demo --harness",
             "opt-train evaluate runs/demo --harness=piqa,sciq --limit 100",
             "opt-train evaluate runs/demo --harness --tasks mine.yaml",
@@ -375,7 +375,7 @@ VERBS = {
         "write a checkpoint's weights as a Hugging Face folder",
         (
             "opt-train export runs/demo --to demo-hf",
-            "opt-train export name=demo --checkpoint 400 --to demo-hf --dtype fp16 --max-shard-size 2GB",
+            "opt-train export name=demo --checkpoint 120 --to demo-hf --dtype fp16 --max-shard-size 2GB",
         ),
         _export,
         configured=False,

@@ -74,7 +74,7 @@ class About:
 
     @property
     def progress(self) -> str:
-        text = f"step {self.step} of {self.created.steps}"
+        text = f"step {self.step} of {self.story.steps}"
         text += f", loss {self.loss:.3f}" if self.loss is not None else ""
         return text + (f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else "")
 
@@ -101,7 +101,7 @@ class About:
             "lineage": self.state.lineage,
             "attempt": self.state.attempt.name if self.state.attempt else "",
             "step": self.step,
-            "steps": self.created.steps,
+            "steps": self.story.steps,
             "loss": self.loss,
             "tokens_per_second": self.tokens_per_second,
             "validation_perplexity": self.perplexity,

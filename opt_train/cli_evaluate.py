@@ -277,11 +277,12 @@ def generate(
     subject = Subject(run, checkpoint, data)
     words = subject.tokenizer()
     # Training saw each document behind the end of another one: so a text begins.
-    ids = [tokenizer.EOS, *words.encode(_checked(prompt)).ids]
+    ids = [tokenizer.EOS, *words.encode(_checked(prompt), add_special_tokens=False).ids]
     count = _room_for(len(ids), max_new_tokens, subject.config)
-    vocabulary = min(tokenizer.size_of(words), subject.config.model.vocab_size)
     model = subject.load(subject.device(), telling("reading the checkpoint", "bytes"))
-    tokens = generated(model, ids, sampling, max_new_tokens=count, end=tokenizer.EOS, vocabulary=vocabulary)
+    tokens = generated(
+        model, ids, sampling, max_new_tokens=count, end=tokenizer.EOS, vocabulary=tokenizer.size_of(words)
+    )
     if not as_json:
         print(prompt, end="", flush=True)
         for piece in _pieces(words, tokens):

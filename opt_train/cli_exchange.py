@@ -43,6 +43,11 @@ def export_weights(flags: argparse.Namespace) -> int:
     if flags.dtype not in ("", "fp32", "bf16", "fp16"):
         raise BadInput(f"--dtype={flags.dtype} is not possible; use fp32, bf16 or fp16")
     subject = Subject(flags.run, flags.checkpoint)
+    tokenizer, lacking = [], "none came with the weights"
+    try:
+        tokenizer = subject.tokenizer_files()
+    except BadInput as error:
+        lacking = str(error)
     done = export(
         subject.config.model,
         subject.folder,
@@ -50,7 +55,7 @@ def export_weights(flags: argparse.Namespace) -> int:
         flags.to,
         dtype=flags.dtype,
         shard_bytes=_bytes_of(flags.max_shard_size),
-        tokenizer=subject.tokenizer_files(),
+        tokenizer=tokenizer,
         verifying=telling("verifying the checkpoint", "bytes"),
         writing=telling("writing", "bytes"),
     )
@@ -68,7 +73,7 @@ def export_weights(flags: argparse.Namespace) -> int:
         f"{done.parameters:,} parameters in {done.dtype}, {files}"
     )
     if not done.tokenizer:
-        print("the tokenizer is not where the run's data was, so it did not travel along")
+        print(f"without its tokenizer: {lacking}")
     return DONE
 
 

@@ -31,6 +31,8 @@ class Wishes:
     rehearse: bool
     allow_idle: bool
     as_json: bool
+    as_list: bool
+    """JSON of a multirun is a list, of however many plans."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,15 @@ def wishes_of(flags: argparse.Namespace) -> Wishes:
     if tokens is not None and not 1 <= tokens < math.inf:
         raise BadInput(f"--tokens={tokens:g} is no number of tokens; give one like 300e9")
     device = GPUS[gpu] if memory_gb is None else replace(GPUS[gpu], memory_gb=memory_gb)
-    return Wishes(device, mfu, None if tokens is None else int(tokens), flags.rehearse, flags.allow_idle, flags.json)
+    return Wishes(
+        gpu=device,
+        mfu=mfu,
+        tokens=None if tokens is None else int(tokens),
+        rehearse=flags.rehearse,
+        allow_idle=flags.allow_idle,
+        as_json=flags.json,
+        as_list=flags.multirun,
+    )
 
 
 def plan(configs: Sequence[RunConfig], wishes: Wishes) -> int:
@@ -84,7 +94,7 @@ def plan(configs: Sequence[RunConfig], wishes: Wishes) -> int:
             print(f"opt-train: {config.name}: {sentence}", file=sys.stderr, flush=True)
             code = NO
     if wishes.as_json:
-        print(json.dumps(payloads[0] if len(payloads) == 1 else payloads, indent=2))
+        print(json.dumps(payloads if wishes.as_list else payloads[0], indent=2))
     return code
 
 
@@ -161,6 +171,7 @@ def _payload(made: Plan, against: list[str], compared: Compared | None) -> dict[
         "nodes": config.cluster.nodes,
         "world_size": made.layout.world_size,
         "layout": asdict(made.layout),
+        "precision": {"compute": config.precision.compute, "weights": config.precision.weights},
         "activation_checkpointing": made.configured.mode,
         "gpu": asdict(made.gpu),
         "fits": made.fits,

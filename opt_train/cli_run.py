@@ -19,13 +19,14 @@ from opt_logbook.run_directory import RunDirectory
 import opt_train
 from opt_train.cli_about import summary
 from opt_train.config import RunConfig, difference, from_json, to_json, to_yaml
-from opt_train.data.manifest import DATASET_FILE, DatasetManifest, check_fits
+from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, check_fits
 from opt_train.data.prepare import check_prepared_by, directory_of
 from opt_train.data.prepare_sets import check_sets
-from opt_train.exchange.imported import check_initial_weights
+from opt_train.exchange.imported import check_initial_weights, check_same_tokenizer
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.sinks.start import SinkProcesses
+from opt_train.supervisor.records import MEMORY, NODE, SHARED
 
 REMARKS = (Note, JournalMended, JournalDamaged)
 """Lines that anybody may add to a run at rest; it stays what it was."""
@@ -83,6 +84,8 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     check_prepared_by(manifest, resolved.data, resolved.tokenizer, data)
     check_fits(manifest, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
     check_same_data(directory, manifest)
+    if plan.is_new:
+        check_words(resolved)
 
     code = _supervise(directory, resolved, created_event(resolved, manifest), plan, config.lineage == "new")
     if directory.journal.exists():  # somebody may have removed the run under its supervisor
@@ -135,10 +138,23 @@ def check_beginning(config: RunConfig) -> None:
     """Check that a new run can begin with `train.initial_weights`.
 
     Raises:
-        BadInput: they are not there, or of another model.
+        BadInput: they are not there, of another model, or came with another tokenizer than the one named.
     """
     if config.train.initial_weights:
-        check_initial_weights(Path(config.train.initial_weights), config.model)
+        folder = Path(config.train.initial_weights)
+        check_initial_weights(folder, config.model)
+        if config.tokenizer.vocab_file:  # known before the data is prepared, which may take hours
+            check_same_tokenizer(folder, config.tokenizer)
+
+
+def check_words(config: RunConfig) -> None:
+    """Check that `train.initial_weights` know the ids of a new run's data, which is prepared.
+
+    Raises:
+        BadInput: they came with another tokenizer.
+    """
+    if config.train.initial_weights:
+        check_same_tokenizer(Path(config.train.initial_weights), Path(config.data.directory, TOKENIZER_FILE))
 
 
 def say_beside(sentence: str) -> None:
@@ -177,6 +193,11 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
                 f"{directory.journal} is damaged (line {lines}), and no line is left that tells what was trained here; "
                 "restore it from a copy, or choose another name="
             )
+        if (left := _left_by_training(directory)) or (not entries and journal.read_head(directory)):
+            raise BadInput(
+                f"{directory.journal} no longer tells what was trained here, though {left or directory.head} is there; "
+                "restore journal.jsonl and journal.head from a copy, or choose another name="
+            )
         if asked_for_lineage:
             raise BadInput(f"lineage=new has nothing to go on from: {directory.path} holds no run")
         if not directory.config_json.exists() and _strangers_in(directory):
@@ -214,6 +235,12 @@ def plan_of(directory: RunDirectory, config: RunConfig, asked_for_lineage: bool)
 def _strangers_in(directory: RunDirectory) -> bool:
     """Whether the folder holds more than a start leaves that came no further than its lock."""
     return directory.path.exists() and any(path != directory.lock for path in directory.path.iterdir())
+
+
+def _left_by_training(directory: RunDirectory) -> Path | None:
+    """A file that is there only where ranks have trained."""
+    folders = [directory.metrics, *(directory.checkpoints_of(tier) for tier in (SHARED, MEMORY, NODE))]
+    return next((path for folder in folders for path in folder.rglob("*") if path.is_file()), None)
 
 
 def _read(path: Path) -> RunConfig:

@@ -1,6 +1,7 @@
 """Which checkpoint a verb is about: a run's newest, one by its step or path, or imported weights without a run."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ class Subject:
             path = path.absolute()
             if self._is_imported(path, data):
                 return
-            path, wanted = path.parents[2], str(path)
+            path, wanted = self._place_in_run(path)
         if data is not None:
             raise BadInput(f"{path} has its own data; --data is for imported weights")
         self.run: RunDirectory | None = RunDirectory(path)
@@ -66,7 +67,7 @@ class Subject:
         try:
             committed = manifest.read(folder, sha256)
         except CheckpointError as error:
-            raise BadInput(f"{error}; import the weights again") from None
+            raise BadInput(f"{error}; give another checkpoint, or import the weights again") from None
         if not is_imported(committed):
             return False
         model, weights = model_of(folder, committed)
@@ -83,6 +84,18 @@ class Subject:
         self.folder = folder
         self.data = data
         return True
+
+    @staticmethod
+    def _place_in_run(folder: Path) -> tuple[Path, str]:
+        """The run directory that a checkpoint's folder lies in, and the folder's path there."""
+        # As written first: what a link in the run directory leads to may lie elsewhere.
+        for path in (Path(os.path.abspath(folder)), folder.resolve()):
+            if len(path.parents) > 2 and RunDirectory(path.parents[2]).journal.exists():
+                return path.parents[2], str(path)
+        raise BadInput(
+            f"{folder} is a run's checkpoint outside its run directory, which alone tells the model; "
+            "give the run directory, with --checkpoint"
+        )
 
     @staticmethod
     def _read_configuration(run: RunDirectory) -> RunConfig:
@@ -133,13 +146,11 @@ class Subject:
         """Perplexity on the tokens of another tokenizer would be a number without a meaning."""
         if not tokenizer_files.tokenizer_files(self.folder / tokenizer_files.FOLDER):
             return
-        own, theirs = self._own_tokenizer(), tokenizer.load(data / TOKENIZER_FILE)
-        if own.get_vocab() != theirs.get_vocab():
+        if not tokenizer_files.same_ids(self.folder / tokenizer_files.FOLDER, data / TOKENIZER_FILE):
             raise BadInput(f"--data={data} was prepared with another tokenizer than came with {self.folder}")
 
     def _own_tokenizer(self) -> "Tokenizer":
-        found = tokenizer_files.configuration_of(self.folder / tokenizer_files.FOLDER)
-        return tokenizer.load(found) if isinstance(found, Path) else tokenizer.from_files(found)
+        return tokenizer_files.load(tokenizer_files.configuration_of(self.folder / tokenizer_files.FOLDER))
 
     def load(self, device: "torch.device", telling: Callable[[int, int], None]) -> "OPT":
         """The model.
@@ -160,17 +171,40 @@ class Subject:
         """The run's own, or the one that came with imported weights.
 
         Raises:
-            BadInput: it is missing, or another one than the data was prepared with.
+            BadInput: it is missing, another one than the data was prepared with, or another model's.
         """
         if self.data is None:
-            return self._own_tokenizer()
-        data, dataset = self.dataset()
-        path = data / TOKENIZER_FILE
-        loaded = tokenizer.load(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
-            raise BadInput(f"{path} has changed since the data was prepared; restore it, or prepare the data again")
+            loaded = self._own_tokenizer()
+        else:
+            data, dataset = self.dataset()
+            path = data / TOKENIZER_FILE
+            loaded = tokenizer.load(path)
+            if hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
+                raise BadInput(f"{path} has changed since the data was prepared; restore it, or prepare the data again")
+        self._check_is_the_models(loaded)
         return loaded
 
+    def _check_is_the_models(self, loaded: "Tokenizer") -> None:
+        where = self.folder / tokenizer_files.FOLDER if self.data is None else self.data
+        entries, rows = tokenizer.size_of(loaded), self.config.model.vocab_size
+        if entries > rows:
+            raise BadInput(
+                f"the tokenizer in {where} has {entries} entries and the model {rows}; "
+                "give the one that the model was trained with"
+            )
+        if (end := loaded.token_to_id(tokenizer.SPECIALS[tokenizer.EOS])) != tokenizer.EOS:
+            raise BadInput(
+                f"the tokenizer in {where} has </s> at {end}, where OPT has {tokenizer.EOS}; "
+                "give the one that the model was trained with"
+            )
+
     def tokenizer_files(self) -> list[Path]:
-        """The files of the tokenizer, as far as they are there."""
-        return tokenizer_files.tokenizer_files(self.folder / tokenizer_files.FOLDER if self.data is None else self.data)
+        """The files of the tokenizer, to go along with the weights.
+
+        Raises:
+            BadInput: it is not where the run's data was, or is not the one that the run was trained with.
+        """
+        if self.data is None:
+            return tokenizer_files.tokenizer_files(self.folder / tokenizer_files.FOLDER)
+        self.tokenizer()
+        return [self.data / TOKENIZER_FILE]

@@ -64,9 +64,13 @@ from opt_train.supervisor.retention import dispensable
 from opt_train.supervisor.shell import damage_question
 from opt_train.supervisor.state import RunState, fold
 from opt_train.train.alone import Lone, train_alone
+from opt_train.train.telling import log_line
 
 EXIT_OF = {RANK_BAD_CONFIG: BAD_INPUT, RANK_UNSTABLE: PERSON_MUST_DECIDE}
 """What a rank's own exit codes are to the person who started it."""
+
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a rank that is not alone finds in its environment."""
 
 
 def train(config: RunConfig) -> int:
@@ -107,7 +111,7 @@ def train(config: RunConfig) -> int:
         code = NO
     if leads:
         _render(directory)
-        print(summary(directory))
+        log_line(summary(directory))
     code = EXIT_OF.get(code, code)
     if config.parallel.engine != "fsdp2":
         # Both other engines sometimes abort the interpreter as it ends, when all is done (1 exit in 10, measured).
@@ -124,13 +128,23 @@ def _render(directory: RunDirectory) -> None:
     try:
         render(directory)
     except Exception as error:
-        print(f"the chronicle could not be rendered ({error}); try: logbook render {directory.path}")
+        log_line(f"the chronicle could not be rendered ({error}); try: logbook render {directory.path}")
 
 
 def _as_started(config: RunConfig) -> RunConfig:
     """The configuration with the nodes and slots that torchrun gave, or a single rank."""
     world, local = _degree("WORLD_SIZE"), _degree("LOCAL_WORLD_SIZE")
-    cluster = replace(config.cluster, nodes=max(1, world // local), slots_per_node=local, buffer_nodes=0)
+    missing = [name for name in OF_TORCHRUN if name not in os.environ]
+    if missing and (world > 1 or "RANK" in os.environ):
+        raise BadInput(
+            f"no {' and no '.join(missing)} beside {'RANK' if 'RANK' in os.environ else 'WORLD_SIZE'} in the "
+            "environment; start the ranks with torchrun, or unset it to train alone"
+        )
+    if world % local:
+        raise BadInput(
+            f"WORLD_SIZE={world} is no multiple of LOCAL_WORLD_SIZE={local}; start as many ranks on each node"
+        )
+    cluster = replace(config.cluster, nodes=world // local, slots_per_node=local, buffer_nodes=0)
     config = replace(config, cluster=cluster)
     check(config)
     return config
@@ -161,6 +175,8 @@ class LoneRun:
         self._tokens = 0
         self._reports: dict[int, ShardsSaved] = {}
         """Rank to what it saved of the checkpoint that is being made."""
+        self._loses_metrics = False
+        """The newest line could not be written, and that has been said."""
         self.question = ""
         """What a person must decide before training can begin."""
         self.is_unsaved = False
@@ -188,6 +204,7 @@ class LoneRun:
         check_fits(data, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
         cli_run.check_same_data(self._directory, data)
         if plan.is_new:
+            cli_run.check_words(config)
             verify_dataset(folder)
         self._directory.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -246,7 +263,9 @@ class LoneRun:
             difference=self._plan.operational_difference,
         )
         self._append(started, step=checkpoint.step if checkpoint else 0)
-        print(f"attempt {self._attempt}: " + (f"from step {checkpoint.step}" if checkpoint else "from the beginning"))
+        log_line(
+            f"attempt {self._attempt}: " + (f"from step {checkpoint.step}" if checkpoint else "from the beginning")
+        )
         return Lone(
             attempt=self._attempt,
             config_path=str(self._directory.config_json),
@@ -274,7 +293,11 @@ class LoneRun:
     # What the ranks say -------------------------------------------------------------------------------------------
 
     def tell(self, rank: int, fact: Message) -> None:
-        """Record one fact; only `ShardsSaved` comes from ranks other than 0."""
+        """Record one fact; only `ShardsSaved` comes from ranks other than 0.
+
+        Raises:
+            BadInput: the journal takes no more. What it does not hold, no later start would know.
+        """
         match fact:
             case InForce():
                 self._append(InForceReported(fact.values))
@@ -283,7 +306,7 @@ class LoneRun:
             case Validation():
                 perplexity = math.exp(min(fact.loss, 700.0))
                 self._append(ValidationMeasured(fact.name, fact.loss, perplexity, fact.tokens), step=fact.step)
-                print(f"step {fact.step}: {perplexity_on(fact.name).lower()} {perplexity:.2f}", flush=True)
+                log_line(f"step {fact.step}: {perplexity_on(fact.name).lower()} {perplexity:.2f}")
             case ShardsSaved():
                 self._reports[rank] = fact
                 if len(self._reports) == self._config.world_size:
@@ -301,7 +324,14 @@ class LoneRun:
         if not self._state.attempt.began:
             seconds = round(time.time() - self._state.attempt.started, 3)
             self._append(TrainingBegan(self._state.attempt.generation, seconds), step=int(str(line["step"])))
-        self._metrics.append(self._attempt, line, str(self._journal.head))
+        try:
+            self._metrics.append(self._attempt, line, str(self._journal.head))
+        except OSError as error:
+            if not self._loses_metrics:
+                log_line(f"step {line['step']}: its metrics could not be written ({error.strerror}); training goes on")
+            self._loses_metrics = True
+        else:
+            self._loses_metrics = False
         loss, tokens = number_of(line, "loss"), number_of(line, "tokens")
         self._loss = math.nan if loss is None else loss
         self._tokens = int(tokens or self._tokens)
@@ -326,7 +356,7 @@ class LoneRun:
     def _abandon(self, step: int, why: str) -> None:
         path = self._relative(self._directory.checkpoint(self._attempt, step))
         self._append(SaveAbandoned(path, why), step=step)
-        print(f"step {step}: the checkpoint could not be saved: {why}", flush=True)
+        log_line(f"step {step}: the checkpoint could not be saved: {why}")
 
     def _retire(self) -> None:
         """Drop what the rule of retention keeps no longer; training does not wait for the file system."""
@@ -342,7 +372,7 @@ class LoneRun:
         outcome = "failed" if self.is_unsaved else outcome
         self._append(AttemptEnded(self._state.attempt.generation, outcome), step=max(0, leaving.step))
         if self.is_unsaved:
-            print(f"step {leaving.step} is done, but in no checkpoint; start again to train the last steps again")
+            log_line(f"step {leaving.step} is done, but in no checkpoint; start again to train the last steps again")
         elif leaving.code == DONE:
             perplexity = self._state.validation.perplexity if self._state.validation else math.nan
             seconds = round(time.time() - self._state.created_time, 3)
@@ -351,14 +381,20 @@ class LoneRun:
             by = leaving.reason.partition(";")[0].removeprefix("asked to stop by ")
             self._append(RunStopped(by, saved), step=leaving.step)
         else:
-            print(f"opt-train: {leaving.reason}", flush=True)
+            log_line(f"opt-train: {leaving.reason}")
 
     # The record ---------------------------------------------------------------------------------------------------
 
     def _append(self, event: Event, attempt: str | None = None, step: int | None = None) -> None:
         assert self._journal is not None
         entry = Entry(round(time.time(), 3), self._attempt if attempt is None else attempt, step, event)
-        self._state = fold(self._state, self._journal.append(entry))
+        try:
+            appended = self._journal.append(entry)
+        except OSError as error:
+            raise BadInput(
+                f"{self._directory.journal}: {error.strerror}; make room or mend it, and start again"
+            ) from None
+        self._state = fold(self._state, appended)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._directory.path).as_posix()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opt_train.data.named_sets import named_sets
-from opt_train.optim.loss_scale_policy import policy_of
+from opt_train.optim.loss_scale_policy import CEILING, SMALLEST, policy_of
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ def check(config: "RunConfig") -> None:
     """
     _values(config)
     _model_and_data(config)
+    _tensor(config)
     _batches(config)
     _layout(config)
     _engine(config)
+    _tensor_groups(config)
     _precision(config)
     _cluster(config)
     _checkpoints(config)
@@ -200,7 +202,6 @@ def _batches(config: "RunConfig") -> None:
 
 def _layout(config: "RunConfig") -> None:
     parallel, world = config.parallel, config.world_size
-    _tensor(config)
     nodes = f"cluster.nodes={config.cluster.nodes} x cluster.slots_per_node={config.cluster.slots_per_node}"
     fixed = parallel.replicate * parallel.tensor
     if parallel.shard == 0:
@@ -281,6 +282,11 @@ def _precision(config: "RunConfig") -> None:
             raise BadInput(
                 f"precision.{key}={scale:g} is no power of two, so scaling would round; use {below:g} or {2 * below:g}"
             )
+        if scale and not SMALLEST <= scale <= CEILING:
+            raise BadInput(
+                f"precision.{key}={scale:g} is no scale that moves in fp32; use one between {SMALLEST:g} and "
+                f"{CEILING:g}"
+            )
     policy = policy_of(precision)
     if policy.floor > policy.initial:
         raise BadInput(
@@ -303,6 +309,17 @@ def _tensor(config: "RunConfig") -> None:
         if size % degree:
             divisors = [n for n in range(1, size + 1) if all(each % n == 0 for each in split.values())]
             raise BadInput(f"parallel.tensor={degree} must divide {key}={size}; use {_listed(divisors)}")
+
+
+def _tensor_groups(config: "RunConfig") -> None:
+    """The ranks of a tensor group wait for each other in every layer: they share a node."""
+    degree, slots = config.parallel.tensor, config.cluster.slots_per_node
+    if slots % degree:
+        fitting = [n for n in range(1, min(degree, slots) + 1) if degree % n == 0 and slots % n == 0]
+        raise BadInput(
+            f"parallel.tensor={degree} must divide cluster.slots_per_node={slots}, because the ranks that compute one "
+            f"layer are of one node; use {_listed(fitting)}, or cluster.slots_per_node={degree}"
+        )
 
 
 def _cluster(config: "RunConfig") -> None:

@@ -161,8 +161,8 @@ def _card(story: Story, status_words: str) -> tuple[tuple[str, Said], ...]:
         data += [f"{short(event.validation_tokens)} held out"] if event.validation_tokens else []
         data += [f"tokenizer {event.tokenizer}"] if event.tokenizer else []
         rows.append(("Data", Said(", ".join(data), line)))
-        steps = f"{totals.steps:,} of {event.steps:,} steps, {short(totals.tokens)} tokens"
-        rows.append(("Trained", Said(steps)))
+        steps = f"{totals.steps:,} of {story.steps:,} steps, {short(totals.tokens)} tokens"
+        rows.append(("Trained", Said(steps, (story.aimed.line,) if story.aimed else ())))
     rows += _result_rows(story)
     if story.created or story.attempts:
         begin = story.created.time if story.created else story.attempts[0].since

@@ -55,7 +55,7 @@ class RunCreated(Event, kind="run_created"):
     model: str
     parameters: int
     steps: int
-    """Steps the run is meant to take."""
+    """Steps the run is meant to take, until a lineage changes them (`LineageOpened.steps`)."""
     tokens_per_step: int
     tokenizer: str = ""
     data: str = ""
@@ -76,6 +76,16 @@ class LineageOpened(Event, kind="lineage_opened"):
     difference: tuple[str, ...] = ()
     """What is not as in the lineage before: `key: old -> new`, `package: old -> new`, `code: file changed`; empty for
     the first lineage."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps the run is meant to take from here on; None: as many as before."""
+        for change in self.difference:
+            key, _, values = change.partition(": ")
+            new = values.rpartition(" -> ")[2]
+            if key == "train.steps" and new.isascii() and new.isdecimal():
+                return int(new)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from opt_logbook.events import (
     GenerationKilled,
     IncidentClosed,
     IncidentDiagnosed,
+    LineageOpened,
     NodeFailed,
     NodePromoted,
     RunCreated,
@@ -146,6 +147,8 @@ class Story:
     reading: Reading
     measured: metrics.MetricsReading
     created: Told[RunCreated] | None
+    aimed: Told[LineageOpened] | None
+    """The newest lineage that changed how many steps the run is meant to take."""
     end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None
     """How it ended; None: it has not, or nobody could write so."""
     before: list[Entry]
@@ -160,6 +163,12 @@ class Story:
     kept: tuple[dict[str, Any], ...]
     """Metrics of the steps whose work is in the newest state."""
 
+    @property
+    def steps(self) -> int:
+        """Steps the run is meant to take, as its lineages left it; 0: no line that can be read says so."""
+        changed = self.aimed.event.steps if self.aimed else None
+        return changed or (self.created.event.steps if self.created else 0)
+
 
 def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     """Tell the run from its journal and metrics."""
@@ -168,15 +177,16 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     incidents: dict[int, Incident] = {}
     before: list[Entry] = []
     created: Told[RunCreated] | None = None
+    aimed: Told[LineageOpened] | None = None
     end: Told[RunFinished] | Told[RunStopped] | Told[RunHalted] | None = None
     for entry in reading.entries:
         event = entry.event
         match event:
             case RunCreated():
                 created = created or Told(entry, event)
-            case SupervisorStarted():
-                end = None
-            case AttemptStarted():
+            case LineageOpened() if event.steps is not None:
+                aimed = Told(entry, event)
+            case SupervisorStarted() | AttemptStarted():
                 end = None
             case RunFinished():
                 end = Told(entry, event)
@@ -205,7 +215,9 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     kept = _kept(attempts, measured.lines)
     story_incidents = [incidents[number] for number in sorted(incidents)]
     totals = _totals(created, attempts, story_incidents, measured.lines, kept, until)
-    return Story(reading, measured, created, end, before, attempts, story_incidents, totals, now, until, tuple(kept))
+    return Story(
+        reading, measured, created, aimed, end, before, attempts, story_incidents, totals, now, until, tuple(kept)
+    )
 
 
 def by_set(validated: Iterable[Told[ValidationMeasured]]) -> dict[str, list[Told[ValidationMeasured]]]:

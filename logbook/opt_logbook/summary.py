@@ -30,6 +30,9 @@ def _what_ran(story: Story) -> list[Said]:
                 (story.created.line,),
             )
         )
+    if story.created and story.aimed:
+        lineage = story.aimed.event.lineage
+        said.append(Said(f"Lineage {lineage} made that {many(story.steps, 'step')}.", (story.aimed.line,)))
     begun = story.created.time if story.created else None
     match story.end.event if story.end else None:
         case RunFinished() as end if story.end:

@@ -47,7 +47,7 @@ class CheckpointConfig:
         """
         newest = self.newest_kept
         if self.keep_hours and step_seconds:
-            young = math.ceil(self.keep_hours * 3600.0 / (self.every_steps * step_seconds))
-            newest = max(newest, min(young, math.ceil(steps / self.every_steps)))
+            young = self.keep_hours * 3600.0 / (self.every_steps * step_seconds)
+            newest = max(newest, math.ceil(min(young, steps / self.every_steps)))
         every = self.milestone_every_steps
         return newest + max(0, steps // every - newest * self.every_steps // every) if every else newest

@@ -25,9 +25,9 @@ VERSION = 1
 LATE_SECONDS = 20.0
 """For so long a file may be missing from a folder that is there, or its handle be stale, before that is believed: what
 one node has made or renamed, a shared file system may show to another one only when its cache has run out."""
+LOOK_AGAIN_SECONDS = 1.0
 
 _HASH_BYTES = 1 << 22
-_LOOK_AGAIN_SECONDS = 1.0
 
 _Found = TypeVar("_Found")
 
@@ -252,12 +252,16 @@ def patiently(folder: Path, work: Callable[[], _Found], waiting: Callable[[], No
         try:
             return work()
         except CheckpointError as error:
-            cause = error.__cause__
-            is_late = isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE)
-            if not is_late or time.monotonic() >= end or not folder.is_dir():
+            if time.monotonic() >= end or not may_be_late(folder, error):
                 raise
-        time.sleep(_LOOK_AGAIN_SECONDS)
+        time.sleep(LOOK_AGAIN_SECONDS)
         waiting()
+
+
+def may_be_late(folder: Path, error: CheckpointError) -> bool:
+    """Whether `error` may come of an old state of `folder`, and be over in a moment."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE) and folder.is_dir()
 
 
 def shifted(progress: Progress, before: int, total: int) -> Progress:

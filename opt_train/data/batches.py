@@ -90,7 +90,8 @@ class Batches:
     """Global batches of the training split.
 
     Sample `i` is tokens `[i * S, i * S + S]`, both ends included, for sequence length `S`: its last token is the next
-    one's first, so every token but the stream's first is predicted exactly once an epoch. Which samples form a global
+    one's first, so every token is predicted exactly once an epoch, but for the stream's first and fewer than `S` at its
+    end. Which samples form a global
     batch depends on seed, data and cursor alone, never on the number of ranks.
     """
 

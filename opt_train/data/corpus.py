@@ -121,7 +121,9 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
     for name in files:
         path = Path(name)
         try:
-            text = path.read_bytes().decode("utf-8")
+            for text in _lines(key, path) if path.suffix == LINES_SUFFIX else [path.read_bytes().decode("utf-8")]:
+                if text.strip():
+                    yield {"text": text}
         except UnicodeDecodeError as error:
             if skip_undecodable:
                 continue
@@ -130,28 +132,30 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
             ) from None
         except OSError as error:
             raise BadInput(f"{key}: {path} cannot be read ({error.strerror}); mend it or leave it out") from None
-        if path.suffix == LINES_SUFFIX:
-            yield from _lines(key, path, text)
-        elif text.strip():
-            yield {"text": text}
 
 
-def _lines(key: str, path: Path, content: str) -> Iterator[dict[str, str]]:
-    # Only \n ends a line of JSON Lines; str.splitlines would also cut at characters that may stand inside a string.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"]
-            text.encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise BadInput(
-                f"{key}: {path} line {number} is not a JSON object with a string under the key text; "
-                "mend or remove the line"
-            ) from None
-        if text.strip():
-            yield {"text": text}
+def _lines(key: str, path: Path) -> Iterator[str]:
+    """The texts of a file of JSON Lines, of which one line at a time is in memory: such a file may be larger."""
+    with path.open("rb") as file:  # as bytes: only \n ends a line, and not what may stand inside a string
+        for number, content in enumerate(file, start=1):
+            try:
+                # What some editors put in front of a file is no part of its first line.
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise BadInput(
+                    f"{key}: {path} line {number} is not UTF-8; convert the file or leave it out of the corpus"
+                ) from None
+            if not line.strip():
+                continue
+            try:
+                text: str = json.loads(line)["text"]
+                text.encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise BadInput(
+                    f"{key}: {path} line {number} is not a JSON object with a string under the key text; "
+                    "mend or remove the line"
+                ) from None
+            yield text
 
 
 def _standard_library(key: str) -> tuple[Path, ...]:

@@ -28,6 +28,10 @@ class Sampling:
     """The same seed draws the same tokens."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"--seed={self.seed} must not be negative and be below 2**63")
+        if self.greedy:
+            return
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise BadInput(
                 f"--temperature={self.temperature:g} must be larger than 0; --greedy takes the likeliest token"
@@ -36,8 +40,6 @@ class Sampling:
             raise BadInput(f"--top-k={self.top_k} must not be negative; 0 draws from all tokens")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"--top-p={self.top_p:g} must be larger than 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput(f"--seed={self.seed} must not be negative and be below 2**63")
 
 
 def generate(
@@ -90,7 +92,10 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         raise BadInput("the model's output is not finite: its weights have diverged; give an earlier --checkpoint")
     if sampling.greedy:
         return int(logits.argmax())
-    scaled, ids = (logits / sampling.temperature).sort(descending=True, stable=True)
+    # The largest first becomes 0, so that no temperature makes it infinite; in fp32 the running sum below would reach 1
+    # before the last of 50,000 tokens.
+    logits = logits.double()
+    scaled, ids = ((logits - logits.max()) / sampling.temperature).sort(descending=True, stable=True)
     if sampling.top_k:
         scaled = scaled[: sampling.top_k]
     probabilities = scaled.softmax(dim=0)

@@ -29,7 +29,7 @@ def filled_beside(folder: Path) -> Iterator[Path]:
 
     Raises:
         BadInput: something is at `folder` already.
-        OSError: the file system does not allow it.
+        OSError: the file system does not allow it; one about a file in the new folder names `folder`.
     """
     folder = Path(os.path.abspath(folder))
     check_free(folder)
@@ -44,6 +44,10 @@ def filled_beside(folder: Path) -> Iterator[Path]:
         check_free(folder)
         partial.rename(folder)  # takes the place of an empty folder too
         sync_folder(folder.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename).is_relative_to(partial):
+            error.filename = str(folder)  # the name that was asked for: the partial one is gone in a moment
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import STATE, CheckpointError, Manifest
+from opt_train.data.config import TokenizerConfig
+from opt_train.exchange import tokenizer_files
 from opt_train.model.config import ModelConfig
 from opt_train.protocol.exits import BadInput
 
@@ -64,3 +66,26 @@ def check_initial_weights(folder: Path, model: ModelConfig) -> None:
                 f"train.initial_weights={folder} has model.{field.name}={found!r} and the configuration {wanted!r}; "
                 f"use model.{field.name}={found}, or other weights"
             )
+
+
+def check_same_tokenizer(folder: Path, other: TokenizerConfig | Path) -> None:
+    """Check that the tokenizer that came with the weights in `folder`, if one did, gives the ids that a run reads.
+
+    Args:
+        other: what the run's data is prepared with: GPT-2's two files, or a `tokenizer.json`.
+
+    Raises:
+        BadInput: each id would mean another text than the weights were trained on.
+    """
+    own = folder / tokenizer_files.FOLDER
+    if not tokenizer_files.tokenizer_files(own) or tokenizer_files.same_ids(own, other):
+        return
+    mend = "use data that was prepared with the weights' own"
+    vocabulary, merges = own / tokenizer_files.VOCABULARY, own / tokenizer_files.MERGES
+    if vocabulary.is_file() and merges.is_file():
+        mend = f"use tokenizer=gpt2 tokenizer.vocab_file={vocabulary} tokenizer.merges_file={merges}"
+    theirs = other if isinstance(other, Path) else other.vocab_file
+    raise BadInput(
+        f"train.initial_weights={folder} came with another tokenizer ({own}) than the data's ({theirs}), "
+        f"so each id would mean another text; {mend}, or other weights"
+    )

@@ -62,7 +62,8 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
             continue
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or name == raw:
             raise BadInput(
-                f"{path} holds {str(raw)[:80]!r}, which is no tensor of a decoder; give the consolidated file"
+                f"{path} holds {str(raw)[:80]!r}, which is no tensor of metaseq's decoder; give its consolidated file, "
+                "or Hugging Face's whole folder"
             )
         if name == HEAD:
             head = value

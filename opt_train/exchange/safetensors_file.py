@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from opt_train.checkpoint import safetensors_file
+from opt_train.checkpoint.manifest import naming
 from opt_train.exchange.stored import CHUNK, Stored, bytes_in, chunks_of
 from opt_train.protocol.exits import BadInput
 
@@ -100,7 +101,7 @@ def write(
     header = safetensors_file.header_of(described, {"format": "pt"})
     size = len(header) + sum(bytes_in(stored.shape, dtype) for stored in tensors.values())
     digest = hashlib.sha256(header)
-    with path.open("xb") as file:
+    with naming(path), path.open("xb") as file:
         file.write(header)
         for name, stored in tensors.items():
             for chunk in chunks_of(name, stored, dtype):
@@ -128,7 +129,7 @@ def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"the header does not say type, shape and place of tensor {name}") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadInput(f"tensor {name} of {path} has type {dtype}; give it in fp32, bf16 or fp16")
     if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise _damaged(path, f"shape or place of tensor {name} are no whole numbers")
@@ -145,7 +146,7 @@ def _stored(path: Path, entry: Mapping[str, Any], first: int) -> Stored:
 
     def read_some(first_element: int, count: int) -> torch.Tensor:
         tensor = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             file.seek(begin + first_element * dtype.itemsize)
             if file.readinto(tensor.numpy().data) != tensor.numel():
                 raise _damaged(path, "it has become shorter while it was read")

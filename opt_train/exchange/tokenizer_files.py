@@ -3,11 +3,15 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opt_train.checkpoint.manifest import write_durably
 from opt_train.data import tokenizer
 from opt_train.data.config import TokenizerConfig
 from opt_train.protocol.exits import BadInput
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
@@ -70,3 +74,21 @@ def configuration_of(folder: Path) -> TokenizerConfig | Path:
     if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
         return TokenizerConfig(vocab_file=str(folder / VOCABULARY), merges_file=str(folder / MERGES))
     raise BadInput(f"{folder.parent} came without a tokenizer; name prepared data with --data")
+
+
+def load(found: TokenizerConfig | Path) -> "Tokenizer":
+    """A tokenizer from its `tokenizer.json`, or from GPT-2's two files.
+
+    Raises:
+        BadInput: a file is missing or damaged.
+    """
+    return tokenizer.load(found) if isinstance(found, Path) else tokenizer.from_files(found)
+
+
+def same_ids(folder: Path, other: TokenizerConfig | Path) -> bool:
+    """Whether each id means the same text by the tokenizer in `folder` and by another one.
+
+    Raises:
+        BadInput: either is missing or damaged.
+    """
+    return load(configuration_of(folder)).get_vocab() == load(other).get_vocab()

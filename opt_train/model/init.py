@@ -22,7 +22,7 @@ SCALED_DOWN = ("self_attn.out_proj.weight", "fc2.weight")
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int, progress: Progress | None = None) -> None:
-    """Fill `model`'s parameters: N(0, init_std), biases 0, LayerNorms 1 (OPT; Megatron-LM, arXiv 1909.08053).
+    """Fill `model`'s parameters: N(0, ``model.init_std``), biases 0, LayerNorms 1 (arXiv 2205.01068, section 2.2).
 
     A matrix is drawn on the CPU in blocks of rows, each from a generator of its own, and a rank draws the blocks that
     it holds rows of. DTensor has no random numbers of its own on a CPU mesh: drawing shards in place would give each

@@ -12,7 +12,10 @@ from opt_train.optim.memory_efficient import MemoryEfficientAdamW
 
 
 def make_optimizer(model: nn.Module, values: Mapping[str, float], fused: str = "torch") -> Optimizer:
-    """AdamW over `model`'s parameters; weight decay on matrices, not on biases and LayerNorms.
+    """AdamW over `model`'s parameters; ``optim.weight_decay`` on matrices, not on biases and LayerNorms.
+
+    Which ones decay OPT's paper leaves open; these are Megatron-LM's two groups, embeddings among the first
+    (`get_params_for_weight_decay_optimization` of the code that arXiv 2205.01068, section 2.2, follows).
 
     torch's fused one or apex's, or `MemoryEfficientAdamW` where weights are in fp16. The moments exist from the start
     (zeros), so that a restore has tensors to fill; they are the same whoever updates them.

@@ -37,7 +37,7 @@ def predivision(enabled: bool, data_world: int) -> float:
 
     OPT divided by N in two steps, by the square root of N before the sum and again behind it, so that neither what is
     summed underflows nor the sum overflows in fp16 (arXiv 2205.01068, section 2.2). The second half is part of
-    `Verdict.factor`.
+    `Verdict.factor`. `enabled` is ``precision.predivide``, for fp16 alone.
     """
     return 1.0 / math.sqrt(data_world) if enabled else 1.0
 
@@ -70,7 +70,10 @@ def global_norm(
 
 @torch.no_grad()
 def clip(grad_norm: GradNorm, max_norm: float) -> Verdict:
-    """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is not finite."""
+    """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is not finite.
+
+    OPT's ``optim.clip`` is 1.0, and was 0.3 late in the 175B run (arXiv 2205.01068, section 2.2).
+    """
     norm = grad_norm.norm
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return Verdict(norm, norm * coefficient, (~norm.isfinite()).float(), (coefficient / grad_norm.divisor).float())

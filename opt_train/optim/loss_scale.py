@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_train.optim.loss_scale_policy import LossScalePolicy
+from opt_train.optim.loss_scale_policy import CEILING, LossScalePolicy
 
-CEILING = 2.0**64
-"""Where gradients are all zero nothing ever overflows: the scale must not grow to an infinity it cannot leave again."""
 LONGEST_WINDOW = 2**40
 
 

@@ -4,6 +4,12 @@ from dataclasses import dataclass, replace
 
 from opt_train.parallel.config import PrecisionConfig
 
+CEILING = 2.0**64
+"""Where gradients are all zero nothing ever overflows: the scale must not grow to an infinity it cannot leave again."""
+
+SMALLEST = 2.0**-64
+"""fp32 holds it and what it is multiplied with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossScalePolicy:

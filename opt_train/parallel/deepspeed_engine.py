@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.tensors import MODEL, OPTIMIZER
@@ -30,7 +29,7 @@ from opt_train.optim.clip import GradNorm, Verdict, global_norm
 from opt_train.optim.layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
-from opt_train.parallel.fsdp import TYPES, build
+from opt_train.parallel.fsdp import TYPES, build, make_mesh
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
 from opt_train.parallel.rows import own_rows, whole_of
@@ -86,7 +85,7 @@ class DeepSpeed:
         """
         _take_over(device)
         self._device = device
-        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        self._mesh = make_mesh(Layout(1, dist.get_world_size(), 1), device)
         settings = _settings(config, precision, parallel.zero_stage)
         with contextlib.redirect_stdout(io.StringIO()):
             module = _construct(config, precision, parallel, device, settings)

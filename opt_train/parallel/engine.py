@@ -83,9 +83,15 @@ class TellsLayers(Protocol):
 
 def loss_of(model: nn.Module, batch: MicroBatch, device: torch.device, grad_scale: Tensor | None = None) -> Loss:
     """`model`'s sums over one micro-batch, differentiable where gradients are on."""
-    tokens, targets, weights = (
-        tensor.to(device, non_blocking=True) for tensor in (batch.tokens, batch.targets, batch.weights)
-    )
+    tokens, targets, weights = (_sent(tensor, device) for tensor in (batch.tokens, batch.targets, batch.weights))
     loss = model(tokens, targets, weights, grad_scale)
     assert isinstance(loss, Loss)
     return loss
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    # From memory that is not pinned the copy may begin by waiting for all that the device has been given to do (CUDA's
+    # "API synchronization behavior"): micro-batches would not be queued one behind the other.
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,6 +19,7 @@ from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, loca
 from opt_train.optim.layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
+from opt_train.parallel.layer_norms import forget_outputs
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
 from opt_train.parallel.tensor import split_over
@@ -26,8 +28,15 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The mesh of all ranks, with the names of `Layout.mesh`. Needs a process group."""
-    return init_device_mesh(device.type, tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh))
+    """The mesh of all ranks, with the names of `Layout.mesh`. Needs a process group, whose timeout its groups get."""
+    mesh = init_device_mesh(device.type, tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh))
+    world = dist.group.WORLD
+    assert world is not None
+    # torch gives groups of parts of the world a timeout of its own, half an hour. A rehearsal's have no options.
+    if (options := world._get_backend(device).options) is not None:
+        for group in mesh.get_all_groups():
+            group._get_backend(device)._set_default_timeout(options._timeout)
+    return mesh
 
 
 def build(
@@ -80,6 +89,8 @@ def construct(
     for block in model.model.decoder.layers:
         assert isinstance(block, Block)
         recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)
+        if layout.tensor == 1 and not parallel.compile and parallel.activation_checkpointing != "full":
+            forget_outputs(block)
     if layout.gathers(precision):
         _shard(model, precision, mesh[layout.data_mesh])
     return model

@@ -48,4 +48,6 @@ class Batch:
     def __str__(self) -> str:
         """Who computes what."""
         each = f"{self.micro_batches} x {self.rows}" if self.micro_batches > 1 else f"{self.rows}"
+        if self.data_ranks == 1:
+            return f"{self.sequences:,} sequences on 1 data-parallel rank are {each}"
         return f"{self.sequences:,} sequences on {self.data_ranks:,} data-parallel ranks are {each} on each"

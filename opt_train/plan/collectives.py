@@ -80,8 +80,8 @@ def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) ->
     for kind in ("all_gather", "reduce_scatter"):
         ledger.add(kind, "tensor", hidden, 2 * model.layers * (3 if again else 2) * times)
         ledger.add(kind, "tensor", embedded, 2 * times)  # of the embedding and of the head
-    if again and model.dropout == 0:
-        # Without a mask to make again, a block's second forward pass ends before its last sum.
+    if again and model.dropout == 0 and model.layer_norm == "pre":
+        # With neither a mask nor a norm behind it to make again, a block's last sum is not done again.
         ledger.add("reduce_scatter", "tensor", hidden, -model.layers * times)
     if model.embedding_width != model.d_model:
         for size in (embedded, hidden):

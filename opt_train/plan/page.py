@@ -30,7 +30,7 @@ def table(heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequen
 
 def in_units(size: int) -> str:
     """Bytes in the largest unit that leaves 1 or more, with four digits that count."""
-    for unit, bytes_of_it in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, bytes_of_it in (("PB", 10**15), ("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= bytes_of_it:
             return f"{size / bytes_of_it:.4g} {unit}"
     return f"{size} B"
@@ -39,7 +39,7 @@ def in_units(size: int) -> str:
 def _heading(plan: Plan) -> str:
     config, layout, cluster = plan.config, plan.layout, plan.config.cluster
     parallel, precision = config.parallel, config.precision
-    world = f"{cluster.nodes:,} {'node' if cluster.nodes == 1 else 'nodes'} of {cluster.slots_per_node}"
+    world = f"{_nodes(cluster.nodes)} of {cluster.slots_per_node}"
     idle = f"{plan.batch.idle_share:.1%} of the sequences computed are padding"
     rows = (
         ("model", f"{config.model.name}: {plan.parameters:,} parameters, {config.model.layers} layers"),
@@ -60,13 +60,27 @@ def _without_a_node(plan: Plan) -> str:
     if nodes == 1:
         return "nothing is left; the run waits for the node"
     if fewer is None:
-        return f"this layout does not go on {nodes - 1} nodes; parallel.shard=0 would"
+        return f"this layout does not go on {_nodes(nodes - 1)}{_what_would_go(plan)}"
     share = f"{fewer.idle_share:.1%}: {fewer}"
     best = fewer.best_micro_batch()
     padded = Batch.split(fewer.sequences, fewer.data_ranks, best)
     better = f"; with train.micro_batch={best} {padded.idle_share:.1%}" if padded.computed < fewer.computed else ""
     warning = f"; warning: more than {IDLE_SHARE_MAX:.0%}" if padded.idle_share > IDLE_SHARE_MAX else ""
     return f"{share}{better}{warning}"
+
+
+def _what_would_go(plan: Plan) -> str:
+    """The change of the layout with which the ranks of one node fewer can be arranged."""
+    parallel, cluster = plan.config.parallel, plan.config.cluster
+    world = (cluster.nodes - 1) * cluster.slots_per_node
+    if world % (parallel.replicate * parallel.tensor) == 0:
+        return "; parallel.shard=0 would"
+    # A tensor group is within a node, so what is left holds whole ones.
+    return f"; parallel.replicate=1{' parallel.shard=0' if parallel.shard else ''} would"
+
+
+def _nodes(count: int) -> str:
+    return f"{count:,} {'node' if count == 1 else 'nodes'}"
 
 
 def _memory(plan: Plan) -> str:
@@ -124,7 +138,8 @@ def _time(plan: Plan) -> str:
         rows.append(("a step", "unknown: no peak is known in fp32"))
     else:
         assumed = f"at an assumed MFU of {time.mfu:.1%} of {gpu.peak_flops / 1e12:g} TFLOP/s"
-        rows.append(("a step", f"{time.step_seconds:.3g} s {assumed}"))
+        seconds = f"{time.step_seconds:,.0f}" if time.step_seconds >= 100 else f"{time.step_seconds:.3g}"
+        rows.append(("a step", f"{seconds} s {assumed}"))
         rows.append(("all steps", f"{time.days:,.1f} days, without saves, validation and failures"))
     return "\n".join(["time", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
 

@@ -26,22 +26,27 @@ def refusals(plan: Plan, allow_idle: bool) -> list[str]:
 def _does_not_fit(plan: Plan) -> str:
     peak, memory = plan.configured.peak, plan.gpu.memory_gb
     mends = list(_fitting(_single_changes(plan), plan)) or list(_fitting(_everything(plan), plan))
+    # A tensor group is within a node.
+    larger = "a larger one, or " if plan.config.parallel.tensor < plan.config.cluster.slots_per_node else ""
     mend = (
-        f"use {listed(mends)}" if mends else "no number of nodes mends that with this parallel.tensor; use a larger one"
+        f"use {listed(mends)}"
+        if mends
+        else f"no number of nodes mends that with this parallel.tensor; use {larger}GPUs with more memory"
     )
     return f"a rank needs {peak.total / GB:.1f} GB in {peak.when}, and the {plan.gpu.name} has {memory:g}; {mend}"
 
 
 def _fitting(candidates: Iterable[tuple[str, RunConfig]], plan: Plan) -> Iterator[str]:
-    """The first of the `candidates` for each key that fits, with what it needs."""
+    """The first of the `candidates` for each key that fits and is not refused for its padding, with what it needs."""
     found: set[str] = set()
+    idle_share_max = max(IDLE_SHARE_MAX, plan.batch.idle_share)
     for overrides, config in candidates:
         key = overrides.partition("=")[0]
         if key in found:
             continue
         layout = Layout.of(config.parallel, config.world_size)
         total = memory_of(config, layout, config.parallel.activation_checkpointing).peak.total
-        if total <= plan.gpu.memory_gb * GB:
+        if total <= plan.gpu.memory_gb * GB and Batch.of(config, layout).idle_share <= idle_share_max:
             found.add(key)
             yield f"{overrides} ({total / GB:.1f} GB)"
 
@@ -69,9 +74,11 @@ def _single_changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
 def _everything(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
     """All that saves most at once, on more and more nodes."""
     config = plan.config
-    parallel = replace(config.parallel, activation_checkpointing="full", accumulate="shards")
+    parallel = replace(config.parallel, activation_checkpointing="full", accumulate="shards", replicate=1)
     least = replace(config, parallel=parallel, train=replace(config.train, micro_batch=1))
     also = "parallel.activation_checkpointing=full train.micro_batch=1 parallel.accumulate=shards"
+    if config.parallel.replicate > 1:
+        also += " parallel.replicate=1"
     for times in (1, 2, 4, 8, 16, 32, 64, 128):
         if more := _on_nodes(least, plan, times):
             yield f"{more[0]} {also}", more[1]
@@ -88,7 +95,7 @@ def _on_nodes(config: RunConfig, plan: Plan, times: int) -> tuple[str, RunConfig
 
 def _idles(plan: Plan) -> str:
     batch = plan.batch
-    mends = [f"train.global_batch={sequences}" for sequences in _without_padding(plan)]
+    mends = list(_without_padding(plan))
     best = batch.best_micro_batch()
     padded = Batch.split(batch.sequences, batch.data_ranks, best)
     if padded.idle_share <= IDLE_SHARE_MAX:
@@ -102,7 +109,7 @@ def _idles(plan: Plan) -> str:
     )
 
 
-def _without_padding(plan: Plan) -> list[int]:
+def _without_padding(plan: Plan) -> Iterator[str]:
     """The nearest global batches, a smaller and a larger one, that this layout shares evenly."""
     ranks, micro_batch = plan.batch.data_ranks, plan.config.train.micro_batch
     share = plan.batch.sequences // ranks
@@ -110,9 +117,11 @@ def _without_padding(plan: Plan) -> list[int]:
     def even(one: int) -> bool:
         return Batch.split(one * ranks, ranks, micro_batch).idle_share == 0.0
 
-    smaller = [one * ranks for one in range(share, 0, -1) if even(one)][:1]
-    larger = [one * ranks for one in range(share + 1, share + micro_batch + 1) if even(one)][:1]
-    return smaller + larger
+    smaller = [one for one in range(share, 0, -1) if even(one)][:1]
+    larger = [one for one in range(share + 1, share + micro_batch + 1) if even(one)][:1]
+    for one in smaller + larger:
+        fits = f" train.micro_batch={one}" if one < micro_batch else ""  # more than a share is refused
+        yield f"train.global_batch={one * ranks}{fits}"
 
 
 def listed(words: Sequence[str]) -> str:

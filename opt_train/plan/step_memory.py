@@ -111,10 +111,20 @@ class StepMemory:
         """One block's activations under `mode` of activation checkpointing."""
         if mode == "full":
             return self._part
+        return self._computed(mode) - sum(self._forgotten(mode))
+
+    def _computed(self, mode: str) -> int:
+        """As `block_kept`, were no LayerNorm's output forgotten."""
         # The inputs of both LayerNorms; of attention's projections and of the feed-forward network, which tensor
         # parallelism gathers; what comes out of the ReLU; two masks of dropout.
         kept = 2 * self._part + 2 * self._whole + self._wide + 2 * self._mask
         return kept if mode == "selective" else kept + self._attention
+
+    def _forgotten(self, mode: str) -> tuple[int, int]:
+        """What goes into attention's projections and into the feed-forward network, as far as it is not kept."""
+        if self._split or mode == "full":
+            return 0, 0
+        return self._whole if self._normed_before else 0, self._whole
 
     @property
     def _attention(self) -> int:
@@ -143,6 +153,15 @@ class StepMemory:
         yield self._loss()
         for block in range(self.layers):
             yield from self._backward(block)
+        # The embedding's gradient comes from the head and from below; for a moment their sum stands beside them.
+        yield Moment(
+            "the backward pass of the embeddings",
+            shards=self._state + self._summed(self.layers),
+            gathered=self.root_weights,
+            unsummed=self._waiting(0) + self._root_gradients + 2 * self._head_gradient + self._block_sum,
+            activations=0,
+            temporary=0,
+        )
         yield Moment(
             "the sum of the embeddings' gradients",
             shards=self._state + self._summed(self.layers),
@@ -180,8 +199,8 @@ class StepMemory:
         split, part, whole, wide, mask = self._split, self._part, self._whole, self._wide, self._mask
         normed = part if self._normed_before else 0
 
-        own = self.block_kept("none" if self._mode == "full" else self._mode)
-        if self._mode == "full" and mask:  # without a mask to make again it ends before
+        own = self._computed("none") if self._mode == "full" else self.block_kept(self._mode)
+        if self._mode == "full" and (mask or not self._normed_before):  # with nothing to make again it ends before
             # Variables of `Block.forward` live until it returns, and a reduce-scatter along the sequence copies.
             inside = 2 * part + (normed + 2 * whole + part if split else part)
             again = before + own - mask
@@ -192,7 +211,7 @@ class StepMemory:
         held = before + own - mask - (part - normed)
         yield Moment("the backward pass of a feed-forward network", shards, gathered, summing, held, part + matrices)
 
-        held = before + normed + whole
+        held = before + normed + whole - self._forgotten(self._mode)[0]
         gradients = summing + self._arrived(missing=1)
         if split:
             yield Moment(

@@ -26,7 +26,8 @@ from opt_train.protocol import signals
 from opt_train.protocol.commands import Acknowledge, Begin, Drop, Fetch, Kill, Lead, Leave, Relay
 from opt_train.protocol.facts import AgentState, GenerationGone, Pulse
 from opt_train.protocol.framing import Message
-from opt_train.supervisor.address import read_address
+from opt_train.supervisor.address import Address, read_address
+from opt_train.supervisor.helper_thread import HelperThread
 from opt_train.supervisor.holding import Holding
 from opt_train.supervisor.link import Connection, LinkRefused, prove_agent
 from opt_train.supervisor.outbox import Outbox
@@ -46,6 +47,8 @@ LEAVE_SECONDS = 10.0
 """Ranks that SIGKILL has not ended by then (they hang in the kernel) are left to the node's death."""
 LOG_SECONDS = 5.0
 """For the ends of the ranks' logs to reach the run directory."""
+DEREGISTER_SECONDS = 2.0
+"""For the registration to be taken back, before ranks are killed all the same."""
 
 log = logging.getLogger("opt_train.supervisor.agent")
 
@@ -71,7 +74,7 @@ class Agent:
     """One node's agent. `run` returns when it has left and its ranks are gone."""
 
     def __init__(self, options: AgentOptions, deregister: Callable[[], None]) -> None:
-        """`deregister` is called when the agent begins to leave."""
+        """`deregister` is called when the agent begins to leave, from another thread."""
         self._options = options
         self._deregister = deregister
         self._outbox = Outbox()
@@ -81,6 +84,8 @@ class Agent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_trouble = ""
+        # For all that is read and removed in the run directory: its file system may stand still, and the lease goes on.
+        self._files = HelperThread()
         run = options.run
         self._holding = Holding(run, options.node, options.node_directory, self._outbox.tell, self._start)
         command = (sys.executable, "-P", "-m", options.rank_module)
@@ -105,7 +110,7 @@ class Agent:
         await self._holding.open(self._options.memory_every_steps > 0, self._options.interface)
         dialling = self._start(self._dial())
         await self._leave.wait()
-        self._deregister()
+        await self._take_registration_back()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await asyncio.gather(*(slot.close() for slot in self._slots))
@@ -114,6 +119,14 @@ class Agent:
         await asyncio.to_thread(self._logs.close, LOG_SECONDS)
         dialling.cancel()
         await asyncio.gather(dialling, return_exceptions=True)
+        self._files.close()
+
+    async def _take_registration_back(self) -> None:
+        try:
+            async with asyncio.timeout(DEREGISTER_SECONDS):
+                await self._files.do(self._deregister)
+        except (OSError, TimeoutError) as trouble:
+            log.error("the node stays registered: %s", str(trouble) or "the run directory does not answer")
 
     # Link -------------------------------------------------------------------------------------------------------
 
@@ -131,15 +144,14 @@ class Agent:
             await asyncio.sleep(pause)
 
     async def _dial_once(self) -> None:
-        run = self._options.run
-        address = read_address(run.supervisor_address)
-        if address is None or address.leader < self._leader:
+        address, secret = await self._files.do(_read_meeting, self._options.run)
+        if address.leader < self._leader:
             raise LinkRefused("no supervisor has published its address")
         async with asyncio.timeout(5.0):
             reader, writer = await asyncio.open_unix_connection(address.socket)
         connection = Connection(reader, writer)
         try:
-            await prove_agent(connection, read_secret(run.secret), self._options.node, self._leader)
+            await prove_agent(connection, secret, self._options.node, self._leader)
             self._led(connection.leader)
             log.info("led by supervisor %d", connection.leader)
             self._last_trouble = ""
@@ -254,6 +266,14 @@ class Agent:
             # Nothing here may fail quietly: an agent that lost a part of itself leaves, and its ranks with it.
             log.critical("the agent is broken", exc_info=task.exception())
             self._leave.set()
+
+
+def _read_meeting(run: RunDirectory) -> tuple[Address, bytes]:
+    """Where the supervisor listens, and the secret. Raises `LinkRefused` or `SecretUnusable`."""
+    address = read_address(run.supervisor_address)
+    if address is None:
+        raise LinkRefused("no supervisor has published its address")
+    return address, read_secret(run.secret)
 
 
 def read_options(arguments: list[str]) -> AgentOptions:

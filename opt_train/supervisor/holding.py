@@ -14,7 +14,16 @@ from typing import Any
 from opt_logbook.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest as manifests
-from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, FileEntry, Manifest
+from opt_train.checkpoint.manifest import (
+    LATE_SECONDS,
+    LOOK_AGAIN_SECONDS,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    may_be_late,
+)
 from opt_train.protocol.commands import Begin, Drop, Fetch
 from opt_train.protocol.facts import Fetched, HeldFiles, SavedFile, SnapshotHeld, SnapshotTaken, Told
 from opt_train.protocol.framing import Message, ProtocolError, parse, to_line
@@ -66,14 +75,14 @@ class Holding:
             async with asyncio.timeout(OPEN_SECONDS):
                 await self.shelf.open()
         except (OSError, TimeoutError) as trouble:
-            log.error("what lies in %s is not held: %s", self.shelf.folder, trouble or "its disk does not answer")
+            log.error("what lies in %s is not held: %s", self.shelf.folder, str(trouble) or "its disk does not answer")
         if not serve:
             return
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 self.address = await self._server.start(await self._helper.do(transfer.host_of, interface))
         except (OSError, TimeoutError) as trouble:
-            log.error("other nodes can get nothing from this one: %s", trouble or "the host's name is not found")
+            log.error("other nodes can get nothing from this one: %s", str(trouble) or "the host's name is not found")
             return
         if self.address.startswith("127.") and interface != "lo":
             log.warning("only this host reaches %s: set cluster.interface", self.address)
@@ -151,7 +160,7 @@ class Holding:
         async with self._slots:
             folder, why = "", ""
             try:
-                manifest, content = await self._helper.do(_read_manifest, self._run.path, command)
+                manifest, content = await self._manifest(command)
                 await self._hold_all(command, manifest)
                 folder = await self.shelf.link(command.path, command.names, content)
             except (CheckpointError, NotHeld) as trouble:
@@ -166,11 +175,26 @@ class Holding:
             self._under_way[command.path] = waiting
         self._tell(Fetched(command.path, command.names, why, folder))
 
+    async def _manifest(self, command: Fetch) -> tuple[Manifest, bytes]:
+        """As `manifests.patiently`, with the helper free meanwhile. Raises `CheckpointError` or `NotHeld`."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LATE_SECONDS
+        while True:
+            try:
+                return await self._helper.do(_read_manifest, self._run.path, command)
+            except CheckpointError as error:
+                folder = self._run.path / command.path
+                if loop.time() >= end or not await self._helper.do(may_be_late, folder, error):
+                    raise
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
     async def _hold_all(self, command: Fetch, manifest: Manifest) -> None:
         """Hold every file that can be had. Raises `NotHeld` if that is not all of them."""
         failed = []
         unreachable: dict[str, Unreachable] = {}
-        for name in command.names:
+        # Each node begins at its own part, so that not all of them ask the first one at once.
+        own = next((k for k, name in enumerate(command.names) if self.shelf.holds(command.path, name)), 0)
+        for name in (*command.names[own:], *command.names[:own]):
             source = command.sources.get(name, "")
             try:
                 if name not in manifest.files:

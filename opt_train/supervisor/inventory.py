@@ -15,8 +15,8 @@ class Inventory:
     def __init__(self) -> None:
         self.snapshots: dict[tuple[int, int], dict[int, SnapshotHeld]] = {}
         """(generation, step) -> rank -> what its agent holds; not yet settled."""
-        self.fetched: dict[tuple[str, str, tuple[str, ...]], Fetched] = {}
-        """(node, checkpoint, names) -> the newest answer."""
+        self.fetched: dict[str, dict[tuple[str, tuple[str, ...]], Fetched]] = {}
+        """Checkpoint -> (node, names) -> the newest answer."""
         self.passed_on: dict[str, ManifestCommitted] = {}
         """Snapshots on their way to the nodes' disks, by the path they will have there."""
         self._held: dict[str, dict[str, set[str]]] = {}
@@ -35,6 +35,10 @@ class Inventory:
         """Where other agents get what the node holds; empty: nowhere."""
         return self._addresses.get(node, "")
 
+    def answer(self, node: str, path: str, names: tuple[str, ...]) -> Fetched | None:
+        """What the agent of `node` said last about getting these files; None: nothing since it was asked."""
+        return self.fetched.get(path, {}).get((node, names))
+
     def snapshots_of(self, generation: int) -> list[tuple[int, dict[int, SnapshotHeld]]]:
         """(step, what is held by rank) of every snapshot of `generation` that is not settled, oldest first."""
         return sorted((step, held) for (g, step), held in self.snapshots.items() if g == generation)
@@ -50,7 +54,7 @@ class Inventory:
         self._add(node, path_of_save(fact.attempt, fact.step, MEMORY), (file.path for file in fact.files))
 
     def take_fetched(self, node: str, fact: Fetched) -> None:
-        self.fetched[node, fact.path, fact.names] = fact
+        self.fetched.setdefault(fact.path, {})[node, fact.names] = fact
         if not fact.why:
             self._add(node, fact.path, fact.names)
 
@@ -70,12 +74,16 @@ class Inventory:
             self._onward[path] = onward[0]
 
     def note_command(self, node: str, command: object) -> None:
-        """What was sent to the agent of `node`: an older answer is not the answer, and what is dropped is gone."""
+        """What was sent to the agent of `node`: an older answer is not the answer, and what is dropped is gone.
+
+        A checkpoint of which one agent is told to drop its part is none any more: nobody's answer about it counts.
+        """
         match command:
             case Fetch(path, _, names):
-                self.fetched.pop((node, path, names), None)
+                self.fetched.get(path, {}).pop((node, names), None)
             case Drop(path):
                 self._held.get(node, {}).pop(path, None)
+                self.fetched.pop(path, None)
 
     def enter(self, generation: int) -> None:
         """Generations below this one are over."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opt_train.protocol.commands import Begin, Fetch, Kill
+from opt_train.protocol.commands import Begin, Drop, Fetch, Kill
 from opt_train.protocol.exits import DONE, STOPPED
 from opt_train.protocol.facts import (
     AgentState,
@@ -338,12 +338,7 @@ class Observation:
         match effect:
             case Send(node, command):
                 self._sent[self.key_of(node, command)] = now
-                self.inventory.note_command(node, command)
-                if isinstance(command, Kill):
-                    self.kill_asked.setdefault((node, command.generation), now)
-                if isinstance(command, Begin):
-                    self.begun.add((command.generation, command.rank))
-                    self.view(node).gone_generation = min(self.view(node).gone_generation, command.generation - 1)
+                self._note_command(node, command)
             case AcknowledgeFact(node, number):
                 view = self.view(node)
                 view.acknowledged, view.retold = max(view.acknowledged, number), False
@@ -366,6 +361,17 @@ class Observation:
                 self.finished = True
             case _:
                 pass
+
+    def _note_command(self, node: str, command: Message) -> None:
+        self.inventory.note_command(node, command)
+        match command:
+            case Kill(generation):
+                self.kill_asked.setdefault((node, generation), self.now.monotonic)
+            case Begin(generation, _, _, _, rank):
+                self.begun.add((generation, rank))
+                self.view(node).gone_generation = min(self.view(node).gone_generation, generation - 1)
+            case Drop(path):  # nobody fetches it any more
+                self._sent = {key: at for key, at in self._sent.items() if not _fetches(key, path)}
 
     def settle(self) -> None:
         """All that this input gave cause for has been decided."""
@@ -441,6 +447,11 @@ def is_announced(exited: RankExited) -> bool:
     """Whether the rank ended as it said it would, its work done or its state saved."""
     told = exited.leaving
     return told is not None and exited.code in (DONE, STOPPED) and told.code == exited.code
+
+
+def _fetches(key: tuple[str, ...], path: str) -> bool:
+    """Whether `key`, from `Observation.key_of`, names a command to fetch parts of the checkpoint at `path`."""
+    return key[0] == Fetch.kind and key[3] == path
 
 
 def _forget(table: dict[int, Any], generation: int) -> None:

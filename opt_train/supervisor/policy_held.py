@@ -4,6 +4,11 @@ An agent tells what it holds of its ranks' snapshots. One counts when all of it 
 written; whether the bytes are still good is found out when they are wanted, by the agents that hold them.
 """
 
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
 from opt_logbook.events import CheckpointRejected
 
 from opt_train.checkpoint.manifest import STATE, own_file_name
@@ -52,8 +57,9 @@ def copy_to_partners(s: Situation) -> list[Decision]:
     if newest is None or newest.attempt != attempt.name or newest.rejected:
         return []
     decisions: list[Decision] = []
-    for node in attempt.nodes:
-        partner, names = partner_of(s, attempt, node), own_names(attempt, node)
+    partner_of = partners(s, attempt)
+    for node, names in own_names(attempt).items():
+        partner = partner_of[node]
         held, address = s.seen.inventory.on(partner, newest.path), s.seen.inventory.address(node)
         if partner == node or held.issuperset(names) or not address or not s.seen.view(partner).connected:
             continue
@@ -70,18 +76,17 @@ def pass_on(s: Situation) -> list[Decision]:
     for path, made in s.seen.inventory.passed_on.items():
         if path in s.state.settled_saves or made.attempt != attempt.name:
             continue
-        answers = [
-            (node, s.seen.inventory.fetched.get((node, path, own_names(attempt, node)))) for node in attempt.nodes
-        ]
-        failed = [f"{node}: {answer.why}" for node, answer in answers if answer is not None and answer.why]
+        names_of = own_names(attempt)
+        answers = {node: s.seen.inventory.answer(node, path, names) for node, names in names_of.items()}
+        failed = [f"{node}: {answer.why}" for node, answer in answers.items() if answer is not None and answer.why]
         if failed:
             decisions += abandon(s, path, failed[0], made.step, attempt.name)
             continue
-        if all(answer is not None for _, answer in answers):
+        if all(answer is not None for answer in answers.values()):
             decisions.append(Record(committed(path, made), made.step))
             continue
-        for node, answer in answers:
-            command = Fetch(path, made.manifest_sha256, own_names(attempt, node), {}, origin=made.path)
+        for node, answer in answers.items():
+            command = Fetch(path, made.manifest_sha256, names_of[node], {}, origin=made.path)
             sent = s.seen.was_sent(*s.seen.key_of(node, command), within=FETCH_AGAIN_SECONDS)
             if answer is None and not sent and s.seen.view(node).connected:
                 decisions.append(Send(node, command))
@@ -89,7 +94,10 @@ def pass_on(s: Situation) -> list[Decision]:
 
 
 def drop(s: Situation) -> list[Decision]:
-    """Agents hold what is a checkpoint, or may become one, and nothing else."""
+    """Agents hold what is a checkpoint, or may become one, and nothing else.
+
+    Of an agent that has just dialled in, the facts that say what may become one are still on their way.
+    """
     wanted = {c.path for c in s.state.checkpoints} | s.seen.committing.keys() | s.seen.inventory.passed_on.keys()
     live = s.state.live
     if live is not None:
@@ -97,7 +105,7 @@ def drop(s: Situation) -> list[Decision]:
     return [
         Send(node, Drop(path))
         for node, view in s.seen.nodes.items()
-        if view.connected
+        if view.connected and view.caught_up
         for path in sorted(s.seen.inventory.paths_on(node) - wanted)
     ]
 
@@ -110,67 +118,98 @@ def bring_together(s: Situation, wanted: Checkpoint) -> list[Decision]:
     places = s.places()
     if not all(s.seen.view(node).connected for node in places):
         return []
-    decisions: list[Decision] = []
-    for node in places:
-        names = names_for(s, wanted, node)
-        answer = s.seen.inventory.fetched.get((node, wanted.path, names))
+    names_of = names_by_node(s, wanted)
+    silent = []
+    for node, names in names_of.items():
+        answer = s.seen.inventory.answer(node, wanted.path, names)
         if answer is not None and answer.why:
             return [Record(CheckpointRejected(wanted.path, f"{node}: {answer.why}"), wanted.step, wanted.attempt)]
-        if answer is not None:
-            continue
-        holders = {name: _holders(s, wanted.path, name) for name in names}
-        lost = [name for name in names if not holders[name]]
-        if lost:
-            why = f"no node that is left holds {lost[0]}"
-            return [Record(CheckpointRejected(wanted.path, why), wanted.step, wanted.attempt)]
-        others = {name: [h for h in holders[name] if h != node and s.seen.inventory.address(h)] for name in names}
-        sources = {name: s.seen.inventory.address(there[0]) for name, there in others.items() if there}
-        command = Fetch(wanted.path, wanted.manifest_sha256, names, sources)
+        if answer is None:
+            silent.append(node)
+    if not silent:
+        return []
+    holders = _holders(s, wanted.path)
+    lost = next((name for node in silent for name in names_of[node] if not holders.get(name)), None)
+    if lost is not None:
+        why = f"no node that is left holds {lost}"
+        return [Record(CheckpointRejected(wanted.path, why), wanted.step, wanted.attempt)]
+    decisions: list[Decision] = []
+    for node in silent:
+        command = Fetch(wanted.path, wanted.manifest_sha256, names_of[node], {})
         if not s.seen.was_sent(*s.seen.key_of(node, command), within=FETCH_AGAIN_SECONDS):
-            decisions.append(Send(node, command))
+            decisions.append(Send(node, replace(command, sources=_sources(s, node, command.names, holders))))
     return decisions
 
 
 def is_together(s: Situation, wanted: Checkpoint) -> bool:
     """Every node that will train has said that it holds its part of `wanted`."""
-    return all(folder_on(s, wanted, node) for node in s.places())
+    return all(_folder(s, wanted, node, names) for node, names in names_by_node(s, wanted).items())
 
 
 def folder_on(s: Situation, wanted: Checkpoint, node: str) -> str:
     """Where the ranks of `node` find it; empty: not there yet."""
-    answer = s.seen.inventory.fetched.get((node, wanted.path, names_for(s, wanted, node)))
-    return answer.folder if answer is not None and not answer.why else ""
+    return _folder(s, wanted, node, names_by_node(s, wanted)[node])
 
 
-def names_for(s: Situation, wanted: Checkpoint, node: str) -> tuple[str, ...]:
-    """Its ranks' own parts where they are what they were; all there is where each must look for its own anew."""
+def names_by_node(s: Situation, wanted: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """What each node that will train must hold.
+
+    Its ranks' own parts where they are what they were; all there is where each must look for its own anew.
+    """
     slots, places = s.config.cluster.slots_per_node, s.places()
     same = wanted.world_size == len(places) * slots and wanted.config_sha256 == s.identity.config_sha256
     if not same:
-        return (*(own_file_name(rank) for rank in range(wanted.world_size)), STATE)
-    first = places.index(node) * slots
-    return tuple(own_file_name(rank) for rank in range(first, first + slots))
+        return dict.fromkeys(places, (*_shard_names(0, wanted.world_size), STATE))
+    return {node: _shard_names(place * slots, slots) for place, node in enumerate(places)}
 
 
-def own_names(attempt: Attempt, node: str) -> tuple[str, ...]:
-    """Files that the ranks of `node` make."""
-    first = attempt.nodes.index(node) * attempt.slots_per_node
-    shards = tuple(own_file_name(rank) for rank in range(first, first + attempt.slots_per_node))
-    return (*shards, STATE) if first == 0 else shards
+def own_names(attempt: Attempt) -> dict[str, tuple[str, ...]]:
+    """Files that the ranks of each node make."""
+    slots = attempt.slots_per_node
+    names = {node: _shard_names(place * slots, slots) for place, node in enumerate(attempt.nodes)}
+    names[attempt.nodes[0]] += (STATE,)
+    return names
 
 
-def partner_of(s: Situation, attempt: Attempt, node: str) -> str:
-    """Who holds the copy: the next node of another failure domain, else the next node; alone, the node itself."""
-    order, size = s.identity.nodes, s.config.cluster.nodes_per_domain
-    domain = {each: order.index(each) // size if each in order else -1 for each in attempt.nodes}
-    here = attempt.nodes.index(node)
-    # A whole domain further on, so that the copies of one domain are spread over the next.
-    following = [
-        attempt.nodes[(here + k) % len(attempt.nodes)] for k in (*range(size, len(attempt.nodes)), *range(size))
-    ]
-    others = [each for each in following if each != node]
-    return next((each for each in others if domain[each] != domain[node]), others[0] if others else node)
+def partners(s: Situation, attempt: Attempt) -> Mapping[str, str]:
+    """Who holds each node's copy: the next node of another failure domain, else the next; alone, the node itself."""
+    return _partners(attempt.nodes, s.identity.nodes, s.config.cluster.nodes_per_domain)
 
 
-def _holders(s: Situation, path: str, name: str) -> list[str]:
-    return [n for n, view in s.seen.nodes.items() if view.connected and name in s.seen.inventory.on(n, path)]
+# Asked with every input, and the same for as long as the nodes are.
+@functools.lru_cache(maxsize=8)
+def _partners(nodes: tuple[str, ...], order: tuple[str, ...], size: int) -> Mapping[str, str]:
+    place = {node: k for k, node in enumerate(order)}
+    domains = [place[node] // size if node in place else -1 for node in nodes]
+    found = {}
+    for here, node in enumerate(nodes):
+        # A whole domain further on, so that the copies of one domain are spread over the next.
+        following = [(here + k) % len(nodes) for k in (*range(size, len(nodes)), *range(size))]
+        others = [k for k in following if k != here] or [here]
+        found[node] = nodes[next((k for k in others if domains[k] != domains[here]), others[0])]
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _shard_names(first: int, count: int) -> tuple[str, ...]:
+    return tuple(own_file_name(rank) for rank in range(first, first + count))
+
+
+def _folder(s: Situation, wanted: Checkpoint, node: str, names: tuple[str, ...]) -> str:
+    answer = s.seen.inventory.answer(node, wanted.path, names)
+    return answer.folder if answer is not None and not answer.why else ""
+
+
+def _holders(s: Situation, path: str) -> dict[str, list[str]]:
+    """Name -> connected nodes that hold the file."""
+    holders = defaultdict(list)
+    for node, view in s.seen.nodes.items():
+        for name in s.seen.inventory.on(node, path) if view.connected else ():
+            holders[name].append(node)
+    return holders
+
+
+def _sources(s: Situation, node: str, names: tuple[str, ...], holders: dict[str, list[str]]) -> dict[str, str]:
+    """Name -> where `node` gets the file, if not from itself."""
+    addresses = {name: [s.seen.inventory.address(h) for h in holders[name] if h != node] for name in names}
+    return {name: next(filter(None, there)) for name, there in addresses.items() if any(there)}

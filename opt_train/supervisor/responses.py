@@ -86,6 +86,7 @@ def respond(
     """
     response = RESPONSES.get(cause, RESPONSES["unknown"])
     budget = budget_of(cause, config)
+    detail = detail.rstrip(".")  # a rank's own words may be a sentence already
     if response.kind == HALT:
         return Verdict(
             HALT, f"stop: {cause} is for a person to mend", f"{cause}: {detail}. Mend it, then start the run again."

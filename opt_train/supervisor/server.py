@@ -99,7 +99,7 @@ class AgentServer:
             stranger = False
             await self._hear(connection, state)
         except (LinkRefused, TimeoutError) as refused:
-            log.info("link to %s ended: %s", connection.node or "a stranger", refused or "handshake took too long")
+            log.info("link to %s ended: %s", connection.node or "a stranger", str(refused) or "handshake took too long")
         finally:
             self._strangers -= stranger
             connection.close()

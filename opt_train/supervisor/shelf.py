@@ -117,6 +117,10 @@ class Shelf:
             names[path].append(name)
         return tuple(HeldFiles(path, tuple(found)) for path, found in names.items())
 
+    def holds(self, path: str, name: str) -> bool:
+        """Whether the file is held, good or not."""
+        return (path, name) in self._held
+
     def small_file(self, path: str, name: str, most_bytes: int) -> bytes:
         """The content of a file in memory, at once.
 

@@ -192,7 +192,8 @@ class RankSlot:
 
     def _spare_lost(self) -> None:
         self._spares_lost += 1
-        delay = min(0.25 * 2**self._spares_lost, _BACKOFF_SECONDS_MAX)
+        # Bounded before it is a power: after a night of lost spares that is no number any more.
+        delay = min(0.25 * 2 ** min(self._spares_lost, 10), _BACKOFF_SECONDS_MAX)
         self._retry = asyncio.get_running_loop().call_later(delay, self._retry_spare)
 
     def _retry_spare(self) -> None:

@@ -97,7 +97,7 @@ class TransferServer:
             finally:
                 self._served -= 1
         except (LinkRefused, NotHeld, SecretUnusable, TimeoutError, OSError) as trouble:
-            log.info("a transfer ended: %s", trouble or "the peer was too slow")
+            log.info("a transfer ended: %s", str(trouble) or "the peer was too slow")
         finally:
             self._strangers -= stranger
             writer.transport.abort()  # after a close in good order the bytes have left, and this does nothing

@@ -36,7 +36,8 @@ def train(run: Training) -> Leaving:
 
 def finish(run: Training) -> Leaving:
     """The last words, the final validation, the final checkpoint."""
-    step, measured = run.state.step, sets_due(run)
+    step = run.state.step
+    measured = sets_due(run) if step > run.started_step else []
     run.validate([name for name in run.validation_sets if name not in measured])
     if not run.save():
         return Leaving(NO, step, f"the final save at step {step} failed on some rank", cause="storage")

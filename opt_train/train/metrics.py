@@ -15,6 +15,8 @@ from opt_train.train.word import StepWord
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense peak in bf16, and the same in fp16, by a part of the device's name (NVIDIA data sheets, SXM); MFU is null for
 anything else."""
+OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL")
+"""These names hold one of those above, but what they reach is less. (An A100 on PCIe has the same peak.)"""
 
 
 class Clock:
@@ -78,7 +80,7 @@ def _mfu(config: RunConfig, tokens_per_second_of_one: float, device: torch.devic
         return None
     name = torch.cuda.get_device_name(device)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    if peak is None:
+    if peak is None or any(board in name for board in OTHER_BOARDS):
         return None
     flops = flops_per_token(config.model, config.data.sequence_length)
     return tokens_per_second_of_one * flops / peak

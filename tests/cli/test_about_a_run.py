@@ -1,14 +1,19 @@
 """What is asked about a run from outside it must be answered truly, and never with a traceback."""
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
-from opt_logbook.events import Entry, NodeJoined, RunCreated, RunStopped
+import yaml
+from opt_logbook.events import Entry, LineageOpened, NodeJoined, RunCreated, RunStopped
 from opt_logbook.journal import Journal
 from opt_logbook.lock import Lock
 from opt_logbook.run_directory import RunDirectory
+
+from opt_train.cli import VERBS
+from opt_train.config import configs_directory
 
 
 @pytest.fixture
@@ -67,3 +72,22 @@ def test_nodes_of_a_run_at_rest_are_not_told_as_working(run: RunDirectory, say) 
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
         journal.append(Entry(time.time(), "", None, RunStopped("ada", -1)))
     assert "  nodes at the end: node-1 active\n" in say("status", str(run.path)).out
+
+
+def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(run: RunDirectory, say) -> None:
+    """`train.steps=60 lineage=new` on a run of 40 was told as "step 60 of 40"."""
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        for number, difference in enumerate(((), ("train.steps: 10 -> 15",), ("optim.lr: 0.1 -> 0.2",)), 1):
+            journal.append(Entry(time.time(), "", None, LineageOpened(number, "c", difference)))
+        assert "step 0 of 15" in say("status", str(run.path)).out
+        assert json.loads(say("status", str(run.path), "--json").out)["steps"] == 15
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_the_demo_of_the_examples_has_the_checkpoints_they_name(verb: str) -> None:
+    demo = yaml.safe_load((configs_directory() / "experiment" / "demo.yaml").read_text())
+    named = [int(step) for example in VERBS[verb].examples for step in re.findall(r"--checkpoint (\d+)", example)]
+    assert named
+    for step in named:
+        assert step <= demo["train"]["steps"]
+        assert step % demo["checkpoint"]["every_steps"] == 0

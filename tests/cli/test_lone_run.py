@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from opt_logbook import metrics
 from opt_logbook.events import CheckpointCommitted, Entry
 from opt_logbook.journal import Journal, read
 from opt_logbook.lock import Lock
@@ -16,7 +17,7 @@ from opt_train import cli_run, cli_train
 from opt_train.cli_train import LoneRun
 from opt_train.config import RunConfig, compose
 from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
-from opt_train.protocol.facts import Leaving, SavedFile, ShardsSaved
+from opt_train.protocol.facts import Leaving, Metrics, SavedFile, ShardsSaved, Validation
 from opt_train.supervisor.processes import stat_of
 
 SMALL = (
@@ -133,3 +134,57 @@ def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) ->
     with pytest.raises(BadInput, match=r"journal\.lock.*mend it"):
         alone.open()
     alone.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"no RANK and no MASTER_ADDR .* beside WORLD_SIZE .*torchrun"),
+        ({"RANK": "0"}, r"no WORLD_SIZE and no MASTER_ADDR .* beside RANK .*unset it"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "WORLD_SIZE=3 is no multiple of LOCAL_WORLD_SIZE=2; start as many ranks on each node",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_a_sentence(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+) -> None:
+    """A variable left behind by another job made a traceback, and an attempt of two ranks in the journal."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=told):
+        cli_train.train(config)
+    assert not Path(config.runs, config.name).exists()
+
+
+def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
+    config: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    alone, run = a_lone_run(config)
+    alone.open()
+    run.metrics.write_text("a file where a folder should be")
+    for step in (1, 2):
+        alone.tell(0, Metrics({"step": step, "loss": 5.0, "tokens": 128 * step}))
+    said = [line for line in capfd.readouterr().out.splitlines() if "metrics" in line]
+    assert said == ["step 1: its metrics could not be written (File exists); training goes on"]
+    run.metrics.unlink()
+    alone.tell(0, Metrics({"step": 3, "loss": 4.0, "tokens": 384}))
+    alone.close()
+    assert [line["step"] for line in metrics.read(run).lines] == [3]
+
+
+def test_a_journal_that_takes_no_more_is_a_sentence(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not hold, no later start would know; so training ends, and not with a traceback."""
+    alone, run = a_lone_run(config)
+    alone.open()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        with pytest.raises(BadInput, match=r"journal\.jsonl: No space left on device; make room"):
+            alone.tell(0, Validation("validation", 4, 2.0, 100))
+    alone.close()
+    assert read(run.journal).damaged == ()

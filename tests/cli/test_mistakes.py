@@ -351,6 +351,36 @@ def test_a_folder_that_is_no_run_is_left_alone(workplace: Path, say) -> None:
     assert [p.name for p in (workplace / "runs" / "small").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("verb", ["run", "train"])
+@pytest.mark.parametrize(
+    "left",
+    ["metrics/1.00.jsonl", "checkpoints/1.00/step-00000002/manifest.json", "memory/1.00/step-00000002/manifest.json"],
+)
+def test_a_run_whose_journal_is_lost_is_not_begun_anew_over_what_it_trained(
+    verb: str, left: str, begun: Path, say
+) -> None:
+    (begun / left).parent.mkdir(parents=True)
+    (begun / left).write_text("{}")
+    (begun / "journal.jsonl").unlink()
+    (begun / "journal.head").unlink()
+    before = contents(begun)
+    for flags in ((), ("lineage=new",)):
+        said = say(verb, *SMALL, *flags)
+        assert (said.code, said.err) == (
+            2,
+            f"opt-train: {begun}/journal.jsonl no longer tells what was trained here, though {begun}/{left} is there; "
+            "restore journal.jsonl and journal.head from a copy, or choose another name=\n",
+        )
+    assert contents(begun) == before
+
+
+def test_a_head_without_its_journal_is_not_begun_anew(begun: Path, say) -> None:
+    (begun / "journal.jsonl").unlink()
+    said = say("run", *SMALL)
+    assert (said.code, len(said.err.splitlines())) == (2, 1)
+    assert f"{begun}/journal.jsonl no longer tells what was trained here, though {begun}/journal.head is" in said.err
+
+
 needs_mounts = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("mount") is None,
     reason="only root can mount file systems to be full or read-only",

@@ -161,6 +161,22 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     assert all(by_attempt["1.00"][step] == whole[step] for step in whole if step in by_attempt["1.00"])
 
 
+def test_a_reader_that_leaves_ends_nothing(workplace: Path) -> None:
+    """As `| head` does: the first validation ended the run, unsaved and with code 0."""
+    process = subprocess.Popen(
+        command("train", *SMALL, "train.validate_every=4"),
+        cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "attempt 1.00: from the beginning\n"
+    process.stdout.close()
+    complaints = process.stderr.read()
+    assert process.wait(timeout=60) == 0, complaints
+    entries = read(RunDirectory(workplace / "runs" / "small").journal).entries
+    assert entries[-1].event.kind == "run_finished"
+
+
 def test_changed_training_keys_open_a_lineage_only_when_asked(workplace: Path, finished: RunDirectory) -> None:
     # A copy, because the lineage would otherwise be opened in the run that other tests read.
     import shutil

@@ -16,6 +16,15 @@ from opt_train.protocol.exits import BadInput
         (["parallel.shard=2"],
          "parallel.replicate=1 x parallel.shard=2 x parallel.tensor=1 = 2 must equal the 1 ranks of cluster.nodes=1 x "
          "cluster.slots_per_node=1; parallel.shard=0 fills in what fits"),
+        (["cluster.nodes=2", "parallel.tensor=2"],
+         "parallel.tensor=2 must divide cluster.slots_per_node=1, because the ranks that compute one layer are of one "
+         "node; use 1, or cluster.slots_per_node=2"),
+        (["cluster.nodes=2", "cluster.slots_per_node=6", "parallel.tensor=4"],
+         "parallel.tensor=4 must divide cluster.slots_per_node=6, because the ranks that compute one layer are of one "
+         "node; use 1 or 2, or cluster.slots_per_node=4"),
+        # What splits unevenly is said before the batch, whose ranks it decides.
+        (["parallel.tensor=5", "train.global_batch=4", "cluster.slots_per_node=5"],
+         "parallel.tensor=5 must divide model.heads=12; use 1, 2 or 4"),
         (["train.global_batch=3", "train.micro_batch=1", "cluster.nodes=4"],
          "train.global_batch=3 leaves some of 4 data-parallel ranks without a sequence; use 4 or more, or fewer nodes"),
         (["train.global_batch=16", "cluster.nodes=4"],

@@ -101,12 +101,12 @@ def test_micro_batches_are_even_so_that_little_is_padding(micro_batch: int, shap
     assert (len(share), len(share[0].tokens)) == shape
 
 
-def test_an_epoch_predicts_every_token_once() -> None:
-    tokens = 41
-    batches = Batches(stream(tokens), SEQUENCE, global_batch=10, seed=1)
+@pytest.mark.parametrize("left_over", [0, 1, SEQUENCE - 1])
+def test_an_epoch_predicts_every_token_of_whole_sequences_once(left_over: int) -> None:
+    batches = Batches(stream(41 + left_over), SEQUENCE, global_batch=10, seed=1)
     assert batches.order.samples == 10
     (share,) = batches.at(Cursor(), data_rank=0, data_world=1, micro_batch=10)
-    assert sorted(share.targets.flatten().tolist()) == list(range(1, tokens))
+    assert sorted(share.targets.flatten().tolist()) == list(range(1, 41))
 
 
 @given(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,8 +63,31 @@ def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str) -> None:
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     with pytest.raises(BadInput, match=r"a.txt is not UTF-8 \(byte 2\); convert it"):
         documents(str(tmp_path))
+    with pytest.raises(BadInput, match=r"b.jsonl line 2 is not UTF-8; convert the file"):
+        documents(str(tmp_path / "b.jsonl"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line_of_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}')
+    assert documents(str(tmp_path)) == ["one", "two"]
+
+
+def test_lines_of_json_larger_than_memory_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_text("so that everything is imported")
+    documents(str(tmp_path))
+    path = tmp_path / "large.jsonl"
+    path.write_text((json.dumps({"text": "word " * 1000}) + "\n") * 2000)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in open_corpus(DataConfig(corpus=str(path))).documents())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 2000
+    assert peak < path.stat().st_size / 4
 
 
 def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:

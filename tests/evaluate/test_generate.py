@@ -70,7 +70,11 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     assert text(2) != first
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=1, temperature=3.0), Sampling(top_p=1e-6), Sampling(top_p=1e-9)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(top_k=1, temperature=3.0), Sampling(top_p=1e-6), Sampling(top_p=1e-9), Sampling(temperature=1e-40),
+     Sampling(temperature=5e-324)],
+)  # fmt: skip
 def test_a_draw_from_one_token_is_greedy(sampling: Sampling) -> None:
     ours, _ = twins(TINY, LARGE)
     assert list(generate(ours, PROMPT, sampling, max_new_tokens=20)) == list(
@@ -102,10 +106,25 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(sampling: Sampling,
     assert [share > 0 for share in found] == [share > 0 for share in expected]
 
 
+def test_the_least_likely_tokens_of_a_large_vocabulary_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the running sum is rounded up to 1 too early, the tokens behind are never drawn."""
+    sizes: list[int] = []
+
+    def draw(probabilities: torch.Tensor, count: int, *, generator: torch.Generator) -> torch.Tensor:
+        sizes.append(len(probabilities))
+        return torch.zeros(count, dtype=torch.long)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    logits = 3 * torch.randn(50_272, generator=torch.Generator().manual_seed(0))
+    choose(logits, Sampling(), torch.Generator())
+    assert sizes == [len(logits)]
+
+
 def test_what_cannot_be_drawn_from_is_refused() -> None:
     for values in ({"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
-                   {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}):  # fmt: skip
+                   {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"seed": -1}, {"seed": 2**63}):  # fmt: skip
         with pytest.raises(BadInput, match=f"^--{next(iter(values)).replace('_', '-')}=.* must"):
             Sampling(**values)
+    Sampling(greedy=True, temperature=0.0, top_k=-1, top_p=0.0)
     with pytest.raises(BadInput, match="not finite"):
         choose(torch.tensor([0.0, float("nan")]), GREEDY, torch.Generator())

@@ -109,6 +109,7 @@ def test_a_header_that_is_none_is_refused(header: bytes, folder: Path, refused: 
         (lambda h: h[FC2].update(shape=[1 << 62, 1 << 62]), "do not fit"),
         (lambda h: h[FC2].update(dtype="F8_E5M2"), "has type F8_E5M2"),
         (lambda h: h[FC2].update(dtype="I32"), "give it in fp32, bf16 or fp16"),
+        (lambda h: h[FC2].update(dtype=["F32"]), "has type ['F32']"),
         (lambda h: h[FC2].update(shape=[8, 8]), "has shape [8, 8] in"),
         (lambda h: h.update({FC2 + "x": h.pop(FC2)}), f"tensor {FC2} is missing in"),
         (lambda h: h.update({"__metadata__": {"a": 1}}), "does not hold texts"),

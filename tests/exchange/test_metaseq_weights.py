@@ -83,7 +83,7 @@ def test_what_does_not_belong_is_named(tmp_path: Path) -> None:
             bring_in(open_source(path, preset=TINY), tmp_path / "in")
         assert not (tmp_path / "in").exists()
 
-    refused({**weights, "encoder.x": torch.zeros(1)}, "'encoder.x', which is no tensor of a decoder")
+    refused({**weights, "encoder.x": torch.zeros(1)}, "'encoder.x', which is no tensor of metaseq's decoder")
     refused({**weights, "decoder.layers.0.more": torch.zeros(1)}, r"layers\.0\.more of .* belongs to no part")
     refused({**weights, "decoder.output_projection.weight": torch.zeros(1)}, "only models with a tied head")
     refused({n: t for n, t in weights.items() if "1.fc1.bias" not in n}, r"layers\.1\.fc1\.bias is missing")

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from opt_train.config import RunConfig
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.facts import ShardsSaved, SnapshotTaken
-from tests.train.rig import World, tensors_in, tiny_config
+from opt_train.train.orders import NoOrders, StopSignals
+from opt_train.train.rank import start
+from opt_train.train.step import read_batch, take_step
+from tests.train.rig import World, begin_alone, tensors_in, tiny_config
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 ON_GPU = pytest.param("cuda", marks=NEEDS_GPU)
@@ -46,6 +50,29 @@ def test_a_gpu_follows_the_cpu(tmp_path: Path) -> None:
     on_gpu, _ = train(tmp_path / "gpu", config_on("cuda", tmp_path, "fp32", dropout=0.0))
     assert on_gpu.keys() == on_cpu.keys()
     assert all(abs(on_gpu[step] - loss) < 1e-4 for step, loss in on_cpu.items())
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_step_calls_nothing_that_synchronises(device: str, compute: str, tmp_path: Path) -> None:
+    """CUDA's own word for it; the readback waits for an event, which is not one of these calls."""
+    probed = {"layer_norms_every": 3, "attention_logit_every": 3, "speed_probe_every": 3}
+    config = config_on(device, tmp_path, compute, global_batch=4, micro_batch=2, **probed)
+    try:
+        run = start(begin_alone(tmp_path, config), lambda fact: None, NoOrders(), StopSignals())
+        take_step(run, *read_batch(run))  # what is done once, such as FSDP's set-up, is done
+        for _ in range(2):  # the second of these steps, the third of all, has every probe
+            micro_batches, seconds = read_batch(run)
+            assert len(micro_batches) == 2
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                take_step(run, micro_batches, seconds)
+            finally:
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
+from opt_train.model.decoder import Loss
 from opt_train.optim.adamw import put_in_force, really_in_force
 from opt_train.optim.clip import clip, local_part
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine
+from opt_train.parallel.engine import Engine, loss_of
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.orders import NoOrders, StopSignals
@@ -121,6 +124,39 @@ def test_optimizer_path_never_waits_for_the_device(precision: PrecisionConfig) -
     with Syncs() as syncs:
         verdict.norm.item()
     assert len(syncs.seen) == 1  # the instrument works
+
+
+class Noting(nn.Module):
+    """A model that keeps what it is given."""
+
+    inputs: tuple[Tensor, ...] = ()
+
+    def forward(self, *inputs: Tensor) -> Loss:
+        self.inputs = inputs[:3]
+        return Loss(torch.zeros(()), torch.zeros(()))
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From other memory CUDA may first let the device finish all that is queued: that is a wait no operation shows."""
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    model = Noting()
+    with FakeTensorMode():
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        batch = MicroBatch(ids, ids + 1, torch.ones(2))
+        loss_of(model, batch, CPU)
+        assert pinned == []
+        loss_of(model, batch, torch.device("cuda", 0))
+        assert [id(tensor) for tensor in pinned] == [id(batch.tokens), id(batch.targets), id(batch.weights)]
+        assert [tensor.device.type for tensor in model.inputs] == ["cuda"] * 3
+        on_device = MicroBatch(*model.inputs)
+        loss_of(model, on_device, torch.device("cuda", 0))
+        assert len(pinned) == 3
 
 
 def one_rank(folder: Path, precision: PrecisionConfig) -> Training:

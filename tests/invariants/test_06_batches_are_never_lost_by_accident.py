@@ -129,7 +129,7 @@ class Life:
         while words and words[0].step < before:
             word = words.pop(0)
             state.absorb(word)
-            begin = Begin(1, name, "n0", 0, 0, 1, 0, "", 0, "", "", "", "", None, None, 0)
+            begin = Begin(1, name, "n0", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
             self.lines[name, word.step + 1] = metrics_line(self.config, begin, state, word, 1e-3, torch.device("cpu"))
 
     def save(self, name: str, state: TrainState) -> None:

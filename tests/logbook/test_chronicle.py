@@ -22,6 +22,7 @@ from opt_logbook.events import (
     JournalDamaged,
     JournalMended,
     JournalStalled,
+    LineageOpened,
     NodeFailed,
     Note,
     RunHalted,
@@ -84,6 +85,37 @@ def test_five_questions_about_the_lost_node_are_answered(demo: RunDirectory) -> 
     assert "10 steps (40,960 tokens) had to be done again" in told, "what it cost"
     assert "10.0 s from the failure" in told
     assert "Recovered: training went on in attempt 1.01" in told
+
+
+def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(tmp_path: Path) -> None:
+    """`train.steps=60 lineage=new` on a run of 40 was told as "60 of 40 steps"."""
+    demo = DemoRun(tmp_path / "extended")
+    demo.create(steps=40)
+    demo.start("1.00", 0, NODES, ("node-3",), reason="the run begins")
+    demo.train(2, 40)
+    demo.tell(LineageOpened(2, "c1", ("optim.lr: 0.1 -> 0.2", "train.steps: 40 -> 60")))
+    demo.start("2.00", 40, NODES, ("node-3",), reason="the run goes on")
+    demo.train(42, 60)
+    text = markdown_of(demo.close())
+    assert "60 of 60 steps" in text
+    assert "on stdlib for 40 steps" in text
+    assert "Lineage 2 made that 60 steps." in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "steps"),
+    [
+        ((), None),
+        (("optim.lr: 1 -> 2", "torch: 2.12.0 -> 2.13.0"), None),
+        (("train.steps: 40 -> 60",), 60),
+        (("train.steps: 40 -> many",), None),
+        (("train.steps",), None),
+    ],
+)
+def test_a_lineage_says_how_many_steps_only_where_it_changes_them(
+    difference: tuple[str, ...], steps: int | None
+) -> None:
+    assert LineageOpened(2, "c1", difference).steps == steps
 
 
 def test_the_top_tells_the_night_in_plain_words(demo: RunDirectory) -> None:

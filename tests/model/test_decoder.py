@@ -90,6 +90,25 @@ def test_sliced_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other * 2.0, rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_is_scaled_before_fp16_loses_it() -> None:
+    """Each logit's gradient is a tenth of fp16's smallest number; scaled once it is fp16, it would stay zero."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, embedding = (torch.randn(rows, 16, generator=generator).half().requires_grad_() for rows in (7, 50))
+    targets = torch.randint(0, 50, (7,), generator=generator)
+    weights = torch.full((7,), 2.0**-28)
+    scale = torch.tensor(2.0**26)
+    unscaled = torch.autograd.grad(cross_entropy_sum(hidden, embedding, targets, weights), (hidden, embedding))
+    assert all((gradient == 0).all() for gradient in unscaled)
+    total = cross_entropy_sum(hidden, embedding, targets, weights, scale)
+    found = torch.autograd.grad(total, (hidden, embedding))
+    wide = [each.detach().float().requires_grad_() for each in (hidden, embedding)]
+    losses = F.cross_entropy(F.linear(*wide), targets, reduction="none")
+    torch.testing.assert_close(total, (losses * weights).sum(), rtol=1e-3, atol=0.0)  # the loss itself is not scaled
+    expected = torch.autograd.grad((losses * weights * scale).sum(), wide)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-2, atol=1e-3)
+
+
 def test_second_backward_raises_instead_of_scaling_twice() -> None:
     """Backward scales its gradients where they lie, which it may do once."""
     hidden, embedding = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)

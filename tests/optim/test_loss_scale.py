@@ -158,6 +158,7 @@ def test_keys_change_the_policy() -> None:
     ("key", "said"),
     [
         ("loss_scale_initial=3", "precision.loss_scale_initial=3 is no power of two, so scaling would round; use 2 or"),
+        ("loss_scale_initial=1.2676506002282294e+30", "is no scale that moves in fp32; use one between"),
         ("loss_scale_floor=8", "precision.loss_scale_floor=8 is above the first step's scale, 4"),
         ("weights=fp16", "precision.weights=fp16 goes with precision.compute=fp16, not bf16"),
     ],

@@ -32,6 +32,7 @@ MODEL = ModelConfig(
     name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=520, positions=34, dropout=0.0, init_std=0.02
 )
 STEPS, GLOBAL_BATCH, SEQUENCE = 20, 8, 32
+TIMEOUT_SECONDS = 120.0
 VALUES = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 0.5}
 
 
@@ -58,7 +59,7 @@ def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
 
 
 def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int) -> dict[str, Any]:
-    """Losses and gradient norms of `STEPS` steps, and sums that tell initial weights apart."""
+    """Losses and gradient norms of `STEPS` steps, sums that tell initial weights apart, and groups' timeouts."""
     engine = make_engine(config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, values=VALUES, seed=3)
     initial = {
         name.removeprefix(MODEL_PREFIX): digest(tensor)
@@ -80,7 +81,9 @@ def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: i
         norms.append(float(verdict.norm))
         put_in_force(engine.optimizer, VALUES)
         engine.apply(verdict)
-    return {"losses": losses, "norms": norms, "activations": activations, "initial": initial}
+    groups = dist.distributed_c10d._world.pg_map
+    timeouts = [group._get_backend(CPU).options._timeout.total_seconds() for group in groups]
+    return {"losses": losses, "norms": norms, "activations": activations, "initial": initial, "timeouts": timeouts}
 
 
 def digest(parameter: torch.Tensor) -> list[float]:
@@ -95,7 +98,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     curves = {}
     for name, degrees, ways, changes in json.loads(sys.argv[4]):

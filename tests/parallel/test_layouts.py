@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
-from tests.parallel.layout_ranks import MODEL, STEPS, VALUES, digest, global_batch
+from tests.parallel.layout_ranks import MODEL, STEPS, TIMEOUT_SECONDS, VALUES, digest, global_batch
 from tests.train.rig import run_script
 
 SCRIPT = Path(__file__).with_name("layout_ranks.py")
@@ -109,6 +109,12 @@ def test_compiled_layout_follows_the_textbook(
     name: str, four_ranks_compiled: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     check_same(four_ranks_compiled[name], reference)
+
+
+def test_every_group_waits_as_long_as_the_world(four_ranks: dict[str, Any]) -> None:
+    """torch's own half an hour would leave ranks waiting within a tensor group for one that hangs."""
+    for curves in four_ranks.values():
+        assert set(curves["timeouts"]) == {TIMEOUT_SECONDS}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -35,6 +35,10 @@ VARIANTS = {
     "alone with fp32 weights": recipe("125m", *ALONE),
     "fp32 over tensor groups": recipe("1.3b", "precision=fp32", "train.micro_batch=4", "parallel.tensor=4"),
     "no dropout": recipe("66b", "model.dropout=0"),
+    "no dropout, norms behind": recipe("6.7b", "model.dropout=0", "model.layer_norm=post", "parallel.tensor=4"),
+    "little but embeddings": recipe(
+        "125m", "precision=fp32", "data.sequence_length=256", "train.global_batch=16", "train.micro_batch=1"
+    ),
     "an embedding of another width, split": recipe("350m", "parallel.tensor=2"),
 }
 

@@ -62,6 +62,14 @@ def test_a_micro_batch_that_mends_it_is_named() -> None:
     assert refusals(planned(recipe("175b", *five, "train.micro_batch=1")), allow_idle=False) == []
 
 
+def test_a_smaller_batch_that_is_named_is_not_refused_for_its_micro_batches() -> None:
+    """256 sequences on 248 GPUs are 2 on some; with 248 there is 1 on each, and micro-batches of 2 are refused."""
+    (sentence,) = refusals(planned(recipe("125m", "cluster.nodes=31", "train.micro_batch=2")), allow_idle=False)
+    mend = ("train.global_batch=248", "train.micro_batch=1")
+    assert f"use {' '.join(mend)} or train.global_batch=496" in sentence
+    assert planned(recipe("125m", "cluster.nodes=31", *mend)).batch.idle_share == 0.0
+
+
 def test_padding_that_is_allowed_is_not_refused() -> None:
     assert refusals(planned(recipe("175b", "cluster.nodes=123")), allow_idle=True) == []
 

@@ -43,6 +43,11 @@ def test_the_plan_says_what_is_kept_and_why() -> None:
     assert "those of the last 12 hours at the pace planned" in told
 
 
+def test_more_hours_than_the_run_takes_keep_all_of_it() -> None:
+    """572,205 steps, saved every 4,000: 143, and one for the part at the end."""
+    assert planned(recipe("125m", "checkpoint.keep_hours=1e308")).checkpoint.kept == 144
+
+
 def test_hours_without_a_pace_are_said_not_to_be_counted() -> None:
     config = recipe("125m", "checkpoint.keep_hours=12", "precision=fp32")
     plan = planned(config)

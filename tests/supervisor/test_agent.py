@@ -350,6 +350,29 @@ def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
     play(scene())
 
 
+def test_orphans_leave_though_the_run_directory_stands_still(tmp_path: Path) -> None:
+    """Whoever opens the fifo waits for ever, as on a file system whose server is gone with the supervisor."""
+    run = make_run(tmp_path, orphan_seconds=2.0)
+
+    async def scene() -> None:
+        agent = start_agent(run)
+        async with Listener(run) as listener:
+            await listener.connected()
+            listener.server.send("node-1", begin(run))
+            await listener.until(lambda: (s := listener.slot()) and s.step > 5)
+            run.supervisor_address.unlink()
+            os.mkfifo(run.supervisor_address)
+        try:
+            await listener.until(lambda: agent.poll() is not None, seconds=20.0)
+        finally:
+            agent.kill()
+        assert not processes_of(tmp_path)
+        told = (run.nodes / "node-1" / "agent.log").read_text()
+        assert "the node stays registered: the run directory does not answer" in told
+
+    play(scene())
+
+
 def test_the_death_of_an_agent_takes_its_ranks_along(run: RunDirectory, tmp_path: Any) -> None:
     async def scene() -> None:
         agent = start_agent(run, slots=2)

@@ -26,6 +26,7 @@ from opt_train.protocol.facts import (
     SnapshotTaken,
 )
 from opt_train.protocol.framing import Message
+from opt_train.supervisor import transfer
 from opt_train.supervisor.holding import STATE_BYTES_MAX, Holding
 from opt_train.supervisor.inputs import AgentConnected, FactTold
 from tests.supervisor.harness import Listener, begin, make_run, start_agent
@@ -424,6 +425,46 @@ def test_what_cannot_be_fetched_is_one_sentence(
         assert why in answer.why
         assert (answer.path, answer.names, answer.folder) == (command.path, command.names, "")
         assert not holding.held()
+
+    in_process(scene, run, disk)
+
+
+def test_a_manifest_that_this_node_sees_late_is_waited_for(run: RunDirectory, disk: Path) -> None:
+    """A shared file system may show to one node a moment later what another one has renamed."""
+
+    async def scene(holding: Holding, told: list[Message]) -> None:
+        for name, data in FILES.items():
+            await put(holding.shelf, MEMORY, name, data)
+        command = to_fetch(run)
+        manifest = run.path / MEMORY / "manifest.json"
+        late = manifest.rename(run.path / "late")
+        holding.fetch(command)
+        await asyncio.sleep(0.5)
+        assert not told
+        late.rename(manifest)
+        answer = await next_told(told)
+        assert isinstance(answer, Fetched)
+        assert answer.why == ""
+
+    in_process(scene, run, disk)
+
+
+def test_not_all_nodes_ask_the_same_one_first(run: RunDirectory, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"shard-{rank:05d}.safetensors": content(rank, 1000) for rank in range(5)}
+    shards = list(files)
+    asked = []
+
+    async def get(address: str, secret: bytes, path: str, name: str, *_: Any) -> None:
+        asked.append(name)
+
+    monkeypatch.setattr(transfer, "get", get)
+
+    async def scene(holding: Holding, told: list[Message]) -> None:
+        for name in shards[2:4]:
+            await put(holding.shelf, MEMORY, name, files[name])
+        holding.fetch(to_fetch(run, source="10.0.0.1:1", names=tuple(shards), files=files))
+        await next_told(told)
+        assert asked == [shards[4], shards[0], shards[1]]
 
     in_process(scene, run, disk)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -333,8 +334,9 @@ def test_strangers_do_not_keep_an_honest_agent_out(tmp_path: Path, monkeypatch: 
     play(scene())
 
 
-def test_a_getter_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+def test_a_getter_that_does_not_read_is_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = content(1, 30_000_000)  # more than the sockets' buffers hold
+    caplog.set_level(logging.INFO)
 
     async def scene() -> None:
         async with shelf_in(tmp_path) as source, served(source) as (address, server):
@@ -352,6 +354,7 @@ def test_a_getter_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
                     while server._served and time.monotonic() - began < 10:
                         await asyncio.sleep(0.05)
                     assert not server._served, "it waits for a peer that does not read"
+                    assert caplog.messages[-1] == "a transfer ended: the peer was too slow"
                     writer.close()
 
     play(scene())

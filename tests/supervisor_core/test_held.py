@@ -1,5 +1,6 @@
 """Checkpoints that agents hold: what a restart takes when ranks, nodes, partners or all of a domain are gone."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,13 @@ from opt_logbook.events import (
 
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.exits import DONE
+from opt_train.protocol.facts import AgentState, Fetched, HeldFiles
 from opt_train.supervisor.effects import Send
-from opt_train.supervisor.inputs import Now
+from opt_train.supervisor.inputs import AgentConnected, Now
 from opt_train.supervisor.observation import Observation
-from opt_train.supervisor.policy_held import partner_of
-from opt_train.supervisor.policy_situation import Situation
-from opt_train.supervisor.records import Attempt
+from opt_train.supervisor.policy_held import bring_together, copy_to_partners, own_names, partners
+from opt_train.supervisor.policy_situation import Decision, Situation
+from opt_train.supervisor.records import MEMORY, Attempt, Checkpoint, path_of_save
 from opt_train.supervisor.state import RunState
 from tests.supervisor_core.actors import make_config
 from tests.supervisor_core.world import World
@@ -166,6 +168,76 @@ def test_an_agent_that_missed_a_drop_is_told_again() -> None:
     assert Send("n1", Drop("memory/9.99/step-00000001")) in world.effects
 
 
+def test_a_new_supervisor_lets_agents_keep_what_they_have_not_told_it_of_yet() -> None:
+    """They say what they hold when they dial in, and only then that it is a snapshot of which all parts are there."""
+    world = a_run().until_step(6)
+    world.kill_supervisor()
+    assert world.replayed.newest_good() == next(c for c in world.replayed.checkpoints if c.step == 3)
+    world.start_supervisor()
+    world.until_step(8)
+    (newest,) = [c for c in world.replayed.checkpoints if c.step == 6]
+    held = [name for agent in world.agents.values() for name in agent.held.get(newest.path, ())]
+    assert {"shard-00000.safetensors", "shard-00001.safetensors"} <= set(held)
+    assert not [e for e in world.effects if isinstance(e, Send) and e.command == Drop(newest.path)]
+
+
+def test_answers_about_snapshots_that_are_gone_are_not_remembered() -> None:
+    """A run may take a snapshot a minute for weeks."""
+    world = a_run(memory_every_steps=1, node_every_steps=2, every_steps=12)
+    world.until_step(20)
+    assert world.core is not None
+    remembered = world.core.seen.inventory.fetched
+    assert len(remembered) <= len(world.replayed.checkpoints) + 2, sorted(remembered)
+    live = {checkpoint.path for checkpoint in world.replayed.checkpoints}
+    asked = {key[3] for key in world.core.seen._sent if key[0] == Fetch.kind}
+    assert len(asked - live) <= 2, sorted(asked)
+
+
+def a_snapshot_of_124_nodes(config_sha256: str = "c0") -> tuple[Situation, Checkpoint]:
+    """Each node holds its own part. A supervisor decides with every pulse, of which they send 124 a second."""
+    world = World(make_config(nodes=124, buffer_nodes=0, slots_per_node=8))
+    world.start_supervisor()
+    assert world.core is not None
+    seen, path = world.core.seen, path_of_save("1.00", 3, MEMORY)
+    attempt = Attempt("1.00", 1, 0, world.names, 992)
+    for k, (node, names) in enumerate(own_names(attempt).items()):
+        told = AgentState(node, 1, (), 0, (HeldFiles(path, names),), f"10.0.0.{k}:4000")
+        seen.take(AgentConnected(node, told), Now(1.0, 1.0), world.replayed)
+    made = Checkpoint(path, "1.00", 3, "sha", world_size=992, config_sha256=config_sha256)
+    state = replace(world.replayed, attempt=attempt, checkpoints=(made,))
+    return Situation(state, seen, world.config, world.core.identity), made
+
+
+def sends(s: Situation, decisions: list[Decision]) -> int:
+    """How many commands there are; they are sent."""
+    for decision in decisions:
+        assert isinstance(decision, Send)
+        s.seen.note(decision)
+    return len(decisions)
+
+
+@pytest.mark.parametrize("config_sha256", ["c0", "c1"])
+def test_what_124_nodes_bring_together_does_not_hold_the_supervisor_up(config_sha256: str) -> None:
+    situation, wanted = a_snapshot_of_124_nodes(config_sha256)
+    assert sends(situation, bring_together(situation, wanted)) == 124
+    began = time.process_time()
+    for _ in range(10):
+        assert not bring_together(situation, wanted)
+    assert time.process_time() - began < 3.0
+
+
+def test_partners_of_124_nodes_do_not_hold_the_supervisor_up() -> None:
+    situation, made = a_snapshot_of_124_nodes()
+    assert sends(situation, copy_to_partners(situation)) == 124
+    names = own_names(situation.attempt)
+    for node, partner in partners(situation, situation.attempt).items():
+        situation.seen.inventory.take_fetched(partner, Fetched(made.path, names[node]))
+    began = time.process_time()
+    for _ in range(124):
+        assert not copy_to_partners(situation)
+    assert time.process_time() - began < 1.0
+
+
 def test_a_snapshot_that_not_all_ranks_took_is_given_up() -> None:
     world = a_run(slots_per_node=2, nodes=1).until_step(5)
     world.snapshots_missed = {6: 1}
@@ -242,7 +314,7 @@ def test_a_stop_is_carried_out_by_the_next_supervisor_where_agents_have_lived_th
 
 
 @pytest.mark.parametrize(
-    ("nodes", "size", "partners"),
+    ("nodes", "size", "expected"),
     [
         (1, 1, "0"),
         (2, 1, "10"),
@@ -254,7 +326,7 @@ def test_a_stop_is_carried_out_by_the_next_supervisor_where_agents_have_lived_th
         (5, 2, "23401"),
     ],
 )
-def test_partners_are_in_other_domains(nodes: int, size: int, partners: str) -> None:
+def test_partners_are_in_other_domains(nodes: int, size: int, expected: str) -> None:
     world = World(make_config(nodes=nodes, buffer_nodes=0, nodes_per_domain=size))
     world.start_supervisor()
     assert world.core is not None
@@ -262,4 +334,5 @@ def test_partners_are_in_other_domains(nodes: int, size: int, partners: str) -> 
     attempt = Attempt("1.00", 1, 0, names, nodes)
     seen = Observation(world.config.supervisor, Now(0.0, 0.0))
     situation = Situation(replace(RunState(), attempt=attempt), seen, world.config, world.core.identity)
-    assert "".join(partner_of(situation, attempt, node)[1:] for node in names) == partners
+    found = partners(situation, attempt)
+    assert "".join(found[node][1:] for node in names) == expected

@@ -1,5 +1,6 @@
 """The tables and the leaves: causes, responses, learned timeouts, and folding."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def test_hardware_is_replaced_and_configuration_is_for_a_person() -> None:
     assert respond("killed", "", "n1", 1, 1, True, CONFIG).kind == RESTART
     assert respond("config", "heads", "n1", 1, 1, True, CONFIG).kind == HALT
     assert respond("data", "shard", "n1", 1, 1, True, CONFIG).kind == HALT
+
+
+@pytest.mark.parametrize(("cause", "strikes"), [("config", 1), ("user_code", 9)], ids=["halt", "budget used up"])
+def test_a_rank_s_own_sentence_gets_no_second_full_stop(cause: str, strikes: int) -> None:
+    verdict = respond(cause, "set train.device=cpu.", "n1", strikes, strikes, True, CONFIG)
+    assert verdict.kind == HALT
+    assert re.search(r"train\.device=cpu(\. Mend|\)\. Find)", verdict.question), verdict.question
 
 
 def test_the_same_cause_escalates_then_stops() -> None:

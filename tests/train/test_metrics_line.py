@@ -1,12 +1,23 @@
-"""A metrics line that does not fit the pipe would end the rank that tells it."""
+"""A metrics line that says something else than docs/metrics.md, or does not fit the pipe, which would end the rank."""
 
 import json
+import math
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from opt_train.config import RunConfig, compose
+from opt_train.data.manifest import DatasetManifest
+from opt_train.data.order import SampleOrder
+from opt_train.model.decoder import OPT
+from opt_train.model.init import initialise
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES
@@ -15,6 +26,8 @@ from opt_train.train.probed import OwnProbed, WorldProbed
 from opt_train.train.state import TrainState
 from opt_train.train.telling import fitting_line
 from opt_train.train.word import StepWord
+from tests.model.twins import hugging_face
+from tests.train.rig import World, tiny_config
 
 GIVEN = ("data.corpus=texts", "tokenizer.vocab_file=vocab.json", "tokenizer.merges_file=merges.txt")
 LONG = 0.012345678901234567
@@ -37,7 +50,7 @@ def told(config: RunConfig, norms: list[float]) -> bytes:
         loss_scale=2.0**-5, skipped=False, stop_votes=0, saving_ranks=0, order_number=0, step_seconds=LONG,
         data_seconds=LONG, memory_bytes=80 << 30, probed=probed,
     )  # fmt: skip
-    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", "", None, None, 0)
+    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
     state = TrainState(updates=299_000, tokens=180_000_000_000)
     line = metrics_line(config, begin, state, word, LONG, torch.device("cpu"))
     return fitting_line(Metrics({**line, "mfu": LONG, "journal_head": "1000000 " + "ab" * 32}))
@@ -79,3 +92,110 @@ def test_the_slowest_rank_has_a_name() -> None:
     told = owns[0].of_world(summed, []).metrics()
     assert (told["gemm_tflops_min"], told["gemm_tflops_median"], told["gemm_slowest_rank"]) == (1.2346, 3.95, 2)
     assert (told["layer_grad_norms"], told["layer_weight_norms"]) == ([2.0], [3.4641])
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_mfu_is_that_of_the_formula_and_null_for_another_peak(
+    opt_175b: RunConfig, monkeypatch: pytest.MonkeyPatch, device: str, peak: float | None
+) -> None:
+    """N of the formula is the paper's 175B within a part in a hundred."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device)
+    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
+    word = StepWord(
+        step=9, loss=2.0, tokens=992 * 2048, activation_norm=1.0, grad_norm=1.0, clipped_norm=1.0, loss_scale=1.0,
+        skipped=False, stop_votes=0, saving_ranks=0, order_number=0, step_seconds=16.0, data_seconds=0.1,
+        memory_bytes=1,
+    )  # fmt: skip
+    line = metrics_line(opt_175b, begin, TrainState(), word, 1e-4, torch.device("cuda", 0))
+    assert line["tokens_per_second"] == 992 * 2048 / 16.0
+    if peak is None:
+        assert line["mfu"] is None
+        return
+    flops_a_token = 6 * 174.6e9 + 12 * 96 * 12288 * 2048
+    assert line["mfu"] == pytest.approx(2048 / 16.0 * flops_a_token / peak, rel=0.01)
+
+
+@pytest.mark.timeout(200)
+def test_a_worlds_lines_are_those_of_hugging_face_and_torch(tmp_path: Path) -> None:
+    """Two ranks, five steps; without dropout, which the two would draw differently."""
+    config = tiny_config(tmp_path, steps=5)
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    began = time.time()
+    with World(tmp_path, config) as world:
+        world.begin()
+        world.finish()
+        lines = world.ranks[0].metrics
+    seconds = time.time() - began
+    assert list(lines) == [1, 2, 3, 4, 5]
+    assert lines[5].keys() == lines[1].keys() - {"journal_head"}
+    for step, (line, expected) in enumerate(zip(lines.values(), by_hand(config), strict=True), start=1):
+        for key, value in expected.items():
+            assert line[key] == pytest.approx(value, rel=2e-5), f"{key} of step {step}"
+        assert (line["attempt"], line["updates"], line["samples"], line["tokens"]) == (
+            "1.00",
+            step,
+            8 * step,
+            512 * step,
+        )
+        assert (line["loss_scale"], line["overflow"], line["skipped"], line["mfu"]) == (1.0, False, False, None)
+        assert line["tokens_per_second"] == pytest.approx(512 / line["step_seconds"])
+        assert 0 < line["data_seconds"] < line["step_seconds"] < seconds
+        assert began < line["time"] < began + seconds
+        assert 50e6 < line["memory_bytes"] < 5e9, "bytes, of a process that has torch"
+    assert lines[1]["grad_norm_clipped"] < lines[1]["grad_norm"], "nothing was clipped: the test shows less"
+
+
+def by_hand(config: RunConfig) -> Iterator[dict[str, float]]:
+    """Each step's numbers by Hugging Face's OPT, torch's clipping and AdamW, in one process."""
+    ours, model = OPT(config.model), hugging_face(config.model)
+    initialise(ours, config.model, config.seed)
+    model.load_state_dict(ours.state_dict(), strict=False)
+    model.tie_weights()
+    outputs: list[Tensor] = []
+    model.model.decoder.layers[-1].register_forward_hook(
+        lambda _layer, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    length, batch = config.data.sequence_length, config.train.global_batch
+    directory = Path(config.data.directory)
+    shards = DatasetManifest.read(directory).shards_of("train")
+    tokens = np.concatenate([np.fromfile(directory / shard.path, dtype="<u2") for shard in shards]).astype(np.int64)
+    order = SampleOrder((len(tokens) - 1) // length, config.seed)
+    # Warm-up over 4 batches, then from the peak at batch 3 down to a tenth at batch 5, where the run ends.
+    rates = [0.75e-3, 1.5e-3, 2.25e-3, 3e-3, 3e-3 - 0.5 * 2.7e-3]
+    for step, rate in enumerate(rates):
+        starts = [order.index(step * batch + row) * length for row in range(batch)]
+        blocks = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]))
+        outputs.clear()
+        loss = cross_entropy(model(blocks[:, :-1]).logits.flatten(0, 1), blocks[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        yield {
+            "step": step + 1,
+            "loss": loss.item(),
+            "lr": rate,
+            "grad_norm": norm,
+            "grad_norm_clipped": float(torch.cat(gradients).norm()),
+            "activation_norm": math.sqrt(float(outputs[0].detach().square().sum()) / (batch * length)),
+        }
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()

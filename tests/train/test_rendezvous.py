@@ -15,7 +15,7 @@ from opt_train.protocol.commands import Begin
 from opt_train.train.rendezvous import join
 
 told = []
-begin = Begin(1, "1.00", "node-1", 0, 0, 1, 0, "", 0, "", "", "", "", None, None, 0)
+begin = Begin(1, "1.00", "node-1", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
 join(begin, RunConfig(), torch.device("cpu"), told.append)
 listening = []
 for table in ("/proc/net/tcp", "/proc/net/tcp6"):

@@ -105,6 +105,19 @@ def test_sets_keep_to_their_own_schedule(
         assert steps == expected
 
 
+def test_a_run_that_goes_on_at_its_last_step_measures_all_sets(tmp_path: Path, sets: str) -> None:
+    """One that is due after that step, but was added to the run after it had been taken, was never measured."""
+    config = tiny_config(tmp_path, steps=4, validate_every=4)
+    with World(tmp_path, config, world_size=1) as world:
+        world.begin()
+        world.finish()
+        checkpoint = world.commit(4)
+    with World(tmp_path, prepared(tmp_path, sets, steps=4, validate_every=4), world_size=1) as world:
+        world.begin(attempt="1.01", generation=2, checkpoint=checkpoint)
+        assert [leaving.code for leaving in world.finish()] == [DONE]
+        assert told(world).keys() == {(4, "validation"), (4, "web"), (4, "few")}
+
+
 def test_a_set_changes_no_step(tmp_path: Path, sets: str) -> None:
     """Measuring must leave no trace: dropout's numbers, the weights and the optimizer go on as if it had not been."""
     plain = tiny_config(tmp_path, steps=6)
