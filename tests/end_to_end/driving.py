@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import contextlib
 import os
 import re
 import shutil
@@ -204,19 +205,21 @@ def steps_taken(run: RunDirectory) -> Iterator[StepTaken]:
 
 
 def rank_process(folder: Path, rank: int) -> int:
-    """The pid of the process whose output the newest log of `rank` is a copy of."""
-    logs = run_directory(folder).logs.glob(f"*/*/rank{rank}.log")
-    newest = max(logs, key=lambda path: path.stat().st_mtime)
-    copied = newest.read_bytes()
-    assert copied
-    for pid in processes_of(folder):
-        output = Path(f"/proc/{pid}/fd/1")
-        try:
-            if output.resolve() != newest.resolve() and output.read_bytes().startswith(copied):
-                return pid
-        except OSError:
-            continue
-    raise AssertionError(f"no process writes {newest}")
+    """The pid of the living process whose output a log of `rank` is a copy of.
+
+    A log is copied a moment after it is written: the newest may still be that of a process that has ended.
+    """
+    end = time.monotonic() + 10.0
+    while time.monotonic() < end:
+        for log in run_directory(folder).logs.glob(f"*/*/rank{rank}.log"):
+            copied = log.read_bytes()
+            for pid in processes_of(folder) if copied else ():
+                output = Path(f"/proc/{pid}/fd/1")
+                with contextlib.suppress(OSError):
+                    if output.resolve() != log.resolve() and output.read_bytes().startswith(copied):
+                        return pid
+        time.sleep(0.1)
+    raise AssertionError(f"no living process writes a log of rank {rank}")
 
 
 def started_at(pid: int) -> float:
