@@ -1,9 +1,9 @@
 """Drive real runs from the outside, as a person would: start the command, read the run directory, kill processes."""
 
 import atexit
+import contextlib
 import functools
 import json
-import contextlib
 import os
 import re
 import shutil
