@@ -91,8 +91,7 @@ class Batches:
 
     Sample `i` is tokens `[i * S, i * S + S]`, both ends included, for sequence length `S`: its last token is the next
     one's first, so every token is predicted exactly once an epoch, but for the stream's first and fewer than `S` at its
-    end. Which samples form a global
-    batch depends on seed, data and cursor alone, never on the number of ranks.
+    end. Which samples form a global batch depends on seed, data and cursor alone, never on the number of ranks.
     """
 
     def __init__(self, tokens: TokenStream, sequence_length: int, global_batch: int, seed: int) -> None:

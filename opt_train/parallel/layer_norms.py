@@ -47,8 +47,11 @@ class _Forgetting:
         return output
 
     def _pack(self, tensor: Tensor) -> "Tensor | tuple[_Again, torch.Size]":
-        output, again = self._outputs.get(tensor.untyped_storage()._cdata, (None, None))
-        if again is None or output is None or tensor.numel() != output.numel() or not tensor.is_contiguous():
+        found = self._outputs.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return tensor
+        output, again = found
+        if tensor.numel() != output.numel() or not tensor.is_contiguous():  # another view than the products'
             return tensor
         again.wanted += 1
         return again, tensor.shape

@@ -60,6 +60,7 @@ class StepMemory:
         self._compute = compute
         self.layers = model.layers
         self._split = tensor > 1
+        self._forgets = not self._split and not config.parallel.compile
         self._normed_before = model.layer_norm == "pre"
         self._projected = model.embedding_width != model.d_model
 
@@ -122,7 +123,7 @@ class StepMemory:
 
     def _forgotten(self, mode: str) -> tuple[int, int]:
         """What goes into attention's projections and into the feed-forward network, as far as it is not kept."""
-        if self._split or mode == "full":
+        if not self._forgets or mode == "full":
             return 0, 0
         return self._whole if self._normed_before else 0, self._whole
 

@@ -5,7 +5,8 @@
 that communicates nothing, and counts what would be allocated and sent.
 
 CPU kernels stand for a GPU's. Two of them would count what a GPU does not have: dropout's mask is kept in the type of
-its input, and attention with dropout keeps its scores. `dropout_of_gpu` does as a GPU does. Nothing is compiled.
+its input, and attention with dropout keeps its scores. `dropout_of_gpu` does as a GPU does. Nothing is compiled: blocks
+that would be run as they are written.
 """
 
 import json
@@ -13,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -69,7 +70,7 @@ def rehearse(config: RunConfig, tell: Callable[[str], None] = lambda line: None)
     layout = Layout.of(config.parallel, config.world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, dropout_of_gpu():
+        with rehearsing() as fake:
             batches = micro_batches(config, layout)
             model = empty_model(config, layout, fake)
             drawing = MemoryCount()
@@ -111,6 +112,14 @@ def rehearse(config: RunConfig, tell: Callable[[str], None] = lambda line: None)
         dist.destroy_process_group()
 
 
+@contextmanager
+def rehearsing() -> Iterator[FakeTensorMode]:
+    """Tensors have no contents, dropout is a GPU's, and nothing is compiled."""
+    eager = torch.compiler.set_stance("force_eager")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, dropout_of_gpu(), eager:
+        yield fake
+
+
 def _told(config: RunConfig, batches: list[MicroBatch]) -> str:
     many = "micro-batch" if len(batches) == 1 else "micro-batches"
     return (
@@ -121,9 +130,8 @@ def _told(config: RunConfig, batches: list[MicroBatch]) -> str:
 
 def empty_model(config: RunConfig, layout: Layout, fake: FakeTensorMode) -> OPT:
     """The model as a rank has it, of fake tensors."""
-    parallel = replace(config.parallel, compile=False)
     with unset_fake_temporarily():  # the meta device makes tensors that are fake in a way of their own
-        model = construct(config.model, config.precision, parallel, layout, CPU)
+        model = construct(config.model, config.precision, config.parallel, layout, CPU)
     with fake:
         return model.to_empty(device=CPU)
 

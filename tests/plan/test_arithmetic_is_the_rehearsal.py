@@ -34,6 +34,7 @@ VARIANTS = {
     "alone in fp16": recipe("350m", "precision=fp16-memory-efficient", *ALONE),
     "alone with fp32 weights": recipe("125m", *ALONE),
     "fp32 over tensor groups": recipe("1.3b", "precision=fp32", "train.micro_batch=4", "parallel.tensor=4"),
+    "eager blocks": recipe("125m", "parallel.compile=false"),
     "no dropout": recipe("66b", "model.dropout=0"),
     "no dropout, norms behind": recipe("6.7b", "model.dropout=0", "model.layer_norm=post", "parallel.tensor=4"),
     "little but embeddings": recipe(

@@ -18,6 +18,7 @@ CONFIGS = [
     for size, rows in (("125m", 32), ("6.7b", 8), ("175b", 8))
     for mode in ("none", "selective", "full")
 ]
+CONFIGS.append(with_layers(recipe("125m", "parallel.compile=false"), 3))
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -18,14 +17,14 @@ from opt_train.optim.in_force import in_force
 from opt_train.parallel.fsdp import Fsdp2
 from opt_train.parallel.layout import Layout
 from opt_train.train.counting import MemoryCount
-from opt_train.train.rehearsal import CPU, dropout_of_gpu, empty_model, micro_batches, moments_of
+from opt_train.train.rehearsal import CPU, empty_model, micro_batches, moments_of, rehearsing
 
 
 def peaks(config: RunConfig) -> dict[str, int]:
     layout = Layout.of(config.parallel, config.world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, dropout_of_gpu():
+        with rehearsing() as fake:
             batches = micro_batches(config, layout)
             assert len(batches) == 1
             # The first step is not counted: in it DTensor tries operations on whole tensors, which torch's would see.
