@@ -332,15 +332,20 @@ def test_a_rank_that_dies_while_its_stacks_are_asked_for_takes_nobody_along(run:
     play(scene())
 
 
+async def trains(listener: Listener, run: RunDirectory) -> None:
+    """Until its agent's rank has taken some steps."""
+    await listener.connected()
+    listener.server.send("node-1", begin(run))
+    await listener.until(lambda: (s := listener.slot()) and s.step > 5)
+
+
 def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
     run = make_run(tmp_path, orphan_seconds=6.0)
 
     async def scene() -> None:
         agent = start_agent(run)
         async with Listener(run) as listener:
-            await listener.connected()
-            listener.server.send("node-1", begin(run))
-            await listener.until(lambda: (s := listener.slot()) and s.step > 5)
+            await trains(listener, run)
             await asyncio.sleep(7.0)
             assert agent.poll() is None, "a led agent stays, however long"
         await listener.until(lambda: agent.poll() is not None, seconds=30.0)
@@ -357,9 +362,7 @@ def test_orphans_leave_though_the_run_directory_stands_still(tmp_path: Path) -> 
     async def scene() -> None:
         agent = start_agent(run)
         async with Listener(run) as listener:
-            await listener.connected()
-            listener.server.send("node-1", begin(run))
-            await listener.until(lambda: (s := listener.slot()) and s.step > 5)
+            await trains(listener, run)
             run.supervisor_address.unlink()
             os.mkfifo(run.supervisor_address)
         try:
