@@ -1,6 +1,8 @@
-"""One training step of the same model by three hands: ours, Hugging Face's, and a plain loop in nanoGPT's manner.
+"""One training step of the same model by three hands: ours, Hugging Face's, and a plain loop in
+nanoGPT's manner.
 
-All have the same sizes, tied embeddings, dropout 0, torch's fused AdamW, and take the mean loss of the micro-batch.
+All have the same sizes, tied embeddings, dropout 0, torch's fused AdamW, and take the mean loss of
+the micro-batch.
 """
 
 from collections.abc import Callable
@@ -21,16 +23,20 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 
 Step = Callable[[Tensor, Tensor], float]
-"""Forward, backward and update over tokens and targets, both [batch, sequence]; returns the loss before it, in nats."""
+"""Forward, backward and update over tokens and targets, both [batch, sequence]; returns the loss
+before it, in nats."""
 
 VALUES = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 OPT_125M = ModelConfig(dropout=0.0)
-QUICK = ModelConfig(name="quick", layers=2, heads=4, d_model=64, ffn=256, vocab_size=512, positions=64, dropout=0.0)
+QUICK = ModelConfig(
+    name="quick", layers=2, heads=4, d_model=64, ffn=256, vocab_size=512, positions=64, dropout=0.0
+)
 
 
 def ours(config: ModelConfig, bf16: bool) -> Step:
-    """`opt_train`'s model, loss and optimizer; in bf16 as `trainer`, which is where its fp32 weights are."""
+    """`opt_train`'s model, loss and optimizer; in bf16 as `trainer`, which is where its fp32
+    weights are."""
     if bf16:
         return trainer(config, bf16)
     model = OPT(config)
@@ -59,29 +65,41 @@ def trainer(config: ModelConfig, bf16: bool) -> Step:
 
     def step(tokens: Tensor, targets: Tensor) -> float:
         sums = engine.forward_backward([MicroBatch(tokens, targets, torch.ones(len(tokens)))])
-        engine.apply(clip(engine.grad_norm(torch.tensor(float(tokens.numel()), dtype=torch.float64)), 1.0))
+        engine.apply(
+            clip(engine.grad_norm(torch.tensor(float(tokens.numel()), dtype=torch.float64)), 1.0)
+        )
         return sums.loss_sum.item() / tokens.numel()
 
     return step
 
 
 def transformers_opt(config: ModelConfig, bf16: bool) -> Step:
-    """Hugging Face's `OPTForCausalLM` with its sdpa attention and its own loss; in bf16 under autocast."""
+    """Hugging Face's `OPTForCausalLM` with its sdpa attention and its own loss; in bf16 under
+    autocast."""
     from transformers import OPTConfig, OPTForCausalLM  # noqa: PLC0415 - the other contestants do not pay for it
 
     torch.manual_seed(0)
     model = OPTForCausalLM(
         OPTConfig(
-            vocab_size=config.vocab_size, hidden_size=config.d_model, word_embed_proj_dim=config.d_model,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, ffn_dim=config.ffn,
-            max_position_embeddings=config.positions, dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
-            attn_implementation="sdpa", use_cache=False,
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            word_embed_proj_dim=config.d_model,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            ffn_dim=config.ffn,
+            max_position_embeddings=config.positions,
+            dropout=0.0,
+            attention_dropout=0.0,
+            layerdrop=0.0,
+            attn_implementation="sdpa",
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     model.train()
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-        # It shifts labels itself, so that the last token would go without a target: shifted labels are given instead.
+        # It shifts labels itself, so that the last token would go without a target: shifted labels
+        # are given instead.
         loss: Tensor = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
         return loss
 
@@ -89,7 +107,8 @@ def transformers_opt(config: ModelConfig, bf16: bool) -> Step:
 
 
 def plain(config: ModelConfig, bf16: bool, device: torch.device | None = None) -> Step:
-    """Plain modules and `F.cross_entropy` over all logits at once, as nanoGPT does it; in bf16 under autocast."""
+    """Plain modules and `F.cross_entropy` over all logits at once, as nanoGPT does it; in bf16
+    under autocast."""
     torch.manual_seed(0)
     model = PlainDecoder(config).to(device)
 
@@ -108,10 +127,16 @@ class PlainBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.first_norm, self.second_norm = nn.LayerNorm(config.d_model), nn.LayerNorm(config.d_model)
+        self.first_norm, self.second_norm = (
+            nn.LayerNorm(config.d_model),
+            nn.LayerNorm(config.d_model),
+        )
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
-        self.up, self.down = nn.Linear(config.d_model, config.ffn), nn.Linear(config.ffn, config.d_model)
+        self.up, self.down = (
+            nn.Linear(config.d_model, config.ffn),
+            nn.Linear(config.ffn, config.d_model),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, sequence, d_model] -> the same shape."""
@@ -138,20 +163,27 @@ class PlainDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Ids [batch, sequence] -> logits [batch, sequence, vocabulary]."""
-        hidden = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        hidden = self.tokens(tokens) + self.positions(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )
         for layer in self.layers:
             hidden = layer(hidden)
         return F.linear(self.norm(hidden), self.tokens.weight)
 
 
-def _autocast_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], bf16: bool) -> Step:
+def _autocast_step(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], bf16: bool
+) -> Step:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"],
-        weight_decay=VALUES["weight_decay"], fused=True,
-    )  # fmt: skip
+        lr=VALUES["lr"],
+        betas=(VALUES["beta1"], VALUES["beta2"]),
+        eps=VALUES["eps"],
+        weight_decay=VALUES["weight_decay"],
+        fused=True,
+    )
 
     def step(tokens: Tensor, targets: Tensor) -> float:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):

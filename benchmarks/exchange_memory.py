@@ -1,11 +1,13 @@
-"""Peak memory of `export` and `import`: against the largest tensor, and against transformers loading and saving.
+"""Peak memory of `export` and `import`: against the largest tensor, and against transformers
+loading and saving.
 
-    python benchmarks/exchange_memory.py            OPT-125M, fp32: 0.5 GB of weights, the largest tensor 0.15 GB
-    python benchmarks/exchange_memory.py --quick    a tiny model: whether it runs
+    python benchmarks/exchange_memory.py            OPT-125M, fp32: 0.5 GB of weights, the largest
+    tensor 0.15 GB python benchmarks/exchange_memory.py --quick    a tiny model: whether it runs
 
-Each is a process of its own. Measured is the most that it had resident (VmRSS, read some hundred times a second), less
-what it had before it opened a file. Below 1, ours needs less. What transformers loads are pages of a file that it maps,
-which the system may take back; of its own it then has little. So both are printed, and compared is what is resident.
+Each is a process of its own. Measured is the most that it had resident (VmRSS, read some hundred
+times a second), less what it had before it opened a file. Below 1, ours needs less. What
+transformers loads are pages of a file that it maps, which the system may take back; of its own it
+then has little. So both are printed, and compared is what is resident.
 """
 
 import argparse
@@ -33,9 +35,15 @@ SAMPLE_SECONDS = 0.002
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--contestant", choices=("prepare", "export", "import", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--contestant",
+        choices=("prepare", "export", "import", "transformers"),
+        help=argparse.SUPPRESS,
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     config = QUICK if flags.quick else OPT_125M
@@ -44,16 +52,28 @@ def main() -> None:
         return
 
     largest = max(4 * torch.Size(shape).numel() for _, shape in shapes_of(config))
-    print(f"{config.name}, fp32, largest tensor {largest / 1e6:.1f} MB, torch {torch.__version__}", flush=True)
+    print(
+        f"{config.name}, fp32, largest tensor {largest / 1e6:.1f} MB, torch {torch.__version__}",
+        flush=True,
+    )
     peak_bytes = {}
     with tempfile.TemporaryDirectory(prefix="exchange-memory-") as folder:
         for name in CONTESTANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], f"--contestant={name}", f"--folder={folder}"]
+            command = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                f"--contestant={name}",
+                f"--folder={folder}",
+            ]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             if name == "prepare":
                 continue
             peak_bytes[name], own = (int(word) for word in answer.split()[-2:])
-            print(f"{name:13} {peak_bytes[name] / 1e6:9.1f} MB at most, {own / 1e6:9.1f} MB its own", flush=True)
+            print(
+                f"{name:13} {peak_bytes[name] / 1e6:9.1f} MB at most, {own / 1e6:9.1f} MB its own",
+                flush=True,
+            )
     for name in ("export", "import"):
         print(f"{name}/largest tensor: {peak_bytes[name] / largest:.3f}x memory (aim {AIM:.2f}x)")
     for name in ("export", "import"):
@@ -64,7 +84,9 @@ def prepare(config, folder: Path) -> tuple[int, int]:
     """A checkpoint with AdamW's state, as training saves it."""
     model = OPT(config)
     initialise(model, config, seed=0)
-    files = save(tensors_of(model, torch.optim.AdamW(model.parameters())), {"step": 0}, folder / "checkpoint")
+    files = save(
+        tensors_of(model, torch.optim.AdamW(model.parameters())), {"step": 0}, folder / "checkpoint"
+    )
     named = {file.path: (file.bytes, file.sha256) for file in files}
     commit(folder / "checkpoint", build(folder / "checkpoint", "1.00", 0, named))
     return 0, 0
@@ -92,12 +114,15 @@ def transformers(config, folder: Path) -> tuple[int, int]:
     from transformers import OPTForCausalLM  # noqa: PLC0415
 
     with Watch() as watch:
-        OPTForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).save_pretrained(folder / "again")
+        OPTForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).save_pretrained(
+            folder / "again"
+        )
     return watch.most["VmRSS"], watch.most["RssAnon"]
 
 
 class Watch:
-    """The most memory that this process had meanwhile, in bytes, less what it began with: resident, and its own."""
+    """The most memory that this process had meanwhile, in bytes, less what it began with: resident,
+    and its own."""
 
     def __enter__(self) -> "Watch":
         self._before = memory()
@@ -121,10 +146,17 @@ class Watch:
 def memory() -> dict[str, int]:
     """Bytes of this process in memory: all, and those that no file backs."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:")}
+    return {
+        line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:")
+    }
 
 
-CONTESTANTS = {"prepare": prepare, "export": export, "import": bring_in, "transformers": transformers}
+CONTESTANTS = {
+    "prepare": prepare,
+    "export": export,
+    "import": bring_in,
+    "transformers": transformers,
+}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the training loop costs beside the training: CPU time that is not forward, backward, clipping or update.
+"""What the training loop costs beside the training: CPU time that is not forward, backward,
+clipping or update.
 
-    python benchmarks/loop_overhead.py            OPT-125M, fp32, one sequence of 512 tokens a step, one thread
-    python benchmarks/loop_overhead.py --quick    a tiny model: whether it runs
+    python benchmarks/loop_overhead.py            OPT-125M, fp32, one sequence of 512 tokens a step,
+    one thread python benchmarks/loop_overhead.py --quick    a tiny model: whether it runs
 
-The real rank trains, alone in this process: batches, orders, signals, the step's word, facts, logs. CPU time is that of
-all threads of the process; one thread computes, so that no idle one spins. A whole period goes from one forward pass to
-the next. Batches in real runs are larger, which makes the share smaller: what is beside the training does not grow.
+The real rank trains, alone in this process: batches, orders, signals, the step's word, facts, logs.
+CPU time is that of all threads of the process; one thread computes, so that no idle one spins. A
+whole period goes from one forward pass to the next. Batches in real runs are larger, which makes
+the share smaller: what is beside the training does not grow.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import torch
 import torch.distributed as dist
 from contestants import OPT_125M, QUICK
 
-from opt_train.config import RunConfig, to_json
+from opt_train.config.run_config import RunConfig, to_json
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.prepare import prepare
 from opt_train.optim.config import OptimConfig
@@ -66,7 +68,9 @@ class Stopwatch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--quick", action="store_true")
     flags = parser.parse_args()
@@ -83,7 +87,14 @@ def main() -> None:
         )
         config = replace(
             config,
-            train=replace(config.train, steps=flags.steps, global_batch=1, micro_batch=1, threads=1, device="cpu"),
+            train=replace(
+                config.train,
+                steps=flags.steps,
+                global_batch=1,
+                micro_batch=1,
+                threads=1,
+                device="cpu",
+            ),
             checkpoint=replace(config.checkpoint, every_steps=0),
         )
         watch = measure(config, Path(folder))
@@ -97,15 +108,29 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
     for number in range(64):
         words = [f"w{(number * 7 + i * i) % 97} x{i % 13}" for i in range(1000)]
         (corpus / f"{number:02d}.txt").write_text(" ".join(words))
-    config = replace(config, data=replace(config.data, corpus=str(corpus), directory=str(folder / "prepared")))
+    config = replace(
+        config, data=replace(config.data, corpus=str(corpus), directory=str(folder / "prepared"))
+    )
     prepare(config.data, config.tokenizer, lambda _line: None)
     path = folder / "config.json"
     path.write_text(to_json(config))
     begin = Begin(
-        generation=1, attempt="1.00", node="alone", slot=0, rank=0, world_size=1, local_rank=0, store_host="127.0.0.1",
-        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(folder), checkpoint=None, manifest_sha256=None, order_number=0,
-    )  # fmt: skip
+        generation=1,
+        attempt="1.00",
+        node="alone",
+        slot=0,
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        store_host="127.0.0.1",
+        store_port=0,
+        config_path=str(path),
+        config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        run_directory=str(folder),
+        checkpoint=None,
+        manifest_sha256=None,
+        order_number=0,
+    )
     watch = Stopwatch()
     Training.validate = lambda _self, _names: None  # type: ignore[method-assign]
     Training.save = lambda _self: True  # type: ignore[method-assign]
@@ -121,13 +146,16 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
             train(run)
         dist.destroy_process_group()
     told = (folder / "facts").read_bytes()
-    assert told.count(f'"{Metrics.kind}"'.encode()) >= config.train.steps - 1, "the rank told its metrics"
+    assert told.count(f'"{Metrics.kind}"'.encode()) >= config.train.steps - 1, (
+        "the rank told its metrics"
+    )
     return watch
 
 
 @contextlib.contextmanager
 def standard_output_to(descriptor: int) -> Iterator[None]:
-    """A rank's log lines go to its standard output, which an agent gave it; so here, for as long as it trains."""
+    """A rank's log lines go to its standard output, which an agent gave it; so here, for as long as
+    it trains."""
     before = os.dup(1)
     os.dup2(descriptor, 1)
     try:
@@ -139,10 +167,15 @@ def standard_output_to(descriptor: int) -> Iterator[None]:
 
 def report(config: RunConfig, watch: Stopwatch) -> None:
     """Print each part's median CPU time and the loop's share. The first two steps warm up."""
-    periods = [later - before for before, later in zip(watch.began, watch.began[1:], strict=False)][2:]
+    periods = [later - before for before, later in zip(watch.began, watch.began[1:], strict=False)][
+        2:
+    ]
     parts = {name: taken[2 : 2 + len(periods)] for name, taken in watch.taken.items()}
     rest = [period - sum(part[i] for part in parts.values()) for i, period in enumerate(periods)]
-    what = f"{config.model.name}, fp32, {config.train.global_batch} x {config.data.sequence_length} tokens"
+    what = (
+        f"{config.model.name}, fp32, {config.train.global_batch} x "
+        f"{config.data.sequence_length} tokens"
+    )
     print(f"{what}, 1 thread, {len(periods)} steps, torch {torch.__version__}")
     for name, taken in {**parts, "the rest": rest}.items():
         print(f"{name:17} {1000 * statistics.median(taken):9.2f} ms of CPU time a step")

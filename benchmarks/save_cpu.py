@@ -1,11 +1,13 @@
-"""What a checkpoint costs: saving beside training, and writing, reading and verifying against `dd` on the same disk.
+"""What a checkpoint costs: saving beside training, and writing, reading and verifying against `dd`
+on the same disk.
 
-    python benchmarks/save_cpu.py            OPT-125M, fp32: 1.5 GB of weights and moments, medians of 5
-    python benchmarks/save_cpu.py --quick    a tiny model: whether it runs
+    python benchmarks/save_cpu.py            OPT-125M, fp32: 1.5 GB of weights and moments, medians
+    of 5 python benchmarks/save_cpu.py --quick    a tiny model: whether it runs
 
-*blocked* is what a save beside training keeps the loop from: collecting the tensors, and the update that waits for
-their copy. The plain save is the same code with everybody waiting. Ours and `dd` take turns with the same file, dropped
-from the page cache before it is read; a ratio is the median over rounds. Let nothing else run meanwhile.
+*blocked* is what a save beside training keeps the loop from: collecting the tensors, and the update
+that waits for their copy. The plain save is the same code with everybody waiting. Ours and `dd`
+take turns with the same file, dropped from the page cache before it is read; a ratio is the median
+over rounds. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -30,8 +32,12 @@ from opt_train.protocol.facts import SavedFile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=None, help="on the disk to measure; default: a temporary one here")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", default=None, help="on the disk to measure; default: a temporary one here"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     flags = parser.parse_args()
@@ -45,7 +51,10 @@ class Benchmark:
         self._model = SavedModel(quick)
 
     def run(self) -> None:
-        print(f"{self._model.bytes / 1e9:.2f} GB of weights and moments, torch {torch.__version__}", flush=True)
+        print(
+            f"{self._model.bytes / 1e9:.2f} GB of weights and moments, torch {torch.__version__}",
+            flush=True,
+        )
         for _ in range(2):
             self._model.step()
         alone = self._median(self._model.step)
@@ -53,17 +62,27 @@ class Benchmark:
         plain = statistics.median(in_turn["save"])
         blocked, beside, ended = self._save_beside_training()
         print(f"plain save             {plain:8.3f} s")
-        print(f"save beside training   {ended:8.3f} s from the beginning to the end, {blocked:.3f} s of it blocked")
+        print(
+            f"save beside training   {ended:8.3f} s from the beginning to the end, {blocked:.3f} "
+            "s of it blocked"
+        )
         print(f"blocked/plain: {blocked / plain:.1%} of a plain save (aim: at most 5 %)")
-        print(f"a step                 {alone:8.3f} s alone, {beside:.3f} s while a checkpoint is copied and written")
+        print(
+            f"a step                 {alone:8.3f} s alone, {beside:.3f} s while a checkpoint is "
+            "copied and written"
+        )
         print(f"step/step: {beside / alone:.2f}x the time")
         copy = self._median(self._model.copy)
         print(f"a plain copy           {copy:8.3f} s")
         print(f"blocked/copy: {blocked / copy:.2f}x")
         for what, ours, theirs in (("write", "save", "dd writes"), ("read", "load", "dd reads")):
             mine, peers = in_turn[ours], in_turn[theirs]
-            rate, its = (self._model.bytes / statistics.median(seconds) / 1e9 for seconds in (mine, peers))
-            ratio = statistics.median(its_seconds / seconds for seconds, its_seconds in zip(mine, peers, strict=True))
+            rate, its = (
+                self._model.bytes / statistics.median(seconds) / 1e9 for seconds in (mine, peers)
+            )
+            ratio = statistics.median(
+                its_seconds / seconds for seconds, its_seconds in zip(mine, peers, strict=True)
+            )
             print(f"{what}: {rate:.2f} GB/s, {theirs} {its:.2f} GB/s")
             print(f"ours/dd: {ratio:.2f}x of its rate (aim: at least 0.80)")
         print(f"verify: {self._verify():.2f} GB/s on one core (aim: at least 1)")
@@ -90,7 +109,8 @@ class Benchmark:
         return max(paths, key=lambda path: path.stat().st_size)
 
     def _beside_dd(self) -> dict[str, list[float]]:
-        """Seconds by what was done; in turn, as the disk of a virtual machine has good and bad minutes."""
+        """Seconds by what was done; in turn, as the disk of a virtual machine has good and bad
+        minutes."""
         self._save()
         other, block = self._folder / "dd", f"bs={PIECE_BYTES}"
 
@@ -110,8 +130,13 @@ class Benchmark:
             return time.perf_counter() - began
 
         seconds: dict[str, list[float]] = {}
-        for pair in ({"save": self._save, "dd writes": write_by_dd}, {"load": read, "dd reads": read_by_dd}):
-            for action in pair.values():  # not counted; and a virtual machine's host has the file at hand from now on
+        for pair in (
+            {"save": self._save, "dd writes": write_by_dd},
+            {"load": read, "dd reads": read_by_dd},
+        ):
+            for action in (
+                pair.values()
+            ):  # not counted; and a virtual machine's host has the file at hand from now on
                 action()
             seconds |= {name: [] for name in pair}
             for number in range(self._rounds):
@@ -135,7 +160,11 @@ class Benchmark:
             self._saved = saving.files()
             seconds.append(saving.seconds)
         # The first save makes the memory that the later ones use.
-        return statistics.median(blocked[1:]), statistics.median(steps), statistics.median(seconds[1:])
+        return (
+            statistics.median(blocked[1:]),
+            statistics.median(steps),
+            statistics.median(seconds[1:]),
+        )
 
     def _verify(self) -> float:
         """GB/s of a shard that is in memory already."""
@@ -165,7 +194,9 @@ class _State:
 
 
 def _committed(folder: Path, files: tuple[SavedFile, ...]) -> manifest.Manifest:
-    made = manifest.build(folder, "1.00", 1, {file.path: (file.bytes, file.sha256) for file in files})
+    made = manifest.build(
+        folder, "1.00", 1, {file.path: (file.bytes, file.sha256) for file in files}
+    )
     manifest.commit(folder, made)
     return made
 

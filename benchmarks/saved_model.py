@@ -1,4 +1,5 @@
-"""What the benchmarks of saving train beside it: one rank's engine, its step, and a plain copy of its state."""
+"""What the benchmarks of saving train beside it: one rank's engine, its step, and a plain copy of
+its state."""
 
 import time
 from typing import Protocol
@@ -29,13 +30,21 @@ class SavedModel:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         config, length = (QUICK, 64) if quick else (OPT_125M, 512)
         self.engine = make_engine(
-            config, PrecisionConfig(compute="fp32"), ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0
+            config,
+            PrecisionConfig(compute="fp32"),
+            ParallelConfig(),
+            Layout(1, 1, 1),
+            CPU,
+            values=VALUES,
+            seed=0,
         )
         tokens, targets = micro_batch(config, 1, length)
         self._batch = MicroBatch(tokens, targets, torch.ones(1))
         self._weight = torch.tensor(float(tokens.numel()), dtype=torch.float64)
         self._copies: dict[str, torch.Tensor] = {}
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.engine.tensors().values())
+        self.bytes = sum(
+            tensor.numel() * tensor.element_size() for tensor in self.engine.tensors().values()
+        )
         self.waited = 0.0
         """Seconds for which the last step's update waited for a copy."""
 

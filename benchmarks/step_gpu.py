@@ -1,16 +1,19 @@
-"""Throughput, MFU and memory of training steps on one GPU: sizes, precisions, eager and compiled, against a plain loop.
+"""Throughput, MFU and memory of training steps on one GPU: sizes, precisions, eager and compiled,
+against a plain loop.
 
-    python benchmarks/step_gpu.py                      OPT-125M to 6.7B, 2048 tokens a sequence: some ten minutes
-    python benchmarks/step_gpu.py --sizes 1.3b         one size, or several
-    python benchmarks/step_gpu.py --sizes 1.3b --profile    and what the time goes to, by kind of kernel
-    python benchmarks/step_gpu.py --quick              a tiny model, on a CPU where there is no GPU: whether it runs
+    python benchmarks/step_gpu.py                      OPT-125M to 6.7B, 2048 tokens a sequence:
+    some ten minutes python benchmarks/step_gpu.py --sizes 1.3b         one size, or several python
+    benchmarks/step_gpu.py --sizes 1.3b --profile    and what the time goes to, by kind of kernel
+    python benchmarks/step_gpu.py --quick              a tiny model, on a CPU where there is no GPU:
+    whether it runs
 
-Each case is a process of its own, so that one which runs out of memory ends alone. It takes the steps of a lone rank of
-`opt-train train`: forward, backward, norm, clipping, update, loss scale. The micro-batch is the largest power of two
-that `opt-train plan` says fits, with as little activation checkpointing as that takes; the plan's peak stands beside
-the measured one. *plain* is a loop in nanoGPT's manner under bf16 autocast, eager, with torch's fused AdamW and the
-same micro-batch, or half of it, and so on, until it fits. MFU is by the formula of docs/metrics.md: what recomputation
-adds does not count.
+Each case is a process of its own, so that one which runs out of memory ends alone. It takes the
+steps of a lone rank of `opt-train train`: forward, backward, norm, clipping, update, loss scale.
+The micro-batch is the largest power of two that `opt-train plan` says fits, with as little
+activation checkpointing as that takes; the plan's peak stands beside the measured one. *plain* is a
+loop in nanoGPT's manner under bf16 autocast, eager, with torch's fused AdamW and the same
+micro-batch, or half of it, and so on, until it fits. MFU is by the formula of docs/metrics.md: what
+recomputation adds does not count.
 """
 
 import argparse
@@ -27,8 +30,9 @@ import torch
 import torch.distributed as dist
 from contestants import QUICK, VALUES, micro_batch, plain
 
-from opt_train.cli_plan import UNREAD
-from opt_train.config import RunConfig, compose
+from opt_train.cli.plan import UNREAD
+from opt_train.config.compose import compose
+from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.sizes import flops_per_token
@@ -46,7 +50,8 @@ SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
 LENGTH = 2048
 MOST_SEQUENCES = 32
 SHARE_OF_MEMORY = 0.85
-"""Of the device's: the rest is its context's, the allocator's gaps, and what the plan leaves out."""
+"""Of the device's: the rest is its context's, the allocator's gaps, and what the plan leaves
+out."""
 OUT_OF_MEMORY = 3
 KINDS = (
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|sm\d\d_.*mma"),
@@ -76,7 +81,9 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--steps", type=int, default=8, help="timed, after the first ones")
     parser.add_argument("--profile", action="store_true")
@@ -90,7 +97,11 @@ def main() -> None:
         sys.exit("torch sees no GPU here; --quick tries the benchmark itself on a CPU")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
-    print("size   case              batch  checkpointing  ms/step   tokens/s    MFU  peak GB  planned GB", flush=True)
+    print(
+        "size   case              batch  checkpointing  ms/step   tokens/s    MFU  peak GB  "
+        "planned GB",
+        flush=True,
+    )
     for size in ("quick",) if flags.quick else flags.sizes:
         _compare(size, 1 if flags.quick else flags.steps, flags.profile)
 
@@ -107,13 +118,18 @@ def _compare(size: str, steps: int, profile: bool) -> None:
                 rates[f"{compute} compiled" if compiled else compute] = found["tokens_per_second"]
     peer = _fitting(size, "bf16", False, False)
     while peer is not None and peer.batch:
-        if found := _measure(replace(peer, contestant="plain", mode="none", planned_bytes=0), steps):
+        if found := _measure(
+            replace(peer, contestant="plain", mode="none", planned_bytes=0), steps
+        ):
             rates["plain"] = found["tokens_per_second"]
             break
         peer = replace(peer, batch=peer.batch // 2)
     for ours, theirs in (("bf16", "plain"), ("bf16 compiled", "plain"), ("fp16", "bf16")):
         if ours in rates and theirs in rates:
-            print(f"{size}: {ours}/{theirs}: {rates[ours] / rates[theirs]:.3f}x throughput", flush=True)
+            print(
+                f"{size}: {ours}/{theirs}: {rates[ours] / rates[theirs]:.3f}x throughput",
+                flush=True,
+            )
 
 
 def _fitting(size: str, compute: str, compiled: bool, profile: bool) -> Case | None:
@@ -125,7 +141,8 @@ def _fitting(size: str, compute: str, compiled: bool, profile: bool) -> Case | N
         while batch:
             config = _recipe(size, compute, batch)
             peak = memory_of(config, Layout.of(config.parallel, config.world_size), mode).peak.total
-            # Recomputing a block costs a third of a step more; a micro-batch of fewer than 8192 tokens starves a GPU.
+            # Recomputing a block costs a third of a step more; a micro-batch of fewer than 8192
+            # tokens starves a GPU.
             if peak <= room and (mode == "full" or batch * LENGTH >= 8192):
                 return Case(size, "trainer", compute, compiled, batch, mode, peak, profile)
             batch //= 2
@@ -168,7 +185,8 @@ def _measure(case: Case, steps: int) -> dict[str, Any] | None:
     mfu = f"{found['mfu']:6.1%}" if found["mfu"] is not None else "     -"
     print(
         f"{case.size:6} {label:17} {case.batch:5}  {case.mode:13} {found['seconds'] * 1e3:8.1f} "
-        f"{found['tokens_per_second']:10.0f} {mfu} {found['peak_bytes'] / 1e9:8.1f} {case.planned_bytes / 1e9:11.1f}",
+        f"{found['tokens_per_second']:10.0f} {mfu} {found['peak_bytes'] / 1e9:8.1f} "
+        f"{case.planned_bytes / 1e9:11.1f}",
         flush=True,
     )
     for kind, share in found["kinds"].items():
@@ -184,7 +202,9 @@ class Measurement:
         self._on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda", 0) if self._on_gpu else torch.device("cpu")
         quick = case.size == "quick"
-        self._model: ModelConfig = QUICK if quick else replace(_recipe(case.size, case.compute, 1).model, dropout=0.0)
+        self._model: ModelConfig = (
+            QUICK if quick else replace(_recipe(case.size, case.compute, 1).model, dropout=0.0)
+        )
         tokens, targets = micro_batch(self._model, case.batch, 64 if quick else LENGTH)
         self._tokens, self._targets = tokens.to(self._device), targets.to(self._device)
         try:
@@ -230,8 +250,12 @@ class Measurement:
         backend = "nccl" if self._on_gpu else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         precision = PrecisionConfig(compute=self._case.compute)
-        parallel = ParallelConfig(activation_checkpointing=self._case.mode, compile=self._case.compile)
-        engine = make_engine(self._model, precision, parallel, Layout(1, 1, 1), self._device, values=VALUES, seed=0)
+        parallel = ParallelConfig(
+            activation_checkpointing=self._case.mode, compile=self._case.compile
+        )
+        engine = make_engine(
+            self._model, precision, parallel, Layout(1, 1, 1), self._device, values=VALUES, seed=0
+        )
         loss_scale = LossScale(policy_of(precision), self._device)
         batch = [MicroBatch(self._tokens, self._targets, torch.ones(len(self._tokens)))]
         count = torch.tensor(float(self._tokens.numel()), dtype=torch.float64, device=self._device)
@@ -254,9 +278,14 @@ class Measurement:
         microseconds: dict[str, float] = defaultdict(float)
         for event in profile.key_averages():
             name = event.key.lower()
-            kind = next((kind for kind, pattern in KINDS if re.search(pattern, name)), "element by element")
+            kind = next(
+                (kind for kind, pattern in KINDS if re.search(pattern, name)), "element by element"
+            )
             microseconds[kind] += event.self_device_time_total / 2
-        shares = {kind: taken / 1e6 / seconds for kind, taken in sorted(microseconds.items(), key=lambda one: -one[1])}
+        shares = {
+            kind: taken / 1e6 / seconds
+            for kind, taken in sorted(microseconds.items(), key=lambda one: -one[1])
+        }
         return {**shares, "no kernel at all": max(0.0, 1.0 - sum(shares.values()))}
 
 

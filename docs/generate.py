@@ -1,4 +1,5 @@
-"""Writes what pages tell and the code knows: README's sizes, docs/configuration.md's groups and keys. `make docs`."""
+"""Writes what pages tell and the code knows: README's sizes, docs/configuration.md's groups and
+keys. `make docs`."""
 
 import ast
 import inspect
@@ -8,7 +9,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from opt_train.config import RunConfig, compose, configs_directory, kind_of
+from opt_train.config.compose import compose, configs_directory
+from opt_train.config.difference import kind_of
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import parameter_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,19 +24,28 @@ GIVEN = ("data.corpus=texts", "tokenizer.vocab_file=vocab.json", "tokenizer.merg
 
 
 def page(path: Path) -> str:
-    """The whole page as it should be: what people wrote, and between the markers what is generated."""
+    """The whole page as it should be: what people wrote, and between the markers what is
+    generated."""
     before, begin, rest = path.read_text().partition(BEGIN)
     assert begin, f"{path} has lost its marker"
     _, end, after = rest.partition(END)
     return f"{before}{begin}\n{PAGES[path]()}" + (f"\n{end}{after}" if end else "")
 
 
-# README.md ----------------------------------------------------------------------------------------------------
+# README.md ----------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "`experiment=`", "layers", "heads", "d_model", "ffn", "parameters", "peak LR", "batch", "nodes x GPUs",
+    "`experiment=`",
+    "layers",
+    "heads",
+    "d_model",
+    "ffn",
+    "parameters",
+    "peak LR",
+    "batch",
+    "nodes x GPUs",
     "beside FSDP",
-)  # fmt: skip
+)
 
 
 def sizes() -> str:
@@ -43,7 +55,10 @@ def sizes() -> str:
     lines = [
         _row(*COLUMNS),
         f"|---|{'---:|' * (len(COLUMNS) - 2)}---|",
-        *(_size(recipe) for recipe in sorted(recipes, key=lambda recipe: parameter_count(recipe.model))),
+        *(
+            _size(recipe)
+            for recipe in sorted(recipes, key=lambda recipe: parameter_count(recipe.model))
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -81,13 +96,15 @@ def _beside_fsdp(recipe: RunConfig) -> str:
     parallel, precision = recipe.parallel, recipe.precision
     notes = [
         f"tensor {parallel.tensor}" if parallel.tensor > 1 else "",
-        {"full": "recomputation", "selective": "recomputation of attention"}.get(parallel.activation_checkpointing, ""),
+        {"full": "recomputation", "selective": "recomputation of attention"}.get(
+            parallel.activation_checkpointing, ""
+        ),
         f"{precision.weights} weights" if precision.weights != "fp32" else "",
     ]
     return ", ".join(note for note in notes if note)
 
 
-# docs/configuration.md ----------------------------------------------------------------------------------------
+# docs/configuration.md ----------------------------------------------------------------------------
 
 
 def groups_and_keys() -> str:
@@ -128,7 +145,8 @@ def _rows(cls: type, prefix: str) -> list[str]:
     said = _attribute_docs(cls)
     hints = get_type_hints(cls)
     return [
-        f"| `{prefix}{f.name}` | {hints[f.name].__name__} | {_default(f.default)} | {kind_of(prefix + f.name)} "
+        f"| `{prefix}{f.name}` | {hints[f.name].__name__} | {_default(f.default)} | "
+        f"{kind_of(prefix + f.name)} "
         f"| {said.get(f.name, '')} |"
         for f in _plain_fields(cls, hints)
     ]
@@ -152,7 +170,9 @@ def _attribute_docs(cls: type) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and name:
-            docs[name] = " ".join(str(statement.value.value).split()).replace("``", "`").replace("|", "\\|")
+            docs[name] = (
+                " ".join(str(statement.value.value).split()).replace("``", "`").replace("|", "\\|")
+            )
             name = ""
     return docs
 

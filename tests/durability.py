@@ -1,4 +1,5 @@
-"""What was asked of the disk, in order: kill -9 keeps the page cache, so only the calls tell what power loss would."""
+"""What was asked of the disk, in order: kill -9 keeps the page cache, so only the calls tell what
+power loss would."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The command `logbook`: render, verify, note, tail. Exit 0 done, 1 the answer is no, 2 bad input in one sentence."""
+"""The command `logbook`: render, verify, note, tail. Exit 0 done, 1 the answer is no, 2 bad input
+in one sentence."""
 
 import argparse
 import getpass
@@ -10,21 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from opt_logbook import inbox
-from opt_logbook.codec import fields_of, kind_of, time_to_text
-from opt_logbook.events import Entry, JournalDamaged, Note
-from opt_logbook.journal import Journal, read, read_head, repairs_of
-from opt_logbook.lock import Lock, LockHeld
-from opt_logbook.run_directory import RunDirectory
-from opt_logbook.verify import verify
-from opt_logbook.words import listed_briefly, printable
+from opt_logbook.record import inbox
+from opt_logbook.record.codec import fields_of, kind_of, time_to_text
+from opt_logbook.record.events import Entry, JournalDamaged, Note
+from opt_logbook.record.journal import Journal, read, read_head, repairs_of
+from opt_logbook.record.lock import Lock, LockHeld
+from opt_logbook.record.run_directory import RunDirectory
+from opt_logbook.record.verify import verify
+from opt_logbook.story.format import listed_briefly, printable
 
 DONE, NO, BAD_INPUT = 0, 1, 2
 FOLLOW_SECONDS = 0.5
 
 
 class BadInput(Exception):
-    """What a user gave cannot work; the message is one sentence that names the file and the mend."""
+    """What a user gave cannot work; the message is one sentence that names the file and the
+    mend."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,14 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"logbook: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:
-        # The reader, `head` for example, has seen enough. Python must not complain when it flushes at exit.
+        # The reader, `head` for example, has seen enough. Python must not complain when it flushes
+        # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
         return DONE
     except OSError as error:
         print(
-            f"logbook: {error.filename or chosen.run}: {error.strerror or error}; mend it and try again",
+            f"logbook: {error.filename or chosen.run}: {error.strerror or error}; mend it and try "
+            "again",
             file=sys.stderr,
         )
         return BAD_INPUT
@@ -66,20 +70,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, command: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, command: Callable[[argparse.Namespace], int], words: str
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=words, description=words)
-        sub.add_argument("run", metavar="RUN", type=Path, help="the run's folder, for example runs/demo")
+        sub.add_argument(
+            "run", metavar="RUN", type=Path, help="the run's folder, for example runs/demo"
+        )
         sub.set_defaults(command=command)
         return sub
 
     verb("render", _render, "Write the chronicle: RUN/chronicle/index.html and chronicle.md.")
-    verb("verify", _verify, "Say whether the journal and what it points to are whole; exit 1 if not.")
+    verb(
+        "verify", _verify, "Say whether the journal and what it points to are whole; exit 1 if not."
+    )
     note = verb("note", _note, "Add a note to the journal; it will stand in the chronicle.")
     note.add_argument("text", metavar="TEXT", nargs="+")
     note.add_argument("--author", default="", help="whose note it is; by default the user's name")
     tail = verb("tail", _tail, "Print the journal's newest lines.")
-    tail.add_argument("-n", dest="count", metavar="LINES", type=int, default=20, help="how many (default 20)")
-    tail.add_argument("-f", "--follow", action="store_true", help="go on with new ones as they come")
+    tail.add_argument(
+        "-n", dest="count", metavar="LINES", type=int, default=20, help="how many (default 20)"
+    )
+    tail.add_argument(
+        "-f", "--follow", action="store_true", help="go on with new ones as they come"
+    )
     tail.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
@@ -87,15 +101,21 @@ def _parser() -> argparse.ArgumentParser:
 def _run_of(chosen: argparse.Namespace) -> RunDirectory:
     run = RunDirectory(chosen.run)
     if not run.path.is_dir():
-        raise BadInput(f"there is no run at {run.path}; give the folder that holds journal.jsonl, such as runs/demo")
+        raise BadInput(
+            f"there is no run at {run.path}; give the folder that holds journal.jsonl, such as "
+            "runs/demo"
+        )
     if not any(path.exists() for path in (run.journal, run.config, run.config_json, run.metrics)):
-        raise BadInput(f"{run.path} is no run: it holds no journal.jsonl; give the folder of one, such as runs/demo")
+        raise BadInput(
+            f"{run.path} is no run: it holds no journal.jsonl; give the folder of one, such as "
+            "runs/demo"
+        )
     return run
 
 
 def _render(chosen: argparse.Namespace) -> int:
     # matplotlib takes half a second to import; the other verbs need not wait for it.
-    from opt_logbook.render import render  # noqa: PLC0415
+    from opt_logbook.render.render import render  # noqa: PLC0415
 
     rendered = render(_run_of(chosen))
     print(rendered.page)
@@ -141,12 +161,18 @@ def _note(chosen: argparse.Namespace) -> int:
 def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
     if not run.journal.exists():
         raise BadInput(f"{run.path} has no journal yet; start the run first")
-    damaged = [e.line for e in repairs_of(read(run.journal), read_head(run)) if isinstance(e, JournalDamaged)]
+    damaged = [
+        e.line
+        for e in repairs_of(read(run.journal), read_head(run))
+        if isinstance(e, JournalDamaged)
+    ]
     if damaged:
-        # Journalled here, the damage would count as told, and the supervisor would not ask about it any more.
+        # Journalled here, the damage would count as told, and the supervisor would not ask about it
+        # any more.
         lines = f"line {damaged[0]}" if len(damaged) == 1 else f"lines {listed_briefly(damaged)}"
         raise BadInput(
-            f"{run.journal} is damaged ({lines}); restore it from a copy, or start the run, which asks what to do, and "
+            f"{run.journal} is damaged ({lines}); restore it from a copy, or start the run, which "
+            "asks what to do, and "
             "note it then"
         )
     with Journal.open(run, lock) as journal:
@@ -164,7 +190,10 @@ def _tail(chosen: argparse.Namespace) -> int:
         raise BadInput(f"-n {chosen.count} is less than no lines; give 0 or more")
     entries = read(run.journal).entries
     seen = entries[-1].seq if entries else 0
-    _print(entries[len(entries) - chosen.count :] if chosen.count < len(entries) else entries, chosen.json)
+    _print(
+        entries[len(entries) - chosen.count :] if chosen.count < len(entries) else entries,
+        chosen.json,
+    )
     while chosen.follow:
         time.sleep(FOLLOW_SECONDS)
         fresh = tuple(entry for entry in read(run.journal).entries if entry.seq > seen)
@@ -188,7 +217,10 @@ def _print(entries: Sequence[Entry], as_json: bool) -> None:
         else:
             step = "" if entry.step is None else f"step {entry.step}"
             words = "  ".join(f"{key}={_plainly(value)}" for key, value in own.items())
-            line = f"{entry.seq:>5}  {head['time']}  {entry.attempt:<6} {step:<10} {head['kind']:<20} {words}"
+            line = (
+                f"{entry.seq:>5}  {head['time']}  {entry.attempt:<6} {step:<10} "
+                f"{head['kind']:<20} {words}"
+            )
             print(printable(line).rstrip(), flush=True)
 
 

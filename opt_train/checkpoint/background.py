@@ -1,7 +1,8 @@
-"""Saving beside training: the state is copied while the next step computes, and written while others follow.
+"""Saving beside training: the state is copied while the next step computes, and written while
+others follow.
 
-A step changes weights and moments in its update alone, so the copy has the whole forward and backward pass to finish;
-only an update that comes sooner waits for it.
+A step changes weights and moments in its update alone, so the copy has the whole forward and
+backward pass to finish; only an update that comes sooner waits for it.
 """
 
 import contextlib
@@ -16,34 +17,41 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.all_or_none import together
 from opt_train.checkpoint.save import save
 from opt_train.protocol.facts import SavedFile
 
 
 class Staging:
-    """Copies of a rank's state in host memory, kept from one save to the next: pinned where the state is on a GPU."""
+    """Copies of a rank's state in host memory, kept from one save to the next: pinned where the
+    state is on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies: dict[str, torch.Tensor] = {}
-        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has not run on one yet.)
+        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has
+        # not run on one yet.)
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def start(self, tensors: Mapping[str, torch.Tensor]) -> Future[dict[str, torch.Tensor]]:
         """Begin to copy `tensors`, which nobody may change before the future is done.
 
-        The copies are named and spread as the tensors are, and belong to whoever waits for them until the next start.
+        The copies are named and spread as the tensors are, and belong to whoever waits for them
+        until the next start.
         """
         if self._stream is not None:
-            # The copies run on a stream of their own, which does not wait for the update that was queued last.
+            # The copies run on a stream of their own, which does not wait for the update that was
+            # queued last.
             torch.accelerator.current_stream(self._device).synchronize()
         copied: Future[dict[str, torch.Tensor]] = Future()
-        # No daemon: memory does not stand still, and torch aborts a process that ends while a thread of it computes.
+        # No daemon: memory does not stand still, and torch aborts a process that ends while a
+        # thread of it computes.
         Thread(target=self._run, args=(dict(tensors), copied), name="copy of the state").start()
         return copied
 
-    def _run(self, tensors: Mapping[str, torch.Tensor], copied: Future[dict[str, torch.Tensor]]) -> None:
+    def _run(
+        self, tensors: Mapping[str, torch.Tensor], copied: Future[dict[str, torch.Tensor]]
+    ) -> None:
         try:
             copied.set_result(self._copy(tensors))
         except BaseException as error:  # whoever asks for the copies gets it
@@ -58,10 +66,13 @@ class Staging:
                 copy = self._copies.get(name)
                 if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
                     pinned = self._stream is not None
-                    copy = self._copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pinned)
+                    copy = self._copies[name] = torch.empty(
+                        local.shape, dtype=local.dtype, pin_memory=pinned
+                    )
                 copy.copy_(local, non_blocking=True)
                 if isinstance(tensor, DTensor):
-                    # Whoever plans a save asks where parts belong, and not which device they are on.
+                    # Whoever plans a save asks where parts belong, and not which device they are
+                    # on.
                     spread[name] = DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
                 else:
                     spread[name] = copy
@@ -98,15 +109,24 @@ class BackgroundSave:
         self._began = time.monotonic()
         self._copied = staging.start(tensors)
         self._done: Future[tuple[SavedFile, ...]] = Future()
-        # A daemon: a file system that stands still must not keep a process alive that has something else to say.
-        Thread(target=self._run, args=(state, process_group), name=f"save of step {step}", daemon=True).start()
+        # A daemon: a file system that stands still must not keep a process alive that has something
+        # else to say.
+        Thread(
+            target=self._run, args=(state, process_group), name=f"save of step {step}", daemon=True
+        ).start()
 
     def _run(self, state: Mapping[str, Any], process_group: dist.ProcessGroup) -> None:
         try:
             copies: list[dict[str, torch.Tensor]] = []
             what = f"{self.folder} was not saved: the state was not copied"
             together(lambda: copies.append(self._copied.result()), process_group, what)
-            files = save(copies[0], state, self.folder, process_group=process_group, progress=self._note_written)
+            files = save(
+                copies[0],
+                state,
+                self.folder,
+                process_group=process_group,
+                progress=self._note_written,
+            )
             self.seconds = time.monotonic() - self._began
             self._done.set_result(files)
         except BaseException as error:  # whoever asks for the files gets it

@@ -13,22 +13,27 @@ class CheckpointConfig:
 
     every_steps: int = 500
     asynchronous: bool = True
-    """Train on while a checkpoint is written: a rank keeps a copy of its part in host memory, as large as its files."""
+    """Train on while a checkpoint is written: a rank keeps a copy of its part in host memory, as
+    large as its files."""
     keep: int = 3
-    """Committed checkpoints to keep; never fewer than the newest two good ones of the live chain."""
+    """Committed checkpoints to keep; never fewer than the newest two good ones of the live
+    chain."""
     keep_hours: float = 0.0
-    """Keep those that are younger than this too, measured when the newest was committed; 0: none for its age."""
+    """Keep those that are younger than this too, measured when the newest was committed; 0: none
+    for its age."""
     milestone_every_steps: int = 0
-    """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no milestones."""
+    """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no
+    milestones."""
 
     memory_every_steps: int = 0
-    """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none. It is agents that hold
-    them: a lone `train` takes none."""
+    """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none. It
+    is agents that hold them: a lone `train` takes none."""
     memory_keep: int = 2
-    """Snapshots held at a time, each as large as all that a rank holds, and once more at the partner. A rank has memory
-    for one more, which is the one that is being taken."""
+    """Snapshots held at a time, each as large as all that a rank holds, and once more at the
+    partner. A rank has memory for one more, which is the one that is being taken."""
     node_every_steps: int = 0
-    """Steps between snapshots that go on to each node's own disk, a multiple of `memory_every_steps`; 0: none."""
+    """Steps between snapshots that go on to each node's own disk, a multiple of
+    `memory_every_steps`; 0: none."""
     node_keep: int = 2
     """Snapshots on a node's disk."""
     node_directory: str = ""
@@ -50,4 +55,8 @@ class CheckpointConfig:
             young = self.keep_hours * 3600.0 / (self.every_steps * step_seconds)
             newest = max(newest, math.ceil(min(young, steps / self.every_steps)))
         every = self.milestone_every_steps
-        return newest + max(0, steps // every - newest * self.every_steps // every) if every else newest
+        return (
+            newest + max(0, steps // every - newest * self.every_steps // every)
+            if every
+            else newest
+        )

@@ -1,7 +1,9 @@
-"""From shards into what trains or evaluates: all of a checkpoint on any layout, or a rank's own file of a snapshot.
+"""From shards into what trains or evaluates: all of a checkpoint on any layout, or a rank's own
+file of a snapshot.
 
-Each rank reads what it needs and asks nobody. torch's reader does the same with one planner for all ranks, which took a
-quarter of a second for 1.5 GB, and with memory maps, which gave half of what the disk does.
+Each rank reads what it needs and asks nobody. torch's reader does the same with one planner for all
+ranks, which took a quarter of a second for 1.5 GB, and with memory maps, which gave half of what
+the disk does.
 """
 
 import io
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.all_or_none import together
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.parts import Part, own_parts
 from opt_train.checkpoint.safetensors_file import (
@@ -41,7 +43,8 @@ class Stored(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What of a stored part is to be read, and into what; `offsets` count from the stored part's beginning."""
+    """What of a stored part is to be read, and into what; `offsets` count from the stored part's
+    beginning."""
 
     place: Place
     target: Tensor
@@ -50,19 +53,25 @@ class Wanted(NamedTuple):
 
 
 def load(
-    into: Restorable, folder: Path, process_group: dist.ProcessGroup | None = None, *, convert: bool = False
+    into: Restorable,
+    folder: Path,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    convert: bool = False,
 ) -> None:
-    """Restore from all shards in `folder`, whoever wrote them. Called by all ranks of `process_group` together.
+    """Restore from all shards in `folder`, whoever wrote them. Called by all ranks of
+    `process_group` together.
 
-    Nothing is verified here: see `restore`. If anything is wrong, what it went into must not be used.
+    Nothing is verified here: see `restore`. If anything is wrong, what it went into must not be
+    used.
 
     Args:
         into: without optimizer state the weights alone are restored.
         convert: take tensors of another type too.
 
     Raises:
-        CheckpointError: a shard is damaged, or a tensor is missing, unexpected, incomplete, of another shape, or of
-            another type without `convert`. On every rank.
+        CheckpointError: a shard is damaged, or a tensor is missing, unexpected, incomplete, of
+            another shape, or of another type without `convert`. On every rank.
     """
     failure = f"{folder} cannot be restored"
     tensors = into.tensors()
@@ -78,13 +87,15 @@ def load(
 
 
 def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | None = None) -> None:
-    """Restore this rank from its own file of a snapshot alone. Called by all ranks of `process_group` together.
+    """Restore this rank from its own file of a snapshot alone. Called by all ranks of
+    `process_group` together.
 
-    Nobody's bytes are verified here: see `restore`. If anything is wrong, what it went into must not be used.
+    Nobody's bytes are verified here: see `restore`. If anything is wrong, what it went into must
+    not be used.
 
     Raises:
-        CheckpointError: the file is damaged, or a tensor is missing, unexpected, or of another shape, type or place
-            than this rank's. On every rank.
+        CheckpointError: the file is damaged, or a tensor is missing, unexpected, or of another
+            shape, type or place than this rank's. On every rank.
     """
     failure = f"{file} cannot be restored"
     tensors = into.tensors()
@@ -99,7 +110,8 @@ def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | No
 
 
 def _stored_in(files: Iterable[Path]) -> dict[str, list[Stored]]:
-    """The parts of each tensor; one of those that begin at the same place, as every replica stores its own snapshot."""
+    """The parts of each tensor; one of those that begin at the same place, as every replica stores
+    its own snapshot."""
     found: dict[str, dict[tuple[int, ...], Stored]] = defaultdict(dict)
     for path in files:
         try:
@@ -113,12 +125,15 @@ def _stored_in(files: Iterable[Path]) -> dict[str, list[Stored]]:
         for name, place in header.tensors.items():
             first = found[name].setdefault(offsets[name], Stored(path, place, offsets[name]))
             if first.place.shape != place.shape:
-                raise CheckpointError(f"its files disagree about the part of tensor {name} at {list(offsets[name])}")
+                raise CheckpointError(
+                    f"its files disagree about the part of tensor {name} at {list(offsets[name])}"
+                )
     return {name: list(parts.values()) for name, parts in found.items()}
 
 
 def _offsets_in(header: Header) -> Mapping[str, tuple[int, ...]]:
-    """Where each tensor of the file begins in the whole. One that says nothing of parts has all of each, as imports do.
+    """Where each tensor of the file begins in the whole. One that says nothing of parts has all of
+    each, as imports do.
 
     Raises:
         Damaged: what it says does not read.
@@ -127,30 +142,49 @@ def _offsets_in(header: Header) -> Mapping[str, tuple[int, ...]]:
         return {name: (0,) * len(place.shape) for name, place in header.tensors.items()}
     try:
         entries = json.loads(header.metadata[OFFSETS])
-        offsets = {name: tuple(int(offset) for offset in entries[name][OFFSETS_OF_ONE]) for name in header.tensors}
+        offsets = {
+            name: tuple(int(offset) for offset in entries[name][OFFSETS_OF_ONE])
+            for name in header.tensors
+        }
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None
     for name, begins in offsets.items():
         if len(begins) != len(header.tensors[name].shape) or any(begin < 0 for begin in begins):
-            raise Damaged(f"tensor {name} of shape {list(header.tensors[name].shape)} cannot begin at {list(begins)}")
+            raise Damaged(
+                f"tensor {name} of shape {list(header.tensors[name].shape)} cannot begin at "
+                f"{list(begins)}"
+            )
     return offsets
 
 
-def _check_whole(wanted: Mapping[str, Tensor], stored: Mapping[str, list[Stored]], convert: bool) -> None:
+def _check_whole(
+    wanted: Mapping[str, Tensor], stored: Mapping[str, list[Stored]], convert: bool
+) -> None:
     """Compare all that is stored with all that is to be filled, on whatever rank."""
     with_optimizer = any(name.startswith(OPTIMIZER) for name in wanted)
     considered = {name for name in stored if with_optimizer or not name.startswith(OPTIMIZER)}
     _check_names(wanted, considered, "this model")
     for name, tensor in wanted.items():
         parts = stored[name]
-        ends = ([a + b for a, b in zip(part.offsets, part.place.shape, strict=True)] for part in parts)
-        # The stored shape is known from the parts alone, so a part lost at the end shows as a smaller tensor.
-        shape = [max(end) for end in zip(*ends, strict=True)] if len({len(part.offsets) for part in parts}) == 1 else []
+        ends = (
+            [a + b for a, b in zip(part.offsets, part.place.shape, strict=True)] for part in parts
+        )
+        # The stored shape is known from the parts alone, so a part lost at the end shows as a
+        # smaller tensor.
+        shape = (
+            [max(end) for end in zip(*ends, strict=True)]
+            if len({len(part.offsets) for part in parts}) == 1
+            else []
+        )
         if shape != list(tensor.shape):
-            raise CheckpointError(f"tensor {name} has shape {shape} in it and {list(tensor.shape)} here")
+            raise CheckpointError(
+                f"tensor {name} has shape {shape} in it and {list(tensor.shape)} here"
+            )
         for part in parts:
             if part.place.dtype != tensor.dtype and not convert:
-                raise CheckpointError(f"tensor {name} has type {part.place.dtype} in it and {tensor.dtype} here")
+                raise CheckpointError(
+                    f"tensor {name} has type {part.place.dtype} in it and {tensor.dtype} here"
+                )
         if sum(math.prod(part.place.shape) for part in parts) != tensor.numel():
             raise CheckpointError(f"tensor {name} is incomplete in it: a shard is missing")
 
@@ -162,13 +196,17 @@ def _check_own(parts: Mapping[str, Part], stored: Mapping[str, list[Stored]]) ->
         (part,) = stored[name]  # a file names nothing twice
         if part.place.shape != tuple(local.shape):
             raise CheckpointError(
-                f"tensor {name} has shape {list(part.place.shape)} in it and {list(local.shape)} here"
+                f"tensor {name} has shape {list(part.place.shape)} in it and {list(local.shape)} "
+                "here"
             )
         if part.place.dtype != local.dtype:
-            raise CheckpointError(f"tensor {name} has type {part.place.dtype} in it and {local.dtype} here")
+            raise CheckpointError(
+                f"tensor {name} has type {part.place.dtype} in it and {local.dtype} here"
+            )
         if part.offsets != begins:
             raise CheckpointError(
-                f"tensor {name} begins at {list(part.offsets)} of the whole in it and {list(begins)} here"
+                f"tensor {name} begins at {list(part.offsets)} of the whole in it and "
+                f"{list(begins)} here"
             )
 
 
@@ -176,27 +214,39 @@ def _check_names(wanted: Iterable[str], stored: Iterable[str], whose: str) -> No
     if missing := sorted(set(wanted) - set(stored)):
         raise CheckpointError(f"tensor {missing[0]} is not in it{_and_more(missing)}")
     if unexpected := sorted(set(stored) - set(wanted)):
-        raise CheckpointError(f"its tensor {unexpected[0]} belongs to no part of {whose}{_and_more(unexpected)}")
+        raise CheckpointError(
+            f"its tensor {unexpected[0]} belongs to no part of {whose}{_and_more(unexpected)}"
+        )
 
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _wanted(parts: Mapping[str, Part], stored: Mapping[str, list[Stored]]) -> dict[Path, list[Wanted]]:
+def _wanted(
+    parts: Mapping[str, Part], stored: Mapping[str, list[Stored]]
+) -> dict[Path, list[Wanted]]:
     """What to read of each file, in the order in which it stands there."""
     wanted: dict[Path, list[Wanted]] = defaultdict(list)
     for name, (local, begins) in parts.items():
         ends = [begin + size for begin, size in zip(begins, local.shape, strict=True)]
         for path, place, offsets in stored[name]:
             first = tuple(map(max, zip(begins, offsets, strict=True)))
-            last = [min(end, offset + size) for end, offset, size in zip(ends, offsets, place.shape, strict=True)]
+            last = [
+                min(end, offset + size)
+                for end, offset, size in zip(ends, offsets, place.shape, strict=True)
+            ]
             lengths = tuple(end - begin for begin, end in zip(first, last, strict=True))
             if all(length > 0 for length in lengths):  # a number, which has no dimension, too
-                target = local[tuple(slice(a - b, c - b) for a, b, c in zip(first, begins, last, strict=True))]
+                target = local[
+                    tuple(slice(a - b, c - b) for a, b, c in zip(first, begins, last, strict=True))
+                ]
                 within = tuple(begin - offset for begin, offset in zip(first, offsets, strict=True))
                 wanted[path].append(Wanted(place, target, within, lengths))
-    return {path: sorted(items, key=lambda item: item.place.begin) for path, items in sorted(wanted.items())}
+    return {
+        path: sorted(items, key=lambda item: item.place.begin)
+        for path, items in sorted(wanted.items())
+    }
 
 
 def _read(wanted: Mapping[Path, list[Wanted]]) -> None:

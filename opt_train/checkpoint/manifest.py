@@ -1,4 +1,5 @@
-"""What makes a folder of shards a checkpoint: `manifest.json`, committed by rename when all else is durable.
+"""What makes a folder of shards a checkpoint: `manifest.json`, committed by rename when all else is
+durable.
 
 Standard library only: the supervisor imports this file and no torch.
 """
@@ -23,8 +24,9 @@ SHARD_SUFFIX = ".safetensors"
 VERSION = 1
 
 LATE_SECONDS = 20.0
-"""For so long a file may be missing from a folder that is there, or its handle be stale, before that is believed: what
-one node has made or renamed, a shared file system may show to another one only when its cache has run out."""
+"""For so long a file may be missing from a folder that is there, or its handle be stale, before
+that is believed: what one node has made or renamed, a shared file system may show to another one
+only when its cache has run out."""
 LOOK_AGAIN_SECONDS = 1.0
 
 _HASH_BYTES = 1 << 22
@@ -36,7 +38,8 @@ Progress = Callable[[int, int], None]
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be saved, trusted or restored. The message names the file or tensor."""
+    """A checkpoint that cannot be saved, trusted or restored. The message names the file or
+    tensor."""
 
 
 def own_file_name(rank: int) -> str:
@@ -46,7 +49,9 @@ def own_file_name(rank: int) -> str:
 
 def state_content(state: Mapping[str, Any]) -> bytes:
     """The bytes of `state.json`."""
-    return (json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (
+        json.dumps(to_payload(state), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    ).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     """By path inside the folder; `state.json` is one of them."""
     state: Mapping[str, Any]
-    """Rank 0's `state.json`, embedded so that one small file answers every question: counters, cursor, the data's
-    fingerprint, RNG rule, loss scale, guards' history, ledger, health."""
+    """Rank 0's `state.json`, embedded so that one small file answers every question: counters,
+    cursor, the data's fingerprint, RNG rule, loss scale, guards' history, ledger, health."""
     config_sha256: str = ""
     journal_head: str = ""
     """Hash of the newest journal line when this was committed: a cut tail of the journal shows."""
@@ -82,7 +87,8 @@ class Manifest:
 
     @property
     def healthy(self) -> bool:
-        """What rank 0 said of the training's health at this step under `healthy`; well, if it said nothing."""
+        """What rank 0 said of the training's health at this step under `healthy`; well, if it said
+        nothing."""
         return bool(self.state.get("healthy", True))
 
 
@@ -98,8 +104,9 @@ def build(
     """The manifest of what the ranks reported to have saved in `folder`: path to (bytes, sha256).
 
     Raises:
-        CheckpointError: a reported file is not there in its full size, a shard lies there that was not reported, no
-            shard or no `state.json` was reported, or the state's bytes are not the reported ones.
+        CheckpointError: a reported file is not there in its full size, a shard lies there that was
+            not reported, no shard or no `state.json` was reported, or the state's bytes are not the
+            reported ones.
     """
     entries = {path: FileEntry(*files[path]) for path in sorted(files)}
     _check_names(folder, entries)
@@ -125,7 +132,8 @@ def of_reports(
     config_sha256: str = "",
     journal_head: str = "",
 ) -> Manifest:
-    """The manifest of files that lie elsewhere, as their holders reported them; `state` is `state.json`'s content.
+    """The manifest of files that lie elsewhere, as their holders reported them; `state` is
+    `state.json`'s content.
 
     Raises:
         CheckpointError: no shard or no `state.json` was reported.
@@ -139,18 +147,27 @@ def of_reports(
 
 
 def _of(
-    attempt: str, step: int, entries: Mapping[str, FileEntry], state: Mapping[str, Any], config: str, head: str
+    attempt: str,
+    step: int,
+    entries: Mapping[str, FileEntry],
+    state: Mapping[str, Any],
+    config: str,
+    head: str,
 ) -> Manifest:
     return Manifest(attempt, step, entries, state, config, head, state.get("layout") or {})
 
 
 def commit(folder: Path, manifest: Manifest) -> str:
-    """Make `folder` a checkpoint. Returns the sha256 of the manifest's bytes, which names the checkpoint's content.
+    """Make `folder` a checkpoint. Returns the sha256 of the manifest's bytes, which names the
+    checkpoint's content.
 
     Raises:
-        OSError: the file system does not allow it; then there is no checkpoint, as far as it lets us say so.
+        OSError: the file system does not allow it; then there is no checkpoint, as far as it lets
+            us say so.
     """
-    text = json.dumps(to_payload(asdict(manifest)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(
+        to_payload(asdict(manifest)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False
+    )
     content = text.encode() + b"\n"
     # The shards' names must be as durable as their bytes before the manifest vouches for them.
     sync_folder(folder)
@@ -177,32 +194,45 @@ def read(folder: Path, manifest_sha256: str | None = None) -> Manifest:
     path = folder / MANIFEST
     content = _content(path)
     if manifest_sha256 is not None and hashlib.sha256(content).hexdigest() != manifest_sha256:
-        raise CheckpointError(f"{path} is not the manifest that was committed: its checksum is wrong")
+        raise CheckpointError(
+            f"{path} is not the manifest that was committed: its checksum is wrong"
+        )
     payload = _object(path, content)
     if payload.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {payload.get('version')!r}; this program reads {VERSION}")
+        raise CheckpointError(
+            f"{path} has version {payload.get('version')!r}; this program reads {VERSION}"
+        )
     try:
         files = {str(name): FileEntry(**entry) for name, entry in payload["files"].items()}
         manifest = Manifest(**{**payload, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not _has_types(manifest):
-        raise CheckpointError(f"{path} is damaged: state or step, or a file's size or sha256, is of a wrong type")
+        raise CheckpointError(
+            f"{path} is damaged: state or step, or a file's size or sha256, is of a wrong type"
+        )
     _check_names(folder, files)
     return manifest
 
 
-def verify(folder: Path, manifest_sha256: str | None = None, progress: Progress | None = None) -> Manifest:
+def verify(
+    folder: Path, manifest_sha256: str | None = None, progress: Progress | None = None
+) -> Manifest:
     """Read the manifest and every byte it vouches for.
 
     Raises:
-        CheckpointError: something is missing, short, long, flipped, or a shard lies there that nobody vouches for.
+        CheckpointError: something is missing, short, long, flipped, or a shard lies there that
+            nobody vouches for.
     """
     manifest = read(folder, manifest_sha256)
     check_sizes(folder, manifest)
     done = 0
     for path, entry in manifest.files.items():
-        check_file(folder / path, entry, None if progress is None else shifted(progress, done, manifest.bytes))
+        check_file(
+            folder / path,
+            entry,
+            None if progress is None else shifted(progress, done, manifest.bytes),
+        )
         done += entry.bytes
     return manifest
 
@@ -238,7 +268,9 @@ def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -
         raise CheckpointError(f"{path} has a wrong checksum")
 
 
-def patiently(folder: Path, work: Callable[[], _Found], waiting: Callable[[], None] = lambda: None) -> _Found:
+def patiently(
+    folder: Path, work: Callable[[], _Found], waiting: Callable[[], None] = lambda: None
+) -> _Found:
     """`work`, and again while it may have met an old state of `folder`, for `LATE_SECONDS` at most.
 
     Args:
@@ -261,28 +293,36 @@ def patiently(folder: Path, work: Callable[[], _Found], waiting: Callable[[], No
 def may_be_late(folder: Path, error: CheckpointError) -> bool:
     """Whether `error` may come of an old state of `folder`, and be over in a moment."""
     cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE) and folder.is_dir()
+    return (
+        isinstance(cause, OSError)
+        and cause.errno in (errno.ENOENT, errno.ESTALE)
+        and folder.is_dir()
+    )
 
 
 def shifted(progress: Progress, before: int, total: int) -> Progress:
-    """`progress` as one of several files sees it: `before` bytes are done, `total` there are in all."""
+    """`progress` as one of several files sees it: `before` bytes are done, `total` there are in
+    all."""
     return lambda done, _: progress(before + done, total)
 
 
 def retire(folder: Path) -> None:
-    """Remove a checkpoint, or what a save that was never committed left. Safe to repeat after a crash.
+    """Remove a checkpoint, or what a save that was never committed left. Safe to repeat after a
+    crash.
 
     Raises:
         OSError: the file system does not allow it.
     """
     if not folder.exists():
         return
-    # The manifest goes first, durably: without it the rest is rubbish that nobody can mistake for a checkpoint.
+    # The manifest goes first, durably: without it the rest is rubbish that nobody can mistake for a
+    # checkpoint.
     had = _unlinked(folder / MANIFEST)
     try:
         sync_folder(folder)
     except OSError:
-        # A full disk may refuse it, and what was never a checkpoint gives its space back all the same.
+        # A full disk may refuse it, and what was never a checkpoint gives its space back all the
+        # same.
         if had:
             raise
     shutil.rmtree(folder)
@@ -308,7 +348,8 @@ class Listed:
     """What its manifest vouches for; without a readable one, what lies there."""
     files: int
     why: str
-    """Empty: it has a readable manifest and all files in their sizes. Otherwise what is wrong, in one sentence."""
+    """Empty: it has a readable manifest and all files in their sizes. Otherwise what is wrong, in
+    one sentence."""
     has_manifest: bool = True
     """Readable or not."""
     healthy: bool | None = None
@@ -318,10 +359,12 @@ class Listed:
 def checkpoints(
     root: Path, committed: Mapping[Path, str] | None = None, *, files_here: bool = True
 ) -> tuple[Listed, ...]:
-    """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people: ranks list nothing.
+    """Every checkpoint folder in `root`, by attempt and step, the good and the rest. For people:
+    ranks list nothing.
 
     Args:
-        committed: sha256 of the manifests that were committed, by folder; another one there is not trusted.
+        committed: sha256 of the manifests that were committed, by folder; another one there is not
+            trusted.
         files_here: False where only the manifests lie in `root`, and agents hold the files.
     """
     found = []
@@ -337,7 +380,11 @@ def _listed(folder: Path, manifest_sha256: str | None, files_here: bool) -> List
         manifest = read(folder, manifest_sha256)
     except CheckpointError as error:
         there = (folder / MANIFEST).exists()
-        why = str(error) if there or manifest_sha256 is not None else "no manifest: it was never committed"
+        why = (
+            str(error)
+            if there or manifest_sha256 is not None
+            else "no manifest: it was never committed"
+        )
         sizes = _sizes(folder)
         return Listed(folder, attempt, step, sum(sizes), len(sizes), why, there)
     why = ""
@@ -345,10 +392,14 @@ def _listed(folder: Path, manifest_sha256: str | None, files_here: bool) -> List
         if files_here:
             check_sizes(folder, manifest)
         if (manifest.attempt, manifest.step) != (attempt, step):
-            why = f"{folder / MANIFEST} is that of step {manifest.step} of attempt {manifest.attempt}"
+            why = (
+                f"{folder / MANIFEST} is that of step {manifest.step} of attempt {manifest.attempt}"
+            )
     except CheckpointError as error:
         why = str(error)
-    return Listed(folder, attempt, step, manifest.bytes, len(manifest.files), why, healthy=manifest.healthy)
+    return Listed(
+        folder, attempt, step, manifest.bytes, len(manifest.files), why, healthy=manifest.healthy
+    )
 
 
 def _sizes(folder: Path) -> list[int]:
@@ -385,7 +436,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the file system say that it is about `path`: what fails on a descriptor names no file."""
+    """Let an error of the file system say that it is about `path`: what fails on a descriptor names
+    no file."""
     try:
         yield
     except OSError as error:
@@ -416,7 +468,9 @@ def _check_names(folder: Path, entries: Mapping[str, FileEntry]) -> None:
     for path in entries:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == MANIFEST:
-            raise CheckpointError(f"the manifest of {folder} names {path!r}, which is not a file inside it")
+            raise CheckpointError(
+                f"the manifest of {folder} names {path!r}, which is not a file inside it"
+            )
 
 
 def _check_sizes(folder: Path, entries: Mapping[str, FileEntry]) -> None:
@@ -425,7 +479,8 @@ def _check_sizes(folder: Path, entries: Mapping[str, FileEntry]) -> None:
 
 
 def _check_no_stray(folder: Path, entries: Mapping[str, FileEntry]) -> None:
-    # The reader takes every shard it finds: a stray one could replace tensors of a checkpoint that is otherwise good.
+    # The reader takes every shard it finds: a stray one could replace tensors of a checkpoint that
+    # is otherwise good.
     for stray in sorted(folder.rglob(f"*{SHARD_SUFFIX}")):
         if stray.relative_to(folder).as_posix() not in entries:
             raise CheckpointError(f"{stray} is not in the manifest")

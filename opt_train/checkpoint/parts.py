@@ -22,7 +22,9 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
-                _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+                _, offsets = compute_local_shape_and_global_offset(
+                    tensor.shape, tensor.device_mesh, tensor.placements
+                )
                 part = Part(tensor.to_local(), tuple(offsets))
             else:
                 part = Part(tensor.detach(), (0,) * tensor.ndim)

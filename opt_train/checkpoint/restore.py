@@ -1,15 +1,24 @@
-"""A committed checkpoint back into what trains or evaluates, on any number of ranks; all of it, or an error.
+"""A committed checkpoint back into what trains or evaluates, on any number of ranks; all of it, or
+an error.
 
-Nothing is unpickled: the shards are safetensors, the rest is JSON, and no other file of the folder is opened.
+Nothing is unpickled: the shards are safetensors, the rest is JSON, and no other file of the folder
+is opened.
 """
 
 from pathlib import Path
 
 import torch.distributed as dist
 
-from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.all_or_none import together
 from opt_train.checkpoint.load import load, load_own
-from opt_train.checkpoint.manifest import CheckpointError, Manifest, Progress, check_file, check_sizes, shifted
+from opt_train.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    Progress,
+    check_file,
+    check_sizes,
+    shifted,
+)
 from opt_train.checkpoint.snapshot import OWN, PARTS
 from opt_train.checkpoint.tensors import Restorable
 
@@ -26,9 +35,9 @@ def restore(
 ) -> None:
     """Load the checkpoint in `folder`. Called by all ranks of `process_group` together.
 
-    The files are verified first, each by one of the ranks, so that a large checkpoint is not read whole by each. What
-    an optimizer is told (learning rate, betas, decay) stays as it is. If anything is wrong, what it went into must not
-    be used: the error is meant to end the rank.
+    The files are verified first, each by one of the ranks, so that a large checkpoint is not read
+    whole by each. What an optimizer is told (learning rate, betas, decay) stays as it is. If
+    anything is wrong, what it went into must not be used: the error is meant to end the rank.
 
     Args:
         into: without optimizer state the weights alone are restored.
@@ -36,15 +45,18 @@ def restore(
         process_group: one that communicates CPU tensors (gloo); default: the default group.
         progress: told this rank's verified bytes.
         convert: take tensors of another type too, as weights from elsewhere have.
-        rank_file: this rank's own file of a snapshot, on all ranks or none, where the ranks are spread as those that
-            took it. It alone is then read and verified: the others' files may be on other nodes.
+        rank_file: this rank's own file of a snapshot, on all ranks or none, where the ranks are
+            spread as those that took it. It alone is then read and verified: the others' files may
+            be on other nodes.
 
     Raises:
-        CheckpointError: a file is not as the manifest has it, or a tensor is missing, unexpected, incomplete, or of
-            another shape, or of another type without `convert`. On every rank.
+        CheckpointError: a file is not as the manifest has it, or a tensor is missing, unexpected,
+            incomplete, or of another shape, or of another type without `convert`. On every rank.
     """
     alone = not dist.is_initialized()
-    rank, world = (0, 1) if alone else (dist.get_rank(process_group), dist.get_world_size(process_group))
+    rank, world = (
+        (0, 1) if alone else (dist.get_rank(process_group), dist.get_world_size(process_group))
+    )
     failure = f"{folder} cannot be restored"
     if rank_file is not None and manifest.state.get(PARTS) == OWN:
         own = rank_file
@@ -61,12 +73,16 @@ def _verify_own(file: Path, manifest: Manifest, progress: Progress | None) -> No
     check_file(file, entry, progress)
 
 
-def _verify_share(folder: Path, manifest: Manifest, rank: int, world: int, progress: Progress | None) -> None:
+def _verify_share(
+    folder: Path, manifest: Manifest, rank: int, world: int, progress: Progress | None
+) -> None:
     if rank == 0:
         check_sizes(folder, manifest)
     mine = list(manifest.files.items())[rank::world]
     total = sum(entry.bytes for _, entry in mine)
     done = 0
     for path, entry in mine:
-        check_file(folder / path, entry, None if progress is None else shifted(progress, done, total))
+        check_file(
+            folder / path, entry, None if progress is None else shifted(progress, done, total)
+        )
         done += entry.bytes

@@ -1,8 +1,9 @@
-"""Writing a safetensors file tensor by tensor, straight from the tensors' memory; and the header of one, read strictly.
+"""Writing a safetensors file tensor by tensor, straight from the tensors' memory; and the header of
+one, read strictly.
 
-The library's own `save` makes the whole file in memory first, in which a checkpoint of a rank spent most of its time.
-The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the header, JSON, padded
-with spaces; the tensors' bytes, one behind the other.
+The library's own `save` makes the whole file in memory first, in which a checkpoint of a rank spent
+most of its time. The format (github.com/huggingface/safetensors): the header's length in 8 bytes,
+little-endian; the header, JSON, padded with spaces; the tensors' bytes, one behind the other.
 """
 
 import io
@@ -47,7 +48,8 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Type and shape of a tensor in a file, and its bytes: those from `begin` to before `end`, of the file."""
+    """Type and shape of a tensor in a file, and its bytes: those from `begin` to before `end`, of
+    the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -57,7 +59,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself; every byte behind the header belongs to one of `tensors`, and none to two."""
+    """What a file says of itself; every byte behind the header belongs to one of `tensors`, and
+    none to two."""
 
     tensors: Mapping[str, Place]
     metadata: Mapping[str, str]
@@ -71,7 +74,9 @@ class Sink(Protocol):
         ...
 
 
-def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write `tensors`, which lie on the CPU. The same tensors give the same bytes.
 
     Raises:
@@ -79,7 +84,9 @@ def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], metadata: Mappi
     """
     # The widest first, so that each begins at a multiple of its width.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    sink.write(header_of(((name, tensors[name].dtype, tensors[name].shape) for name in names), metadata))
+    sink.write(
+        header_of(((name, tensors[name].dtype, tensors[name].shape) for name in names), metadata)
+    )
     for name in names:
         if tensors[name].numel():
             sink.write(bytes_of(tensors[name]))
@@ -91,8 +98,11 @@ def sharding_metadata(offsets: Mapping[str, Iterable[int]]) -> dict[str, str]:
     return {OFFSETS: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 
-def header_of(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the bytes of `tensors`: (name, type, shape), in the order in which their bytes will follow.
+def header_of(
+    tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """What stands before the bytes of `tensors`: (name, type, shape), in the order in which their
+    bytes will follow.
 
     Raises:
         KeyError: the format has no name for a tensor's type.
@@ -114,15 +124,22 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class PartReader:
-    """Reads parts of tensors from one file after another, straight into where they belong if that is plain memory."""
+    """Reads parts of tensors from one file after another, straight into where they belong if that
+    is plain memory."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)  # one for all: memory that is new is slow
 
     def read(
-        self, file: io.FileIO, place: Place, target: Tensor, offsets: Sequence[int] = (), lengths: Sequence[int] = ()
+        self,
+        file: io.FileIO,
+        place: Place,
+        target: Tensor,
+        offsets: Sequence[int] = (),
+        lengths: Sequence[int] = (),
     ) -> None:
-        """Fill `target` with the part of a tensor of the file that begins at `offsets`; without them with all of it.
+        """Fill `target` with the part of a tensor of the file that begins at `offsets`; without
+        them with all of it.
 
         Raises:
             Damaged: the file ends too early.
@@ -133,7 +150,10 @@ class PartReader:
         inner = math.prod(shape[1:]) * width
         if list(lengths[1:]) != list(shape[1:]):  # not one piece: read the rows, and take from them
             rows = self._rows(file, place, offsets[0], lengths[0], inner)
-            taken = tuple(slice(begin, begin + length) for begin, length in zip(offsets[1:], lengths[1:], strict=True))
+            taken = tuple(
+                slice(begin, begin + length)
+                for begin, length in zip(offsets[1:], lengths[1:], strict=True)
+            )
             target.copy_(rows[(slice(None), *taken)])
         elif target.device.type == "cpu" and target.is_contiguous() and target.dtype == place.dtype:
             begin = place.begin + (offsets[0] * inner if shape else 0)
@@ -178,13 +198,17 @@ def read_header(file: BinaryIO) -> Header:
     if not isinstance(payload, dict):
         raise Damaged("its header is no JSON object")
     metadata = payload.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise Damaged(f"{_METADATA} of its header does not hold texts")
     places = {name: _place(name, entry, 8 + length) for name, entry in payload.items()}
     end = 8 + length
     for place, name in sorted((((place.begin, place.end), name) for name, place in places.items())):
         if place[0] != end:
-            raise Damaged(f"tensor {name} begins at byte {place[0]}, where {end} is the end of the one before")
+            raise Damaged(
+                f"tensor {name} begins at byte {place[0]}, where {end} is the end of the one before"
+            )
         end = place[1]
     if end != size:
         raise Damaged(f"its tensors end at byte {end} and the file at {size}")
@@ -200,14 +224,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _place(name: str, entry: Any, first: int) -> Place:
-    """Where a tensor's bytes are, checked against its shape and type; those of all begin at `first`."""
+    """Where a tensor's bytes are, checked against its shape and type; those of all begin at
+    `first`."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise Damaged(f"the header does not say type, shape and place of tensor {name}") from None
     if not isinstance(dtype, str) or dtype not in _TYPES:
         raise Damaged(f"tensor {name} has type {dtype!r:.40}, which is not known here")
-    if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not isinstance(shape, list) or not all(
+        type(number) is int and number >= 0 for number in (*shape, begin, end)
+    ):
         raise Damaged(f"shape or place of tensor {name} are no whole numbers")
     if math.prod(shape) * _TYPES[dtype].itemsize != end - begin:
         raise Damaged(f"tensor {name} has shape {shape} and {end - begin} bytes, which do not fit")

@@ -1,7 +1,9 @@
-"""Every rank writes its shards, fsynced and hashed on the way. Whether they are a checkpoint, a manifest decides later.
+"""Every rank writes its shards, fsynced and hashed on the way. Whether they are a checkpoint, a
+manifest decides later.
 
-torch.distributed.checkpoint plans who writes what, and its Hugging Face reader reads it: one safetensors file a rank,
-with the offsets of its parts. Its `.metadata` and `torch.save` are pickles and are not used.
+torch.distributed.checkpoint plans who writes what, and its Hugging Face reader reads it: one
+safetensors file a rank, with the offsets of its parts. Its `.metadata` and `torch.save` are pickles
+and are not used.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.all_or_none import together
 from opt_train.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -56,16 +58,17 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> tuple[SavedFile, ...]:
-    """Write this rank's part of a checkpoint into `folder`. Called by all ranks of `process_group` together.
+    """Write this rank's part of a checkpoint into `folder`. Called by all ranks of `process_group`
+    together.
 
-    What an earlier, uncommitted save left in `folder` is removed; a committed checkpoint is never touched. A save that
-    fails on any rank fails on all, and gives its space back.
+    What an earlier, uncommitted save left in `folder` is removed; a committed checkpoint is never
+    touched. A save that fails on any rank fails on all, and gives its space back.
 
     Args:
         tensors: from `tensors_of`.
         state: what is not a tensor, as JSON values; rank 0's is written as `state.json`.
-        process_group: one that communicates CPU tensors (gloo); default: the default group. Without torch.distributed
-            the process saves alone.
+        process_group: one that communicates CPU tensors (gloo); default: the default group. Without
+            torch.distributed the process saves alone.
         progress: told this rank's durable and expected bytes.
 
     Returns:
@@ -76,19 +79,25 @@ def save(
     """
     alone = not dist.is_initialized()
     first = alone or dist.get_rank(process_group) == 0
-    made: list[int] = []  # the folder, open: so its inode is nobody else's meanwhile, though it were removed
+    made: list[
+        int
+    ] = []  # the folder, open: so its inode is nobody else's meanwhile, though it were removed
 
     def prepare() -> None:
         if first:
             made.append(_make_empty(folder))
 
     expected = sum(_local_bytes(tensor) for tensor in tensors.values())
-    writer = _Writer(folder, None if progress is None else lambda done: progress(done, max(done, expected)))
+    writer = _Writer(
+        folder, None if progress is None else lambda done: progress(done, max(done, expected))
+    )
 
     def write() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save_tensors(dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone)
+            save_tensors(
+                dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone
+            )
         if first:
             with DurableFile(folder / STATE) as file:
                 file.write(state_content(state))
@@ -99,7 +108,8 @@ def save(
         together(prepare, process_group, f"{folder} cannot be prepared")
         together(write, process_group, f"{folder} was not saved")
     except CheckpointError:
-        # Nobody writes any more. On a full disk the leftovers would be what keeps the next save from succeeding.
+        # Nobody writes any more. On a full disk the leftovers would be what keeps the next save
+        # from succeeding.
         for descriptor in made:
             _remove(folder, descriptor)
         raise
@@ -113,7 +123,8 @@ def save(
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """torch's writer with a hand of its own: what it writes is durable, hashed, and nowhere in memory a second time."""
+    """torch's writer with a hand of its own: what it writes is durable, hashed, and nowhere in
+    memory a second time."""
 
     def __init__(self, folder: Path, progress: Callable[[int], None] | None) -> None:
         super().__init__(path=str(folder), save_distributed=True)
@@ -145,7 +156,8 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 class DurableFile:
-    """A new file, written once from front to back, hashed as it is written and durable when it is closed.
+    """A new file, written once from front to back, hashed as it is written and durable when it is
+    closed.
 
     One that is there already is an error: two that write into one file make it neither's.
     """
@@ -205,15 +217,16 @@ class DurableFile:
         self.size += len(piece)
         while piece:  # the system may take less than it was given, a full disk for one
             piece = piece[self._file.write(piece) :]
-        # Now and then: the progress told is then of bytes on the disk, and never stands still in one long fsync. While
-        # the disk takes these, the next are copied into the system's memory.
+        # Now and then: the progress told is then of bytes on the disk, and never stands still in
+        # one long fsync. While the disk takes these, the next are copied into the system's memory.
         if self.size - self._asked >= PIECE_BYTES:
             self._wait_durable()
             self._asked = self.size
             self._synced = (self.size, self._syncer.submit(os.fdatasync, self._file.fileno()))
 
     def _wait_durable(self) -> None:
-        """Wait for the bytes that were sent to the disk, if any were. Raises OSError if it does not take them."""
+        """Wait for the bytes that were sent to the disk, if any were. Raises OSError if it does not
+        take them."""
         synced, self._synced = self._synced, None
         if synced is not None:
             synced[1].result()
@@ -226,12 +239,14 @@ class DurableFile:
 
 def _make_empty(folder: Path) -> int:
     """Make the folder, and open it."""
-    # Asked so that an error stays one: what cannot be looked at is not to be taken for what is not there.
+    # Asked so that an error stays one: what cannot be looked at is not to be taken for what is not
+    # there.
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).lstat()
         raise CheckpointError("it is a committed checkpoint already")
     retire(folder)
-    # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not want it back.
+    # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not
+    # want it back.
     folder.parent.parent.mkdir(exist_ok=True)
     folder.parent.mkdir(exist_ok=True)
     folder.mkdir()
@@ -246,7 +261,8 @@ def _is_still(folder: Path, descriptor: int) -> bool:
 
 
 def _remove(folder: Path, descriptor: int) -> None:
-    """Best effort: what stays has no manifest, so it harms nobody, and the next save here clears it.
+    """Best effort: what stays has no manifest, so it harms nobody, and the next save here clears
+    it.
 
     Another save's folder in the place of ours is not ours to remove: it may be a checkpoint by now.
     """

@@ -1,8 +1,10 @@
-"""A rank's own part of the state in memory that can outlive it: files in memory, which the node's agent opens too.
+"""A rank's own part of the state in memory that can outlive it: files in memory, which the node's
+agent opens too.
 
-No rank waits for another here, and none knows whether the others have done: whoever leads the run judges that. The
-parts are not shared out among replicas, as those of a save are, so that each rank can be restored from its own file
-alone; all ranks' files together are a checkpoint that torch's reader loads on any layout.
+No rank waits for another here, and none knows whether the others have done: whoever leads the run
+judges that. The parts are not shared out among replicas, as those of a save are, so that each rank
+can be restored from its own file alone; all ranks' files together are a checkpoint that torch's
+reader loads on any layout.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ from opt_train.checkpoint.safetensors_file import header_of, sharding_metadata
 from opt_train.protocol.facts import MemoryFile
 
 PARTS = "parts"
-"""The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the rank holds."""
+"""The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the
+rank holds."""
 OWN = "own"
 
 
@@ -54,7 +57,8 @@ class Snapshot:
         """This rank's files; waits for the end.
 
         Raises:
-            CheckpointError: there is no snapshot: no memory could be had for it. Training can go on.
+            CheckpointError: there is no snapshot: no memory could be had for it. Training can go
+                on.
         """
         return self._done.result()
 
@@ -62,9 +66,10 @@ class Snapshot:
 class Snapshots:
     """The newest snapshots of a rank, in a ring of files in memory.
 
-    There is one more file than snapshots to keep: that many are whole while another one is copied. The files are used
-    again and again, as pages that have not been touched before make a copy take twice its time and more. So whoever
-    holds a descriptor of an older snapshot finds another one in it, and by its hash.
+    There is one more file than snapshots to keep: that many are whole while another one is copied.
+    The files are used again and again, as pages that have not been touched before make a copy take
+    twice its time and more. So whoever holds a descriptor of an older snapshot finds another one in
+    it, and by its hash.
     """
 
     def __init__(self, rank: int, keep: int, device: torch.device) -> None:
@@ -78,11 +83,15 @@ class Snapshots:
         self._slots = [_Slot() for _ in range(keep + 1)]
         self._next = 0
         self._newest: Snapshot | None = None
-        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has not run on one yet.)
+        # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has
+        # not run on one yet.)
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> Snapshot:
-        """Begin to copy `tensors`, which nobody may change before `Snapshot.wait_copied` has returned.
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
+    ) -> Snapshot:
+        """Begin to copy `tensors`, which nobody may change before `Snapshot.wait_copied` has
+        returned.
 
         Waits for the snapshot before, if that has not ended.
 
@@ -92,16 +101,22 @@ class Snapshots:
         if self._newest is not None:
             self._newest._ended.wait()
         if self._device.type != "cpu":
-            # As `Staging.start` does: the copies do not wait for the update that was queued last. They go into plain
-            # memory, a tensor at a time; memory registered with the device (cudaHostRegister) has not been tried.
+            # As `Staging.start` does: the copies do not wait for the update that was queued last.
+            # They go into plain memory, a tensor at a time; memory registered with the device
+            # (cudaHostRegister) has not been tried.
             torch.accelerator.current_stream(self._device).synchronize()
         self._newest = snapshot = Snapshot(step)
         parts = own_parts(tensors)
-        # No daemon: memory does not stand still, and torch aborts a process that ends while a thread of it computes.
-        Thread(target=self._run, args=(snapshot, parts, state), name=f"snapshot of step {step}").start()
+        # No daemon: memory does not stand still, and torch aborts a process that ends while a
+        # thread of it computes.
+        Thread(
+            target=self._run, args=(snapshot, parts, state), name=f"snapshot of step {step}"
+        ).start()
         return snapshot
 
-    def _run(self, snapshot: Snapshot, parts: Mapping[str, Part], state: Mapping[str, Any] | None) -> None:
+    def _run(
+        self, snapshot: Snapshot, parts: Mapping[str, Part], state: Mapping[str, Any] | None
+    ) -> None:
         slot = self._slots[self._next]
         try:
             try:
@@ -118,7 +133,9 @@ class Snapshots:
                 self._slots[self._next].make(size, touch=True)
         except (OSError, MemoryError) as error:
             slot.give_up()
-            reason = f"{error.strerror}" if isinstance(error, OSError) else str(error) or "no memory"
+            reason = (
+                f"{error.strerror}" if isinstance(error, OSError) else str(error) or "no memory"
+            )
             snapshot._done.set_exception(
                 CheckpointError(f"no memory for the snapshot of step {snapshot.step}: {reason}")
             )
@@ -134,7 +151,9 @@ class Snapshots:
         metadata = sharding_metadata({name: parts[name].offsets for name in names})
         described = ((name, parts[name].local.dtype, parts[name].local.shape) for name in names)
         header = header_of(described, metadata)
-        size = len(header) + sum(part.local.numel() * part.local.element_size() for part in parts.values())
+        size = len(header) + sum(
+            part.local.numel() * part.local.element_size() for part in parts.values()
+        )
         mapped = slot.make(size)
         mapped[: len(header)] = header
         at = len(header)
@@ -149,7 +168,8 @@ class Snapshots:
 
 
 class _Slot:
-    """The two files of one snapshot: the rank's tensors, mapped and never made anew, and what is no tensor."""
+    """The two files of one snapshot: the rank's tensors, mapped and never made anew, and what is no
+    tensor."""
 
     def __init__(self) -> None:
         self._shard_fd = self._state_fd = -1
@@ -168,7 +188,8 @@ class _Slot:
             return self._mapped
         self.give_up()
         self._shard_fd = os.memfd_create("snapshot", os.MFD_CLOEXEC)
-        # Before anything is written: a page that cannot be had is then an error, and not a signal that kills.
+        # Before anything is written: a page that cannot be had is then an error, and not a signal
+        # that kills.
         os.posix_fallocate(self._shard_fd, 0, size)
         self._mapped = mmap.mmap(self._shard_fd, size)
         if touch:

@@ -1,8 +1,10 @@
-"""The one place that turns model and optimizer into named tensors, and back. Saving and restoring both use it.
+"""The one place that turns model and optimizer into named tensors, and back. Saving and restoring
+both use it.
 
-Names are the model's own (wrappers of compilation and activation checkpointing taken off): `model.<parameter>` and
-`optimizer.<parameter>.<state>`. What the optimizer is *told* (learning rate, betas, decay) is not in here: a checkpoint
-must not overrule a configuration changed since, as happened to OPT-175B's runs 12.35-12.37.
+Names are the model's own (wrappers of compilation and activation checkpointing taken off):
+`model.<parameter>` and `optimizer.<parameter>.<state>`. What the optimizer is *told* (learning
+rate, betas, decay) is not in here: a checkpoint must not overrule a configuration changed since, as
+happened to OPT-175B's runs 12.35-12.37.
 """
 
 from collections.abc import Mapping
@@ -28,7 +30,8 @@ OPTIMIZER = "optimizer."
 
 _STATE = "state."
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module"))
-"""What torch.compile and activation checkpointing put into a parameter's path, and torch's state dicts leave out."""
+"""What torch.compile and activation checkpointing put into a parameter's path, and torch's state
+dicts leave out."""
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -46,7 +49,8 @@ class Restorable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelAndOptimizer:
-    """A model that torch alone spreads, or nothing, and its optimizer; None: the weights alone, as evaluation needs."""
+    """A model that torch alone spreads, or nothing, and its optimizer; None: the weights alone, as
+    evaluation needs."""
 
     model: nn.Module
     optimizer: Optimizer | None = None
@@ -68,7 +72,9 @@ class WeightsAlone:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The model's tensors."""
-        return {name: tensor for name, tensor in self.of.tensors().items() if name.startswith(MODEL)}
+        return {
+            name: tensor for name, tensor in self.of.tensors().items() if name.startswith(MODEL)
+        }
 
     def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make `tensors` the weights."""
@@ -78,8 +84,9 @@ class WeightsAlone:
 def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:
     """Every tensor of training's state by name, sharing memory with the model and the optimizer.
 
-    A parameter that the model uses in two places is in here once. An optimizer that has not stepped gets its state
-    first, all zeros. Numbers in the optimizer's state become 0-dimensional int64 or float64 tensors.
+    A parameter that the model uses in two places is in here once. An optimizer that has not stepped
+    gets its state first, all zeros. Numbers in the optimizer's state become 0-dimensional int64 or
+    float64 tensors.
 
     Raises:
         CheckpointError: the optimizer holds something that is neither tensor nor number.
@@ -88,8 +95,11 @@ def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch
     return {name: _as_tensor(name, value) for name, value in _values_of(model, optimizer).items()}
 
 
-def put_back(model: nn.Module, optimizer: Optimizer | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make `tensors`, named and shaped as `tensors_of` has them, the state of model and optimizer."""
+def put_back(
+    model: nn.Module, optimizer: Optimizer | None, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Make `tensors`, named and shaped as `tensors_of` has them, the state of model and
+    optimizer."""
     reshard(model)
     values = get_model_state_dict(model)
     owners = _owners(model)
@@ -110,8 +120,8 @@ def put_back(model: nn.Module, optimizer: Optimizer | None, tensors: Mapping[str
 def reshard(model: nn.Module) -> None:
     """Bring every FSDP module back to its shards.
 
-    After a forward pass without gradients the root stays unsharded: its parameters are then plain tensors, and what is
-    written to them is lost at the next gather.
+    After a forward pass without gradients the root stays unsharded: its parameters are then plain
+    tensors, and what is written to them is lost at the next gather.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -119,10 +129,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def materialise(optimizer: Optimizer) -> None:
-    """Give an optimizer that has not stepped yet its state tensors, as they are before the first step.
+    """Give an optimizer that has not stepped yet its state tensors, as they are before the first
+    step.
 
-    The state comes from a real step with zero gradients and zero learning rate, which moves no weight, so that every
-    tensor has the shape, type, device and placement that the optimizer itself gives it.
+    The state comes from a real step with zero gradients and zero learning rate, which moves no
+    weight, so that every tensor has the shape, type, device and placement that the optimizer itself
+    gives it.
     """
     if optimizer.state:
         return
@@ -149,7 +161,9 @@ def materialise(optimizer: Optimizer) -> None:
 def _values_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     values = get_model_state_dict(model)
     owners = _owners(model)
-    named = {MODEL + name: value for name, value in values.items() if owners.get(name, name) == name}
+    named = {
+        MODEL + name: value for name, value in values.items() if owners.get(name, name) == name
+    }
     if optimizer is None:
         return named
     materialise(optimizer)
@@ -158,14 +172,18 @@ def _values_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     except NotImplementedError as error:
         raise CheckpointError(f"the optimizer's state cannot be saved: {error}") from None
     return named | {
-        OPTIMIZER + name.removeprefix(_STATE): value for name, value in state.items() if name.startswith(_STATE)
+        OPTIMIZER + name.removeprefix(_STATE): value
+        for name, value in state.items()
+        if name.startswith(_STATE)
     }
 
 
 def _owners(model: nn.Module) -> dict[str, str]:
-    """For each parameter's name the first name of the same parameter: itself, unless the model uses it twice.
+    """For each parameter's name the first name of the same parameter: itself, unless the model uses
+    it twice.
 
-    By identity and not by memory: a rank whose shard is empty has no memory to compare, and all ranks must agree.
+    By identity and not by memory: a rank whose shard is empty has no memory to compare, and all
+    ranks must agree.
     """
     first: dict[int, str] = {}
     owners = {}
@@ -179,5 +197,7 @@ def _as_tensor(name: str, value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{name} is a {type(value).__name__}, neither tensor nor number: it cannot be saved")
+        raise CheckpointError(
+            f"{name} is a {type(value).__name__}, neither tensor nor number: it cannot be saved"
+        )
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)

@@ -1,4 +1,5 @@
-"""Token shards as training and validation batches: memory-mapped, random access, the same for every number of ranks."""
+"""Token shards as training and validation batches: memory-mapped, random access, the same for every
+number of ranks."""
 
 import bisect
 import hashlib
@@ -29,7 +30,8 @@ class MicroBatch:
     targets: torch.Tensor
     """int64 `[micro, sequence]`: the tokens one further on."""
     weights: torch.Tensor
-    """float32 `[micro]`: 1, or 0 for a sequence that is only there so that all ranks run the same collectives."""
+    """float32 `[micro]`: 1, or 0 for a sequence that is only there so that all ranks run the same
+    collectives."""
 
 
 class TokenStream:
@@ -43,7 +45,8 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Tokens `start` to `start + count`, as int64 `[count]`, across shard borders where need be."""
+        """Tokens `start` to `start + count`, as int64 `[count]`, across shard borders where need
+        be."""
         if start < 0 or start + count > len(self):
             raise IndexError(f"tokens {start} to {start + count} of {len(self)}")
         result = np.empty(count, dtype=np.int64)
@@ -62,17 +65,18 @@ def open_split(
 ) -> TokenStream:
     """Map the shards of ``train``, ``validation`` or a named set.
 
-    Sizes are always compared with the manifest; with `verify` every byte is (about 1.5 GB/s), and `progress` is told
-    the bytes done and in all after each piece.
+    Sizes are always compared with the manifest; with `verify` every byte is (about 1.5 GB/s), and
+    `progress` is told the bytes done and in all after each piece.
 
     Raises:
-        BadInput: there is no such set, or a shard is missing, of the wrong size, or its checksum is wrong; the message
-            names the file.
+        BadInput: there is no such set, or a shard is missing, of the wrong size, or its checksum is
+            wrong; the message names the file.
     """
     manifest = DatasetManifest.read(directory)
     if split not in manifest.splits:
         raise BadInput(
-            f"{directory} holds no validation set {split!r}; name it in data.validation_sets and run "
+            f"{directory} holds no validation set {split!r}; name it in data.validation_sets and "
+            "run "
             "`opt-train prepare`"
         )
     shards = manifest.shards_of(split)
@@ -83,26 +87,34 @@ def open_split(
         if verify:
             done = _check_sum(directory, shard, done, total, progress)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    return TokenStream([np.memmap(directory / shard.path, dtype=dtype, mode="r") for shard in shards])
+    return TokenStream(
+        [np.memmap(directory / shard.path, dtype=dtype, mode="r") for shard in shards]
+    )
 
 
 class Batches:
     """Global batches of the training split.
 
-    Sample `i` is tokens `[i * S, i * S + S]`, both ends included, for sequence length `S`: its last token is the next
-    one's first, so every token is predicted exactly once an epoch, but for the stream's first and fewer than `S` at its
-    end. Which samples form a global batch depends on seed, data and cursor alone, never on the number of ranks.
+    Sample `i` is tokens `[i * S, i * S + S]`, both ends included, for sequence length `S`: its last
+    token is the next one's first, so every token is predicted exactly once an epoch, but for the
+    stream's first and fewer than `S` at its end. Which samples form a global batch depends on seed,
+    data and cursor alone, never on the number of ranks.
     """
 
-    def __init__(self, tokens: TokenStream, sequence_length: int, global_batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: TokenStream, sequence_length: int, global_batch: int, seed: int
+    ) -> None:
         self._tokens = tokens
         self._sequence_length = sequence_length
         self.global_batch = global_batch
         samples = _samples_in(tokens, sequence_length, TRAIN)
         self.order = SampleOrder(samples, seed)
 
-    def at(self, cursor: Cursor, *, data_rank: int, data_world: int, micro_batch: int) -> list[MicroBatch]:
-        """The share of rank `data_rank` of `data_world` in the global batch that begins at `cursor`.
+    def at(
+        self, cursor: Cursor, *, data_rank: int, data_world: int, micro_batch: int
+    ) -> list[MicroBatch]:
+        """The share of rank `data_rank` of `data_world` in the global batch that begins at
+        `cursor`.
 
         Every rank gets as many micro-batches, of the same shape, as the largest share needs.
         """
@@ -121,7 +133,8 @@ class Batches:
 
 
 class ValidationSet:
-    """All whole sequences of the validation split or of a named set, in order, shared between ranks."""
+    """All whole sequences of the validation split or of a named set, in order, shared between
+    ranks."""
 
     def __init__(self, tokens: TokenStream, sequence_length: int, split: str = HELD_OUT) -> None:
         self._tokens = tokens
@@ -134,7 +147,9 @@ class ValidationSet:
         largest = len(share_of(self.sequences, 0, data_world))
         rows = min(micro_batch, largest)
         for first in range(0, largest, rows):
-            yield _micro_batch(self._tokens, self._sequence_length, list(mine[first : first + rows]), rows)
+            yield _micro_batch(
+                self._tokens, self._sequence_length, list(mine[first : first + rows]), rows
+            )
 
 
 def verify_dataset(directory: Path) -> None:
@@ -155,7 +170,9 @@ def verify_dataset(directory: Path) -> None:
         open_split(directory, split, verify=True)
 
 
-def _micro_batch(tokens: TokenStream, sequence_length: int, samples: list[int], rows: int) -> MicroBatch:
+def _micro_batch(
+    tokens: TokenStream, sequence_length: int, samples: list[int], rows: int
+) -> MicroBatch:
     """`samples` as the first of `rows` sequences; the rest is padding of weight 0."""
     block = np.full((rows, sequence_length + 1), PAD, dtype=np.int64)
     for row, sample in enumerate(samples):
@@ -163,14 +180,17 @@ def _micro_batch(tokens: TokenStream, sequence_length: int, samples: list[int], 
     weights = torch.zeros(rows, dtype=torch.float32)
     weights[: len(samples)] = 1.0
     whole = torch.from_numpy(block)
-    return MicroBatch(tokens=whole[:, :-1].contiguous(), targets=whole[:, 1:].contiguous(), weights=weights)
+    return MicroBatch(
+        tokens=whole[:, :-1].contiguous(), targets=whole[:, 1:].contiguous(), weights=weights
+    )
 
 
 def _samples_in(tokens: TokenStream, sequence_length: int, split: str) -> int:
     samples = (len(tokens) - 1) // sequence_length
     if samples < 1:
         raise BadInput(
-            f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but the {split} split has "
+            f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but the "
+            f"{split} split has "
             f"{len(tokens)}; use a shorter sequence or a larger corpus"
         )
     return samples
@@ -184,15 +204,21 @@ def _check_size(directory: Path, shard: Shard) -> None:
         raise _unreadable(path, directory, error) from None
     if found != shard.bytes:
         raise BadInput(
-            f"{path} has {found} bytes instead of {shard.bytes}; delete the folder {directory} and run "
+            f"{path} has {found} bytes instead of {shard.bytes}; delete the folder {directory} "
+            "and run "
             "`opt-train prepare` again"
         )
 
 
 def _check_sum(
-    directory: Path, shard: Shard, done: int, total: int, progress: Callable[[int, int], None] | None
+    directory: Path,
+    shard: Shard,
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Compare the shard's bytes with its checksum; returns the bytes done so far, this shard's included."""
+    """Compare the shard's bytes with its checksum; returns the bytes done so far, this shard's
+    included."""
     path = directory / shard.path
     digest = hashlib.sha256()
     try:
@@ -211,12 +237,15 @@ def _check_sum(
 
 def _unreadable(path: Path, directory: Path, error: OSError) -> BadInput:
     if isinstance(error, FileNotFoundError):
-        return BadInput(f"{path} is missing; delete the folder {directory} and run `opt-train prepare` again")
+        return BadInput(
+            f"{path} is missing; delete the folder {directory} and run `opt-train prepare` again"
+        )
     return BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk")
 
 
 def _changed(path: Path, directory: Path) -> BadInput:
     return BadInput(
-        f"{path} has a wrong checksum: its bytes changed since it was written; delete the folder {directory} and "
+        f"{path} has a wrong checksum: its bytes changed since it was written; delete the folder "
+        f"{directory} and "
         "run `opt-train prepare` again"
     )

@@ -9,8 +9,9 @@ class DataConfig:
 
     name: str = "stdlib"
     corpus: str = "stdlib"
-    """``stdlib`` (the sources of the running Python's standard library), or a file, folder or glob of ``.txt``,
-    ``.py``, ``.md`` (a document a file) or ``.jsonl`` (a document a line, key ``text``)."""
+    """``stdlib`` (the sources of the running Python's standard library), or a file, folder or glob
+    of ``.txt``, ``.py``, ``.md`` (a document a file) or ``.jsonl`` (a document a line, key
+    ``text``)."""
     directory: str = ""
     """Where the shards lie; empty: ``prepared/<name>-<tokenizer>``."""
     max_bytes: int = 0
@@ -18,8 +19,8 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Part of the documents, chosen by a hash of each one's text, that is held out."""
     validation_sets: str = ""
-    """Further texts to measure the loss on, as comma-separated ``name=corpus`` pairs, each a corpus like the one above:
-    ``"web=texts/web,code=src"``. A document of theirs is not trained on."""
+    """Further texts to measure the loss on, as comma-separated ``name=corpus`` pairs, each a corpus
+    like the one above: ``"web=texts/web,code=src"``. A document of theirs is not trained on."""
     sequence_length: int = 2048
     shard_tokens: int = 1 << 26
 

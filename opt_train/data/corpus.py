@@ -1,4 +1,5 @@
-"""Documents of a corpus, in one order on every machine, through Hugging Face `datasets` and without a network."""
+"""Documents of a corpus, in one order on every machine, through Hugging Face `datasets` and without
+a network."""
 
 import glob
 import hashlib
@@ -17,8 +18,8 @@ TEXT_SUFFIXES = (".txt", ".py", ".md")
 LINES_SUFFIX = ".jsonl"
 
 NOT_IN_THE_STANDARD_LIBRARY = frozenset(
-    # Installed packages; and the library's own tests, which distributions split off: without them every machine with
-    # the same Python reads the same documents.
+    # Installed packages; and the library's own tests, which distributions split off: without them
+    # every machine with the same Python reads the same documents.
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 )
 
@@ -33,7 +34,8 @@ class Corpus:
     """What the user wrote."""
     files: tuple[Path, ...]
     skip_undecodable: bool
-    """A file that is not UTF-8 is left out (the standard library has some on purpose) instead of being an error."""
+    """A file that is not UTF-8 is left out (the standard library has some on purpose) instead of
+    being an error."""
     max_bytes: int
     """0: everything."""
 
@@ -54,16 +56,21 @@ class Corpus:
             yield text
 
     def _stream(self) -> Iterator[str]:
-        # Set before the first import: nothing here may wait for a network that a compute node does not have.
+        # Set before the first import: nothing here may wait for a network that a compute node does
+        # not have.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        # Imported here because it takes two seconds, which only preparing should pay. It ships no types.
+        # Imported here because it takes two seconds, which only preparing should pay. It ships no
+        # types.
         import datasets  # type: ignore[import-untyped]  # noqa: PLC0415
 
         arguments = {
-            "key": self.key, "files": [str(path) for path in self.files], "skip_undecodable": self.skip_undecodable,
-        }  # fmt: skip
+            "key": self.key,
+            "files": [str(path) for path in self.files],
+            "skip_undecodable": self.skip_undecodable,
+        }
         with tempfile.TemporaryDirectory(prefix="opt-train-corpus-") as cache:
-            # The builder puts a lock file into its cache even when it streams; the user's home is not ours to litter.
+            # The builder puts a lock file into its cache even when it streams; the user's home is
+            # not ours to litter.
             before = datasets.config.HF_DATASETS_CACHE
             datasets.config.HF_DATASETS_CACHE = Path(cache)
             try:
@@ -82,7 +89,8 @@ def open_corpus(data: DataConfig) -> Corpus:
     """The corpus that `data.corpus` names.
 
     Raises:
-        BadInput: there is no such file, folder or match, or none of it is of a kind that can be read.
+        BadInput: there is no such file, folder or match, or none of it is of a kind that can be
+            read.
     """
     return _open("data.corpus", data.corpus, data.max_bytes)
 
@@ -99,7 +107,9 @@ def open_named_set(name: str, corpus: str) -> Corpus:
 def _open(key: str, corpus: str, max_bytes: int) -> Corpus:
     is_library = corpus == "stdlib"
     files = _standard_library(key) if is_library else _files(key, corpus)
-    return Corpus(key=key, name=corpus, files=files, skip_undecodable=is_library, max_bytes=max_bytes)
+    return Corpus(
+        key=key, name=corpus, files=files, skip_undecodable=is_library, max_bytes=max_bytes
+    )
 
 
 def digest_of(text: str) -> bytes:
@@ -108,7 +118,8 @@ def digest_of(text: str) -> bytes:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: a property of its text alone, so copies never straddle the split."""
+    """Whether a document belongs to validation: a property of its text alone, so copies never
+    straddle the split."""
     return position_in_split(text) < fraction
 
 
@@ -121,29 +132,40 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
     for name in files:
         path = Path(name)
         try:
-            for text in _lines(key, path) if path.suffix == LINES_SUFFIX else [path.read_bytes().decode("utf-8")]:
+            for text in (
+                _lines(key, path)
+                if path.suffix == LINES_SUFFIX
+                else [path.read_bytes().decode("utf-8")]
+            ):
                 if text.strip():
                     yield {"text": text}
         except UnicodeDecodeError as error:
             if skip_undecodable:
                 continue
             raise BadInput(
-                f"{key}: {path} is not UTF-8 (byte {error.start}); convert it or leave it out of the corpus"
+                f"{key}: {path} is not UTF-8 (byte {error.start}); convert it or leave it out of "
+                "the corpus"
             ) from None
         except OSError as error:
-            raise BadInput(f"{key}: {path} cannot be read ({error.strerror}); mend it or leave it out") from None
+            raise BadInput(
+                f"{key}: {path} cannot be read ({error.strerror}); mend it or leave it out"
+            ) from None
 
 
 def _lines(key: str, path: Path) -> Iterator[str]:
-    """The texts of a file of JSON Lines, of which one line at a time is in memory: such a file may be larger."""
-    with path.open("rb") as file:  # as bytes: only \n ends a line, and not what may stand inside a string
+    """The texts of a file of JSON Lines, of which one line at a time is in memory: such a file may
+    be larger."""
+    with path.open(
+        "rb"
+    ) as file:  # as bytes: only \n ends a line, and not what may stand inside a string
         for number, content in enumerate(file, start=1):
             try:
                 # What some editors put in front of a file is no part of its first line.
                 line = content.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise BadInput(
-                    f"{key}: {path} line {number} is not UTF-8; convert the file or leave it out of the corpus"
+                    f"{key}: {path} line {number} is not UTF-8; convert the file or leave it out "
+                    "of the corpus"
                 ) from None
             if not line.strip():
                 continue
@@ -152,7 +174,8 @@ def _lines(key: str, path: Path) -> Iterator[str]:
                 text.encode()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise BadInput(
-                    f"{key}: {path} line {number} is not a JSON object with a string under the key text; "
+                    f"{key}: {path} line {number} is not a JSON object with a string under the "
+                    "key text; "
                     "mend or remove the line"
                 ) from None
             yield text
@@ -167,7 +190,8 @@ def _standard_library(key: str) -> tuple[Path, ...]:
         raise _refused(key, "stdlib", error) from None
     if not files:
         raise BadInput(
-            f"{key}=stdlib found no .py files in {root}; install Python's library sources or name another corpus"
+            f"{key}=stdlib found no .py files in {root}; install Python's library sources or name "
+            "another corpus"
         )
     return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
 
@@ -187,22 +211,32 @@ def _files_at(key: str, corpus: str, path: Path) -> tuple[Path, ...]:
     kinds = ", ".join((*TEXT_SUFFIXES, LINES_SUFFIX))
     if path.is_file():
         if path.suffix not in (*TEXT_SUFFIXES, LINES_SUFFIX):
-            raise BadInput(f"{key}={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}")
+            raise BadInput(
+                f"{key}={corpus} ends in {path.suffix or 'nothing'}; name a file of {kinds}"
+            )
         return (path,)
     if path.is_dir():
         found = list(_below(path))
     elif glob.has_magic(corpus):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     else:
-        raise BadInput(f"{key}={corpus} does not exist; name a file, folder or glob of {kinds}, or use {key}=stdlib")
-    files = [item for item in found if item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX) and item.is_file()]
+        raise BadInput(
+            f"{key}={corpus} does not exist; name a file, folder or glob of {kinds}, or use "
+            f"{key}=stdlib"
+        )
+    files = [
+        item for item in found if item.suffix in (*TEXT_SUFFIXES, LINES_SUFFIX) and item.is_file()
+    ]
     if not files:
-        raise BadInput(f"{key}={corpus} holds no file of {kinds}; add documents or name another corpus")
+        raise BadInput(
+            f"{key}={corpus} holds no file of {kinds}; add documents or name another corpus"
+        )
     return tuple(sorted(files, key=lambda item: item.as_posix()))
 
 
 def _below(root: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All that is no folder below `root`, outside folders of the names in `leave_out`; links are not entered.
+    """All that is no folder below `root`, outside folders of the names in `leave_out`; links are
+    not entered.
 
     Raises:
         OSError: a folder cannot be listed. `Path.rglob` would go on without its documents.
@@ -218,4 +252,6 @@ def _below(root: Path, leave_out: frozenset[str] = frozenset()) -> Iterator[Path
 
 def _refused(key: str, corpus: str, error: OSError) -> BadInput:
     where = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-    return BadInput(f"{key}={corpus} cannot be read ({where}); mend its permissions or name another corpus")
+    return BadInput(
+        f"{key}={corpus} cannot be read ({where}); mend its permissions or name another corpus"
+    )

@@ -1,4 +1,5 @@
-"""What a folder of prepared data holds: `dataset.json` beside the token shards. Standard library only."""
+"""What a folder of prepared data holds: `dataset.json` beside the token shards. Standard library
+only."""
 
 import json
 import os
@@ -19,7 +20,8 @@ SPLITS = (TRAIN, HELD_OUT)
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of little-endian token ids; the shards of a split, in the manifest's order, are its token stream."""
+    """One file of little-endian token ids; the shards of a split, in the manifest's order, are its
+    token stream."""
 
     path: str
     """Relative to the dataset's folder."""
@@ -48,8 +50,8 @@ class DatasetManifest:
 
     name: str
     fingerprint: str
-    """sha256 over the ordered tokens of the corpus's two splits, their dtype and the tokenizer: equal means the same
-    training. Named sets, from which nothing is learnt, are not in it."""
+    """sha256 over the ordered tokens of the corpus's two splits, their dtype and the tokenizer:
+    equal means the same training. Named sets, from which nothing is learnt, are not in it."""
     tokenizer: str
     tokenizer_sha256: str
     """Of `tokenizer.json`."""
@@ -63,10 +65,12 @@ class DatasetManifest:
     validation_tokens: int
     documents: int
     unigram_perplexity: float
-    """Of the validation tokens, under the train tokens' counts with one added to each: the bar for a trained model."""
+    """Of the validation tokens, under the train tokens' counts with one added to each: the bar for
+    a trained model."""
     shards: tuple[Shard, ...]
     configuration: Mapping[str, str | int | float]
-    """The keys that decided the tokens, with their values; another configuration does not reuse this folder."""
+    """The keys that decided the tokens, with their values; another configuration does not reuse
+    this folder."""
     sets: tuple[NamedSet, ...] = ()
     """Some may be other runs' that share the folder."""
 
@@ -84,7 +88,8 @@ class DatasetManifest:
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def write(self, directory: Path) -> None:
-        """Write `dataset.json` into `directory` and fsync it. The caller renames it or the folder into place."""
+        """Write `dataset.json` into `directory` and fsync it. The caller renames it or the folder
+        into place."""
         with (directory / DATASET_FILE).open("w", encoding="utf-8") as file:
             json.dump(asdict(self), file, indent=2)
             file.write("\n")
@@ -103,10 +108,13 @@ class DatasetManifest:
             payload: Any = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadInput(
-                f"{path} does not exist; run `opt-train prepare` first or set data.directory to prepared data"
+                f"{path} does not exist; run `opt-train prepare` first or set data.directory to "
+                "prepared data"
             ) from None
         except OSError as error:
-            raise BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk") from None
+            raise BadInput(
+                f"{path} cannot be read ({error.strerror}); mend its permissions or its disk"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise _damaged(path, str(error)) from None
         try:
@@ -116,7 +124,9 @@ class DatasetManifest:
             values["shards"] = tuple(Shard(**_values(Shard, shard)) for shard in values["shards"])
             if not isinstance(values.get("sets", []), list):
                 raise ValueError("sets is not a list")
-            values["sets"] = tuple(NamedSet(**_values(NamedSet, named)) for named in values.get("sets", []))
+            values["sets"] = tuple(
+                NamedSet(**_values(NamedSet, named)) for named in values.get("sets", [])
+            )
             manifest = cls(**values)
             _check_sound(manifest)
         except ValueError as error:
@@ -133,8 +143,8 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
 
 
 def _values(kind: type["DatasetManifest | Shard | NamedSet"], payload: object) -> dict[str, Any]:
-    """The fields of `kind` in `payload`. Fields of a newer version are left out: no reason to refuse its data; those
-    with a default may be missing, as in an older version's.
+    """The fields of `kind` in `payload`. Fields of a newer version are left out: no reason to
+    refuse its data; those with a default may be missing, as in an older version's.
 
     Raises:
         ValueError: one is missing or of another type.
@@ -178,18 +188,23 @@ def _check_sound(manifest: DatasetManifest) -> None:
 
 
 def _damaged(path: Path, why: str) -> BadInput:
-    return BadInput(f"{path} is damaged ({why}); delete the folder {path.parent} and run `opt-train prepare` again")
+    return BadInput(
+        f"{path} is damaged ({why}); delete the folder {path.parent} and run `opt-train prepare` "
+        "again"
+    )
 
 
 def check_fits(manifest: DatasetManifest, *, vocab_size: int, sequence_length: int) -> None:
     """Check the data against the model that is to read it.
 
     Raises:
-        BadInput: token ids that the model's embedding has no row for, or a split shorter than one sequence.
+        BadInput: token ids that the model's embedding has no row for, or a split shorter than one
+            sequence.
     """
     if manifest.vocab_size > vocab_size:
         raise BadInput(
-            f"model.vocab_size={vocab_size} is smaller than the {manifest.vocab_size} entries of tokenizer "
+            f"model.vocab_size={vocab_size} is smaller than the {manifest.vocab_size} entries of "
+            "tokenizer "
             f"{manifest.tokenizer!r} that prepared data.name={manifest.name!r}; "
             f"use model.vocab_size={manifest.vocab_size} or more"
         )
@@ -197,6 +212,8 @@ def check_fits(manifest: DatasetManifest, *, vocab_size: int, sequence_length: i
         tokens = manifest.splits[split]
         if tokens < sequence_length + 1:
             raise BadInput(
-                f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but the {split} split of "
-                f"data.name={manifest.name!r} has {tokens}; use a shorter sequence or a larger corpus"
+                f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens but "
+                f"the {split} split of "
+                f"data.name={manifest.name!r} has {tokens}; use a shorter sequence or a larger "
+                "corpus"
             )

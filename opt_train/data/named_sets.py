@@ -1,4 +1,5 @@
-"""Named validation sets as a user writes them: `name=corpus` pairs in `data.validation_sets`. Standard library only."""
+"""Named validation sets as a user writes them: `name=corpus` pairs in `data.validation_sets`.
+Standard library only."""
 
 import re
 
@@ -27,12 +28,17 @@ def named_sets(data: DataConfig) -> dict[str, str]:
             )
         if not _NAME.fullmatch(name):
             raise BadInput(
-                f"data.validation_sets: {name!r} names no set; use small letters, digits, dashes and underscores, "
+                f"data.validation_sets: {name!r} names no set; use small letters, digits, dashes "
+                "and underscores, "
                 "40 at most"
             )
         if name in SPLITS:
-            raise BadInput(f"data.validation_sets: {name} is a part of the corpus itself; choose another name")
+            raise BadInput(
+                f"data.validation_sets: {name} is a part of the corpus itself; choose another name"
+            )
         if name in sets:
-            raise BadInput(f"data.validation_sets names {name} twice; give each set a name of its own")
+            raise BadInput(
+                f"data.validation_sets names {name} twice; give each set a name of its own"
+            )
         sets[name] = corpus
     return sets

@@ -1,8 +1,9 @@
 """One global, random-access order of samples: a keyed permutation per epoch, in constant memory.
 
-Shuffling a list of samples costs memory that grows with the data and has to be replayed after a restart. A
-format-preserving permutation (a Feistel network with cycle walking; Black and Rogaway, "Ciphers with arbitrary finite
-domains", 2002) answers "which sample stands at position p" at once. Pure integers: the same on every machine.
+Shuffling a list of samples costs memory that grows with the data and has to be replayed after a
+restart. A format-preserving permutation (a Feistel network with cycle walking; Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002) answers "which sample stands at position p" at once.
+Pure integers: the same on every machine.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ _64_BITS = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class SampleOrder:
-    """The order in which `samples` samples are read, epoch after epoch, each epoch in another permutation."""
+    """The order in which `samples` samples are read, epoch after epoch, each epoch in another
+    permutation."""
 
     samples: int
     seed: int
@@ -25,7 +27,8 @@ class SampleOrder:
             raise ValueError(f"an order needs at least one sample, not {self.samples}")
 
     def index(self, position: int) -> int:
-        """The sample at `position` (from 0); positions beyond `samples` roll into the next epochs."""
+        """The sample at `position` (from 0); positions beyond `samples` roll into the next
+        epochs."""
         if position < 0:
             raise ValueError(f"positions count from 0, not {position}")
         epoch, value = divmod(position, self.samples)
@@ -35,15 +38,17 @@ class SampleOrder:
         keys = _round_keys(self.seed, epoch)
         while True:
             value = _feistel(value, half, keys)
-            # The network permutes [0, 4**half), which is less than four times `samples`: walking the cycle until it
-            # comes back inside leaves a permutation of [0, samples), after fewer than four rounds on average.
+            # The network permutes [0, 4**half), which is less than four times `samples`: walking
+            # the cycle until it comes back inside leaves a permutation of [0, samples), after fewer
+            # than four rounds on average.
             if value < self.samples:
                 return value
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cursor:
-    """How far the order has been read: samples consumed since the run began, over all ranks and epochs."""
+    """How far the order has been read: samples consumed since the run began, over all ranks and
+    epochs."""
 
     samples: int = 0
 
@@ -65,7 +70,8 @@ def _feistel(value: int, half: int, keys: tuple[int, ...]) -> int:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output
+    bit."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _64_BITS
     return value ^ (value >> 31)
@@ -75,6 +81,9 @@ def _mix(value: int) -> int:
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     """One 64-bit key a round, derived from seed and epoch."""
     return tuple(
-        int.from_bytes(hashlib.sha256(f"opt_train sample order {seed} {epoch} {number}".encode()).digest()[:8], "big")
+        int.from_bytes(
+            hashlib.sha256(f"opt_train sample order {seed} {epoch} {number}".encode()).digest()[:8],
+            "big",
+        )
         for number in range(ROUNDS)
     )

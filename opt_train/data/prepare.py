@@ -1,4 +1,5 @@
-"""Corpus to tokenizer to token shards, once: in a folder beside its final place, renamed when all of it is durable."""
+"""Corpus to tokenizer to token shards, once: in a folder beside its final place, renamed when all
+of it is durable."""
 
 import errno
 import hashlib
@@ -18,7 +19,14 @@ import numpy.typing as npt
 from opt_train.data import tokenizer as bpe
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import Corpus, digest_of, is_held_out, open_corpus, position_in_split
-from opt_train.data.manifest import DATASET_FILE, HELD_OUT, SPLITS, TOKENIZER_FILE, TRAIN, DatasetManifest
+from opt_train.data.manifest import (
+    DATASET_FILE,
+    HELD_OUT,
+    SPLITS,
+    TOKENIZER_FILE,
+    TRAIN,
+    DatasetManifest,
+)
 from opt_train.data.prepare_sets import add_sets, check_sets, open_sets, sets_by_document, write_set
 from opt_train.data.shards import SplitWriter, write_durably
 from opt_train.data.workplace import Workplace
@@ -32,18 +40,25 @@ PROGRESS_SECONDS = 2.0
 
 def directory_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Where the prepared data of this configuration lies."""
-    return Path(data.directory) if data.directory else Path("prepared") / f"{data.name}-{tokenizer.name}"
+    return (
+        Path(data.directory)
+        if data.directory
+        else Path("prepared") / f"{data.name}-{tokenizer.name}"
+    )
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[str], None]) -> DatasetManifest:
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[str], None]
+) -> DatasetManifest:
     """Make sure that the prepared data of this configuration exists, and return its manifest.
 
-    Data that the same configuration prepared is returned at once, and a named validation set that it lacks is added to
-    it. A crash at any moment leaves either nothing at the final place or all of it. `progress` is told lines for a
-    person.
+    Data that the same configuration prepared is returned at once, and a named validation set that
+    it lacks is added to it. A crash at any moment leaves either nothing at the final place or all
+    of it. `progress` is told lines for a person.
 
     Raises:
-        BadInput: a key, the corpus, the space or the folder does not allow it; the message says which and the mend.
+        BadInput: a key, the corpus, the space or the folder does not allow it; the message says
+            which and the mend.
     """
     directory = directory_of(data, tokenizer)
     configuration = configuration_of(data, tokenizer)
@@ -69,8 +84,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Callable[[st
 
 
 def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, str | int | float]:
-    """The keys that decide the tokens. Names, folders, sequence length and shard size do not. Named sets may, by the
-    documents they take out of training: `check_sets` sees to those."""
+    """The keys that decide the tokens. Names, folders, sequence length and shard size do not. Named
+    sets may, by the documents they take out of training: `check_sets` sees to those."""
     keys: dict[str, str | int | float] = {
         "data.corpus": data.corpus,
         "data.max_bytes": data.max_bytes,
@@ -87,23 +102,30 @@ def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, 
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if not 0.0 < data.validation_fraction < 1.0:
         raise BadInput(
-            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; the default is 0.02"
+            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; the "
+            "default is 0.02"
         )
     if data.max_bytes < 0:
         raise BadInput(f"data.max_bytes={data.max_bytes} is negative; use 0 for the whole corpus")
     if data.shard_tokens < 1:
-        raise BadInput(f"data.shard_tokens={data.shard_tokens} must be at least 1; the default is {1 << 26}")
+        raise BadInput(
+            f"data.shard_tokens={data.shard_tokens} must be at least 1; the default is {1 << 26}"
+        )
     bpe.check(tokenizer)
 
 
-def _already_prepared(directory: Path, configuration: dict[str, str | int | float]) -> DatasetManifest | None:
-    """The manifest, if the same configuration has prepared `directory`; None, if nothing is there."""
+def _already_prepared(
+    directory: Path, configuration: dict[str, str | int | float]
+) -> DatasetManifest | None:
+    """The manifest, if the same configuration has prepared `directory`; None, if nothing is
+    there."""
     try:
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return None
         if not directory.is_dir() or not (directory / DATASET_FILE).exists():
             raise BadInput(
-                f"data.directory={directory} exists and holds no prepared data; remove it or name another folder"
+                f"data.directory={directory} exists and holds no prepared data; remove it or name "
+                "another folder"
             )
     except OSError as error:
         raise _refused(directory, error) from error
@@ -112,16 +134,20 @@ def _already_prepared(directory: Path, configuration: dict[str, str | int | floa
     return manifest
 
 
-def check_prepared_by(manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path) -> None:
+def check_prepared_by(
+    manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path
+) -> None:
     """Refuse tokens that another corpus or tokenizer made.
 
     Raises:
-        BadInput: `directory`, whose manifest this is, was prepared by another configuration, or lacks a named set.
+        BadInput: `directory`, whose manifest this is, was prepared by another configuration, or
+            lacks a named set.
     """
     _check_configuration(manifest, configuration_of(data, tokenizer), directory)
     if lacking := check_sets(manifest, data, directory):
         raise BadInput(
-            f"{directory} lacks the validation set {lacking[0]}; `opt-train prepare` with the same keys adds it"
+            f"{directory} lacks the validation set {lacking[0]}; `opt-train prepare` with the "
+            "same keys adds it"
         )
 
 
@@ -130,7 +156,8 @@ def _check_configuration(
 ) -> None:
     keys = sorted(manifest.configuration.keys() | configuration.keys())
     differences = [
-        f"{key} was {manifest.configuration.get(key, 'not set')} and is {configuration.get(key, 'not set')}"
+        f"{key} was {manifest.configuration.get(key, 'not set')} and is "
+        f"{configuration.get(key, 'not set')}"
         for key in keys
         if manifest.configuration.get(key) != configuration.get(key)
     ]
@@ -158,10 +185,14 @@ def _fill(
     write_durably(folder / TOKENIZER_FILE, serialized)
 
     named = [
-        write_set(folder, name, texts, tokenizer, dtype=dtype, data=data, left_out=split.left_out[name])
+        write_set(
+            folder, name, texts, tokenizer, dtype=dtype, data=data, left_out=split.left_out[name]
+        )
         for name, texts in sets.items()
     ]
-    writers = {name: SplitWriter(folder, name, dtype, data.shard_tokens, vocab_size) for name in SPLITS}
+    writers = {
+        name: SplitWriter(folder, name, dtype, data.shard_tokens, vocab_size) for name in SPLITS
+    }
     _tokenize(corpus, split, tokenizer, writers, progress)
     train, validation = (writers[name].finish() for name in SPLITS)
 
@@ -183,7 +214,11 @@ def _fill(
         validation_tokens=validation.tokens,
         documents=split.documents,
         unigram_perplexity=perplexity,
-        shards=(*train.shards, *validation.shards, *(shard for _, shards in named for shard in shards)),
+        shards=(
+            *train.shards,
+            *validation.shards,
+            *(shard for _, shards in named for shard in shards),
+        ),
         configuration=configuration_of(data, config),
         sets=tuple(made for made, _ in named),
     )
@@ -202,7 +237,7 @@ def unigram_perplexity(train: npt.NDArray[np.int64], validation: npt.NDArray[np.
     return math.exp(-float((validation * logarithms).sum()) / float(validation.sum()))
 
 
-# The corpus, read three times: to split it, to train the tokenizer, to write tokens --------------------------------
+# The corpus, read three times: to split it, to train the tokenizer, to write tokens ---------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +248,8 @@ class _Split:
     named: Mapping[bytes, str]
     """The documents of named sets, by digest."""
     left_out: Counter[str]
-    """Named set to the documents of the corpus that are neither trained on nor held out because it holds them."""
+    """Named set to the documents of the corpus that are neither trained on nor held out because it
+    holds them."""
     documents: int
     """In both splits."""
     bytes: int
@@ -225,7 +261,9 @@ class _Split:
         return "" if self.named and digest_of(text) in self.named else TRAIN
 
 
-def _survey(corpus: Corpus, fraction: float, named: Mapping[bytes, str], progress: Callable[[str], None]) -> _Split:
+def _survey(
+    corpus: Corpus, fraction: float, named: Mapping[bytes, str], progress: Callable[[str], None]
+) -> _Split:
     progress(f"reading the corpus {corpus.name} ({len(corpus.files):,} files)")
     documents = size = 0
     smallest, largest = 1.0, -1.0
@@ -242,12 +280,24 @@ def _survey(corpus: Corpus, fraction: float, named: Mapping[bytes, str], progres
     if documents == 0:
         raise BadInput(
             f"{corpus} has no text"
-            + (f" within data.max_bytes={corpus.max_bytes}; raise it" if corpus.max_bytes else "; add documents")
+            + (
+                f" within data.max_bytes={corpus.max_bytes}; raise it"
+                if corpus.max_bytes
+                else "; add documents"
+            )
         )
     if smallest >= largest:
-        single = "is a single document" if not in_sets else "has no two documents outside data.validation_sets"
-        raise BadInput(f"{corpus} {single}, and one is needed for training and another for validation; add documents")
-    # A corpus of a few documents may have none below the line, or none above it: move the line just past the nearest.
+        single = (
+            "is a single document"
+            if not in_sets
+            else "has no two documents outside data.validation_sets"
+        )
+        raise BadInput(
+            f"{corpus} {single}, and one is needed for training and another for validation; add "
+            "documents"
+        )
+    # A corpus of a few documents may have none below the line, or none above it: move the line just
+    # past the nearest.
     if smallest >= fraction:
         fraction = math.nextafter(smallest, 1.0)
     elif largest < fraction:
@@ -255,11 +305,15 @@ def _survey(corpus: Corpus, fraction: float, named: Mapping[bytes, str], progres
     progress(f"{documents:,} documents, {size / 1e6:.1f} MB of text")
     left_out = Counter(name for position, name in in_sets if position >= fraction)
     for name, count in left_out.items():
-        progress(f"left {count:,} of them out of training: the validation set {name} holds the same text")
+        progress(
+            f"left {count:,} of them out of training: the validation set {name} holds the same text"
+        )
     return _Split(fraction, named, left_out, documents - left_out.total(), size)
 
 
-def _tokenizer(corpus: Corpus, split: _Split, config: TokenizerConfig, progress: Callable[[str], None]) -> "Tokenizer":
+def _tokenizer(
+    corpus: Corpus, split: _Split, config: TokenizerConfig, progress: Callable[[str], None]
+) -> "Tokenizer":
     if config.vocab_file:
         progress(f"reading the tokenizer {config.name} from {config.vocab_file}")
         return bpe.from_files(config)
@@ -286,11 +340,12 @@ def _tokenize(
             progress(f"tokenized {done / 1e6:.1f} of {split.bytes / 1e6:.1f} MB, {tokens:,} tokens")
 
 
-# What stands in the way ----------------------------------------------------------------------------------------------
+# What stands in the way ---------------------------------------------------------------------------
 
 
 def _place_of(directory: Path) -> Path:
-    """Where the finished folder is renamed to: links followed, since a rename would meet the link itself.
+    """Where the finished folder is renamed to: links followed, since a rename would meet the link
+    itself.
 
     Raises:
         BadInput: no folder can be renamed to there.
@@ -298,13 +353,22 @@ def _place_of(directory: Path) -> Path:
     try:
         place = Path(os.path.realpath(directory))
         if place.is_symlink():
-            raise BadInput(f"data.directory={directory} is a link that leads round in a circle; remove it")
-        why = "the folder you are in" if place == Path.cwd() else "a mount point" if _is_mount_point(place) else ""
+            raise BadInput(
+                f"data.directory={directory} is a link that leads round in a circle; remove it"
+            )
+        why = (
+            "the folder you are in"
+            if place == Path.cwd()
+            else "a mount point"
+            if _is_mount_point(place)
+            else ""
+        )
     except OSError as error:
         raise _refused(directory, error) from error
     if why:
         raise BadInput(
-            f"data.directory={directory} is {why}, and no finished folder can take its place; give a folder below it"
+            f"data.directory={directory} is {why}, and no finished folder can take its place; "
+            "give a folder below it"
         )
     return place
 
@@ -312,7 +376,8 @@ def _place_of(directory: Path) -> Path:
 def _is_mount_point(place: Path) -> bool:
     if os.path.ismount(place):
         return True
-    # A bind mount within one file system is only to be seen in this list, which writes white space as octal.
+    # A bind mount within one file system is only to be seen in this list, which writes white space
+    # as octal.
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -328,11 +393,16 @@ def _refused(directory: Path, error: OSError) -> BadInput:
     where = error.filename or directory
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BadInput(
-            f"data.directory={directory}: no space left while writing {where}; free some or name a folder on "
+            f"data.directory={directory}: no space left while writing {where}; free some or name "
+            "a folder on "
             "another disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BadInput(
-            f"data.directory={directory} cannot be written ({error.strerror}: {where}); name a folder you may write to"
+            f"data.directory={directory} cannot be written ({error.strerror}: {where}); name a "
+            "folder you may write to"
         )
-    return BadInput(f"data.directory={directory} cannot be used ({error.strerror}: {where}); name another folder")
+    return BadInput(
+        f"data.directory={directory} cannot be used ({error.strerror}: {where}); name another "
+        "folder"
+    )

@@ -1,7 +1,9 @@
-"""Named validation sets as splits of prepared data: made with the corpus, or added to a folder that is finished.
+"""Named validation sets as splits of prepared data: made with the corpus, or added to a folder that
+is finished.
 
-They decide nothing of what is trained, with one exception: documents of theirs that the corpus has too are left out of
-training when the corpus is prepared. Later that is not possible any more, so such a set is refused then.
+They decide nothing of what is trained, with one exception: documents of theirs that the corpus has
+too are left out of training when the corpus is prepared. Later that is not possible any more, so
+such a set is refused then.
 """
 
 import dataclasses
@@ -15,7 +17,14 @@ import numpy as np
 from opt_train.data import tokenizer as bpe
 from opt_train.data.config import DataConfig
 from opt_train.data.corpus import Corpus, digest_of, open_named_set
-from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, TRAIN, DatasetManifest, NamedSet, Shard
+from opt_train.data.manifest import (
+    DATASET_FILE,
+    TOKENIZER_FILE,
+    TRAIN,
+    DatasetManifest,
+    NamedSet,
+    Shard,
+)
 from opt_train.data.named_sets import named_sets
 from opt_train.data.shards import SplitWriter
 from opt_train.data.workplace import Workplace
@@ -52,25 +61,28 @@ def sets_by_document(sets: Mapping[str, Corpus]) -> dict[bytes, str]:
 
 
 def check_sets(manifest: DatasetManifest, data: DataConfig, directory: Path) -> tuple[str, ...]:
-    """Compare the sets that `directory` holds with those that `data` names; returns the names that it lacks.
+    """Compare the sets that `directory` holds with those that `data` names; returns the names that
+    it lacks.
 
     Raises:
-        BadInput: a set was made of another corpus or is too short, or one is not named any more for which documents
-            were left out of training.
+        BadInput: a set was made of another corpus or is too short, or one is not named any more for
+            which documents were left out of training.
     """
     wanted = named_sets(data)
     for held in manifest.sets:
         if held.name not in wanted:
             if held.left_out:
                 raise BadInput(
-                    f"{directory} was prepared without {_documents(held.left_out)} of the corpus that the set "
+                    f"{directory} was prepared without {_documents(held.left_out)} of the corpus "
+                    "that the set "
                     f"{held.name} holds; keep {held.name}={held.corpus} in data.validation_sets, "
                     "or use another data.name or data.directory"
                 )
             continue
         if wanted[held.name] != held.corpus:
             raise BadInput(
-                f"data.validation_sets: {held.name} was made of {held.corpus} in {directory} and is "
+                f"data.validation_sets: {held.name} was made of {held.corpus} in {directory} and "
+                "is "
                 f"{wanted[held.name]} now; give that one another name"
             )
         _check_length(held, data)
@@ -79,7 +91,14 @@ def check_sets(manifest: DatasetManifest, data: DataConfig, directory: Path) -> 
 
 
 def write_set(
-    folder: Path, name: str, corpus: Corpus, tokenizer: "Tokenizer", *, dtype: str, data: DataConfig, left_out: int
+    folder: Path,
+    name: str,
+    corpus: Corpus,
+    tokenizer: "Tokenizer",
+    *,
+    dtype: str,
+    data: DataConfig,
+    left_out: int,
 ) -> tuple[NamedSet, tuple[Shard, ...]]:
     """Tokenize a set into shards in `folder`.
 
@@ -98,31 +117,48 @@ def write_set(
 
 
 def add_sets(
-    workplace: Workplace, place: Path, prepared: DatasetManifest, data: DataConfig, progress: Callable[[str], None]
+    workplace: Workplace,
+    place: Path,
+    prepared: DatasetManifest,
+    data: DataConfig,
+    progress: Callable[[str], None],
 ) -> DatasetManifest:
-    """Add the sets that the finished folder `place` lacks. Nothing else in it changes, nor does its fingerprint.
+    """Add the sets that the finished folder `place` lacks. Nothing else in it changes, nor does its
+    fingerprint.
 
-    A crash leaves either the folder as it was, perhaps with shards that no manifest names, or all of it.
+    A crash leaves either the folder as it was, perhaps with shards that no manifest names, or all
+    of it.
 
     Raises:
-        BadInput: a set holds documents that the folder's training tokens hold already, or cannot be made.
+        BadInput: a set holds documents that the folder's training tokens hold already, or cannot be
+            made.
     """
     lacking = check_sets(prepared, data, place)
     if not lacking:
         return prepared
     sets = {name: corpus for name, corpus in open_sets(data).items() if name in lacking}
     tokenizer = bpe.load(place / TOKENIZER_FILE)
-    if hashlib.sha256((place / TOKENIZER_FILE).read_bytes()).hexdigest() != prepared.tokenizer_sha256:
-        raise BadInput(f"{place / TOKENIZER_FILE} has changed since the data was prepared; restore it from a copy")
+    if (
+        hashlib.sha256((place / TOKENIZER_FILE).read_bytes()).hexdigest()
+        != prepared.tokenizer_sha256
+    ):
+        raise BadInput(
+            f"{place / TOKENIZER_FILE} has changed since the data was prepared; restore it from a "
+            "copy"
+        )
     made: list[NamedSet] = []
     shards: list[Shard] = []
     for name, corpus in sets.items():
         progress(f"adding the validation set {name} ({len(corpus.files):,} files)")
-        named, its = write_set(workplace.path, name, corpus, tokenizer, dtype=prepared.dtype, data=data, left_out=0)
+        named, its = write_set(
+            workplace.path, name, corpus, tokenizer, dtype=prepared.dtype, data=data, left_out=0
+        )
         _check_not_trained_on(corpus, documents_in(workplace.path, its, prepared), place, prepared)
         made.append(named)
         shards += its
-    manifest = dataclasses.replace(prepared, sets=(*prepared.sets, *made), shards=(*prepared.shards, *shards))
+    manifest = dataclasses.replace(
+        prepared, sets=(*prepared.sets, *made), shards=(*prepared.shards, *shards)
+    )
     manifest.write(workplace.path)
     # The manifest goes last: until it is there, nobody reads the shards.
     workplace.move_into(place, [*(shard.path for shard in shards), DATASET_FILE])
@@ -131,8 +167,11 @@ def add_sets(
     return manifest
 
 
-def documents_in(folder: Path, shards: tuple[Shard, ...], manifest: DatasetManifest) -> Iterator[bytes]:
-    """The tokens of each document in a split's shards, without the `</s>` behind it, as they lie there."""
+def documents_in(
+    folder: Path, shards: tuple[Shard, ...], manifest: DatasetManifest
+) -> Iterator[bytes]:
+    """The tokens of each document in a split's shards, without the `</s>` behind it, as they lie
+    there."""
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     begun = b""
     for shard in shards:
@@ -144,15 +183,18 @@ def documents_in(folder: Path, shards: tuple[Shard, ...], manifest: DatasetManif
         begun += tokens[first:].tobytes()
 
 
-def _check_not_trained_on(corpus: Corpus, documents: Iterator[bytes], place: Path, prepared: DatasetManifest) -> None:
-    # Tokens are compared, not texts: the corpus may have changed or gone since, and the same tokenizer makes the same
-    # tokens of the same text.
+def _check_not_trained_on(
+    corpus: Corpus, documents: Iterator[bytes], place: Path, prepared: DatasetManifest
+) -> None:
+    # Tokens are compared, not texts: the corpus may have changed or gone since, and the same
+    # tokenizer makes the same tokens of the same text.
     digests = {hashlib.sha256(document).digest() for document in documents}
     training = documents_in(place, prepared.shards_of(TRAIN), prepared)
     trained = sum(hashlib.sha256(document).digest() in digests for document in training)
     if trained:
         raise BadInput(
-            f"{corpus} holds {_documents(trained)} that {place} has among its training tokens; take them out of the "
+            f"{corpus} holds {_documents(trained)} that {place} has among its training tokens; "
+            "take them out of the "
             "set, or use another data.name, where they are left out of training"
         )
 
@@ -161,7 +203,8 @@ def _check_length(named: NamedSet, data: DataConfig) -> None:
     if named.tokens < data.sequence_length + 1:
         raise BadInput(
             f"data.validation_sets: {named.name} has {named.tokens} tokens, and one sequence of "
-            f"data.sequence_length={data.sequence_length} takes {data.sequence_length + 1}; add text to "
+            f"data.sequence_length={data.sequence_length} takes {data.sequence_length + 1}; add "
+            "text to "
             f"{named.corpus} or leave the set out"
         )
 

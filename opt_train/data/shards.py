@@ -12,12 +12,16 @@ from opt_train.data.manifest import SPLITS, Shard
 
 
 class SplitWriter:
-    """Cuts the token stream of one split into shards of `shard_tokens` tokens, the last one shorter.
+    """Cuts the token stream of one split into shards of `shard_tokens` tokens, the last one
+    shorter.
 
-    The shards are called `<split>-00000.bin` and so on; a named set's begin with `set-` in front of that.
+    The shards are called `<split>-00000.bin` and so on; a named set's begin with `set-` in front of
+    that.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: str, shard_tokens: int, vocab_size: int
+    ) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
         """Occurrences of each entry `[vocab_size]`."""
         self.tokens = 0

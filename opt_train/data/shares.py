@@ -5,7 +5,8 @@ BEARABLE_PADDING = 0.05
 
 
 def share_of(count: int, rank: int, world: int) -> range:
-    """The contiguous part of `range(count)` that is `rank`'s; sizes differ by at most one, rank 0's is the largest."""
+    """The contiguous part of `range(count)` that is `rank`'s; sizes differ by at most one, rank 0's
+    is the largest."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}")
     size, larger = divmod(count, world)
@@ -14,10 +15,12 @@ def share_of(count: int, rank: int, world: int) -> range:
 
 
 def micro_batches_of(share: int, micro_batch: int) -> tuple[int, int]:
-    """How many micro-batches, and of how many sequences, a share of `share` sequences is computed in.
+    """How many micro-batches, and of how many sequences, a share of `share` sequences is computed
+    in.
 
-    Of `micro_batch` sequences at most, all of them alike: 9 by 8 are three of 3, where two of 5 would pad one sequence
-    and 8 and 8 seven. Each costs another gathering of the weights, so there are at most twice as many as need be.
+    Of `micro_batch` sequences at most, all of them alike: 9 by 8 are three of 3, where two of 5
+    would pad one sequence and 8 and 8 seven. Each costs another gathering of the weights, so there
+    are at most twice as many as need be.
     """
     fewest = -(-share // micro_batch)
     if fewest * -(-share // fewest) <= share * (1 + BEARABLE_PADDING):

@@ -20,7 +20,8 @@ _WRITTEN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """The folder being filled. One process at a time holds it; what a crashed one left in it is cleared first."""
+    """The folder being filled. One process at a time holds it; what a crashed one left in it is
+    cleared first."""
 
     path: Path
 
@@ -40,7 +41,8 @@ class Workplace:
             _clear(path)
             yield cls(path)
         finally:
-            # After the rename another process may have made a new folder of this name: ours alone may be removed.
+            # After the rename another process may have made a new folder of this name: ours alone
+            # may be removed.
             if _is_at(descriptor, path):
                 with contextlib.suppress(OSError, BadInput):
                     _clear(path)
@@ -54,7 +56,8 @@ class Workplace:
         sync_folder(directory.parent)
 
     def move_into(self, directory: Path, names: Iterable[str]) -> None:
-        """Put files, which the caller has fsynced, into a finished folder, durably, one after the other."""
+        """Put files, which the caller has fsynced, into a finished folder, durably, one after the
+        other."""
         for name in names:
             (self.path / name).rename(directory / name)
             sync_folder(directory)
@@ -70,7 +73,8 @@ def sync_folder(path: Path) -> None:
 
 
 def _locked(path: Path, progress: Callable[[str], None]) -> int:
-    """Make `path` if need be and lock it; the descriptor that holds the lock. A crash frees the lock."""
+    """Make `path` if need be and lock it; the descriptor that holds the lock. A crash frees the
+    lock."""
     while True:
         path.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -79,7 +83,8 @@ def _locked(path: Path, progress: Callable[[str], None]) -> int:
         except BlockingIOError:
             progress(f"waiting for another process that is filling {path}")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The one we waited for has renamed or removed the folder: then ours is no longer what stands at `path`.
+        # The one we waited for has renamed or removed the folder: then ours is no longer what
+        # stands at `path`.
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)
@@ -97,7 +102,8 @@ def _clear(path: Path) -> None:
     for item in items:
         if not _WRITTEN.fullmatch(item.name) or item.is_symlink() or not item.is_file():
             raise BadInput(
-                f"{path}, where the data is prepared, holds {item.name}, which `opt-train prepare` did not write; "
+                f"{path}, where the data is prepared, holds {item.name}, which `opt-train "
+                "prepare` did not write; "
                 "move that folder away or name another data.directory"
             )
     for item in items:

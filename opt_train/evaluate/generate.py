@@ -23,7 +23,8 @@ class Sampling:
     top_k: int = 0
     """Draw from this many likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens that together have this probability (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Draw from the fewest tokens that together have this probability (Holtzman et al. 2020, arXiv
+    1904.09751)."""
     seed: int = 0
     """The same seed draws the same tokens."""
 
@@ -34,7 +35,8 @@ class Sampling:
             return
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise BadInput(
-                f"--temperature={self.temperature:g} must be larger than 0; --greedy takes the likeliest token"
+                f"--temperature={self.temperature:g} must be larger than 0; --greedy takes the "
+                "likeliest token"
             )
         if self.top_k < 0:
             raise BadInput(f"--top-k={self.top_k} must not be negative; 0 draws from all tokens")
@@ -57,7 +59,8 @@ def generate(
         model: in one piece, in evaluation mode.
         prompt: at least one id; with `max_new_tokens` no more than the model's positions.
         end: stop before this id.
-        vocabulary: ids from here on are rows of the embedding that no token has; they are never chosen.
+        vocabulary: ids from here on are rows of the embedding that no token has; they are never
+            chosen.
 
     Raises:
         BadInput: the model's output is not finite.
@@ -82,20 +85,26 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """One id.
 
     Args:
-        logits: [vocabulary], on any device; the drawing is done on the CPU, so that a seed means the same everywhere.
+        logits: [vocabulary], on any device; the drawing is done on the CPU, so that a seed means
+            the same everywhere.
 
     Raises:
         BadInput: a logit is not finite.
     """
     logits = logits.float().cpu()
     if not logits.isfinite().all():
-        raise BadInput("the model's output is not finite: its weights have diverged; give an earlier --checkpoint")
+        raise BadInput(
+            "the model's output is not finite: its weights have diverged; give an earlier "
+            "--checkpoint"
+        )
     if sampling.greedy:
         return int(logits.argmax())
-    # The largest first becomes 0, so that no temperature makes it infinite; in fp32 the running sum below would reach 1
-    # before the last of 50,000 tokens.
+    # The largest first becomes 0, so that no temperature makes it infinite; in fp32 the running sum
+    # below would reach 1 before the last of 50,000 tokens.
     logits = logits.double()
-    scaled, ids = ((logits - logits.max()) / sampling.temperature).sort(descending=True, stable=True)
+    scaled, ids = ((logits - logits.max()) / sampling.temperature).sort(
+        descending=True, stable=True
+    )
     if sampling.top_k:
         scaled = scaled[: sampling.top_k]
     probabilities = scaled.softmax(dim=0)

@@ -1,7 +1,8 @@
 """EleutherAI's lm-evaluation-harness on a model that was written as a Hugging Face folder.
 
-Reading tasks, prompts, scoring and statistics are the harness's own, and so is the model's class: transformers'. What
-stands here asks for it and turns its troubles into sentences (docs/decisions/lm_eval.md).
+Reading tasks, prompts, scoring and statistics are the harness's own, and so is the model's class:
+transformers'. What stands here asks for it and turns its troubles into sentences
+(docs/decisions/lm_eval.md).
 """
 
 import contextlib
@@ -25,12 +26,13 @@ from opt_train.protocol.exits import BadInput
 NEEDED = ("lm_eval", "accelerate", "transformers")
 
 FOLDERS = ("lambada", "piqa", "arc", "winogrande", "sciq")
-"""Where the harness keeps `TASKS`. Its list of all 14,000 takes twenty seconds to read; most who call need these."""
+"""Where the harness keeps `TASKS`. Its list of all 14,000 takes twenty seconds to read; most who
+call need these."""
 
 
 RESAMPLES = 10_000
-"""For the standard error of a perplexity, in this process. The harness would take 100,000 and fork a process for each
-core; forked beside torch's threads these have been seen to wait for ever."""
+"""For the standard error of a perplexity, in this process. The harness would take 100,000 and fork
+a process for each core; forked beside torch's threads these have been seen to wait for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,9 @@ def check_installed() -> str:
         try:
             version(name)
         except PackageNotFoundError:
-            raise BadInput(f"--harness needs {name}; install it: pip install 'opt-train[harness]'") from None
+            raise BadInput(
+                f"--harness needs {name}; install it: pip install 'opt-train[harness]'"
+            ) from None
     return version("lm_eval")
 
 
@@ -96,18 +100,26 @@ def load_tasks(names: Sequence[str], definitions: Path | None) -> list[Task]:
         try:
             _manager().load([part for task in tasks for part in task.parts])
         except ValueError as error:
-            raise BadInput(f"--harness={','.join(wanted)} names a task twice ({_line(error)}); leave one out") from None
+            raise BadInput(
+                f"--harness={','.join(wanted)} names a task twice ({_line(error)}); leave one out"
+            ) from None
     return tasks
 
 
 def evaluate(
-    folder: Path, tasks: Sequence[Task], *, device: torch.device, dtype: torch.dtype, length: int, batch: int,
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    batch: int,
     limit: int | None,
-) -> list[Score]:  # fmt: skip
+) -> list[Score]:
     """Ask the model in `folder`, which `export` wrote.
 
-    Texts are tokenized without a `</s>` in front, as by the harness when the published numbers were made; an empty
-    context is a `</s>`.
+    Texts are tokenized without a `</s>` in front, as by the harness when the published numbers were
+    made; an empty context is a `</s>`.
 
     Args:
         dtype: to compute in; probabilities are summed in fp32.
@@ -115,20 +127,32 @@ def evaluate(
         batch: sequences at once.
         limit: documents of each task; None: all.
     """
-    # The harness, and what it imports, print some of their progress; standard output is for the answer.
+    # The harness, and what it imports, print some of their progress; standard output is for the
+    # answer.
     with _quiet(), _alone(), contextlib.redirect_stdout(sys.stderr):
         classes = importlib.import_module("lm_eval.models.huggingface")
         evaluator = importlib.import_module("lm_eval.evaluator")
-        # It would ask git for the version of whatever lies in the working directory, and git would complain.
+        # It would ask git for the version of whatever lies in the working directory, and git would
+        # complain.
         vars(evaluator)["get_git_commit_hash"] = lambda: None
         model = classes.HFLM(
-            pretrained=str(folder), backend="causal", device=str(device), dtype=dtype, softmax_dtype=torch.float32,
-            batch_size=batch, max_length=length, add_bos_token=False,
-        )  # fmt: skip
+            pretrained=str(folder),
+            backend="causal",
+            device=str(device),
+            dtype=dtype,
+            softmax_dtype=torch.float32,
+            batch_size=batch,
+            max_length=length,
+            add_bos_token=False,
+        )
         answer = evaluator.simple_evaluate(
-            model=model, tasks=[part for task in tasks for part in task.parts], limit=limit, log_samples=False,
-            bootstrap_iters=RESAMPLES, task_manager=_manager(),
-        )  # fmt: skip
+            model=model,
+            tasks=[part for task in tasks for part in task.parts],
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=RESAMPLES,
+            task_manager=_manager(),
+        )
     own = {name for task in tasks if task.own for part in task.parts for name in _names_in(part)}
     return [score for name in answer["results"] for score in _scores(answer, name, own=name in own)]
 
@@ -145,7 +169,9 @@ def _scores(answer: Mapping[str, Any], name: str, *, own: bool) -> Iterator[Scor
             task=name,
             metric=metric if kind == "none" else f"{metric} ({kind})",
             value=float(value),
-            stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+            stderr=float(stderr)
+            if isinstance(stderr, int | float) and math.isfinite(stderr)
+            else None,
             shots=answer["n-shot"].get(name),
             version=str(answer["versions"].get(name)),
             documents=documents,
@@ -157,7 +183,11 @@ def _names_in(task: Any) -> list[str]:
     """Of a task, or of a group and all in it."""
     if not hasattr(task, "get_all_tasks"):
         return [task.task_name]
-    return [task.name, *(one.task_name for one in task.get_all_tasks()), *(one.name for one in task.get_all_groups())]
+    return [
+        task.name,
+        *(one.task_name for one in task.get_all_tasks()),
+        *(one.name for one in task.get_all_groups()),
+    ]
 
 
 def _manager(*folders: Path) -> Any:
@@ -183,12 +213,17 @@ def _defined(path: Path) -> _Defined:
             raise BadInput(f"--tasks={path} holds no task; put a YAML there that has a key task")
         return _Defined({name: (manager, name) for name in manager.all_tasks}, manager.all_subtasks)
     if not path.is_file():
-        raise BadInput(f"--tasks={path} is neither a file nor a folder; name a task's YAML, or a folder of them")
+        raise BadInput(
+            f"--tasks={path} is neither a file nor a folder; name a task's YAML, or a folder of "
+            "them"
+        )
     reader = importlib.import_module("lm_eval.tasks._yaml_loader")
     try:
         values = reader.load_yaml(path, resolve_func=False)
     except Exception as error:
-        raise BadInput(f"--tasks={path} cannot be read as a task ({_line(error)}); mend it") from None
+        raise BadInput(
+            f"--tasks={path} cannot be read as a task ({_line(error)}); mend it"
+        ) from None
     name = values.get("group") or values.get("task")
     if not isinstance(name, str):
         raise BadInput(f"--tasks={path} holds no task; give it a key task with the task's name")
@@ -225,9 +260,14 @@ def _load(manager: Any, spec: str, name: str, *, own: bool) -> Task:
     except OSError as error:
         raise BadInput(
             f"the data set of task {name} cannot be had here ({_line(error)}); "
-            + ("mend dataset_path or dataset_kwargs in its YAML" if own else "let this run once where huggingface.co "
-               "answers and bring its HF_HOME along, or name tasks that have their data with --tasks")
-        ) from None  # fmt: skip
+            + (
+                "mend dataset_path or dataset_kwargs in its YAML"
+                if own
+                else "let this run once where huggingface.co "
+                "answers and bring its HF_HOME along, or name tasks that have their data with "
+                "--tasks"
+            )
+        ) from None
     except Exception as error:
         raise BadInput(
             f"task {name} cannot be loaded ({type(error).__name__}: {_line(error)}); "
@@ -235,7 +275,9 @@ def _load(manager: Any, spec: str, name: str, *, own: bool) -> Task:
         ) from None
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise BadInput(f"task {name} runs code that a model writes, or shows it pictures; leave it out")
+            raise BadInput(
+                f"task {name} runs code that a model writes, or shows it pictures; leave it out"
+            )
     group = loaded["groups"].get(name)
     return Task(name, tuple(loaded["tasks"].values()) if group is None else (group,), own)
 

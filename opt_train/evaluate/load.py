@@ -8,7 +8,7 @@ import torch
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.tensors import ModelAndOptimizer
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.decoder import OPT
 from opt_train.parallel.fsdp import TYPES
 
@@ -26,7 +26,8 @@ def load_model(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> OPT:
-    """The model of a committed checkpoint, in the type that training computes in, without dropout and gradients.
+    """The model of a committed checkpoint, in the type that training computes in, without dropout
+    and gradients.
 
     Args:
         manifest_sha256: the checkpoint's, as the journal has it.

@@ -44,5 +44,7 @@ def perplexity(
         progress: told sequences done and in all.
     """
     batches = validation.share(data_rank=0, data_world=1, micro_batch=micro_batch)
-    loss_sum, tokens = loss_over(model, batches, device, lambda done: progress(done, validation.sequences))
+    loss_sum, tokens = loss_over(
+        model, batches, device, lambda done: progress(done, validation.sequences)
+    )
     return Measured(loss_sum / tokens, tokens)

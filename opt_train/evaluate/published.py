@@ -1,4 +1,5 @@
-"""What the released OPT models reach on public tasks, to compare a checkpoint of the same size with."""
+"""What the released OPT models reach on public tasks, to compare a checkpoint of the same size
+with."""
 
 from collections.abc import Mapping
 
@@ -48,14 +49,16 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
     "opt-30b": (48, 56, 7168),
     "opt-66b": (64, 72, 9216),
 }
-"""Layers, heads and `d_model` (arXiv 2205.01068, table 1); `ffn` is four times that. As the presets have them."""
+"""Layers, heads and `d_model` (arXiv 2205.01068, table 1); `ffn` is four times that. As the presets
+have them."""
 
 POST, POST_WIDTH = "opt-350m", 512
 """The one with its LayerNorms behind the residuals, and a narrower embedding."""
 
 
 def published(size: str | None, task: str, metric: str) -> float | None:
-    """What the released model of `size` has: accuracies between 0 and 1, as the harness gives them; None: unknown."""
+    """What the released model of `size` has: accuracies between 0 and 1, as the harness gives them;
+    None: unknown."""
     if size is None or size not in PUBLISHED or (task, metric) not in MEASURED:
         return None
     value = PUBLISHED[size][MEASURED.index((task, metric))]

@@ -1,4 +1,5 @@
-"""The weights of one of our checkpoints, tensor by tensor: a tensor may lie in pieces in the files of several ranks."""
+"""The weights of one of our checkpoints, tensor by tensor: a tensor may lie in pieces in the files
+of several ranks."""
 
 import json
 import math
@@ -19,7 +20,8 @@ MODEL = "model."
 """What a checkpoint puts before a parameter's name (`checkpoint/tensors.py`)."""
 
 PLACES = "DCP_SHARDING_INFO"
-"""Where torch's writer says the offset of each piece in its tensor (torch.distributed.checkpoint, `_hf_utils`)."""
+"""Where torch's writer says the offset of each piece in its tensor (torch.distributed.checkpoint,
+`_hf_utils`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,11 @@ class _Piece:
     stored: Stored
 
 
-def weights_in(folder: Path, manifest_sha256: str | None, progress: Progress | None = None) -> dict[str, Stored]:
-    """The model's tensors by their Hugging Face names. Every byte of the checkpoint is verified first.
+def weights_in(
+    folder: Path, manifest_sha256: str | None, progress: Progress | None = None
+) -> dict[str, Stored]:
+    """The model's tensors by their Hugging Face names. Every byte of the checkpoint is verified
+    first.
 
     Raises:
         BadInput: the checkpoint does not verify, or its pieces do not make whole tensors.
@@ -57,7 +62,9 @@ def _places(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         places = None
     if not isinstance(places, dict):
-        raise BadInput(f"{path} does not say which parts of its tensors it holds; give another checkpoint")
+        raise BadInput(
+            f"{path} does not say which parts of its tensors it holds; give another checkpoint"
+        )
     return places
 
 
@@ -70,7 +77,9 @@ def _offset(path: Path, places: Mapping[str, Any], name: str, dimensions: int) -
     except (KeyError, TypeError, ValueError):
         offset = ()
     if len(offset) != dimensions or any(number < 0 for number in offset):
-        raise BadInput(f"{path} does not say which part of tensor {name} it holds; give another checkpoint")
+        raise BadInput(
+            f"{path} does not say which part of tensor {name} it holds; give another checkpoint"
+        )
     return offset
 
 
@@ -78,11 +87,19 @@ def _whole(name: str, parts: list[_Piece]) -> Stored:
     parts = [part for part in parts if math.prod(part.stored.shape)] or parts[:1]
     first = parts[0].stored
     ends = [[o + s for o, s in zip(part.offset, part.stored.shape, strict=True)] for part in parts]
-    if any(len(end) != len(ends[0]) or part.stored.dtype != first.dtype for end, part in zip(ends, parts, strict=True)):
-        raise BadInput(f"the pieces of tensor {name} in {first.where.parent} do not fit; give another checkpoint")
+    if any(
+        len(end) != len(ends[0]) or part.stored.dtype != first.dtype
+        for end, part in zip(ends, parts, strict=True)
+    ):
+        raise BadInput(
+            f"the pieces of tensor {name} in {first.where.parent} do not fit; give another "
+            "checkpoint"
+        )
     shape = tuple(max(column) for column in zip(*ends, strict=True))
     if sum(math.prod(part.stored.shape) for part in parts) != math.prod(shape):
-        raise BadInput(f"tensor {name} is incomplete in {first.where.parent}; give another checkpoint")
+        raise BadInput(
+            f"tensor {name} is incomplete in {first.where.parent}; give another checkpoint"
+        )
     if len(parts) == 1:
         return first
 
@@ -93,7 +110,8 @@ def _whole(name: str, parts: list[_Piece]) -> Stored:
             tensor[box].copy_(part.stored.read())
         return tensor
 
-    # Cut into rows, as every layout but a tensor-parallel one cuts: one piece behind the other is the tensor.
+    # Cut into rows, as every layout but a tensor-parallel one cuts: one piece behind the other is
+    # the tensor.
     by_rows = sorted(parts, key=lambda part: part.offset)
     if any(part.stored.shape[1:] != shape[1:] for part in parts):
         return Stored(first.where, shape, first.dtype, read)

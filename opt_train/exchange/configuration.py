@@ -53,7 +53,12 @@ def to_hugging_face(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def generation() -> dict[str, Any]:
     """`generation_config.json`: a text begins and ends with `</s>`."""
-    return {"_from_model_config": True, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return {
+        "_from_model_config": True,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
 
 
 def from_hugging_face(path: Path, values: Mapping[str, Any]) -> ModelConfig:
@@ -63,18 +68,33 @@ def from_hugging_face(path: Path, values: Mapping[str, Any]) -> ModelConfig:
         BadInput: it is no OPT model, or one that our decoder is not.
     """
     if values.get("model_type") != "opt":
-        raise BadInput(f"{path} is of a model of type {values.get('model_type')!r}; only OPT models can be imported")
+        raise BadInput(
+            f"{path} is of a model of type {values.get('model_type')!r}; only OPT models can be "
+            "imported"
+        )
     for key, only in SAME_IN_ALL.items():
         if (value := values.get(key, only)) != only:
-            raise BadInput(f"{path} has {key}={value!r}, which this program's OPT does not have; only {only!r} works")
+            raise BadInput(
+                f"{path} has {key}={value!r}, which this program's OPT does not have; only "
+                f"{only!r} works"
+            )
     width = _size(path, values, "hidden_size", 768)
-    narrow = _size(path, values, "word_embed_proj_dim", width) if values.get("word_embed_proj_dim") else width
+    narrow = (
+        _size(path, values, "word_embed_proj_dim", width)
+        if values.get("word_embed_proj_dim")
+        else width
+    )
     before = values.get("do_layer_norm_before", True)
     if not isinstance(before, bool):
-        raise BadInput(f"{path} has do_layer_norm_before={before!r}, which is neither true nor false; mend it")
+        raise BadInput(
+            f"{path} has do_layer_norm_before={before!r}, which is neither true nor false; mend it"
+        )
     heads = _size(path, values, "num_attention_heads", 12)
     if width % heads:
-        raise BadInput(f"{path} has num_attention_heads={heads}, which does not divide hidden_size={width}; mend it")
+        raise BadInput(
+            f"{path} has num_attention_heads={heads}, which does not divide hidden_size={width}; "
+            "mend it"
+        )
     return ModelConfig(
         name=_name(values.get("_name_or_path"), path),
         layers=_size(path, values, "num_hidden_layers", 12),
@@ -106,5 +126,7 @@ def _size(path: Path, values: Mapping[str, Any], key: str, default: int) -> int:
 def _share(path: Path, values: Mapping[str, Any], key: str, default: float) -> float:
     value = values.get(key, default)
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise BadInput(f"{path} has {key}={str(value)[:40]}, which does not lie between 0 and 1; mend it")
+        raise BadInput(
+            f"{path} has {key}={str(value)[:40]}, which does not lie between 0 and 1; mend it"
+        )
     return float(value)

@@ -50,7 +50,8 @@ def export(
         tokenizer: files that travel along.
 
     Raises:
-        BadInput: the checkpoint is damaged or of another model, a number is not finite, or `to` is not free.
+        BadInput: the checkpoint is damaged or of another model, a number is not finite, or `to` is
+            not free.
         OSError: the file system does not allow it.
     """
     check_free(to)
@@ -73,7 +74,10 @@ def export(
             safetensors_file.write(folder / name, share, TYPES[dtype], progress=written)
         if len(shards) > 1:
             placed = {tensor: name for name, share in shards.items() for tensor in share}
-            _write_json(folder / (SAFETENSORS + INDEX), {"metadata": {"total_size": total}, "weight_map": placed})
+            _write_json(
+                folder / (SAFETENSORS + INDEX),
+                {"metadata": {"total_size": total}, "weight_map": placed},
+            )
         _write_json(folder / CONFIG, to_hugging_face(model, dtype))
         _write_json(folder / "generation_config.json", generation())
         copied = tokenizer_files.copy(tokenizer, folder)
@@ -81,7 +85,9 @@ def export(
     return Exported(dtype, total // TYPES[dtype].itemsize, total, tuple(shards), bool(copied))
 
 
-def _shards(tensors: Mapping[str, Stored], dtype: str, shard_bytes: int) -> dict[str, dict[str, Stored]]:
+def _shards(
+    tensors: Mapping[str, Stored], dtype: str, shard_bytes: int
+) -> dict[str, dict[str, Stored]]:
     """Which tensors go into which file, in the model's order."""
     shares: list[dict[str, Stored]] = [{}]
     room = shard_bytes
@@ -95,7 +101,10 @@ def _shards(tensors: Mapping[str, Stored], dtype: str, shard_bytes: int) -> dict
     if len(shares) == 1:
         return {SAFETENSORS: shares[0]}
     stem, suffix = SAFETENSORS.split(".")
-    return {f"{stem}-{n:05}-of-{len(shares):05}.{suffix}": share for n, share in enumerate(shares, start=1)}
+    return {
+        f"{stem}-{n:05}-of-{len(shares):05}.{suffix}": share
+        for n, share in enumerate(shares, start=1)
+    }
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:

@@ -1,4 +1,5 @@
-"""A folder that is filled beside its final place and renamed there whole: a crash leaves no half export."""
+"""A folder that is filled beside its final place and renamed there whole: a crash leaves no half
+export."""
 
 import contextlib
 import os
@@ -23,13 +24,15 @@ def check_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def filled_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which it becomes at the end; after an error nothing of it is left.
+    """A new folder beside `folder`, which it becomes at the end; after an error nothing of it is
+    left.
 
     The caller fsyncs the files in it.
 
     Raises:
         BadInput: something is at `folder` already.
-        OSError: the file system does not allow it; one about a file in the new folder names `folder`.
+        OSError: the file system does not allow it; one about a file in the new folder names
+            `folder`.
     """
     folder = Path(os.path.abspath(folder))
     check_free(folder)
@@ -46,7 +49,9 @@ def filled_beside(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     except OSError as error:
         if error.filename is not None and Path(error.filename).is_relative_to(partial):
-            error.filename = str(folder)  # the name that was asked for: the partial one is gone in a moment
+            error.filename = str(
+                folder
+            )  # the name that was asked for: the partial one is gone in a moment
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

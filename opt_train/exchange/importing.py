@@ -1,4 +1,5 @@
-"""Somebody's weights as one of our checkpoints: weights alone, and what is needed to know the model."""
+"""Somebody's weights as one of our checkpoints: weights alone, and what is needed to know the
+model."""
 
 import dataclasses
 import hashlib
@@ -34,12 +35,15 @@ class Imported:
 
 
 def bring_in(source: Source, to: Path, writing: Progress | None = None) -> Imported:
-    """Write a committed checkpoint folder; it appears whole or not at all. About one tensor at a time is in memory.
+    """Write a committed checkpoint folder; it appears whole or not at all. About one tensor at a
+    time is in memory.
 
-    The weights keep their type; where a file mixes types, all become fp32, which holds each of them exactly.
+    The weights keep their type; where a file mixes types, all become fp32, which holds each of them
+    exactly.
 
     Raises:
-        BadInput: a tensor is missing, unexpected, of a wrong shape or not finite; or `to` is not free.
+        BadInput: a tensor is missing, unexpected, of a wrong shape or not finite; or `to` is not
+            free.
         OSError: the file system does not allow it.
     """
     check_free(to)
@@ -70,10 +74,17 @@ def bring_in(source: Source, to: Path, writing: Progress | None = None) -> Impor
             )
         }
         beside = source.path if source.path.is_dir() else source.path.parent
-        copies = tokenizer_files.copy(tokenizer_files.tokenizer_files(beside), folder / tokenizer_files.FOLDER)
+        copies = tokenizer_files.copy(
+            tokenizer_files.tokenizer_files(beside), folder / tokenizer_files.FOLDER
+        )
         write_durably(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
         for path in (folder / STATE, *copies):
             content = path.read_bytes()
-            files[path.relative_to(folder).as_posix()] = (len(content), hashlib.sha256(content).hexdigest())
+            files[path.relative_to(folder).as_posix()] = (
+                len(content),
+                hashlib.sha256(content).hexdigest(),
+            )
         sha256 = manifest.commit(folder, manifest.build(folder, ATTEMPT, 0, files))
-    return Imported(source.model, TYPE_NAMES[dtype], total // dtype.itemsize, total, bool(copies), sha256)
+    return Imported(
+        source.model, TYPE_NAMES[dtype], total // dtype.itemsize, total, bool(copies), sha256
+    )

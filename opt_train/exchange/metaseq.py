@@ -1,8 +1,10 @@
-"""metaseq's consolidated checkpoint: one file with the whole decoder, as the published OPT files are.
+"""metaseq's consolidated checkpoint: one file with the whole decoder, as the published OPT files
+are.
 
-What differs from Hugging Face's names: no `model.` in front; keys, values and queries in one matrix, in this order;
-`layer_norm` for the last LayerNorm, `project_in_dim` and `project_out_dim`; a copy of the embedding as the head. The
-position table has the same two rows in front. Such a file often does not say its number of heads.
+What differs from Hugging Face's names: no `model.` in front; keys, values and queries in one
+matrix, in this order; `layer_norm` for the last LayerNorm, `project_in_dim` and `project_out_dim`;
+a copy of the embedding as the head. The position table has the same two rows in front. Such a file
+often does not say its number of heads.
 """
 
 import argparse
@@ -33,7 +35,9 @@ VOCABULARY_MULTIPLE = 8
 """metaseq pads its vocabulary with rows that no token has until this divides it."""
 
 
-def model_and_tensors(path: Path, loaded: Any, preset: ModelConfig | None) -> tuple[ModelConfig, dict[str, Stored]]:
+def model_and_tensors(
+    path: Path, loaded: Any, preset: ModelConfig | None
+) -> tuple[ModelConfig, dict[str, Stored]]:
     """The model in a loaded file, and its tensors by Hugging Face's names.
 
     Args:
@@ -62,7 +66,8 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
             continue
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or name == raw:
             raise BadInput(
-                f"{path} holds {str(raw)[:80]!r}, which is no tensor of metaseq's decoder; give its consolidated file, "
+                f"{path} holds {str(raw)[:80]!r}, which is no tensor of metaseq's decoder; give "
+                "its consolidated file, "
                 "or Hugging Face's whole folder"
             )
         if name == HEAD:
@@ -70,18 +75,28 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
             continue
         if ".qkv_proj." not in name:
             name = RENAMED.get(name, name)
-            tensors[f"model.decoder.{name}"] = Stored(path, tuple(value.shape), value.dtype, value.detach)
+            tensors[f"model.decoder.{name}"] = Stored(
+                path, tuple(value.shape), value.dtype, value.detach
+            )
             continue
         if not value.ndim or value.shape[0] % len(FUSED):
             raise BadInput(
-                f"tensor {raw} of {path} has shape {list(value.shape)}, which is no k, v and q; get it again"
+                f"tensor {raw} of {path} has shape {list(value.shape)}, which is no k, v and q; "
+                "get it again"
             )
         for part, piece in zip(FUSED, value.detach().chunk(len(FUSED)), strict=True):
             new = f"model.decoder.{name.replace('qkv_proj', part)}"
             tensors[new] = Stored(path, tuple(piece.shape), piece.dtype, _given(piece))
     embedding = weights.get("decoder.embed_tokens.weight")
-    if head is not None and isinstance(embedding, torch.Tensor) and not torch.equal(head, embedding):
-        raise BadInput(f"tensor decoder.{HEAD} of {path} is not the token embedding; only models with a tied head work")
+    if (
+        head is not None
+        and isinstance(embedding, torch.Tensor)
+        and not torch.equal(head, embedding)
+    ):
+        raise BadInput(
+            f"tensor decoder.{HEAD} of {path} is not the token embedding; only models with a tied "
+            "head work"
+        )
     return tensors
 
 
@@ -108,12 +123,23 @@ def _model(
     def size(name: str, dimension: int) -> int:
         stored = tensors.get(f"model.decoder.{name}.weight")
         if stored is None or len(stored.shape) != 2:
-            raise BadInput(f"tensor decoder.{name}.weight is missing in {path}; give metaseq's consolidated file")
+            raise BadInput(
+                f"tensor decoder.{name}.weight is missing in {path}; give metaseq's consolidated "
+                "file"
+            )
         return stored.shape[dimension]
 
-    rows, width, d_model = size("embed_tokens", 0), size("embed_tokens", 1), size("embed_positions", 1)
+    rows, width, d_model = (
+        size("embed_tokens", 0),
+        size("embed_tokens", 1),
+        size("embed_positions", 1),
+    )
     numbers = [name.split(".")[3] for name in tensors if name.startswith("model.decoder.layers.")]
-    told = preset if preset is not None else ModelConfig(name=path.stem, heads=_heads(path, loaded), dropout=0.1)
+    told = (
+        preset
+        if preset is not None
+        else ModelConfig(name=path.stem, heads=_heads(path, loaded), dropout=0.1)
+    )
     layers = len({number for number in numbers if number.isdecimal()})
     model = replace(
         told,
@@ -129,13 +155,15 @@ def _model(
         model = _as_preset(path, model, preset)
     if d_model % model.heads or not layers:
         raise BadInput(
-            f"{path} has {layers} layers of width {d_model}, which {model.heads} heads do not fit; name --model"
+            f"{path} has {layers} layers of width {d_model}, which {model.heads} heads do not "
+            "fit; name --model"
         )
     return model
 
 
 def _as_preset(path: Path, model: ModelConfig, preset: ModelConfig) -> ModelConfig:
-    """The model that was found, with the rows of its vocabulary that the preset has more for padding.
+    """The model that was found, with the rows of its vocabulary that the preset has more for
+    padding.
 
     Raises:
         BadInput: it is another one.
@@ -143,9 +171,20 @@ def _as_preset(path: Path, model: ModelConfig, preset: ModelConfig) -> ModelConf
     rows = model.vocab_size
     if rows <= preset.vocab_size < rows + VOCABULARY_MULTIPLE:  # not padded yet
         model = replace(model, vocab_size=preset.vocab_size)
-    for key in ("layers", "d_model", "ffn", "layer_norm", "embedding_width", "vocab_size", "positions"):
+    for key in (
+        "layers",
+        "d_model",
+        "ffn",
+        "layer_norm",
+        "embedding_width",
+        "vocab_size",
+        "positions",
+    ):
         if (found := getattr(model, key)) != (wanted := getattr(preset, key)):
-            raise BadInput(f"{path} has {key}={found} where --model={preset.name} has {wanted}; name the right model")
+            raise BadInput(
+                f"{path} has {key}={found} where --model={preset.name} has {wanted}; name the "
+                "right model"
+            )
     return model
 
 

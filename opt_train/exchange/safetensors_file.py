@@ -1,7 +1,9 @@
-"""safetensors files read and written tensor by tensor: 8 bytes of length, a JSON header, then the bytes.
+"""safetensors files read and written tensor by tensor: 8 bytes of length, a JSON header, then the
+bytes.
 
-The header is known ahead, so a file of any size is written while one tensor is in memory. What is read is checked as
-the format's own library does (huggingface/safetensors): every byte belongs to one tensor, and none to two.
+The header is known ahead, so a file of any size is written while one tensor is in memory. What is
+read is checked as the format's own library does (huggingface/safetensors): every byte belongs to
+one tensor, and none to two.
 """
 
 import hashlib
@@ -64,14 +66,21 @@ def read_header(path: Path) -> Header:
     if not isinstance(payload, dict):
         raise _damaged(path, "its header is no JSON object")
     metadata = payload.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _damaged(path, f"{METADATA} of its header does not hold texts")
     first = 8 + length
-    spans = sorted((*_span(path, name, entry, size - first), name) for name, entry in payload.items())
+    spans = sorted(
+        (*_span(path, name, entry, size - first), name) for name, entry in payload.items()
+    )
     end = 0
     for begin, stop, name in spans:
         if begin != end:
-            raise _damaged(path, f"tensor {name} begins at byte {begin}, where {end} is the end of the one before")
+            raise _damaged(
+                path,
+                f"tensor {name} begins at byte {begin}, where {end} is the end of the one before",
+            )
         end = stop
     if end != size - first:
         raise _damaged(path, f"its tensors have {end} bytes and the file holds {size - first}")
@@ -128,20 +137,30 @@ def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise _damaged(path, f"the header does not say type, shape and place of tensor {name}") from None
+        raise _damaged(
+            path, f"the header does not say type, shape and place of tensor {name}"
+        ) from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadInput(f"tensor {name} of {path} has type {dtype}; give it in fp32, bf16 or fp16")
-    if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not isinstance(shape, list) or not all(
+        type(number) is int and number >= 0 for number in (*shape, begin, end)
+    ):
         raise _damaged(path, f"shape or place of tensor {name} are no whole numbers")
     if not begin <= end <= size:
         raise _damaged(path, f"tensor {name} lies at bytes {begin} to {end} of {size}")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
-        raise _damaged(path, f"tensor {name} has shape {shape} and {end - begin} bytes, which do not fit")
+        raise _damaged(
+            path, f"tensor {name} has shape {shape} and {end - begin} bytes, which do not fit"
+        )
     return begin, end
 
 
 def _stored(path: Path, entry: Mapping[str, Any], first: int) -> Stored:
-    shape, dtype, begin = tuple(entry["shape"]), DTYPES[entry["dtype"]], first + entry["data_offsets"][0]
+    shape, dtype, begin = (
+        tuple(entry["shape"]),
+        DTYPES[entry["dtype"]],
+        first + entry["data_offsets"][0],
+    )
     size = math.prod(shape)
 
     def read_some(first_element: int, count: int) -> torch.Tensor:

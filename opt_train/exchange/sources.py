@@ -1,7 +1,9 @@
-"""Weights that others wrote: Hugging Face folders (safetensors, old torch bins) and metaseq's consolidated file.
+"""Weights that others wrote: Hugging Face folders (safetensors, old torch bins) and metaseq's
+consolidated file.
 
-A torch file is a pickle. It is read by torch's own restricted reader, which knows tensors, containers and numbers and
-calls nothing else, so that nothing a file says is executed; its tensors stay on the disk until they are wanted.
+A torch file is a pickle. It is read by torch's own restricted reader, which knows tensors,
+containers and numbers and calls nothing else, so that nothing a file says is executed; its tensors
+stay on the disk until they are wanted.
 """
 
 import argparse
@@ -49,7 +51,8 @@ def open_source(path: Path, kind: str = "", preset: ModelConfig | None = None) -
     """Look into a folder or file without reading its tensors.
 
     Args:
-        path: a Hugging Face folder; or metaseq's consolidated file, or a folder that holds one alone.
+        path: a Hugging Face folder; or metaseq's consolidated file, or a folder that holds one
+            alone.
         kind: ``huggingface`` or ``metaseq``; empty: by what is there.
         preset: the model that it must be, for a file that does not tell; None: what the files say.
 
@@ -57,7 +60,9 @@ def open_source(path: Path, kind: str = "", preset: ModelConfig | None = None) -
         BadInput: something is missing, damaged or no OPT model.
     """
     if not path.exists():
-        raise BadInput(f"{path} does not exist; give a Hugging Face folder or metaseq's consolidated file")
+        raise BadInput(
+            f"{path} does not exist; give a Hugging Face folder or metaseq's consolidated file"
+        )
     single = _consolidated(path, kind)
     if single is not None:
         model, tensors = metaseq.model_and_tensors(single, load_torch_file(single), preset)
@@ -65,8 +70,14 @@ def open_source(path: Path, kind: str = "", preset: ModelConfig | None = None) -
     config = path / CONFIG
     model = from_hugging_face(config, read_json(config))
     kind, tensors = _hugging_face(path)
-    if preset is not None and replace(preset, name=model.name, dropout=model.dropout, init_std=model.init_std) != model:
-        raise BadInput(f"{config} describes another model than --model={preset.name}; leave --model out")
+    if (
+        preset is not None
+        and replace(preset, name=model.name, dropout=model.dropout, init_std=model.init_std)
+        != model
+    ):
+        raise BadInput(
+            f"{config} describes another model than --model={preset.name}; leave --model out"
+        )
     return Source(path, kind, model, _without_head(_full_names(tensors)))
 
 
@@ -92,23 +103,38 @@ def _hugging_face(folder: Path) -> tuple[str, dict[str, Stored]]:
         index = folder / (single + INDEX)
         if index.exists():
             return kind, _sharded(kind, index)
-    raise BadInput(f"{folder} holds neither {SAFETENSORS} nor {BIN}, whole or with an index; get the weights too")
+    raise BadInput(
+        f"{folder} holds neither {SAFETENSORS} nor {BIN}, whole or with an index; get the weights "
+        "too"
+    )
 
 
 def _sharded(kind: str, index: Path) -> dict[str, Stored]:
     placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+    if (
+        not isinstance(placed, dict)
+        or not placed
+        or not all(isinstance(name, str) for name in placed.values())
+    ):
         raise BadInput(f"{index} has no weight_map from tensors to files; get it again")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(placed.values())):
         if PurePosixPath(name).name != name or name in ("", ".", ".."):
-            raise BadInput(f"{index} names {name!r}, which is not a file beside it; do not use this folder")
+            raise BadInput(
+                f"{index} names {name!r}, which is not a file beside it; do not use this folder"
+            )
         for tensor, stored in _tensors_of(kind, index.parent / name).items():
             if placed.get(tensor) != name:
-                raise BadInput(f"tensor {tensor} of {index.parent / name} is not there by {index}; get both again")
+                raise BadInput(
+                    f"tensor {tensor} of {index.parent / name} is not there by {index}; get both "
+                    "again"
+                )
             tensors[tensor] = stored
     if missing := sorted(placed.keys() - tensors.keys()):
-        raise BadInput(f"tensor {missing[0]} is not in {placed[missing[0]]}, where {index} has it; get both again")
+        raise BadInput(
+            f"tensor {missing[0]} is not in {placed[missing[0]]}, where {index} has it; get both "
+            "again"
+        )
     return tensors
 
 
@@ -127,16 +153,24 @@ def in_memory(path: Path, named: Iterable[tuple[object, object]]) -> dict[str, S
     """Tensors of a torch file, mapped and not yet read."""
     tensors = {}
     for name, tensor in named:
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        plain = (
+            isinstance(tensor, torch.Tensor)
+            and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+        )
         if not plain or not isinstance(name, str):
-            raise BadInput(f"{path} holds {str(name)[:80]!r}, which is no plain tensor; give a file of weights alone")
+            raise BadInput(
+                f"{path} holds {str(name)[:80]!r}, which is no plain tensor; give a file of "
+                "weights alone"
+            )
         assert isinstance(tensor, torch.Tensor)
         tensors[name] = Stored(path, tuple(tensor.shape), tensor.dtype, tensor.detach)
     return tensors
 
 
 def load_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote, if that is tensors, containers and numbers (and argparse's plain record of them).
+    """What `torch.save` wrote, if that is tensors, containers and numbers (and argparse's plain
+    record of them).
 
     Raises:
         BadInput: the file is cut, or asks for anything else. Nothing of what it asks for is called.
@@ -153,14 +187,19 @@ def load_torch_file(path: Path) -> Any:
                 # Files of torch before 1.6 cannot be mapped, and are read whole.
                 return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror or error}; mend it and try again") from None
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror or error}; mend it and try again"
+        ) from None
     except Exception as error:  # whatever a hostile or cut file makes the reader raise
         if "Weights only load failed" in str(error):
             raise BadInput(
-                f"{path} holds more than tensors and numbers, or is damaged; nothing of it was executed, "
+                f"{path} holds more than tensors and numbers, or is damaged; nothing of it was "
+                "executed, "
                 "give another file"
             ) from None
-        raise BadInput(f"{path} is no whole file of torch's ({_first_line(error)}); get it again") from None
+        raise BadInput(
+            f"{path} is no whole file of torch's ({_first_line(error)}); get it again"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -173,7 +212,10 @@ def read_json(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise BadInput(f"{path} is missing; get the whole folder")
         if path.stat().st_size > LARGEST_JSON:
-            raise BadInput(f"{path} has {path.stat().st_size} bytes, which is no description of a model; get it again")
+            raise BadInput(
+                f"{path} has {path.stat().st_size} bytes, which is no description of a model; get "
+                "it again"
+            )
         payload = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}; mend it and try again") from None
@@ -186,7 +228,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _full_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Some of the published files begin at `decoder.`: they were saved without their head."""
-    return {(f"model.{name}" if name.startswith("decoder.") else name): stored for name, stored in tensors.items()}
+    return {
+        (f"model.{name}" if name.startswith("decoder.") else name): stored
+        for name, stored in tensors.items()
+    }
 
 
 def _without_head(tensors: dict[str, Stored]) -> dict[str, Stored]:
@@ -197,7 +242,10 @@ def _without_head(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """
     head, embedding = tensors.pop(HEAD, None), tensors.get(EMBEDDING)
     if head is not None and embedding is not None and not same(head, embedding):
-        raise BadInput(f"tensor {HEAD} of {head.where} is not the token embedding; only models with a tied head work")
+        raise BadInput(
+            f"tensor {HEAD} of {head.where} is not the token embedding; only models with a tied "
+            "head work"
+        )
     return tensors
 
 
@@ -205,7 +253,9 @@ def same(one: Stored, other: Stored) -> bool:
     """Whether two tensors hold the same bytes."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(one.read().contiguous().view(torch.uint8), other.read().contiguous().view(torch.uint8))
+    return torch.equal(
+        one.read().contiguous().view(torch.uint8), other.read().contiguous().view(torch.uint8)
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -28,13 +28,16 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    """The whole tensor, in memory that nobody else changes; raises BadInput where the file is too short."""
+    """The whole tensor, in memory that nobody else changes; raises BadInput where the file is too
+    short."""
     pieces: Callable[[], Iterator[torch.Tensor]] | None = None
-    """The elements in order, at most `CHUNK` at a time, where the file allows it: less memory than `read`."""
+    """The elements in order, at most `CHUNK` at a time, where the file allows it: less memory than
+    `read`."""
 
 
 def shapes_of(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every parameter of `OPT(model)` by its name, which is Hugging Face's, and its shape; in the model's order."""
+    """Every parameter of `OPT(model)` by its name, which is Hugging Face's, and its shape; in the
+    model's order."""
     d, width, decoder = model.d_model, model.embedding_width, "model.decoder."
     yield decoder + "embed_tokens.weight", (model.vocab_size, width)
     yield decoder + "embed_positions.weight", (model.positions + POSITION_OFFSET, d)
@@ -66,25 +69,36 @@ def check_complete(source: Path, stored: Mapping[str, Stored], model: ModelConfi
     """Compare names, shapes and types with those that `model` has.
 
     Raises:
-        BadInput: a tensor is missing, unexpected, or of another shape or type; the first such is named.
+        BadInput: a tensor is missing, unexpected, or of another shape or type; the first such is
+            named.
     """
     wanted = set()
-    for name, shape in shapes_of(model):  # ends at the first that is missing, whatever number of layers a file claims
+    for name, shape in shapes_of(
+        model
+    ):  # ends at the first that is missing, whatever number of layers a file claims
         if name not in stored:
-            raise BadInput(f"tensor {name} is missing in {source}; get the whole of it, or name the right model")
+            raise BadInput(
+                f"tensor {name} is missing in {source}; get the whole of it, or name the right "
+                "model"
+            )
         wanted.add(name)
         there = stored[name]
         if there.shape != shape:
             raise BadInput(
-                f"tensor {name} has shape {list(there.shape)} in {there.where} and {list(shape)} in the model; "
+                f"tensor {name} has shape {list(there.shape)} in {there.where} and {list(shape)} "
+                "in the model; "
                 "give the weights of this model"
             )
         if there.dtype not in TYPE_NAMES:
-            raise BadInput(f"tensor {name} of {there.where} has type {there.dtype}; give it in fp32, bf16 or fp16")
+            raise BadInput(
+                f"tensor {name} of {there.where} has type {there.dtype}; give it in fp32, bf16 or "
+                "fp16"
+            )
     for name, there in stored.items():
         if name not in wanted:
             raise BadInput(
-                f"tensor {name} of {there.where} belongs to no part of the model; give an OPT model's weights"
+                f"tensor {name} of {there.where} belongs to no part of the model; give an OPT "
+                "model's weights"
             )
 
 
@@ -94,14 +108,22 @@ def chunks_of(name: str, stored: Stored, dtype: torch.dtype) -> Iterator[torch.T
     Raises:
         BadInput: one is not, in the file or in the other type.
     """
-    for piece in stored.pieces() if stored.pieces is not None else torch.split(stored.read().reshape(-1), CHUNK):
+    for piece in (
+        stored.pieces()
+        if stored.pieces is not None
+        else torch.split(stored.read().reshape(-1), CHUNK)
+    ):
         converted = piece.to(dtype)
         if not torch.isfinite(converted).all():
             if torch.isfinite(piece).all():
                 raise BadInput(
-                    f"tensor {name} of {stored.where} has numbers too large for {TYPE_NAMES[dtype]}; use --dtype bf16"
+                    f"tensor {name} of {stored.where} has numbers too large for "
+                    f"{TYPE_NAMES[dtype]}; use --dtype bf16"
                 )
-            raise BadInput(f"tensor {name} of {stored.where} has a number that is not finite; give healthy weights")
+            raise BadInput(
+                f"tensor {name} of {stored.where} has a number that is not finite; give healthy "
+                "weights"
+            )
         yield converted
 
 

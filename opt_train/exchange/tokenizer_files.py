@@ -39,7 +39,9 @@ def copy(files: Iterable[Path], folder: Path) -> list[Path]:
     copies = []
     for path in files:
         if path.stat().st_size > LARGEST:
-            raise BadInput(f"{path} has {path.stat().st_size} bytes, which is no tokenizer; remove it")
+            raise BadInput(
+                f"{path} has {path.stat().st_size} bytes, which is no tokenizer; remove it"
+            )
         folder.mkdir(exist_ok=True)
         write_durably(folder / path.name, path.read_bytes())
         copies.append(folder / path.name)
@@ -47,7 +49,8 @@ def copy(files: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def add_settings(folder: Path, positions: int) -> None:
-    """Make transformers' `AutoTokenizer` able to read a `tokenizer.json` that came without its settings."""
+    """Make transformers' `AutoTokenizer` able to read a `tokenizer.json` that came without its
+    settings."""
     if not (folder / TOKENIZER).is_file() or (folder / SETTINGS).exists():
         return
     start, pad, end, unknown = tokenizer.SPECIALS
@@ -72,7 +75,9 @@ def configuration_of(folder: Path) -> TokenizerConfig | Path:
     if (folder / TOKENIZER).is_file():
         return folder / TOKENIZER
     if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
-        return TokenizerConfig(vocab_file=str(folder / VOCABULARY), merges_file=str(folder / MERGES))
+        return TokenizerConfig(
+            vocab_file=str(folder / VOCABULARY), merges_file=str(folder / MERGES)
+        )
     raise BadInput(f"{folder.parent} came without a tokenizer; name prepared data with --data")
 
 

@@ -1,7 +1,8 @@
-"""The largest attention logit, which no fused attention tells: an early sign of divergence (arXiv 2309.14322).
+"""The largest attention logit, which no fused attention tells: an early sign of divergence (arXiv
+2309.14322).
 
-A product of its own, beside the attention that trains, and out of sight of autograd and the compiler: so what trains is
-computed as ever.
+A product of its own, beside the attention that trains, and out of sight of autograd and the
+compiler: so what trains is computed as ever.
 """
 
 import math
@@ -15,10 +16,11 @@ LOGITS_AT_ONCE = 1 << 24
 
 @torch.library.custom_op("opt_train::note_largest_logits", mutates_args=("largest",))
 def note_largest_logits(largest: Tensor, query: Tensor, key: Tensor) -> None:
-    """Raise `largest` to the sequences' largest causal logit, q k / sqrt(d_model / heads), over all heads.
+    """Raise `largest` to the sequences' largest causal logit, q k / sqrt(d_model / heads), over all
+    heads.
 
-    Noting the same twice changes nothing, so a recomputed forward pass does no harm. One operation to the compiler,
-    whatever it does inside. A NaN stays.
+    Noting the same twice changes nothing, so a recomputed forward pass does no harm. One operation
+    to the compiler, whatever it does inside. A NaN stays.
 
     Args:
         largest: fp32, [batch].

@@ -1,11 +1,13 @@
-"""Keys and values of tokens that a decoder has already seen, so that the next token costs one token's work."""
+"""Keys and values of tokens that a decoder has already seen, so that the next token costs one
+token's work."""
 
 import torch
 from torch import Tensor
 
 
 class KeyValues:
-    """One layer's part: room for `capacity` tokens, made when the first come and their shape and type are known."""
+    """One layer's part: room for `capacity` tokens, made when the first come and their shape and
+    type are known."""
 
     def __init__(self, capacity: int) -> None:
         self.length = 0

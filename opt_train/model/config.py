@@ -13,11 +13,11 @@ class ModelConfig:
     d_model: int = 768
     ffn: int = 3072
     layer_norm: str = "pre"
-    """``pre``: before attention and feed-forward network, and a final one; ``post``: behind each residual, no final
-    one, as in the released OPT-350M."""
+    """``pre``: before attention and feed-forward network, and a final one; ``post``: behind each
+    residual, no final one, as in the released OPT-350M."""
     embed_dim: int = 0
-    """Width of the token embedding and so of the tied head; another one than `d_model` is projected to it and back
-    (OPT-350M: 512). 0: `d_model`."""
+    """Width of the token embedding and so of the tied head; another one than `d_model` is projected
+    to it and back (OPT-350M: 512). 0: `d_model`."""
     vocab_size: int = 50272
     positions: int = 2048
     """Longest sequence; the table has two rows more (OPT's offset)."""

@@ -1,6 +1,8 @@
-"""The OPT decoder (arXiv 2205.01068, section 2.1), with the parameter names of Hugging Face's `OPTForCausalLM`.
+"""The OPT decoder (arXiv 2205.01068, section 2.1), with the parameter names of Hugging Face's
+`OPTForCausalLM`.
 
-Two options make the released OPT-350M of it: LayerNorms behind the residuals, and an embedding of another width.
+Two options make the released OPT-350M of it: LayerNorms behind the residuals, and an embedding of
+another width.
 """
 
 from typing import NamedTuple
@@ -26,14 +28,16 @@ class Loss(NamedTuple):
     loss_sum: Tensor
     """Weighted sum of cross entropies in nats, fp32, differentiable."""
     activation_squares: Tensor
-    """Weighted sum of the squared L2 norms of the last layer's output, fp32, detached: OPT's divergence signal."""
+    """Weighted sum of the squared L2 norms of the last layer's output, fp32, detached: OPT's
+    divergence signal."""
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention with biases."""
 
     largest_logits: Tensor | None
-    """fp32, [batch]: where the forward pass notes each sequence's largest logit; None: it does not look."""
+    """fp32, [batch]: where the forward pass notes each sequence's largest logit; None: it does not
+    look."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,7 +50,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, hidden: Tensor, past: KeyValues | None = None) -> Tensor:
-        """[batch, sequence, d_model] -> the same shape; with `past`, the sequence goes on from the tokens in it."""
+        """[batch, sequence, d_model] -> the same shape; with `past`, the sequence goes on from the
+        tokens in it."""
         query, key, value = (
             projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -58,13 +63,16 @@ class Attention(nn.Module):
             key, value = past.extended(key, value)
             mask = causal_mask(query.shape[2], key.shape[2], hidden.device)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None
+        )
         output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))
         return output
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then a ReLU feed-forward network, each with a residual and a LayerNorm.
+    """One decoder layer: attention, then a ReLU feed-forward network, each with a residual and a
+    LayerNorm.
 
     The LayerNorm stands before the work (``pre``) or behind the residual (``post``).
     """
@@ -83,9 +91,13 @@ class Block(nn.Module):
         """[batch, sequence, d_model] -> the same shape."""
         normed = self._before(self.self_attn_layer_norm, hidden)
         attended = self.self_attn(normed) if past is None else self.self_attn(normed, past)
-        hidden = self._behind(self.self_attn_layer_norm, hidden + F.dropout(attended, self.dropout, self.training))
+        hidden = self._behind(
+            self.self_attn_layer_norm, hidden + F.dropout(attended, self.dropout, self.training)
+        )
         fed = self.fc2(F.relu(self.fc1(self._before(self.final_layer_norm, hidden))))
-        return self._behind(self.final_layer_norm, hidden + F.dropout(fed, self.dropout, self.training))
+        return self._behind(
+            self.final_layer_norm, hidden + F.dropout(fed, self.dropout, self.training)
+        )
 
     def _before(self, layer_norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
         normed: Tensor = layer_norm(hidden) if self.normed_before else hidden
@@ -97,7 +109,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks and the final LayerNorm; projections where the token embedding has another width."""
+    """Embeddings, blocks and the final LayerNorm; projections where the token embedding has another
+    width."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +125,8 @@ class Decoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS) if normed else None
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Ids [batch, sequence] -> the last layer's output before the final LayerNorm, [batch, sequence, d_model].
+        """Ids [batch, sequence] -> the last layer's output before the final LayerNorm, [batch,
+        sequence, d_model].
 
         With a `cache` the tokens go on from those that it holds, and are added to it.
         """
@@ -127,7 +141,8 @@ class Decoder(nn.Module):
         return hidden
 
     def to_head(self, hidden: Tensor) -> Tensor:
-        """What the tied head multiplies: `forward`'s output -> [batch, sequence, width of the token embedding]."""
+        """What the tied head multiplies: `forward`'s output -> [batch, sequence, width of the token
+        embedding]."""
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         if self.project_out is not None:
@@ -164,7 +179,8 @@ class OPT(nn.Module):
             tokens: ids, [batch, sequence].
             targets: the next ids, [batch, sequence].
             weights: what each token counts, fp32, [batch] or [batch, sequence]; None: 1 each.
-            grad_scale: fp32 scalar that gradients of the loss are multiplied by; the loss itself is not.
+            grad_scale: fp32 scalar that gradients of the loss are multiplied by; the loss itself is
+                not.
 
         Returns:
             Logits [batch, sequence, vocabulary] in the compute type, or `Loss`.
@@ -192,7 +208,8 @@ class OPT(nn.Module):
         return Loss(loss_sum, activation_squares)
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """What may follow the tokens that `cache` holds and then `tokens`, which it holds afterwards.
+        """What may follow the tokens that `cache` holds and then `tokens`, which it holds
+        afterwards.
 
         For a model in one piece, without gradients.
 
@@ -208,10 +225,11 @@ class OPT(nn.Module):
 
 
 def _for_head(normed: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, dist.ProcessGroup | None]:
-    """What the head multiplies: [batch, sequence, width], its rows of the vocabulary, and who has the other rows.
+    """What the head multiplies: [batch, sequence, width], its rows of the vocabulary, and who has
+    the other rows.
 
-    Under tensor parallelism `normed` arrives in parts of the sequence, which are gathered; its gradient is summed and
-    split again on the way back.
+    Under tensor parallelism `normed` arrives in parts of the sequence, which are gathered; its
+    gradient is summed and split again on the way back.
     """
     if not isinstance(embedding, DTensor):
         return normed, embedding, None

@@ -1,4 +1,5 @@
-"""Initial weights that depend on the seed and on nothing else: not on layout, world size or order of construction."""
+"""Initial weights that depend on the seed and on nothing else: not on layout, world size or order
+of construction."""
 
 import hashlib
 import math
@@ -17,16 +18,20 @@ ROWS = 256
 """Rows that one generator draws."""
 
 SCALED_DOWN = ("self_attn.out_proj.weight", "fc2.weight")
-"""The matrices that write into the residual stream: their standard deviation is divided by sqrt(2 layers)."""
+"""The matrices that write into the residual stream: their standard deviation is divided by sqrt(2
+layers)."""
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int, progress: Progress | None = None) -> None:
-    """Fill `model`'s parameters: N(0, ``model.init_std``), biases 0, LayerNorms 1 (arXiv 2205.01068, section 2.2).
+def initialise(
+    model: nn.Module, config: ModelConfig, seed: int, progress: Progress | None = None
+) -> None:
+    """Fill `model`'s parameters: N(0, ``model.init_std``), biases 0, LayerNorms 1 (arXiv
+    2205.01068, section 2.2).
 
-    A matrix is drawn on the CPU in blocks of rows, each from a generator of its own, and a rank draws the blocks that
-    it holds rows of. DTensor has no random numbers of its own on a CPU mesh: drawing shards in place would give each
-    rank the same ones.
+    A matrix is drawn on the CPU in blocks of rows, each from a generator of its own, and a rank
+    draws the blocks that it holds rows of. DTensor has no random numbers of its own on a CPU mesh:
+    drawing shards in place would give each rank the same ones.
     """
     parameters = list(model.named_parameters())
     for done, (name, parameter) in enumerate(parameters):
@@ -50,7 +55,9 @@ def _draw(parameter: Tensor, std: float, key: str) -> None:
     columns = slice(own_columns.start, own_columns.stop)
     for start in range(first - first % ROWS, end, ROWS):
         rows = min(ROWS, parameter.shape[0] - start)
-        block = torch.empty(rows, parameter.shape[1]).normal_(0.0, std, generator=_generator(f"{key}:{start}"))
+        block = torch.empty(rows, parameter.shape[1]).normal_(
+            0.0, std, generator=_generator(f"{key}:{start}")
+        )
         begin, stop = max(first, start), min(end, start + rows)
         local[begin - first : stop - first].copy_(block[begin - start : stop - start, columns])
 
@@ -63,7 +70,8 @@ def _own_part(parameter: Tensor, dim: int) -> range:
     part = range(parameter.shape[dim])
     if isinstance(parameter, DTensor):
         for number, placement in reversed(list(enumerate(parameter.placements))):
-            # FSDP over tensor parallelism has a placement of its own kind, which also tells its `dim`.
+            # FSDP over tensor parallelism has a placement of its own kind, which also tells its
+            # `dim`.
             if getattr(placement, "dim", None) == dim:
                 mesh = parameter.device_mesh
                 chunk = -(-len(part) // mesh.size(number))

@@ -1,4 +1,5 @@
-"""Cross entropy of a tied output head, a slice of the tokens at a time, so that the logits never exist all at once."""
+"""Cross entropy of a tied output head, a slice of the tokens at a time, so that the logits never
+exist all at once."""
 
 from typing import Any
 
@@ -23,27 +24,33 @@ def cross_entropy_sum(
 
     Args:
         hidden: output of the final LayerNorm, [tokens, d_model], in the compute type.
-        embedding: the tied matrix, [vocabulary, d_model], in the compute type. With a `group`, this rank's rows of it.
+        embedding: the tied matrix, [vocabulary, d_model], in the compute type. With a `group`, this
+            rank's rows of it.
         targets: the next token's id, [tokens].
         weights: what each token counts, [tokens], fp32; 0 for padding.
-        grad_scale: fp32 scalar on the device: backward yields gradients of the sum times this. It enters where the
-            logits' gradient is still fp32, before fp16 could lose it.
-        group: ranks that hold the vocabulary together, equal numbers of rows in the group's order (Megatron-LM, arXiv
-            1909.08053, section 3). All get the same sum; the gradient of `hidden` is then this rank's part of a sum.
+        grad_scale: fp32 scalar on the device: backward yields gradients of the sum times this. It
+            enters where the logits' gradient is still fp32, before fp16 could lose it.
+        group: ranks that hold the vocabulary together, equal numbers of rows in the group's order
+            (Megatron-LM, arXiv 1909.08053, section 3). All get the same sum; the gradient of
+            `hidden` is then this rank's part of a sum.
 
     Returns:
         A scalar in fp32.
     """
     # Asked here, because inside a Function gradients are off and its inputs do not tell.
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or embedding.requires_grad)
-    total: Tensor = _HeadAndLoss.apply(hidden, embedding, targets, weights, grad_scale, group, wanted)  # type: ignore[no-untyped-call]  # torch's
+    total: Tensor = _HeadAndLoss.apply(
+        hidden, embedding, targets, weights, grad_scale, group, wanted
+    )  # type: ignore[no-untyped-call]  # torch's
     return total
 
 
 class _HeadAndLoss(torch.autograd.Function):
-    """Forward computes the gradients too, slice by slice, so backward needs no logits and no second product.
+    """Forward computes the gradients too, slice by slice, so backward needs no logits and no second
+    product.
 
-    The idea is that of Liger Kernel's fused linear cross entropy (arXiv 2410.10989), in plain torch.
+    The idea is that of Liger Kernel's fused linear cross entropy (arXiv 2410.10989), in plain
+    torch.
     """
 
     @staticmethod
@@ -60,7 +67,9 @@ class _HeadAndLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
         # fp32, because many slices add up here.
-        grad_embedding = torch.zeros_like(embedding, dtype=torch.float32) if wanted else hidden.new_empty(0)
+        grad_embedding = (
+            torch.zeros_like(embedding, dtype=torch.float32) if wanted else hidden.new_empty(0)
+        )
         if group is not None:
             targets = targets - dist.get_rank(group) * embedding.shape[0]
         grad_weights = weights if grad_scale is None else weights * grad_scale
@@ -77,8 +86,8 @@ class _HeadAndLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_embedding = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        # In place: the largest gradient of the model need not exist twice. A second backward finds them changed and
-        # raises.
+        # In place: the largest gradient of the model need not exist twice. A second backward finds
+        # them changed and raises.
         return grad_hidden.mul_(scale), grad_embedding.mul_(scale), None, None, None, None, None
 
 
@@ -93,10 +102,13 @@ def _slice(
     """The loss of a slice of the tokens, whose logits are gone when it returns.
 
     Args:
-        gradients: to write (of `hidden`), to add to (of `embedding`, fp32), and what each token's gradient counts.
+        gradients: to write (of `hidden`), to add to (of `embedding`, fp32), and what each token's
+            gradient counts.
     """
     index, here = _own_rows(targets[:, None], embedding.shape[0], group)
-    log_probabilities, of_target = _log_softmax(F.linear(hidden, embedding).float(), index, here, group)
+    log_probabilities, of_target = _log_softmax(
+        F.linear(hidden, embedding).float(), index, here, group
+    )
     if gradients is not None:
         grad_hidden, grad_embedding, grad_weights = gradients
         grad_logits = log_probabilities.exp_()
@@ -112,14 +124,17 @@ def _slice(
 
 
 def _own_rows(targets: Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Which of this rank's logits is the target's, [tokens, 1], and 1.0 where it has it, 0.0 where another rank has."""
+    """Which of this rank's logits is the target's, [tokens, 1], and 1.0 where it has it, 0.0 where
+    another rank has."""
     if group is None:
         return targets, torch.ones_like(targets, dtype=torch.float32)
     here = (targets >= 0) & (targets < rows)
     return targets.clamp(0, rows - 1), here.float()
 
 
-def _log_softmax(logits: Tensor, index: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _log_softmax(
+    logits: Tensor, index: Tensor, here: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Log probabilities of this rank's part of the vocabulary, and of the targets, [tokens, 1]."""
     if group is None:
         log_probabilities = logits.log_softmax(dim=-1)
@@ -127,7 +142,9 @@ def _log_softmax(logits: Tensor, index: Tensor, here: Tensor, group: dist.Proces
     largest = logits.amax(dim=-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     logits -= largest
-    sums = torch.cat([logits.exp().sum(dim=-1, keepdim=True), logits.gather(1, index) * here], dim=-1)
+    sums = torch.cat(
+        [logits.exp().sum(dim=-1, keepdim=True), logits.gather(1, index) * here], dim=-1
+    )
     dist.all_reduce(sums, group=group)
     log_sum = sums[:, :1].log()
     logits -= log_sum

@@ -11,14 +11,19 @@ from opt_train.optim.apex import ApexAdamW, choose
 from opt_train.optim.memory_efficient import MemoryEfficientAdamW
 
 
-def make_optimizer(model: nn.Module, values: Mapping[str, float], fused: str = "torch") -> Optimizer:
-    """AdamW over `model`'s parameters; ``optim.weight_decay`` on matrices, not on biases and LayerNorms.
+def make_optimizer(
+    model: nn.Module, values: Mapping[str, float], fused: str = "torch"
+) -> Optimizer:
+    """AdamW over `model`'s parameters; ``optim.weight_decay`` on matrices, not on biases and
+    LayerNorms.
 
-    Which ones decay OPT's paper leaves open; these are Megatron-LM's two groups, embeddings among the first
-    (`get_params_for_weight_decay_optimization` of the code that arXiv 2205.01068, section 2.2, follows).
+    Which ones decay OPT's paper leaves open; these are Megatron-LM's two groups, embeddings among
+    the first (`get_params_for_weight_decay_optimization` of the code that arXiv 2205.01068, section
+    2.2, follows).
 
-    torch's fused one or apex's, or `MemoryEfficientAdamW` where weights are in fp16. The moments exist from the start
-    (zeros), so that a restore has tensors to fill; they are the same whoever updates them.
+    torch's fused one or apex's, or `MemoryEfficientAdamW` where weights are in fp16. The moments
+    exist from the start (zeros), so that a restore has tensors to fill; they are the same whoever
+    updates them.
 
     Args:
         values: what is in force (`opt_train.optim.in_force`).
@@ -52,7 +57,8 @@ def make_optimizer(model: nn.Module, values: Mapping[str, float], fused: str = "
 
 
 def put_in_force(optimizer: Optimizer, values: Mapping[str, float]) -> None:
-    """Set LR, betas, eps and decay. Done before every step, so that nothing a checkpoint carried can outlive it."""
+    """Set LR, betas, eps and decay. Done before every step, so that nothing a checkpoint carried
+    can outlive it."""
     for group in optimizer.param_groups:
         group["lr"] = values["lr"]
         group["betas"] = (values["beta1"], values["beta2"])
@@ -63,7 +69,8 @@ def put_in_force(optimizer: Optimizer, values: Mapping[str, float]) -> None:
 def really_in_force(optimizer: Optimizer) -> dict[str, float]:
     """LR, betas, eps, decay and updates as the optimizer itself holds them. Waits for the device.
 
-    NaN, which equals nothing, where groups or parameters that should agree do not, or where a vector decays.
+    NaN, which equals nothing, where groups or parameters that should agree do not, or where a
+    vector decays.
     """
     groups = optimizer.param_groups
     updates = _only({int(state["step"].item()) for state in optimizer.state.values()})
@@ -84,13 +91,15 @@ def _only(values: set[float]) -> float:
 
 
 def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> None:
-    """One update, unless `skip` (fp32 scalar on the device) is 1: then nothing changes, to the bit, NaN or not.
+    """One update, unless `skip` (fp32 scalar on the device) is 1: then nothing changes, to the bit,
+    NaN or not.
 
-    The kernel reads the flag, so the host never waits. The bias correction's step count is undone with it.
+    The kernel reads the flag, so the host never waits. The bias correction's step count is undone
+    with it.
 
     Args:
-        factor: what gradients are to be multiplied by (`Verdict.factor`), fp32 scalar on the device; None: 1. The
-            kernel does that too, so no pass over the gradients is spent on it.
+        factor: what gradients are to be multiplied by (`Verdict.factor`), fp32 scalar on the
+            device; None: 1. The kernel does that too, so no pass over the gradients is spent on it.
     """
     # The attributes that torch.amp.GradScaler sets.
     optimizer.found_inf = skip  # type: ignore[attr-defined]

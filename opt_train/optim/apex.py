@@ -1,8 +1,10 @@
-"""NVIDIA's apex, where it is installed: its FusedAdam under our contract, and its FusedLayerNorm. On GPUs alone.
+"""NVIDIA's apex, where it is installed: its FusedAdam under our contract, and its FusedLayerNorm.
+On GPUs alone.
 
-PyPI's `apex` is another package, so what counts is FusedAdam and FusedLayerNorm themselves, never that `import apex`
-works. Written after NVIDIA/apex `apex/optimizers/fused_adam.py`, `csrc/multi_tensor_adam.cu` and
-`csrc/multi_tensor_apply.cuh`; docs/decisions/apex.md says what was and was not tried.
+PyPI's `apex` is another package, so what counts is FusedAdam and FusedLayerNorm themselves, never
+that `import apex` works. Written after NVIDIA/apex `apex/optimizers/fused_adam.py`,
+`csrc/multi_tensor_adam.cu` and `csrc/multi_tensor_apply.cuh`; docs/decisions/apex.md says what was
+and was not tried.
 """
 
 import functools
@@ -55,13 +57,17 @@ def choose(wanted: str, device: torch.device) -> Apex | None:
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
-        raise BadInput(f"optim.fused=apex works on a GPU alone, and this is a {device.type}; use optim.fused=auto")
+        raise BadInput(
+            f"optim.fused=apex works on a GPU alone, and this is a {device.type}; use "
+            "optim.fused=auto"
+        )
     found = find()
     if isinstance(found, Apex):
         return found
     if wanted == "apex":
         raise BadInput(
-            f"optim.fused=apex, but {found.why}; build NVIDIA's from github.com/NVIDIA/apex with its CUDA extensions "
+            f"optim.fused=apex, but {found.why}; build NVIDIA's from github.com/NVIDIA/apex with "
+            "its CUDA extensions "
             "(PyPI's apex is another package), or use optim.fused=auto"
         )
     if found.is_surprising:
@@ -78,16 +84,26 @@ def find() -> Apex | NoApex:
     # Looked for beside `apex` and not through it: a stranger's package is not even imported.
     folders = package.submodule_search_locations or []
     if importlib.machinery.PathFinder.find_spec("apex.optimizers", folders) is None:
-        return NoApex("the installed apex is not NVIDIA's but another package of that name", is_surprising=True)
+        return NoApex(
+            "the installed apex is not NVIDIA's but another package of that name",
+            is_surprising=True,
+        )
     if missing := [name for name in EXTENSIONS if importlib.util.find_spec(name) is None]:
-        return NoApex(f"the installed apex was built without {' and '.join(missing)}", is_surprising=True)
+        return NoApex(
+            f"the installed apex was built without {' and '.join(missing)}", is_surprising=True
+        )
     try:
         return Apex(
             importlib.import_module("apex.optimizers").FusedAdam,
             importlib.import_module("apex.normalization").FusedLayerNorm,
         )
-    except Exception as error:  # an extension built for another torch or CUDA fails in ways of its own
-        return NoApex(f"the installed apex cannot be imported ({type(error).__name__}: {error})", is_surprising=True)
+    except (
+        Exception
+    ) as error:  # an extension built for another torch or CUDA fails in ways of its own
+        return NoApex(
+            f"the installed apex cannot be imported ({type(error).__name__}: {error})",
+            is_surprising=True,
+        )
 
 
 @functools.cache
@@ -95,33 +111,38 @@ def _tell_once(sentence: str) -> None:
     log.warning(sentence)
 
 
-# LayerNorm ----------------------------------------------------------------------------------------------------
+# LayerNorm ----------------------------------------------------------------------------------------
 
 
 def fuse_layer_norms(model: nn.Module, apex: Apex) -> None:
-    """Let apex compute every LayerNorm of `model`: the same parameters under the same names, in another module.
+    """Let apex compute every LayerNorm of `model`: the same parameters under the same names, in
+    another module.
 
-    For a model whose parameters are plain tensors and whose blocks are not compiled: apex's kernels take no DTensors,
-    and a compiler makes its own.
+    For a model whose parameters are plain tensors and whose blocks are not compiled: apex's kernels
+    take no DTensors, and a compiler makes its own.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.LayerNorm:
                 with torch.device("meta"):  # parameters of its own, that nobody will see
-                    fused = apex.fused_layer_norm(child.normalized_shape, eps=child.eps, elementwise_affine=True)
+                    fused = apex.fused_layer_norm(
+                        child.normalized_shape, eps=child.eps, elementwise_affine=True
+                    )
                 fused.weight, fused.bias = child.weight, child.bias
                 setattr(module, name, fused.train(child.training))
 
 
-# AdamW --------------------------------------------------------------------------------------------------------
+# AdamW --------------------------------------------------------------------------------------------
 
 
 class ApexAdamW(Optimizer):
-    """FusedAdam over this rank's parts of the parameters, all fp32, with the state that torch's AdamW has.
+    """FusedAdam over this rank's parts of the parameters, all fp32, with the state that torch's
+    AdamW has.
 
-    FusedAdam lives inside and is handed its lists at each step: its kernels know no DTensor, and an empty part at a
-    list's end would keep them from being launched. It is made `capturable`, its word for a step that the host does not
-    wait for, and gets the verdict where it looks for a gradient scaler's. The state must be given (`make_optimizer`).
+    FusedAdam lives inside and is handed its lists at each step: its kernels know no DTensor, and an
+    empty part at a list's end would keep them from being launched. It is made `capturable`, its
+    word for a step that the host does not wait for, and gets the verdict where it looks for a
+    gradient scaler's. The state must be given (`make_optimizer`).
     """
 
     gradient_factor: Tensor | None = None
@@ -130,22 +151,27 @@ class ApexAdamW(Optimizer):
     """fp32 scalar on the device: where it is 1, `step` changes nothing, to the bit; None: 0."""
 
     def __init__(self, params: Iterable[Any], apex: Apex, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})
+        super().__init__(
+            params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+        )
         held = [(group, _not_empty(group)) for group in self.param_groups]
         self._groups = [group for group, parameters in held if parameters]
         """Those that this rank holds anything of; FusedAdam's are in the same order."""
         lists = [{"params": [_held(p) for p in parameters]} for _, parameters in held if parameters]
-        self._fused: Any = apex.fused_adam(lists, lr=lr, adam_w_mode=True, capturable=True) if lists else None
+        self._fused: Any = (
+            apex.fused_adam(lists, lr=lr, adam_w_mode=True, capturable=True) if lists else None
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's overloads
-        """One update of every parameter; each must have a gradient. Nothing waits for the device."""
+        """One update of every parameter; each must have a gradient. Nothing waits for the
+        device."""
         assert closure is None, "gradients are computed outside"
         steps = [state["step"] for state in self.state.values()]
         skip = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
         if self._fused is not None:
-            # FusedAdam counts its steps by this buffer before it looks at the verdict, so would go by the last step's,
-            # and in its second group by this one's.
+            # FusedAdam counts its steps by this buffer before it looks at the verdict, so would go
+            # by the last step's, and in its second group by this one's.
             self._fused._dummy_overflow_buf.copy_(skip)
             self._fused.state.clear()
             for group, fused in zip(self._groups, self._fused.param_groups, strict=True):
@@ -181,7 +207,8 @@ class _Verdict:
         return {self._skip.device: self._skip}
 
     def _get_scale_async(self) -> Tensor:
-        # FusedAdam takes the reciprocal back, in double precision too: what that rounds to in fp32 is the factor.
+        # FusedAdam takes the reciprocal back, in double precision too: what that rounds to in fp32
+        # is the factor.
         return self._factor.double().reciprocal()
 
 

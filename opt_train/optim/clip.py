@@ -16,7 +16,8 @@ class GradNorm(NamedTuple):
     norm: Tensor
     """Global L2 norm of the averaged gradient, without the loss scale, fp64."""
     divisor: Tensor
-    """What makes averages of the summed gradients: the world's tokens times the gradients' scale, fp64."""
+    """What makes averages of the summed gradients: the world's tokens times the gradients' scale,
+    fp64."""
 
 
 class Verdict(NamedTuple):
@@ -29,15 +30,17 @@ class Verdict(NamedTuple):
     skip: Tensor
     """fp32: 1 where the norm is not finite, so that no rank may apply it."""
     factor: Tensor
-    """fp32: what the update multiplies the summed gradients by: average, clipping and loss scale in one."""
+    """fp32: what the update multiplies the summed gradients by: average, clipping and loss scale in
+    one."""
 
 
 def predivision(enabled: bool, data_world: int) -> float:
     """What gradients are multiplied by before they are summed over `data_world` ranks.
 
-    OPT divided by N in two steps, by the square root of N before the sum and again behind it, so that neither what is
-    summed underflows nor the sum overflows in fp16 (arXiv 2205.01068, section 2.2). The second half is part of
-    `Verdict.factor`. `enabled` is ``precision.predivide``, for fp16 alone.
+    OPT divided by N in two steps, by the square root of N before the sum and again behind it, so
+    that neither what is summed underflows nor the sum overflows in fp16 (arXiv 2205.01068, section
+    2.2). The second half is part of `Verdict.factor`. `enabled` is ``precision.predivide``, for
+    fp16 alone.
     """
     return 1.0 / math.sqrt(data_world) if enabled else 1.0
 
@@ -46,14 +49,17 @@ def predivision(enabled: bool, data_world: int) -> float:
 def global_norm(
     parts: Sequence[Tensor], copies: Sequence[int], tokens: Tensor, grad_scale: Tensor | None = None
 ) -> GradNorm:
-    """The norm of the gradient that all ranks hold together, divided by the world's tokens and by `grad_scale`.
+    """The norm of the gradient that all ranks hold together, divided by the world's tokens and by
+    `grad_scale`.
 
-    One small reduction over the world carries all: every rank gets the same norm, so all clip, or skip, alike.
+    One small reduction over the world carries all: every rank gets the same norm, so all clip, or
+    skip, alike.
 
     Args:
         parts: this rank's parts of gradients, sums over ranks.
         copies: how many ranks hold each of them (`copies_of`).
-        tokens: weight of this rank's tokens, fp64 scalar on the device. Ranks that read the same ones share it out.
+        tokens: weight of this rank's tokens, fp64 scalar on the device. Ranks that read the same
+            ones share it out.
         grad_scale: fp32 scalar that the gradients came multiplied by; None: 1.
     """
     # In fp32 whatever the gradients are in: an fp16 norm overflows where no element does.
@@ -61,7 +67,10 @@ def global_norm(
     if len(set(copies)) == 1:  # divided once, as a sum: most layouts have no others
         squares = norms.square().sum() / copies[0]
     else:
-        squares = (norms.square() / torch.tensor(copies, dtype=torch.float64).to(norms.device, non_blocking=True)).sum()
+        squares = (
+            norms.square()
+            / torch.tensor(copies, dtype=torch.float64).to(norms.device, non_blocking=True)
+        ).sum()
     sums = torch.stack([squares, tokens.double()])
     dist.all_reduce(sums)
     divisor = sums[1] if grad_scale is None else sums[1] * grad_scale.double()
@@ -70,13 +79,19 @@ def global_norm(
 
 @torch.no_grad()
 def clip(grad_norm: GradNorm, max_norm: float) -> Verdict:
-    """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is not finite.
+    """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is
+    not finite.
 
     OPT's ``optim.clip`` is 1.0, and was 0.3 late in the 175B run (arXiv 2205.01068, section 2.2).
     """
     norm = grad_norm.norm
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return Verdict(norm, norm * coefficient, (~norm.isfinite()).float(), (coefficient / grad_norm.divisor).float())
+    return Verdict(
+        norm,
+        norm * coefficient,
+        (~norm.isfinite()).float(),
+        (coefficient / grad_norm.divisor).float(),
+    )
 
 
 def local_part(gradient: Tensor) -> Tensor:
@@ -89,7 +104,11 @@ def copies_of(gradient: Tensor) -> int:
     if not isinstance(gradient, DTensor):
         return dist.get_world_size()
     mesh, placements = gradient.device_mesh, gradient.placements
-    assert not any(isinstance(placement, Partial) for placement in placements), "a gradient that is still to be summed"
-    inside = math.prod(mesh.size(d) for d, placement in enumerate(placements) if isinstance(placement, Replicate))
+    assert not any(isinstance(placement, Partial) for placement in placements), (
+        "a gradient that is still to be summed"
+    )
+    inside = math.prod(
+        mesh.size(d) for d, placement in enumerate(placements) if isinstance(placement, Replicate)
+    )
     # The parameter may live on a part of the world, and on each other part of that size just so.
     return inside * dist.get_world_size() // mesh.size()

@@ -22,5 +22,6 @@ class OptimConfig:
     final_fraction: float = 0.1
     """The floor as a part of the peak."""
     fused: str = "auto"
-    """Whose kernels update fp32 weights and compute LayerNorms. ``apex``: NVIDIA's, on GPUs alone, LayerNorms where
-    neither tensor groups nor a compiler have them; ``torch``; ``auto``: apex where it is installed."""
+    """Whose kernels update fp32 weights and compute LayerNorms. ``apex``: NVIDIA's, on GPUs alone,
+    LayerNorms where neither tensor groups nor a compiler have them; ``torch``; ``auto``: apex where
+    it is installed."""

@@ -1,4 +1,5 @@
-"""What is in force at a step: one pure function for rank and supervisor. Standard library and configurations only."""
+"""What is in force at a step: one pure function for rank and supervisor. Standard library and
+configurations only."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from opt_train.parallel.config import PrecisionConfig
 
 
 class Portions(Protocol):
-    """What this room needs of a `TrainConfig`, which it does not import: arrows point the other way."""
+    """What this room needs of a `TrainConfig`, which it does not import: arrows point the other
+    way."""
 
     @property
     def steps(self) -> int: ...
@@ -38,13 +40,16 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
     """The values that batch `step` (from 0) is trained with.
 
     `samples` is the number of sequences consumed before the step, which is where the cursor stands.
-    A dynamic loss scale is not in here: it is state, and `report_in_force` compares it with the checkpoint's.
+    A dynamic loss scale is not in here: it is state, and `report_in_force` compares it with the
+    checkpoint's.
 
     Raises:
         ValueError: the ledger holds an intervention that this version does not know.
     """
     if ledger:
-        raise ValueError(f"the ledger holds an intervention that this version does not know: {dict(ledger[0])}")
+        raise ValueError(
+            f"the ledger holds an intervention that this version does not know: {dict(ledger[0])}"
+        )
     optim = config.optim
     policy = policy_of(config.precision)
     fixed_scale = {} if policy.window_steps else {"loss_scale": policy.initial}
@@ -61,7 +66,8 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
 
 
 def differences(expected: Mapping[str, float], reported: Mapping[str, Any]) -> list[str]:
-    """`name: expected ..., in force ...` for each value of `expected` that was not reported as it should be."""
+    """`name: expected ..., in force ...` for each value of `expected` that was not reported as it
+    should be."""
     return [
         f"{name}: expected {value!r}, in force {reported.get(name)!r}"
         for name, value in expected.items()
@@ -70,4 +76,6 @@ def differences(expected: Mapping[str, float], reported: Mapping[str, Any]) -> l
 
 
 def _same(expected: float, reported: Any) -> bool:
-    return isinstance(reported, (int, float)) and math.isclose(expected, reported, rel_tol=1e-12, abs_tol=0.0)
+    return isinstance(reported, (int, float)) and math.isclose(
+        expected, reported, rel_tol=1e-12, abs_tol=0.0
+    )

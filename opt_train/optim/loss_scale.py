@@ -1,7 +1,7 @@
 """The loss scale of fp16 training, kept and moved on the device: the host never waits to know it.
 
-Gradients below 2^-24 are zero in fp16; multiplied by the scale they are not (Micikevicius et al. 2018, arXiv
-1710.03740). When it moves is a `LossScalePolicy`.
+Gradients below 2^-24 are zero in fp16; multiplied by the scale they are not (Micikevicius et al.
+2018, arXiv 1710.03740). When it moves is a `LossScalePolicy`.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,14 @@ LONGEST_WINDOW = 2**40
 
 
 class LossScale:
-    """The scale and its counters as scalars on the device. Every rank that feeds it the same verdicts has the same."""
+    """The scale and its counters as scalars on the device. Every rank that feeds it the same
+    verdicts has the same."""
 
     def __init__(self, policy: LossScalePolicy, device: torch.device) -> None:
         self.policy = policy
         self.scale = torch.tensor(policy.initial, dtype=torch.float32).to(device)
-        """What the next step's gradients are multiplied by, fp32. A new tensor after each update."""
+        """What the next step's gradients are multiplied by, fp32. A new tensor after each
+        update."""
         self._window = _counter(policy.window_steps, device)
         self._steps = _counter(0, device)
         """Without overflow, since the last one."""
@@ -49,7 +51,10 @@ class LossScale:
         halved = (self.scale / 2).clamp(min=policy.floor)
         self.scale = torch.where(grows, doubled, torch.where(shrinks, halved, self.scale))
         if policy.window_adapts:
-            longer, shorter = (self._window * 2).clamp(max=LONGEST_WINDOW), (self._window // 2).clamp(min=1)
+            longer, shorter = (
+                (self._window * 2).clamp(max=LONGEST_WINDOW),
+                (self._window // 2).clamp(min=1),
+            )
             self._window = torch.where(grows, longer, torch.where(shrinks, shorter, self._window))
 
     def to_json(self) -> dict[str, Any]:
@@ -63,12 +68,15 @@ class LossScale:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `to_json` saved. Under another policy than then, start as the policy does: it was asked for.
+        """Go on from what `to_json` saved. Under another policy than then, start as the policy
+        does: it was asked for.
 
         Raises:
             KeyError, TypeError, ValueError: `saved` is not what `to_json` makes.
         """
-        scale, window, steps, patience = (saved[key] for key in ("scale", "window_steps", "steps", "patience"))
+        scale, window, steps, patience = (
+            saved[key] for key in ("scale", "window_steps", "steps", "patience")
+        )
         if saved["policy"] != asdict(self.policy):
             return
         self.scale = torch.full_like(self.scale, float(scale))

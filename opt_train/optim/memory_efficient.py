@@ -1,7 +1,9 @@
-"""AdamW for weights in fp16: moments in fp32, the update computed in fp32 and written back. How OPT was trained.
+"""AdamW for weights in fp16: moments in fp32, the update computed in fp32 and written back. How OPT
+was trained.
 
-torch's own AdamW keeps its moments in the weights' type, where 1e-8 is zero. Weights too large for an update to reach
-their last bit stay as they are: that is the price of 12 bytes a parameter instead of 16 (docs/precision.md).
+torch's own AdamW keeps its moments in the weights' type, where 1e-8 is zero. Weights too large for
+an update to reach their last bit stay as they are: that is the price of 12 bytes a parameter
+instead of 16 (docs/precision.md).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +17,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MemoryEfficientAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay (arXiv 1711.05101), a parameter at a time, so fp32 copies exist of one parameter alone.
+    """Decoupled weight decay (arXiv 1711.05101), a parameter at a time, so fp32 copies exist of one
+    parameter alone.
 
-    After metaseq's `MemoryEfficientFP16Optimizer` (facebookresearch/metaseq, `metaseq/optim/fp16_optimizer.py`).
+    After metaseq's `MemoryEfficientFP16Optimizer` (facebookresearch/metaseq,
+    `metaseq/optim/fp16_optimizer.py`).
     """
 
     gradient_factor: Tensor | None = None
@@ -26,12 +30,17 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
     """fp32 scalar on the device: where it is 1, `step` changes nothing, to the bit; None: 0."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})
+        super().__init__(
+            params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+        )
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    **{name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) for name in MOMENTS},
+                    **{
+                        name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                        for name in MOMENTS
+                    },
                 }
 
     @torch.no_grad()
@@ -56,9 +65,18 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         new = weight.float() * (1 - lr * group["weight_decay"])
         denominator = (new_square.sqrt() / (1 - beta2**step).sqrt()).add_(group["eps"])
         new -= new_average / denominator * (lr / (1 - beta1**step))
-        for old, updated in ((weight, new), (average, new_average), (square, new_square), (state["step"], step)):
+        for old, updated in (
+            (weight, new),
+            (average, new_average),
+            (square, new_square),
+            (state["step"], step),
+        ):
             # Selected and not multiplied by 0 or 1: 0 x NaN is NaN.
-            kept = updated if self.found_inf is None else torch.where(self.found_inf != 0, old, updated.to(old.dtype))
+            kept = (
+                updated
+                if self.found_inf is None
+                else torch.where(self.found_inf != 0, old, updated.to(old.dtype))
+            )
             old.copy_(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,7 +86,9 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(saved, parameters, strict=True):
             for name in MOMENTS:
-                self.state[parameter][name] = state_dict["state"][number][name].to(parameter.device, torch.float32)
+                self.state[parameter][name] = state_dict["state"][number][name].to(
+                    parameter.device, torch.float32
+                )
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -1,7 +1,9 @@
-"""The model spread over all ranks with DeepSpeed's ZeRO, stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
+"""The model spread over all ranks with DeepSpeed's ZeRO, stages 1 to 3 (Rajbhandari et al. 2020,
+arXiv 1910.02054).
 
-DeepSpeed partitions, gathers and sums. Loss scale, clipping and the decision to skip are the trainer's, on the device.
-Importing this file costs seconds, and stage 3 replaces `torch.nn.functional.linear` for the whole process.
+DeepSpeed partitions, gathers and sums. Loss scale, clipping and the decision to skip are the
+trainer's, on the device. Importing this file costs seconds, and stage 3 replaces
+`torch.nn.functional.linear` for the whole process.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import Progress
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import GradNorm, Verdict, global_norm
-from opt_train.optim.layer_norms import LayerSquares
+from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
 from opt_train.parallel.fsdp import TYPES, build, make_mesh
@@ -57,7 +59,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeed:
-    """`Engine` with ZeRO; `TellsLayers` too. One a process: DeepSpeed keeps process-wide state."""
+    """`Engine` with ZeRO; `MeasuresLayers` too. One a process: DeepSpeed keeps process-wide state."""
 
     def __init__(
         self,
@@ -71,13 +73,15 @@ class DeepSpeed:
     ) -> None:
         """Build and partition the model. Needs a process group; all ranks together.
 
-        Meanwhile a rank holds, in stages 1 and 2, the whole model in the compute type, as it does ever after; in stage
-        3 its partitions and one layer's parameters whole. Its rows of the initial weights come on top of that for a
-        while, in fp32, before there are moments: the peak is below what training takes.
+        Meanwhile a rank holds, in stages 1 and 2, the whole model in the compute type, as it does
+        ever after; in stage 3 its partitions and one layer's parameters whole. Its rows of the
+        initial weights come on top of that for a while, in fp32, before there are moments: the peak
+        is below what training takes.
 
         Args:
             values: what is in force (`opt_train.optim.in_force`).
-            seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+            seed: of the initial weights; None: they hold anything, for somebody who fills every one
+                from a checkpoint.
             progress: told how many parameters of how many have their initial weights.
 
         Raises:
@@ -90,7 +94,9 @@ class DeepSpeed:
         with contextlib.redirect_stdout(io.StringIO()):
             module = _construct(config, precision, parallel, device, settings)
             self.optimizer = _make_optimizer(module, config, values)
-            self.model, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
+            self.model, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=settings
+            )
         self._zero = _zero_of(self.model, parallel.zero_stage)
         self._parameters = dict(module.named_parameters())
         if seed is not None:
@@ -101,19 +107,27 @@ class DeepSpeed:
                 **{key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS},
             }
         self._zero.link_moments()
-        self._layers = LayerSquares(list(self._parameters), [1] * len(self._parameters), config.layers, device)
+        self._layers = LayerSquares(
+            list(self._parameters), [1] * len(self._parameters), config.layers, device
+        )
 
     def _draw(self, config: ModelConfig, seed: int, progress: Progress | None) -> None:
         """The initial weights that every engine has: each rank draws rows of them, as for FSDP2."""
         precision = PrecisionConfig(compute="fp32")
         layout = Layout(replicate=1, shard=dist.get_world_size(), tensor=1)
-        rows = dict(build(config, precision, ParallelConfig(), layout, self._device, seed, progress).named_parameters())
+        rows = dict(
+            build(
+                config, precision, ParallelConfig(), layout, self._device, seed, progress
+            ).named_parameters()
+        )
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 self._zero.set_whole(parameter, whole_of(rows.pop(name)))
         self._zero.refresh()
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None
+    ) -> Sums:
         """See `Engine`."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         activation_squares = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -132,14 +146,15 @@ class DeepSpeed:
         return global_norm(parts, [1] * len(parts), tokens / self._zero.averaged_over, grad_scale)
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
-        """See `TellsLayers`."""
+        """See `MeasuresLayers`."""
         of_gradients = self._layers.of(self._zero.gradients(self._parameters.values()))
         of_weights = self._layers.of(self._zero.weights(self._parameters.values()))
         return torch.stack([of_gradients / divisor.square(), of_weights])
 
     def apply(self, verdict: Verdict) -> None:
         """See `Engine`."""
-        # The attributes that torch.amp.GradScaler sets: the kernel skips, and multiplies, on the device.
+        # The attributes that torch.amp.GradScaler sets: the kernel skips, and multiplies, on the
+        # device.
         self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
         self.optimizer.grad_scale = verdict.factor.reciprocal()  # type: ignore[attr-defined]
         self._zero.step()
@@ -165,7 +180,9 @@ class DeepSpeed:
         """
         steps = torch.stack([tensors[f"{OPTIMIZER}{name}.step"] for name in self._parameters])
         if (steps != steps[0]).any():
-            raise CheckpointError("its parameters have had different numbers of updates, which ZeRO cannot hold")
+            raise CheckpointError(
+                "its parameters have had different numbers of updates, which ZeRO cannot hold"
+            )
         for name, parameter in self._parameters.items():
             self._zero.set_whole(parameter, whole_of(tensors[MODEL + name]))
             for key in MOMENTS:
@@ -190,7 +207,8 @@ class _Zero(Protocol):
         ...
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """This rank's part of each one's gradient, fp32, reduced over ranks, maybe empty; each element on one."""
+        """This rank's part of each one's gradient, fp32, reduced over ranks, maybe empty; each
+        element on one."""
         ...
 
     def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -228,7 +246,9 @@ class _Stage1And2:
         for group, owned in enumerate(self._zero.params_in_partition):
             # Behind the parameters' there may be one more part, which pads the partition.
             held.update(zip(owned, self._zero.averaged_gradients[group], strict=False))
-        return [held.get(parameter, torch.empty(0, device=parameter.device)) for parameter in parameters]
+        return [
+            held.get(parameter, torch.empty(0, device=parameter.device)) for parameter in parameters
+        ]
 
     def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         masters = self.masters()
@@ -260,7 +280,8 @@ class _Stage1And2:
 
 
 class _Bf16Stage1(_Stage1And2):
-    """With bf16, DeepSpeed's stage 1 is another class, which keeps all gradients in fp32 on every rank."""
+    """With bf16, DeepSpeed's stage 1 is another class, which keeps all gradients in fp32 on every
+    rank."""
 
     def masters(self) -> list[Tensor]:
         return list(self._zero.fp32_groups_flat_partition)
@@ -270,8 +291,11 @@ class _Bf16Stage1(_Stage1And2):
         return [self._part_of(parameter, flat) for parameter in parameters]
 
     def step(self) -> None:
-        # What its own step does, without its norm of the whole gradient, which the host would wait for.
-        for master, gradient in zip(self.masters(), self._zero.fp32_groups_gradient_flat_partition, strict=True):
+        # What its own step does, without its norm of the whole gradient, which the host would wait
+        # for.
+        for master, gradient in zip(
+            self.masters(), self._zero.fp32_groups_gradient_flat_partition, strict=True
+        ):
             master.grad = gradient
         self._zero.optimizer.step()
         self._zero.update_lp_params()
@@ -281,10 +305,12 @@ class _Bf16Stage1(_Stage1And2):
 class _Stage3:
     def __init__(self, engine: Any) -> None:
         self._engine, self._zero = engine, engine.optimizer
-        # Stage 3 divides gradients by this before it sums them, and knows no other way. The norm's divisor is divided
-        # too, which is exact where the world is a power of two; elsewhere a gradient is rounded once more.
+        # Stage 3 divides gradients by this before it sums them, and knows no other way. The norm's
+        # divisor is divided too, which is exact where the world is a power of two; elsewhere a
+        # gradient is rounded once more.
         self.averaged_over = dist.get_world_size()
-        # Its own norm: the host would wait for it, and leave out steps that are the verdict's to leave out.
+        # Its own norm: the host would wait for it, and leave out steps that are the verdict's to
+        # leave out.
         self._zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def masters(self) -> list[Tensor]:
@@ -326,7 +352,9 @@ class _Stage3:
 def _zero_of(engine: Any, stage: int) -> _Zero:
     if stage == 3:
         return _Stage3(engine)
-    return _Bf16Stage1(engine) if isinstance(engine.optimizer, BF16_Optimizer) else _Stage1And2(engine)
+    return (
+        _Bf16Stage1(engine) if isinstance(engine.optimizer, BF16_Optimizer) else _Stage1And2(engine)
+    )
 
 
 def _take_over(device: torch.device) -> None:
@@ -337,12 +365,17 @@ def _take_over(device: torch.device) -> None:
             f"start with DS_ACCELERATOR={device.type} in the environment"
         )
     # It was written for an older torch, which says so at every collective.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+_tensor` is deprecated")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+_tensor` is deprecated"
+    )
     # The only way it takes its device.
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    # It would clone the group, without the trainer's timeout: half an hour until a rank notices that others are gone.
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
+    # It would clone the group, without the trainer's timeout: half an hour until a rank notices
+    # that others are gone.
     groups._WORLD_GROUP = dist.group.WORLD
 
 
@@ -378,9 +411,11 @@ def _construct(
     device: torch.device,
     settings: dict[str, Any],
 ) -> OPT:
-    """The model, its weights anything; in stage 3 each layer is partitioned as soon as it is there."""
+    """The model, its weights anything; in stage 3 each layer is partitioned as soon as it is
+    there."""
     if parallel.zero_stage == 3:
-        # Its type is that of the settings; one given to Init is ignored where fp16 is not supported (0.19.8).
+        # Its type is that of the settings; one given to Init is ignored where fp16 is not supported
+        # (0.19.8).
         with deepspeed.zero.Init(config_dict_or_path=settings):
             module = OPT(config)
         # The head multiplies with the parameter of another module.
@@ -395,15 +430,23 @@ def _construct(
     return module
 
 
-def _make_optimizer(module: OPT, config: ModelConfig, values: Mapping[str, float]) -> torch.optim.AdamW:
-    """torch's fused AdamW, weight decay on matrices alone; DeepSpeed puts flat partitions into its groups."""
+def _make_optimizer(
+    module: OPT, config: ModelConfig, values: Mapping[str, float]
+) -> torch.optim.AdamW:
+    """torch's fused AdamW, weight decay on matrices alone; DeepSpeed puts flat partitions into its
+    groups."""
     with torch.device("meta"):
         # A partitioned parameter has no shape of its own.
-        matrices = {name for name, parameter in OPT(config).named_parameters() if parameter.ndim > 1}
+        matrices = {
+            name for name, parameter in OPT(config).named_parameters() if parameter.ndim > 1
+        }
     named = list(module.named_parameters())
     parameters = [
         {"params": [parameter for name, parameter in named if name in matrices], "decayed": True},
-        {"params": [parameter for name, parameter in named if name not in matrices], "decayed": False},
+        {
+            "params": [parameter for name, parameter in named if name not in matrices],
+            "decayed": False,
+        },
     ]
     optimizer = torch.optim.AdamW(parameters, lr=values["lr"], fused=True)
     put_in_force(optimizer, values)

@@ -1,7 +1,8 @@
-"""What spreads a model over ranks and trains it there: engines behind one protocol, chosen by `parallel.engine`.
+"""What spreads a model over ranks and trains it there: engines behind one protocol, chosen by
+`parallel.engine`.
 
-An engine computes gradients and moves weights. Batches, loss scale, clipping, the decision to skip and the LR are the
-trainer's, the same for every engine, and are decided on the device.
+An engine computes gradients and moves weights. Batches, loss scale, clipping, the decision to skip
+and the LR are the trainer's, the same for every engine, and are decided on the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,19 +27,24 @@ class Sums(NamedTuple):
 
 
 class Engine(Protocol):
-    """One rank's part of the model and its optimizer. Every rank calls the same methods in the same order."""
+    """One rank's part of the model and its optimizer. Every rank calls the same methods in the same
+    order."""
 
     @property
     def model(self) -> nn.Module:
-        """Called as `OPT.forward` is, it gives sums of the loss; for a validation, without gradients."""
+        """Called as `OPT.forward` is, it gives sums of the loss; for a validation, without
+        gradients."""
         ...
 
     @property
     def optimizer(self) -> Optimizer:
-        """Its groups are told LR, betas, eps and decay before each step (`opt_train.optim.adamw.put_in_force`)."""
+        """Its groups are told LR, betas, eps and decay before each step
+        (`opt_train.optim.adamw.put_in_force`)."""
         ...
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None
+    ) -> Sums:
         """Compute the gradients, *summed* over tokens and ranks.
 
         Args:
@@ -47,11 +53,13 @@ class Engine(Protocol):
         ...
 
     def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
-        """The norm of what `forward_backward` computed, over the world (`opt_train.optim.clip.global_norm`)."""
+        """The norm of what `forward_backward` computed, over the world
+        (`opt_train.optim.clip.global_norm`)."""
         ...
 
     def apply(self, verdict: Verdict) -> None:
-        """Move the weights, or leave everything as it was, to the bit; then forget the gradients."""
+        """Move the weights, or leave everything as it was, to the bit; then forget the
+        gradients."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -64,34 +72,43 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class TellsLayers(Protocol):
-    """What an `Engine` may offer beside the rest. Of one that does not, the metrics have no norms of layers."""
+class MeasuresLayers(Protocol):
+    """What an `Engine` may offer beside the rest. Of one that does not, the metrics have no norms
+    of layers."""
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
-        """This rank's shares of the layers' squared L2 norms, of the averaged gradient and of the weights.
+        """This rank's shares of the layers' squared L2 norms, of the averaged gradient and of the
+        weights.
 
-        Asked for between `grad_norm` and `apply`; communicates nothing, and does not wait for the device.
+        Asked for between `grad_norm` and `apply`; communicates nothing, and does not wait for the
+        device.
 
         Args:
             divisor: `GradNorm.divisor`.
 
         Returns:
-            fp64, [2, layers + 2] (`opt_train.optim.layer_norms.LayerSquares`); the world's sum is the square.
+            fp64, [2, layers + 2] (`opt_train.optim.per_layer_norms.LayerSquares`); the world's sum
+            is the square.
         """
         ...
 
 
-def loss_of(model: nn.Module, batch: MicroBatch, device: torch.device, grad_scale: Tensor | None = None) -> Loss:
+def loss_of(
+    model: nn.Module, batch: MicroBatch, device: torch.device, grad_scale: Tensor | None = None
+) -> Loss:
     """`model`'s sums over one micro-batch, differentiable where gradients are on."""
-    tokens, targets, weights = (_sent(tensor, device) for tensor in (batch.tokens, batch.targets, batch.weights))
+    tokens, targets, weights = (
+        _sent(tensor, device) for tensor in (batch.tokens, batch.targets, batch.weights)
+    )
     loss = model(tokens, targets, weights, grad_scale)
     assert isinstance(loss, Loss)
     return loss
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    # From memory that is not pinned the copy may begin by waiting for all that the device has been given to do (CUDA's
-    # "API synchronization behavior"): micro-batches would not be queued one behind the other.
+    # From memory that is not pinned the copy may begin by waiting for all that the device has been
+    # given to do (CUDA's "API synchronization behavior"): micro-batches would not be queued one
+    # behind the other.
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

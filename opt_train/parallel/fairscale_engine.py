@@ -1,4 +1,5 @@
-"""The model spread over ranks with fairscale's FullyShardedDataParallel: the engine that OPT was trained on.
+"""The model spread over ranks with fairscale's FullyShardedDataParallel: the engine that OPT was
+trained on.
 
 Why it is done so, and what it costs, stands in docs/decisions/fairscale.md.
 """
@@ -23,7 +24,7 @@ from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import Progress, initialise
 from opt_train.optim.adamw import apply, make_optimizer, put_in_force
 from opt_train.optim.clip import GradNorm, Verdict, global_norm
-from opt_train.optim.layer_norms import LayerSquares
+from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
 from opt_train.parallel.fsdp import TYPES, make_mesh
@@ -37,11 +38,12 @@ DEVICES = frozenset(("cuda",))
 
 
 class Fairscale:
-    """`Engine` with fairscale's sharding over all ranks; `TellsLayers` too.
+    """`Engine` with fairscale's sharding over all ranks; `MeasuresLayers` too.
 
-    A rank holds its part of each parameter, a flat piece of it, and of optimizer and gradients the same. While it is
-    built, one block at a time exists whole and without values, and at last what lies outside the blocks (embeddings and
-    the final LayerNorm); values are drawn into the shards afterwards, of a parameter at a time.
+    A rank holds its part of each parameter, a flat piece of it, and of optimizer and gradients the
+    same. While it is built, one block at a time exists whole and without values, and at last what
+    lies outside the blocks (embeddings and the final LayerNorm); values are drawn into the shards
+    afterwards, of a parameter at a time.
     """
 
     def __init__(
@@ -58,20 +60,29 @@ class Fairscale:
 
         Args:
             values: what is in force (`opt_train.optim.in_force`).
-            seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+            seed: of the initial weights; None: they hold anything, for somebody who fills every one
+                from a checkpoint.
             progress: told how many parameters of how many have their initial weights.
 
         Raises:
             BadInput: `device` is no GPU.
         """
         if device.type not in DEVICES:
-            raise BadInput(f"parallel.engine=fairscale needs a GPU and was given {device}; use parallel.engine=fsdp2")
+            raise BadInput(
+                f"parallel.engine=fairscale needs a GPU and was given {device}; use "
+                "parallel.engine=fsdp2"
+            )
         self._device = device
         self._accumulate = parallel.accumulate
         self._mesh = make_mesh(Layout(1, dist.get_world_size(), 1), device)
-        # fairscale was written for an older torch, which says so at every storage and every collective.
-        warnings.filterwarnings("ignore", category=UserWarning, message="TypedStorage is deprecated")
-        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\._\w+_base`")
+        # fairscale was written for an older torch, which says so at every storage and every
+        # collective.
+        warnings.filterwarnings(
+            "ignore", category=UserWarning, message="TypedStorage is deprecated"
+        )
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, message=r"`torch\.distributed\._\w+_base`"
+        )
         with torch.device("meta"):
             model = OPT(config).to(TYPES[precision.weights])
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -81,7 +92,9 @@ class Fairscale:
         if seed is not None:
             self._initialise(config, seed, progress)
         self.optimizer = self._make_optimizer(values)
-        self._layers = LayerSquares(list(self._shards), [1] * len(self._shards), config.layers, device)
+        self._layers = LayerSquares(
+            list(self._shards), [1] * len(self._shards), config.layers, device
+        )
 
     def _make_optimizer(self, values: Mapping[str, float]) -> Optimizer:
         optimizer = make_optimizer(self.model, values)
@@ -93,7 +106,9 @@ class Fairscale:
         put_in_force(optimizer, values)
         return optimizer
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None
+    ) -> Sums:
         """See `Engine`."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         activation_squares = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -104,7 +119,8 @@ class Fairscale:
         return Sums(loss_sum, activation_squares)
 
     def _add_gradients(self, batch: MicroBatch, grad_scale: Tensor | None, last: bool) -> Sums:
-        """Of one micro-batch, which are then summed over ranks or, with accumulate=whole, wait for the last one's."""
+        """Of one micro-batch, which are then summed over ranks or, with accumulate=whole, wait for
+        the last one's."""
         reduces = last or self._accumulate == "shards"
         with nullcontext() if reduces else self.model.no_sync():
             loss = loss_of(self.model, batch, self._device, grad_scale)
@@ -116,11 +132,12 @@ class Fairscale:
     def _tidy(self, reduced: bool) -> None:
         """What fairscale leaves behind after a backward."""
         for shard in self._shards.values():
-            # Each forward registers another hook on the same node, unless the weights change their type in between:
-            # step after step more of them would run.
+            # Each forward registers another hook on the same node, unless the weights change their
+            # type in between: step after step more of them would run.
             del shard._shard_bwd_hook  # type: ignore[attr-defined]  # fairscale's
             if not reduced and shard.grad is not None:
-                # What micro-batches add up is kept in the weights' type, not in that of the computation.
+                # What micro-batches add up is kept in the weights' type, not in that of the
+                # computation.
                 shard.grad.data = shard.grad.data.to(shard.dtype)
 
     def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
@@ -130,7 +147,7 @@ class Fairscale:
         return global_norm(parts, [1] * len(parts), tokens, grad_scale)
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
-        """See `TellsLayers`."""
+        """See `MeasuresLayers`."""
         gradients = [shard.grad for shard in self._shards.values() if shard.grad is not None]
         assert len(gradients) == len(self._shards), "a parameter that the loss does not depend on"
         of_weights = self._layers.of([shard.detach() for shard in self._shards.values()])
@@ -141,7 +158,8 @@ class Fairscale:
         apply(self.optimizer, verdict.skip, verdict.factor)
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Engine`. What divides evenly shares memory with model and optimizer; the rest is gathered and copied."""
+        """See `Engine`. What divides evenly shares memory with model and optimizer; the rest is
+        gathered and copied."""
         found: dict[str, Tensor] = {}
         for name, shard in self._shards.items():
             found[MODEL + name] = self._rows(name, shard)
@@ -160,7 +178,8 @@ class Fairscale:
                     self._fill(name, value, stored)
                 else:
                     value.copy_(stored)
-        # After a forward pass without gradients the root keeps its gathered weights, which are old ones now.
+        # After a forward pass without gradients the root keeps its gathered weights, which are old
+        # ones now.
         for module in get_fsdp_instances(self.model):
             if module.has_full_params:
                 module._free_full_params()
@@ -175,7 +194,8 @@ class Fairscale:
                 self._fill(name, shard, rows)
 
     def _rows(self, name: str, shard: Tensor) -> DTensor:
-        """This rank's rows of the parameter `name`, or of a moment of it, from all ranks' shards of it."""
+        """This rank's rows of the parameter `name`, or of a moment of it, from all ranks' shards of
+        it."""
         shape, world = self._shapes[name], self._mesh.size()
         if shape[0] % world == 0:  # a flat piece is whole rows, the same ones
             rows = shard.detach().view(shape[0] // world, *shape[1:])
@@ -190,14 +210,17 @@ class Fairscale:
         if self._shapes[name][0] % self._mesh.size() == 0:
             shard.view(-1).copy_(rows.to_local().view(-1))
             return
-        own = whole_of(rows).view(-1)[self._mesh.get_local_rank() * shard.numel() :][: shard.numel()]
+        own = whole_of(rows).view(-1)[self._mesh.get_local_rank() * shard.numel() :][
+            : shard.numel()
+        ]
         shard[: own.numel()].copy_(own)
 
 
 def _shard(
     model: OPT, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
 ) -> FullyShardedDataParallel:
-    """`model`, which is on the meta device, as it trains: recomputing, compiled, sharded, in this order; no values."""
+    """`model`, which is on the meta device, as it trains: recomputing, compiled, sharded, in this
+    order; no values."""
     mixed = precision.compute != precision.weights
     options: dict[str, Any] = {
         "process_group": dist.group.WORLD,
@@ -225,7 +248,8 @@ def _shard(
 
 
 def _another_world(device: torch.device) -> dist.ProcessGroup:
-    """A group of all ranks beside the default one, so that sums overlap with gathers; it waits no longer than that."""
+    """A group of all ranks beside the default one, so that sums overlap with gathers; it waits no
+    longer than that."""
     world = dist.group.WORLD
     assert world is not None
     group = dist.new_group(timeout=world._get_backend(device).options._timeout)
@@ -234,9 +258,11 @@ def _another_world(device: torch.device) -> dist.ProcessGroup:
 
 
 def _out_of_reach(_: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """A root in mixed precision casts what comes in fp32 to fp16, where the scale of gradients would not fit."""
+    """A root in mixed precision casts what comes in fp32 to fp16, where the scale of gradients
+    would not fit."""
     return tuple(
-        tensor.double() if tensor is not None and tensor.dtype == torch.float32 else tensor for tensor in inputs
+        tensor.double() if tensor is not None and tensor.dtype == torch.float32 else tensor
+        for tensor in inputs
     )
 
 

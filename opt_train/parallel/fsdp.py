@@ -1,4 +1,5 @@
-"""The model spread over ranks with FSDP2 (`fully_shard`), gradients summed and never averaged. The default engine."""
+"""The model spread over ranks with FSDP2 (`fully_shard`), gradients summed and never averaged. The
+default engine."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,10 +17,10 @@ from opt_train.model.init import Progress, initialise
 from opt_train.optim.adamw import apply, make_optimizer
 from opt_train.optim.apex import choose, fuse_layer_norms
 from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, local_part
-from opt_train.optim.layer_norms import LayerSquares
+from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Sums, loss_of
-from opt_train.parallel.layer_norms import forget_outputs
+from opt_train.parallel.layernorm_recompute import forget_outputs
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
 from opt_train.parallel.tensor import split_over
@@ -28,11 +29,15 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The mesh of all ranks, with the names of `Layout.mesh`. Needs a process group, whose timeout its groups get."""
-    mesh = init_device_mesh(device.type, tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh))
+    """The mesh of all ranks, with the names of `Layout.mesh`. Needs a process group, whose timeout
+    its groups get."""
+    mesh = init_device_mesh(
+        device.type, tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh)
+    )
     world = dist.group.WORLD
     assert world is not None
-    # torch gives groups of parts of the world a timeout of its own, half an hour. A rehearsal's have no options.
+    # torch gives groups of parts of the world a timeout of its own, half an hour. A rehearsal's
+    # have no options.
     if (options := world._get_backend(device).options) is not None:
         for group in mesh.get_all_groups():
             group._get_backend(device)._set_default_timeout(options._timeout)
@@ -51,11 +56,13 @@ def build(
 ) -> OPT:
     """The model as it trains, with initial weights. Needs a process group.
 
-    A rank never holds more than its shards and some rows. Gradients arrive as *sums* over ranks in fp32: the caller
-    divides by the world's number of tokens, so that ranks may hold unequal numbers of them.
+    A rank never holds more than its shards and some rows. Gradients arrive as *sums* over ranks in
+    fp32: the caller divides by the world's number of tokens, so that ranks may hold unequal numbers
+    of them.
 
     Args:
-        seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+        seed: of the initial weights; None: they hold anything, for somebody who fills every one
+            from a checkpoint.
         progress: told how many parameters of how many have their initial weights.
         fused: `OptimConfig.fused`, which means LayerNorms too.
 
@@ -77,7 +84,8 @@ def construct(
     device: torch.device,
     fused: str = "torch",
 ) -> OPT:
-    """The model on the meta device: split over tensor groups, recomputing, compiled, sharded, in this order."""
+    """The model on the meta device: split over tensor groups, recomputing, compiled, sharded, in
+    this order."""
     with torch.device("meta"):
         model = OPT(config).to(TYPES[precision.weights])
     apex = choose(fused, device)
@@ -89,7 +97,11 @@ def construct(
     for block in model.model.decoder.layers:
         assert isinstance(block, Block)
         recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)
-        if layout.tensor == 1 and not parallel.compile and parallel.activation_checkpointing != "full":
+        if (
+            layout.tensor == 1
+            and not parallel.compile
+            and parallel.activation_checkpointing != "full"
+        ):
             forget_outputs(block)
     if layout.gathers(precision):
         _shard(model, precision, mesh[layout.data_mesh])
@@ -97,7 +109,8 @@ def construct(
 
 
 def _shard(model: OPT, precision: PrecisionConfig, mesh: DeviceMesh) -> None:
-    # Inputs keep their types: the embeddings come out in the compute type, and tokens' weights stay fp32.
+    # Inputs keep their types: the embeddings come out in the compute type, and tokens' weights stay
+    # fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=TYPES[precision.compute], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -111,10 +124,16 @@ def _shard(model: OPT, precision: PrecisionConfig, mesh: DeviceMesh) -> None:
 
 
 class Fsdp2:
-    """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism; `TellsLayers` too."""
+    """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism;
+    `MeasuresLayers` too."""
 
     def __init__(
-        self, model: OPT, device: torch.device, values: Mapping[str, float], accumulate: str, fused: str = "torch"
+        self,
+        model: OPT,
+        device: torch.device,
+        values: Mapping[str, float],
+        accumulate: str,
+        fused: str = "torch",
     ) -> None:
         """Train `model`, made by `build`.
 
@@ -134,7 +153,9 @@ class Fsdp2:
         copies = [copies_of(parameter) for parameter in named.values()]
         self._layers = LayerSquares(list(named), copies, model.config.layers, device)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None) -> Sums:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None
+    ) -> Sums:
         """See `Engine`."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         activation_squares = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -148,7 +169,8 @@ class Fsdp2:
         return Sums(loss_sum, activation_squares)
 
     def _reduce_gradients(self, last: bool) -> None:
-        """Whether the next backward sums gradients over ranks, or only adds them to what is there."""
+        """Whether the next backward sums gradients over ranks, or only adds them to what is
+        there."""
         if not isinstance(self.model, FSDPModule):  # a lone rank's are sums already
             return
         self.model.set_requires_gradient_sync(last or self._accumulate == "shards")
@@ -157,12 +179,16 @@ class Fsdp2:
 
     def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
         """See `Engine`."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
+        ]
         parts = [local_part(gradient) for gradient in gradients]
-        return global_norm(parts, [copies_of(gradient) for gradient in gradients], tokens, grad_scale)
+        return global_norm(
+            parts, [copies_of(gradient) for gradient in gradients], tokens, grad_scale
+        )
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
-        """See `TellsLayers`."""
+        """See `MeasuresLayers`."""
         parameters = list(self.model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         assert len(gradients) == len(parameters), "a parameter that the loss does not depend on"

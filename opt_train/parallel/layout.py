@@ -1,4 +1,5 @@
-"""How ranks are arranged: degrees of parallelism as one value that checks itself. Standard library only."""
+"""How ranks are arranged: degrees of parallelism as one value that checks itself. Standard library
+only."""
 
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ from opt_train.protocol.exits import BadInput
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`replicate` x `shard` x `tensor` ranks; rank 0's neighbours in `tensor` come first, then `shard`."""
+    """`replicate` x `shard` x `tensor` ranks; rank 0's neighbours in `tensor` come first, then
+    `shard`."""
 
     replicate: int
     """Copies of the sharded state (HSDP)."""
@@ -36,9 +38,11 @@ class Layout:
         layout = cls(config.replicate, shard, config.tensor)
         if layout.world_size != world_size:
             raise BadInput(
-                f"parallel.replicate={config.replicate} x parallel.shard={shard} x parallel.tensor={config.tensor} is "
+                f"parallel.replicate={config.replicate} x parallel.shard={shard} x "
+                f"parallel.tensor={config.tensor} is "
                 f"{layout.world_size} ranks, but the cluster has {world_size}; "
-                f"set parallel.shard=0 and let parallel.replicate x parallel.tensor divide {world_size}."
+                "set parallel.shard=0 and let parallel.replicate x parallel.tensor divide "
+                f"{world_size}."
             )
         return layout
 
@@ -57,19 +61,22 @@ class Layout:
 
     @property
     def mesh(self) -> dict[str, int]:
-        """The mesh's dimensions by name, outermost first. Without copies or tensor groups those names are not there."""
+        """The mesh's dimensions by name, outermost first. Without copies or tensor groups those
+        names are not there."""
         sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
         return {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
 
     @property
     def data_mesh(self) -> tuple[str, ...]:
-        """The dimensions that FSDP spreads the state over; with two names the first holds copies."""
+        """The dimensions that FSDP spreads the state over; with two names the first holds
+        copies."""
         return tuple(name for name in self.mesh if name != "tensor")
 
     def gathers(self, precision: PrecisionConfig) -> bool:
         """Whether weights are brought together, or into another type, before they are used.
 
-        A lone rank whose weights are in the compute type uses them where they are, and gradients arrive where they are
-        kept: FSDP would copy both, and on a CPU take a third more time for a step.
+        A lone rank whose weights are in the compute type uses them where they are, and gradients
+        arrive where they are kept: FSDP would copy both, and on a CPU take a third more time for a
+        step.
         """
         return self.world_size > 1 or precision.weights != precision.compute

@@ -30,7 +30,8 @@ def make_engine(
 
     Args:
         values: what is in force (`opt_train.optim.in_force`).
-        seed: of the initial weights; None: they hold anything, for somebody who fills every one from a checkpoint.
+        seed: of the initial weights; None: they hold anything, for somebody who fills every one
+            from a checkpoint.
         progress: told how many parameters of how many have their initial weights.
         fused: `OptimConfig.fused`; the optional engines have torch's.
 

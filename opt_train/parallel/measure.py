@@ -1,4 +1,5 @@
-"""The loss of a model over text that it only reads: what training does to validate, and `evaluate` afterwards."""
+"""The loss of a model over text that it only reads: what training does to validate, and `evaluate`
+afterwards."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,13 +12,16 @@ from opt_train.parallel.engine import loss_of
 
 @torch.no_grad()
 def loss_over(
-    model: nn.Module, batches: Iterable[MicroBatch], device: torch.device, progress: Callable[[int], None]
+    model: nn.Module,
+    batches: Iterable[MicroBatch],
+    device: torch.device,
+    progress: Callable[[int], None],
 ) -> tuple[float, int]:
     """Sum of the losses, in nats, and number of the predicted tokens. Padding counts for nothing.
 
     Args:
-        model: on `device`, in evaluation mode. Of several ranks that share it, each gives its own part of the text, in
-            as many micro-batches as the others.
+        model: on `device`, in evaluation mode. Of several ranks that share it, each gives its own
+            part of the text, in as many micro-batches as the others.
         progress: told after each micro-batch how many sequences are done.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,4 +1,5 @@
-"""What is kept of a block's forward pass and what is computed again: activation checkpointing, and compilation."""
+"""What is kept of a block's forward pass and what is computed again: activation checkpointing, and
+compilation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +15,14 @@ from opt_train.model.decoder import Block
 def recompute_and_compile(block: Block, recompute: str, compiled: bool) -> None:
     """Keep less of `block`'s forward pass, and compile it.
 
-    ``full`` keeps the block's input alone and costs a second forward pass (Chen et al. 2016, arXiv 1604.06174).
-    ``selective`` computes attention again, whose activations are large and whose arithmetic is small (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 5). Compilation happens at the first step, once for all blocks.
+    ``full`` keeps the block's input alone and costs a second forward pass (Chen et al. 2016, arXiv
+    1604.06174). ``selective`` computes attention again, whose activations are large and whose
+    arithmetic is small (Korthikanti et al. 2022, arXiv 2205.05198, section 5). Compilation happens
+    at the first step, once for all blocks.
 
-    Forward methods are replaced, not modules: parameters keep their names, and FSDP's hooks stay outside. What is
-    compiled lies inside what is recomputed: torch 2.13 cannot save DTensors the other way round.
+    Forward methods are replaced, not modules: parameters keep their names, and FSDP's hooks stay
+    outside. What is compiled lies inside what is recomputed: torch 2.13 cannot save DTensors the
+    other way round.
     """
     if recompute == "selective":
         attention = block.self_attn

@@ -1,6 +1,8 @@
-"""Tensors in the form that checkpoints have, for engines that shard in a way of their own: rows over all ranks.
+"""Tensors in the form that checkpoints have, for engines that shard in a way of their own: rows
+over all ranks.
 
-FSDP2 shards the same way, so a checkpoint of one engine is one of any other. One tensor at a time exists whole.
+FSDP2 shards the same way, so a checkpoint of one engine is one of any other. One tensor at a time
+exists whole.
 """
 
 import torch
@@ -10,11 +12,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def own_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's rows of `whole`, which every rank has, as a DTensor with memory of its own. Communicates nothing."""
+    """This rank's rows of `whole`, which every rank has, as a DTensor with memory of its own.
+    Communicates nothing."""
     chunks = whole.detach().chunk(mesh.size())
     rank = mesh.get_local_rank()
     own = chunks[rank].clone() if rank < len(chunks) else whole.new_empty((0, *whole.shape[1:]))
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(
+        own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def whole_of(rows: Tensor) -> Tensor:

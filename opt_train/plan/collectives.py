@@ -1,13 +1,15 @@
-"""What one rank sends and receives in a step, by arithmetic on the configuration. Standard library only.
+"""What one rank sends and receives in a step, by arithmetic on the configuration. Standard library
+only.
 
-Counted as a rehearsal counts (`opt_train.train.rehearsal`): the bytes are those of the whole tensor that is gathered,
-scattered or reduced over its group. The step's word, a few hundred bytes on the CPU, is left out.
+Counted as a rehearsal counts (`opt_train.rehearsal.rehearse`): the bytes are those of the whole
+tensor that is gathered, scattered or reduced over its group. The step's word, a few hundred bytes
+on the CPU, is left out.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import tokens_at_once
 from opt_train.parallel.layout import Layout
 from opt_train.plan.batch import Batch
@@ -38,9 +40,15 @@ def collectives_of(config: RunConfig, layout: Layout) -> list[Collective]:
     if layout.tensor > 1:
         _tensor(ledger, config, layout, batch)
     ledger.add("all_reduce", "world", 16, 1)  # squares of the gradient, and tokens, in fp64
-    sizes = {"shard": layout.shard, "replicate": layout.replicate, "tensor": layout.tensor, "world": layout.world_size}
+    sizes = {
+        "shard": layout.shard,
+        "replicate": layout.replicate,
+        "tensor": layout.tensor,
+        "world": layout.world_size,
+    }
     rows = [
-        Collective(kind, group, sizes[group], ledger.bytes[kind, group], n) for (kind, group), n in ledger.count.items()
+        Collective(kind, group, sizes[group], ledger.bytes[kind, group], n)
+        for (kind, group), n in ledger.count.items()
     ]
     return sorted(rows, key=lambda row: -row.bytes)
 
@@ -57,21 +65,31 @@ class _Ledger:
 
 
 def _weights(ledger: _Ledger, config: RunConfig, layout: Layout, micro_batches: int) -> None:
-    """FSDP: a block's weights for each pass, the root's once; gradients summed after each micro-batch or the last."""
+    """FSDP: a block's weights for each pass, the root's once; gradients summed after each
+    micro-batch or the last."""
     model, shard = config.model, layout.shard
     compute = WIDTHS[config.precision.compute]
     sums = micro_batches if config.parallel.accumulate == "shards" else 1
-    parts = ((block_pieces(model, layout.tensor), model.layers, 2), (root_pieces(model, layout.tensor), 1, 1))
+    parts = (
+        (block_pieces(model, layout.tensor), model.layers, 2),
+        (root_pieces(model, layout.tensor), 1, 1),
+    )
     for pieces, times, passes in parts:
         if shard > 1:
-            ledger.add("all_gather", "shard", compute * padded(pieces, shard), times * passes * micro_batches)
+            ledger.add(
+                "all_gather",
+                "shard",
+                compute * padded(pieces, shard),
+                times * passes * micro_batches,
+            )
             ledger.add("reduce_scatter", "shard", SUM_BYTES * padded(pieces, shard), times * sums)
         if layout.replicate > 1:
             ledger.add("all_reduce", "replicate", SUM_BYTES * sharded(pieces, shard), times)
 
 
 def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) -> None:
-    """Sequence parallelism: what is split along the sequence is gathered before matrices and scattered behind them."""
+    """Sequence parallelism: what is split along the sequence is gathered before matrices and
+    scattered behind them."""
     model, times = config.model, batch.micro_batches
     compute = WIDTHS[config.precision.compute]
     tokens = batch.rows * config.data.sequence_length
@@ -81,15 +99,17 @@ def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) ->
         ledger.add(kind, "tensor", hidden, 2 * model.layers * (3 if again else 2) * times)
         ledger.add(kind, "tensor", embedded, 2 * times)  # of the embedding and of the head
     if again and model.dropout == 0 and model.layer_norm == "pre":
-        # With neither a mask nor a norm behind it to make again, a block's last sum is not done again.
+        # With neither a mask nor a norm behind it to make again, a block's last sum is not done
+        # again.
         ledger.add("reduce_scatter", "tensor", hidden, -model.layers * times)
     if model.embedding_width != model.d_model:
         for size in (embedded, hidden):
             ledger.add("all_gather", "tensor", size, times)
             ledger.add("reduce_scatter", "tensor", size, times)
             ledger.add("all_to_all", "tensor", size, 2 * times)
-    # Gradients of what every rank of the group has whole, as they come or, where they wait for the last micro-batch,
-    # their sums in fp32. Those of biases behind a scattered product are the same everywhere.
+    # Gradients of what every rank of the group has whole, as they come or, where they wait for the
+    # last micro-batch, their sums in fp32. Those of biases behind a scattered product are the same
+    # everywhere.
     waiting = config.parallel.accumulate == "whole" and times > 1
     width, sums = (SUM_BYTES, 1) if waiting else (compute, times)
     normed = 4 * model.layers + (2 if model.layer_norm == "pre" else 0)
@@ -102,4 +122,6 @@ def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) ->
     for number in range(slices):
         part = min(rows, tokens - number * rows)
         ledger.add("all_reduce", "tensor", SUM_BYTES * part, times)  # largest logits
-        ledger.add("all_reduce", "tensor", 2 * SUM_BYTES * part, times)  # sums of exponentials, logits of the targets
+        ledger.add(
+            "all_reduce", "tensor", 2 * SUM_BYTES * part, times
+        )  # sums of exponentials, logits of the targets

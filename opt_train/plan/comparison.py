@@ -1,11 +1,12 @@
-"""A plan's arithmetic beside what a rehearsal counted, and why they differ where they do. Standard library only."""
+"""A plan's arithmetic beside what a rehearsal counted, and why they differ where they do. Standard
+library only."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.plan.collectives import Collective
 from opt_train.plan.memory import Memory
 
@@ -28,7 +29,9 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        return self.planned == self.rehearsed or (self.difference is not None and abs(self.difference) <= TOLERANCE)
+        return self.planned == self.rehearsed or (
+            self.difference is not None and abs(self.difference) <= TOLERANCE
+        )
 
 
 def memory_rows(memory: Memory, rehearsal: Mapping[str, Any]) -> list[Row]:
@@ -38,14 +41,17 @@ def memory_rows(memory: Memory, rehearsal: Mapping[str, Any]) -> list[Row]:
         Row("weights, a shard", memory.shards.parameters, state["parameters"]),
         Row("gradients, a shard", memory.shards.gradients, state["gradients"]),
         Row("Adam's moments, a shard", memory.shards.optimizer, state["optimizer"]),
-        Row("kept for backward, all of it", memory.kept_for_backward, rehearsal["kept_for_backward"]),
+        Row(
+            "kept for backward, all of it", memory.kept_for_backward, rehearsal["kept_for_backward"]
+        ),
         Row("largest single tensor", memory.largest_temporary, rehearsal["largest_temporary"]),
         Row("peak", memory.peak.total, rehearsal["peak"]),
     ]
 
 
 def collective_rows(collectives: Iterable[Collective], rehearsal: Mapping[str, Any]) -> list[Row]:
-    """Bytes and numbers by kind and size of the group, which is all that a rehearsal sees of a group."""
+    """Bytes and numbers by kind and size of the group, which is all that a rehearsal sees of a
+    group."""
     planned_bytes: Counter[tuple[str, int]] = Counter()
     planned_count: Counter[tuple[str, int]] = Counter()
     for one in collectives:
@@ -57,7 +63,9 @@ def collective_rows(collectives: Iterable[Collective], rehearsal: Mapping[str, A
         seen = sent.get((kind, ranks), {"bytes": 0, "count": 0})
         name = f"{kind} over {ranks:,}"
         rows.append(Row(f"{name}, bytes", planned_bytes[kind, ranks], seen["bytes"]))
-        rows.append(Row(f"{name}, number", planned_count[kind, ranks], seen["count"], is_count=True))
+        rows.append(
+            Row(f"{name}, number", planned_count[kind, ranks], seen["count"], is_count=True)
+        )
     return rows
 
 
@@ -67,7 +75,8 @@ def reason(row: Row, config: RunConfig) -> str:
     exchanged = model.embedding_width != model.d_model and config.parallel.tensor > 1
     if exchanged and kind in ("all_to_all", "all_gather"):
         return (
-            "the projections between the embedding's width and the model's exchange sequence for columns, which is one "
+            "the projections between the embedding's width and the model's exchange sequence for "
+            "columns, which is one "
             "all_to_all on a GPU, as planned, and an all_gather on the CPU of the rehearsal"
         )
     return "the arithmetic misses something: believe the rehearsal, and report the configuration"

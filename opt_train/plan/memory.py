@@ -1,11 +1,11 @@
 """What one rank's memory holds, by arithmetic on the configuration. Standard library only.
 
-docs/plan.md explains the numbers, and a rehearsal (`opt_train.train.rehearsal`) checks them.
+docs/plan.md explains the numbers, and a rehearsal (`opt_train.rehearsal.rehearse`) checks them.
 """
 
 from dataclasses import dataclass
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.parallel.layout import Layout
 from opt_train.plan.pieces import block_pieces, root_pieces, sharded
 from opt_train.plan.step_memory import MOMENT_BYTES, WIDTHS, Moment, StepMemory
@@ -33,7 +33,8 @@ class Memory:
     activations: int
     """Kept by all blocks from the forward pass of one micro-batch for its backward pass."""
     kept_for_backward: int
-    """Those, and what else that forward pass leaves behind: the head's gradients, the root's gathered weights."""
+    """Those, and what else that forward pass leaves behind: the head's gradients, the root's
+    gathered weights."""
     peak: Moment
     largest_temporary: int
     """The largest single tensor that is no shard."""

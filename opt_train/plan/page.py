@@ -16,21 +16,41 @@ COLUMN = 13
 
 def page(plan: Plan) -> str:
     """The whole plan."""
-    parts = (_heading(plan), _memory(plan), _collectives(plan), _time(plan), _checkpoint(plan), _not_counted(plan))
+    parts = (
+        _heading(plan),
+        _memory(plan),
+        _collectives(plan),
+        _time(plan),
+        _checkpoint(plan),
+        _not_counted(plan),
+    )
     return "\n\n".join(parts)
 
 
 def table(heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Rows of words under `columns`, right-aligned."""
-    width = max(COLUMN, *(len(word) + 2 for word in columns), *(len(c) + 2 for _, cells in rows for c in cells))
+    width = max(
+        COLUMN,
+        *(len(word) + 2 for word in columns),
+        *(len(c) + 2 for _, cells in rows for c in cells),
+    )
     lines = [f"{heading:{LABEL}}" + "".join(f"{word:>{width}}" for word in columns)]
-    lines += [f"  {name:{LABEL - 2}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
+    lines += [
+        f"  {name:{LABEL - 2}}" + "".join(f"{cell:>{width}}" for cell in cells)
+        for name, cells in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def in_units(size: int) -> str:
     """Bytes in the largest unit that leaves 1 or more, with four digits that count."""
-    for unit, bytes_of_it in (("PB", 10**15), ("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, bytes_of_it in (
+        ("PB", 10**15),
+        ("TB", 10**12),
+        ("GB", 10**9),
+        ("MB", 10**6),
+        ("kB", 10**3),
+    ):
         if size >= bytes_of_it:
             return f"{size / bytes_of_it:.4g} {unit}"
     return f"{size} B"
@@ -42,10 +62,20 @@ def _heading(plan: Plan) -> str:
     world = f"{_nodes(cluster.nodes)} of {cluster.slots_per_node}"
     idle = f"{plan.batch.idle_share:.1%} of the sequences computed are padding"
     rows = (
-        ("model", f"{config.model.name}: {plan.parameters:,} parameters, {config.model.layers} layers"),
-        ("cluster", f"{world} {plan.gpu.name} with {plan.gpu.memory_gb:g} GB: {layout.world_size:,} ranks"),
+        (
+            "model",
+            f"{config.model.name}: {plan.parameters:,} parameters, {config.model.layers} layers",
+        ),
+        (
+            "cluster",
+            f"{world} {plan.gpu.name} with {plan.gpu.memory_gb:g} GB: {layout.world_size:,} ranks",
+        ),
         ("layout", f"replicate {layout.replicate} x shard {layout.shard} x tensor {layout.tensor}"),
-        ("precision", f"computing in {precision.compute}, weights in {precision.weights}, sums and moments in fp32"),
+        (
+            "precision",
+            f"computing in {precision.compute}, weights in {precision.weights}, sums and moments "
+            "in fp32",
+        ),
         ("recomputation", f"activation_checkpointing={parallel.activation_checkpointing}"),
         ("batch", f"{plan.batch}; {plan.throughput.tokens_per_step:,} tokens"),
         ("idle", idle),
@@ -64,8 +94,14 @@ def _without_a_node(plan: Plan) -> str:
     share = f"{fewer.idle_share:.1%}: {fewer}"
     best = fewer.best_micro_batch()
     padded = Batch.split(fewer.sequences, fewer.data_ranks, best)
-    better = f"; with train.micro_batch={best} {padded.idle_share:.1%}" if padded.computed < fewer.computed else ""
-    warning = f"; warning: more than {IDLE_SHARE_MAX:.0%}" if padded.idle_share > IDLE_SHARE_MAX else ""
+    better = (
+        f"; with train.micro_batch={best} {padded.idle_share:.1%}"
+        if padded.computed < fewer.computed
+        else ""
+    )
+    warning = (
+        f"; warning: more than {IDLE_SHARE_MAX:.0%}" if padded.idle_share > IDLE_SHARE_MAX else ""
+    )
     return f"{share}{better}{warning}"
 
 
@@ -109,7 +145,10 @@ def _memory(plan: Plan) -> str:
     sizes("  temporary", [one.peak.temporary for one in memory])
     sizes("peak", [one.peak.total for one in memory])
     add(f"of {plan.gpu.memory_gb:g} GB", [_of(one, plan) for one in memory])
-    notes = [f"  {one.mode}{'*' if one is plan.configured else ''}: the peak is in {one.peak.when}" for one in memory]
+    notes = [
+        f"  {one.mode}{'*' if one is plan.configured else ''}: the peak is in {one.peak.when}"
+        for one in memory
+    ]
     heading = f"memory of a rank, {unit}; recomputing"
     return "\n".join([table(heading, columns, rows), *notes, "  * as configured"])
 
@@ -132,13 +171,19 @@ def _time(plan: Plan) -> str:
     rows = [
         ("FLOPs a token, of the model", f"{time.model_flops_per_token:.4g}"),
         ("FLOPs a token, of the hardware", f"{time.hardware_flops_per_token:.4g} (x {again:.2f})"),
-        ("steps", f"{time.steps:,} of {time.tokens_per_step:,} tokens: {time.tokens / 1e9:,.1f} billion tokens"),
+        (
+            "steps",
+            f"{time.steps:,} of {time.tokens_per_step:,} tokens: {time.tokens / 1e9:,.1f} billion "
+            "tokens",
+        ),
     ]
     if time.step_seconds is None or time.days is None:
         rows.append(("a step", "unknown: no peak is known in fp32"))
     else:
         assumed = f"at an assumed MFU of {time.mfu:.1%} of {gpu.peak_flops / 1e12:g} TFLOP/s"
-        seconds = f"{time.step_seconds:,.0f}" if time.step_seconds >= 100 else f"{time.step_seconds:.3g}"
+        seconds = (
+            f"{time.step_seconds:,.0f}" if time.step_seconds >= 100 else f"{time.step_seconds:.3g}"
+        )
         rows.append(("a step", f"{seconds} s {assumed}"))
         rows.append(("all steps", f"{time.days:,.1f} days, without saves, validation and failures"))
     return "\n".join(["time", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
@@ -147,14 +192,31 @@ def _time(plan: Plan) -> str:
 def _checkpoint(plan: Plan) -> str:
     one, policy = plan.checkpoint, plan.config.checkpoint
     rows = [
-        ("a save", f"{in_units(one.bytes)}; {in_units(one.bytes_per_rank)} from each of {one.ranks:,} ranks"),
-        ("on disk", f"{in_units(one.kept_bytes)} for the {one.kept:,} that are kept and the next one"),
+        (
+            "a save",
+            f"{in_units(one.bytes)}; {in_units(one.bytes_per_rank)} from each of {one.ranks:,} "
+            "ranks",
+        ),
+        (
+            "on disk",
+            f"{in_units(one.kept_bytes)} for the {one.kept:,} that are kept and the next one",
+        ),
     ]
     if policy.milestone_every_steps:
         milestones = plan.throughput.steps // policy.milestone_every_steps
-        rows.append(("", f"{milestones:,} of them milestones, one every {policy.milestone_every_steps:,} steps"))
+        rows.append(
+            (
+                "",
+                f"{milestones:,} of them milestones, one every {policy.milestone_every_steps:,} "
+                "steps",
+            )
+        )
     if policy.keep_hours:
-        told = "at the pace planned" if plan.throughput.step_seconds else "not counted: no step's time is known"
+        told = (
+            "at the pace planned"
+            if plan.throughput.step_seconds
+            else "not counted: no step's time is known"
+        )
         rows.append(("", f"those of the last {policy.keep_hours:g} hours {told}"))
     rows += [*_snapshots(plan), *_losses(plan)]
     return "\n".join(["checkpoint", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
@@ -166,27 +228,51 @@ def _snapshots(plan: Plan) -> list[tuple[str, str]]:
     takes = in_units(one.memory_bytes(config))
     if not policy.memory_every_steps:
         return [
-            ("in memory", f"none (checkpoint.memory_every_steps=0); {policy.memory_keep} would take {takes} a node")
+            (
+                "in memory",
+                f"none (checkpoint.memory_every_steps=0); {policy.memory_keep} would take {takes} "
+                "a node",
+            )
         ]
     copied = config.cluster.nodes > 1
-    beside = ", the next one, and a partner's as many" if copied else " and the next one; no node is there to copy to"
+    beside = (
+        ", the next one, and a partner's as many"
+        if copied
+        else " and the next one; no node is there to copy to"
+    )
     rows = [("in memory", f"{takes} of each node's, for {policy.memory_keep} snapshots{beside}")]
     if copied:
-        rows.append(("", f"{in_units(one.node_bytes)} from node to node every {policy.memory_every_steps:,} steps"))
+        rows.append(
+            (
+                "",
+                f"{in_units(one.node_bytes)} from node to node every "
+                f"{policy.memory_every_steps:,} steps",
+            )
+        )
     if policy.node_every_steps:
-        kept = f"{policy.node_keep} snapshots and the next one, one every {policy.node_every_steps:,} steps"
-        rows.append(("on the nodes' disks", f"{in_units(one.disk_bytes(config))} of each, for {kept}"))
+        kept = (
+            f"{policy.node_keep} snapshots and the next one, one every "
+            f"{policy.node_every_steps:,} steps"
+        )
+        rows.append(
+            ("on the nodes' disks", f"{in_units(one.disk_bytes(config))} of each, for {kept}")
+        )
     return rows
 
 
 def _losses(plan: Plan) -> list[tuple[str, str]]:
-    """The steps between two saves of a tier: what a failure loses at most, beside those of a save under way."""
+    """The steps between two saves of a tier: what a failure loses at most, beside those of a save
+    under way."""
     policy, seconds = plan.config.checkpoint, plan.throughput.step_seconds
 
     def lost(steps: int) -> str:
-        return f"{steps:,} steps" + (f" ({steps * seconds / 60:,.1f} minutes)" if seconds is not None else "")
+        return f"{steps:,} steps" + (
+            f" ({steps * seconds / 60:,.1f} minutes)" if seconds is not None else ""
+        )
 
-    rows = [("lost work", f"up to {lost(policy.every_steps)} where a restart reads the file system")]
+    rows = [
+        ("lost work", f"up to {lost(policy.every_steps)} where a restart reads the file system")
+    ]
     if policy.memory_every_steps:
         rows.append(("", f"up to {lost(policy.memory_every_steps)} where it finds a snapshot"))
     return rows

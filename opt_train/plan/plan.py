@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import parameter_count
 from opt_train.parallel.layout import Layout
 from opt_train.plan.batch import Batch
@@ -26,14 +26,16 @@ class Checkpoint:
     ranks: int
     """That write: one of the replicas."""
     kept: int
-    """At the run's end: the newest, those young enough at the planned pace, and the milestones before them."""
+    """At the run's end: the newest, those young enough at the planned pace, and the milestones
+    before them."""
     kept_bytes: int
     """Of the checkpoints that are kept, and of the next one before the oldest goes."""
     node_bytes: int
     """What the ranks of one node have of a snapshot: each its own part, the replicas too."""
 
     def memory_bytes(self, config: RunConfig) -> int:
-        """Of a node's memory for snapshots: those it keeps and the next one, and as many of its partner's."""
+        """Of a node's memory for snapshots: those it keeps and the next one, and as many of its
+        partner's."""
         holders = 2 if config.cluster.nodes > 1 else 1
         return holders * (config.checkpoint.memory_keep + 1) * self.node_bytes
 
@@ -62,7 +64,9 @@ class Plan:
     @property
     def configured(self) -> Memory:
         """Under the mode that the configuration asks for."""
-        return next(one for one in self.memory if one.mode == self.config.parallel.activation_checkpointing)
+        return next(
+            one for one in self.memory if one.mode == self.config.parallel.activation_checkpointing
+        )
 
     @property
     def fits(self) -> bool:
@@ -106,4 +110,6 @@ def _checkpoint(config: RunConfig, layout: Layout, time: Throughput) -> Checkpoi
     ranks = layout.shard * layout.tensor
     kept = config.checkpoint.most_kept(time.steps, time.step_seconds)
     part = -(-size // ranks)
-    return Checkpoint(size, part, ranks, kept, (kept + 1) * size, part * config.cluster.slots_per_node)
+    return Checkpoint(
+        size, part, ranks, kept, (kept + 1) * size, part * config.cluster.slots_per_node
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.parallel.layout import Layout
 from opt_train.plan.batch import Batch
 from opt_train.plan.memory import MODES, memory_of
@@ -27,17 +27,26 @@ def _does_not_fit(plan: Plan) -> str:
     peak, memory = plan.configured.peak, plan.gpu.memory_gb
     mends = list(_fitting(_single_changes(plan), plan)) or list(_fitting(_everything(plan), plan))
     # A tensor group is within a node.
-    larger = "a larger one, or " if plan.config.parallel.tensor < plan.config.cluster.slots_per_node else ""
+    larger = (
+        "a larger one, or "
+        if plan.config.parallel.tensor < plan.config.cluster.slots_per_node
+        else ""
+    )
     mend = (
         f"use {listed(mends)}"
         if mends
-        else f"no number of nodes mends that with this parallel.tensor; use {larger}GPUs with more memory"
+        else f"no number of nodes mends that with this parallel.tensor; use {larger}GPUs with "
+        "more memory"
     )
-    return f"a rank needs {peak.total / GB:.1f} GB in {peak.when}, and the {plan.gpu.name} has {memory:g}; {mend}"
+    return (
+        f"a rank needs {peak.total / GB:.1f} GB in {peak.when}, and the {plan.gpu.name} has "
+        f"{memory:g}; {mend}"
+    )
 
 
 def _fitting(candidates: Iterable[tuple[str, RunConfig]], plan: Plan) -> Iterator[str]:
-    """The first of the `candidates` for each key that fits and is not refused for its padding, with what it needs."""
+    """The first of the `candidates` for each key that fits and is not refused for its padding, with
+    what it needs."""
     found: set[str] = set()
     idle_share_max = max(IDLE_SHARE_MAX, plan.batch.idle_share)
     for overrides, config in candidates:
@@ -46,13 +55,17 @@ def _fitting(candidates: Iterable[tuple[str, RunConfig]], plan: Plan) -> Iterato
             continue
         layout = Layout.of(config.parallel, config.world_size)
         total = memory_of(config, layout, config.parallel.activation_checkpointing).peak.total
-        if total <= plan.gpu.memory_gb * GB and Batch.of(config, layout).idle_share <= idle_share_max:
+        if (
+            total <= plan.gpu.memory_gb * GB
+            and Batch.of(config, layout).idle_share <= idle_share_max
+        ):
             found.add(key)
             yield f"{overrides} ({total / GB:.1f} GB)"
 
 
 def _single_changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
-    """Overrides that need less memory, and the configuration with each; gentle ones of a key first."""
+    """Overrides that need less memory, and the configuration with each; gentle ones of a key
+    first."""
     config, parallel, train = plan.config, plan.config.parallel, plan.config.train
     for mode in MODES[MODES.index(parallel.activation_checkpointing) + 1 :]:
         changed = replace(config, parallel=replace(parallel, activation_checkpointing=mode))
@@ -60,7 +73,10 @@ def _single_changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
     for rows in range(plan.batch.rows // 2, 0, -1):
         yield f"train.micro_batch={rows}", replace(config, train=replace(train, micro_batch=rows))
     if parallel.accumulate == "whole" and plan.batch.micro_batches > 1:
-        yield "parallel.accumulate=shards", replace(config, parallel=replace(parallel, accumulate="shards"))
+        yield (
+            "parallel.accumulate=shards",
+            replace(config, parallel=replace(parallel, accumulate="shards")),
+        )
     if parallel.replicate > 1:
         spread = replace(parallel, replicate=1, shard=0)
         yield "parallel.replicate=1 parallel.shard=0", replace(config, parallel=spread)
@@ -74,7 +90,9 @@ def _single_changes(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
 def _everything(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
     """All that saves most at once, on more and more nodes."""
     config = plan.config
-    parallel = replace(config.parallel, activation_checkpointing="full", accumulate="shards", replicate=1)
+    parallel = replace(
+        config.parallel, activation_checkpointing="full", accumulate="shards", replicate=1
+    )
     least = replace(config, parallel=parallel, train=replace(config.train, micro_batch=1))
     also = "parallel.activation_checkpointing=full train.micro_batch=1 parallel.accumulate=shards"
     if config.parallel.replicate > 1:
@@ -85,11 +103,14 @@ def _everything(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
 
 
 def _on_nodes(config: RunConfig, plan: Plan, times: int) -> tuple[str, RunConfig] | None:
-    """`config` on so many times its nodes; None where the batch has no sequence for each of them."""
+    """`config` on so many times its nodes; None where the batch has no sequence for each of
+    them."""
     if config.train.global_batch < plan.layout.data_world * times:
         return None
     nodes, parallel = config.cluster.nodes * times, config.parallel
-    more = replace(config, cluster=replace(config.cluster, nodes=nodes), parallel=replace(parallel, shard=0))
+    more = replace(
+        config, cluster=replace(config.cluster, nodes=nodes), parallel=replace(parallel, shard=0)
+    )
     return f"cluster.nodes={nodes}{' parallel.shard=0' if parallel.shard else ''}", more
 
 
@@ -104,7 +125,8 @@ def _idles(plan: Plan) -> str:
     if padded.computed < batch.computed and padded.idle_share > IDLE_SHARE_MAX:
         allowed = f"train.micro_batch={best} ({padded.idle_share:.1%}) and --allow-idle"
     return (
-        f"{batch.idle_share:.1%} of the sequences computed are padding, more than {IDLE_SHARE_MAX:.0%}, because "
+        f"{batch.idle_share:.1%} of the sequences computed are padding, more than "
+        f"{IDLE_SHARE_MAX:.0%}, because "
         f"{batch}; use {listed(mends)}, or {allowed}"
     )
 
@@ -120,7 +142,9 @@ def _without_padding(plan: Plan) -> Iterator[str]:
     smaller = [one for one in range(share, 0, -1) if even(one)][:1]
     larger = [one for one in range(share + 1, share + micro_batch + 1) if even(one)][:1]
     for one in smaller + larger:
-        fits = f" train.micro_batch={one}" if one < micro_batch else ""  # more than a share is refused
+        fits = (
+            f" train.micro_batch={one}" if one < micro_batch else ""
+        )  # more than a share is refused
         yield f"train.global_batch={one * ranks}{fits}"
 
 

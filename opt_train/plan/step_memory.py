@@ -1,14 +1,15 @@
 """What one rank allocates in the course of a step, moment by moment. Standard library only.
 
 The formulas follow the code, name by name: `opt_train.parallel.fsdp` and torch's FSDP2 beneath it,
-`opt_train.parallel.tensor`, `opt_train.model.decoder`, `opt_train.model.loss`, `opt_train.optim.memory_efficient`.
-What is a vector and not a matrix is left out of activations: 0.2 % of them at most.
+`opt_train.parallel.tensor`, `opt_train.model.decoder`, `opt_train.model.loss`,
+`opt_train.optim.memory_efficient`. What is a vector and not a matrix is left out of activations:
+0.2 % of them at most.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import tokens_at_once
 from opt_train.parallel.layout import Layout
 from opt_train.plan.batch import Batch
@@ -24,7 +25,8 @@ SUM_BYTES = 4
 """Gradients are summed over ranks in fp32."""
 
 UPDATE_BYTES = 28
-"""An element, for `MemoryEfficientAdamW`'s fp32 copies of one parameter. torch's fused update needs none."""
+"""An element, for `MemoryEfficientAdamW`'s fp32 copies of one parameter. torch's fused update needs
+none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +76,36 @@ class StepMemory:
         self._state = (weights + MOMENT_BYTES) * count
         self._gradients = weights * count
         self._block_shard, self._root_shard = sharded(block, shard), sharded(root, shard)
-        # Replicas add up in fp32 until the last micro-batch, and what they sum over copies stays until it is done.
+        # Replicas add up in fp32 until the last micro-batch, and what they sum over copies stays
+        # until it is done.
         copied = layout.replicate > 1
         self._waiting_width = SUM_BYTES if copied else weights
         self._summed_width = weights + (SUM_BYTES if copied and weights != SUM_BYTES else 0)
         largest_shard = max(-(-piece.rows // shard) * piece.columns for piece in (*block, *root))
         self._update_copies = UPDATE_BYTES * largest_shard if weights != SUM_BYTES else 0
         gathered = compute if self._gathers else 0
-        self._block_weights, self.root_weights = gathered * padded(block, shard), gathered * padded(root, shard)
-        self._block_gradients, self._root_gradients = compute * elements(block), compute * elements(root)
+        self._block_weights, self.root_weights = (
+            gathered * padded(block, shard),
+            gathered * padded(root, shard),
+        )
+        self._block_gradients, self._root_gradients = (
+            compute * elements(block),
+            compute * elements(root),
+        )
         summed = SUM_BYTES if self._gathers else 0
-        self._block_sum, self._root_sum = summed * padded(block, shard), summed * padded(root, shard)
-        self._block_whole, self._root_whole = SUM_BYTES * elements(block), SUM_BYTES * elements(root)
+        self._block_sum, self._root_sum = (
+            summed * padded(block, shard),
+            summed * padded(root, shard),
+        )
+        self._block_whole, self._root_whole = (
+            SUM_BYTES * elements(block),
+            SUM_BYTES * elements(root),
+        )
         self._projection_gradient = compute * model.d_model**2 // tensor
         self._fed_gradient = compute * model.d_model * model.ffn // tensor
 
-        # Hidden states: a rank's part of the sequence, all of it, and the feed-forward network's inside.
+        # Hidden states: a rank's part of the sequence, all of it, and the feed-forward network's
+        # inside.
         tokens = batch.rows * config.data.sequence_length
         self._tokens = tokens
         self._whole = compute * tokens * model.d_model
@@ -106,7 +122,7 @@ class StepMemory:
         self._slice = min(tokens, tokens_at_once(self._head_rows))
         self.loss_kept = self._head_hidden + self._head_gradient
 
-    # What the forward pass leaves behind -------------------------------------------------------------------------
+    # What the forward pass leaves behind ----------------------------------------------------------
 
     def block_kept(self, mode: str) -> int:
         """One block's activations under `mode` of activation checkpointing."""
@@ -116,13 +132,14 @@ class StepMemory:
 
     def _computed(self, mode: str) -> int:
         """As `block_kept`, were no LayerNorm's output forgotten."""
-        # The inputs of both LayerNorms; of attention's projections and of the feed-forward network, which tensor
-        # parallelism gathers; what comes out of the ReLU; two masks of dropout.
+        # The inputs of both LayerNorms; of attention's projections and of the feed-forward network,
+        # which tensor parallelism gathers; what comes out of the ReLU; two masks of dropout.
         kept = 2 * self._part + 2 * self._whole + self._wide + 2 * self._mask
         return kept if mode == "selective" else kept + self._attention
 
     def _forgotten(self, mode: str) -> tuple[int, int]:
-        """What goes into attention's projections and into the feed-forward network, as far as it is not kept."""
+        """What goes into attention's projections and into the feed-forward network, as far as it is
+        not kept."""
         if not self._forgets or mode == "full":
             return 0, 0
         return self._whole if self._normed_before else 0, self._whole
@@ -147,19 +164,23 @@ class StepMemory:
         projected = self._whole if self._split else self._part
         return (self._part if self._normed_before else 0) + (projected if self._projected else 0)
 
-    # Moments -----------------------------------------------------------------------------------------------------
+    # Moments --------------------------------------------------------------------------------------
 
     def moments(self) -> Iterator[Moment]:
         """Those one of which is the peak."""
         yield self._loss()
         for block in range(self.layers):
             yield from self._backward(block)
-        # The embedding's gradient comes from the head and from below; for a moment their sum stands beside them.
+        # The embedding's gradient comes from the head and from below; for a moment their sum stands
+        # beside them.
         yield Moment(
             "the backward pass of the embeddings",
             shards=self._state + self._summed(self.layers),
             gathered=self.root_weights,
-            unsummed=self._waiting(0) + self._root_gradients + 2 * self._head_gradient + self._block_sum,
+            unsummed=self._waiting(0)
+            + self._root_gradients
+            + 2 * self._head_gradient
+            + self._block_sum,
             activations=0,
             temporary=0,
         )
@@ -167,22 +188,27 @@ class StepMemory:
             "the sum of the embeddings' gradients",
             shards=self._state + self._summed(self.layers),
             gathered=0,
-            unsummed=self._root_sum + (self._root_whole if self._added_whole else self._root_gradients),
+            unsummed=self._root_sum
+            + (self._root_whole if self._added_whole else self._root_gradients),
             activations=0,
             temporary=0,
         )
         yield Moment("the update", self._state + self._gradients, 0, 0, 0, self._update_copies)
 
     def _loss(self) -> Moment:
-        """The head, a slice of the tokens at a time: two such as the logits, or one, its copy and a product."""
+        """The head, a slice of the tokens at a time: two such as the logits, or one, its copy and a
+        product."""
         logits = self._slice * self._head_rows
-        narrow = self._compute if self._compute != SUM_BYTES else 0  # products that are copied to fp32, and back
+        narrow = (
+            self._compute if self._compute != SUM_BYTES else 0
+        )  # products that are copied to fp32, and back
         product = self._head_gradient if narrow else 0
         logits_bytes = max(2 * SUM_BYTES * logits, (SUM_BYTES + narrow) * logits + product)
         return Moment(
             "the loss",
             shards=self._state + self._summed(0),
-            gathered=self.root_weights + self._block_weights,  # the last block's buffer goes when another one comes
+            gathered=self.root_weights
+            + self._block_weights,  # the last block's buffer goes when another one comes
             unsummed=self._waiting(self.layers),
             activations=self.model_kept,
             temporary=2 * self._head_hidden + SUM_BYTES * self._head_elements + logits_bytes,
@@ -197,12 +223,21 @@ class StepMemory:
         waiting = self._waiting(block + 1) + self._head_gradient
         summing = waiting + (self._block_sum if done else 0)
         before = block * self.block_kept(self._mode) + self._embedding_kept
-        split, part, whole, wide, mask = self._split, self._part, self._whole, self._wide, self._mask
+        split, part, whole, wide, mask = (
+            self._split,
+            self._part,
+            self._whole,
+            self._wide,
+            self._mask,
+        )
         normed = part if self._normed_before else 0
 
         own = self._computed("none") if self._mode == "full" else self.block_kept(self._mode)
-        if self._mode == "full" and (mask or not self._normed_before):  # with nothing to make again it ends before
-            # Variables of `Block.forward` live until it returns, and a reduce-scatter along the sequence copies.
+        if self._mode == "full" and (
+            mask or not self._normed_before
+        ):  # with nothing to make again it ends before
+            # Variables of `Block.forward` live until it returns, and a reduce-scatter along the
+            # sequence copies.
             inside = 2 * part + (normed + 2 * whole + part if split else part)
             again = before + own - mask
             yield Moment("a block's second forward pass", shards, gathered, summing, again, inside)
@@ -210,16 +245,35 @@ class StepMemory:
         if split:
             matrices = max(matrices, 2 * whole, whole + wide + self._fed_gradient)
         held = before + own - mask - (part - normed)
-        yield Moment("the backward pass of a feed-forward network", shards, gathered, summing, held, part + matrices)
+        yield Moment(
+            "the backward pass of a feed-forward network",
+            shards,
+            gathered,
+            summing,
+            held,
+            part + matrices,
+        )
 
         held = before + normed + whole - self._forgotten(self._mode)[0]
         gradients = summing + self._arrived(missing=1)
         if split:
             yield Moment(
-                "the backward pass of attention's projections", shards, gathered, gradients, held, 3 * whole + 2 * part
+                "the backward pass of attention's projections",
+                shards,
+                gathered,
+                gradients,
+                held,
+                3 * whole + 2 * part,
             )
         gradients = summing + self._arrived(missing=3)
-        yield Moment("the backward pass of attention", shards, gathered, gradients, held + self._attention, 5 * part)
+        yield Moment(
+            "the backward pass of attention",
+            shards,
+            gathered,
+            gradients,
+            held + self._attention,
+            5 * part,
+        )
 
         if not self._gathers:
             return
@@ -229,11 +283,17 @@ class StepMemory:
         yield Moment("the sum of a block's gradients", shards, gathered, gradients, before, part)
 
     def _arrived(self, missing: int) -> int:
-        """The block's own gradients in its backward pass, but for `missing` of attention's projections."""
-        return 0 if self._added_in_place else self._block_gradients - missing * self._projection_gradient
+        """The block's own gradients in its backward pass, but for `missing` of attention's
+        projections."""
+        return (
+            0
+            if self._added_in_place
+            else self._block_gradients - missing * self._projection_gradient
+        )
 
     def _summed(self, done: int) -> int:
-        """Gradients in shards when the backward pass of the last micro-batch is through `done` blocks."""
+        """Gradients in shards when the backward pass of the last micro-batch is through `done`
+        blocks."""
         elements_done = done * self._block_shard
         elements_left = (self.layers - done) * self._block_shard + self._root_shard
         left = elements_left * self._waiting_width if self._added_in_shards else 0

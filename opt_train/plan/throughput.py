@@ -1,8 +1,9 @@
-"""What a run computes and how long that takes, by the formulas of docs/metrics.md. Standard library only."""
+"""What a run computes and how long that takes, by the formulas of docs/metrics.md. Standard library
+only."""
 
 from dataclasses import dataclass
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import flops_per_token, parameter_count
 from opt_train.plan.batch import Batch
 
@@ -18,10 +19,14 @@ class Gpu:
     """Dense, in bf16 or fp16, a second (NVIDIA's data sheets, SXM)."""
 
 
-GPUS = {gpu.name: gpu for gpu in (Gpu("A100", 80, 312e12), Gpu("H100", 80, 989e12), Gpu("H200", 141, 989e12))}
+GPUS = {
+    gpu.name: gpu
+    for gpu in (Gpu("A100", 80, 312e12), Gpu("H100", 80, 989e12), Gpu("H200", 141, 989e12))
+}
 
 OPT_MFU = 0.353
-"""Of OPT-175B on 992 A100s: 147 TFLOP/s a GPU (arXiv 2205.01068, section 2.4) without what recomputation added."""
+"""Of OPT-175B on 992 A100s: 147 TFLOP/s a GPU (arXiv 2205.01068, section 2.4) without what
+recomputation added."""
 
 SECONDS_A_DAY = 86400.0
 
@@ -48,7 +53,9 @@ class Throughput:
         return self.steps * self.tokens_per_step
 
 
-def throughput_of(config: RunConfig, batch: Batch, gpu: Gpu, mfu: float, tokens: int | None) -> Throughput:
+def throughput_of(
+    config: RunConfig, batch: Batch, gpu: Gpu, mfu: float, tokens: int | None
+) -> Throughput:
     """What `config` computes on `gpu` at `mfu`.
 
     Args:
@@ -60,7 +67,9 @@ def throughput_of(config: RunConfig, batch: Batch, gpu: Gpu, mfu: float, tokens:
     steps = config.train.steps if tokens is None else -(-tokens // tokens_per_step)
     step_seconds = None
     if config.precision.compute != "fp32":
-        step_seconds = batch.computed * length * model_flops / (config.world_size * gpu.peak_flops * mfu)
+        step_seconds = (
+            batch.computed * length * model_flops / (config.world_size * gpu.peak_flops * mfu)
+        )
     return Throughput(
         model_flops_per_token=model_flops,
         hardware_flops_per_token=model_flops + recomputed_flops_per_token(config),

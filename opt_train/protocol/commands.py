@@ -1,6 +1,8 @@
-"""Commands: what the supervisor tells an agent, and an agent its warm rank. They travel down and are obeyed at once.
+"""Commands: what the supervisor tells an agent, and an agent its warm rank. They travel down and
+are obeyed at once.
 
-Every command is safe to receive twice: a generation that runs is not begun again, one that is gone is not killed.
+Every command is safe to receive twice: a generation that runs is not begun again, one that is gone
+is not killed.
 """
 
 from collections.abc import Mapping
@@ -11,10 +13,11 @@ from opt_train.protocol.framing import Message
 
 @dataclass(frozen=True, slots=True)
 class Begin(Message, kind="begin"):
-    """Turn the warm process of `slot` into rank `rank`. The agent passes this line on to the rank as it is.
+    """Turn the warm process of `slot` into rank `rank`. The agent passes this line on to the rank
+    as it is.
 
-    Rank 0 gets it first, with `store_port` 0: it binds its rendezvous store on a free port and tells it as a fact;
-    the others get host and port here.
+    Rank 0 gets it first, with `store_port` 0: it binds its rendezvous store on a free port and
+    tells it as a fact; the others get host and port here.
     """
 
     generation: int
@@ -36,12 +39,14 @@ class Begin(Message, kind="begin"):
     order_number: int
     """The newest order already obeyed or withdrawn; only higher numbers are news."""
     journal_head: str = ""
-    """Hash of the newest journal line at the start: goes into the attempt's first metrics line and its manifests."""
+    """Hash of the newest journal line at the start: goes into the attempt's first metrics line and
+    its manifests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kill(Message, kind="kill"):
-    """Kill every rank of generations up to `generation`, after stacks if asked; the answer is `GenerationGone`."""
+    """Kill every rank of generations up to `generation`, after stacks if asked; the answer is
+    `GenerationGone`."""
 
     generation: int
     stacks: bool
@@ -57,17 +62,21 @@ class Relay(Message, kind="relay"):
 
 @dataclass(frozen=True, slots=True)
 class Fetch(Message, kind="fetch"):
-    """Hold the files `names` of the checkpoint `path`, each verified by the manifest; the answer is `Fetched`.
+    """Hold the files `names` of the checkpoint `path`, each verified by the manifest; the answer is
+    `Fetched`.
 
-    What the agent holds already is read and verified again, and got anew where it is not good and there is a source.
+    What the agent holds already is read and verified again, and got anew where it is not good and
+    there is a source.
     """
 
     path: str
-    """Under the run directory, where its manifest lies: `memory/...` is held in memory, `node/...` on a node's disk."""
+    """Under the run directory, where its manifest lies: `memory/...` is held in memory, `node/...`
+    on a node's disk."""
     manifest_sha256: str
     names: tuple[str, ...]
     sources: Mapping[str, str]
-    """Name -> ``host:port`` of an agent that holds it; names that are missing here must be held already."""
+    """Name -> ``host:port`` of an agent that holds it; names that are missing here must be held
+    already."""
     origin: str = ""
     """The checkpoint that holders have the same files under; empty: `path`."""
 
@@ -94,7 +103,8 @@ class Acknowledge(Message, kind="acknowledge"):
 
 
 @dataclass(frozen=True, slots=True)
-class Lead(Message, kind="lead"):
-    """The supervisor's pulse, every second: the lease. `leader` is its own generation; older ones are not obeyed."""
+class LeaderLease(Message, kind="lead"):
+    """The supervisor's pulse, every second: the lease. `leader` is its own generation; older ones
+    are not obeyed."""
 
     leader: int

@@ -12,4 +12,5 @@ RANK_UNSTABLE = 81
 
 
 class BadInput(Exception):
-    """What a user gave cannot work. The message is one sentence that names the key or file and the mend; exit 2."""
+    """What a user gave cannot work. The message is one sentence that names the key or file and the
+    mend; exit 2."""

@@ -1,7 +1,8 @@
 """Facts: what ranks and agents say about themselves. They travel up; nobody waits for an answer.
 
-A rank tells its agent over a pipe; the agent adds who said it and relays it to the supervisor. An agent keeps each
-numbered fact until the supervisor acknowledges it, and tells its whole state on every new connection.
+A rank tells its agent over a pipe; the agent adds who said it and relays it to the supervisor. An
+agent keeps each numbered fact until the supervisor acknowledges it, and tells its whole state on
+every new connection.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,11 @@ from typing import Any
 from opt_train.protocol.framing import Message
 
 PHASES = ("start", "data", "step", "waiting", "checkpoint", "evaluation")
-"""What a rank can be busy with: start (rendezvous, build, restore), data, step, waiting (for the word or an order),
-checkpoint, evaluation."""
+"""What a rank can be busy with: start (rendezvous, build, restore), data, step, waiting (for the
+word or an order), checkpoint, evaluation."""
 
 
-# What a rank says ---------------------------------------------------------------------------------------------
+# What a rank says ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Store(Message, kind="store"):
 
 @dataclass(frozen=True, slots=True)
 class Phase(Message, kind="phase"):
-    """The rank has entered `phase` (one of `PHASES`) of training step `step`. The agent's clock does the timing."""
+    """The rank has entered `phase` (one of `PHASES`) of training step `step`. The agent's clock
+    does the timing."""
 
     phase: str
     step: int
@@ -59,7 +61,8 @@ class InForce(Message, kind="in_force"):
 
 @dataclass(frozen=True, slots=True)
 class Metrics(Message, kind="metrics"):
-    """One step's metrics line (docs/journal.md). The only fact that may be dropped; drops are counted."""
+    """One step's metrics line (docs/journal.md). The only fact that may be dropped; drops are
+    counted."""
 
     line: Mapping[str, Any]
 
@@ -85,7 +88,8 @@ class SavedFile:
 
 @dataclass(frozen=True, slots=True)
 class ShardsSaved(Message, kind="shards_saved"):
-    """This rank's files of the checkpoint at `step` lie fsynced in `folder`. Rank 0 reports `state.json` too."""
+    """This rank's files of the checkpoint at `step` lie fsynced in `folder`. Rank 0 reports
+    `state.json` too."""
 
     step: int
     folder: str
@@ -103,7 +107,8 @@ class SaveFailed(Message, kind="save_failed"):
 
 @dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """A file of a snapshot in the memory of the rank that took it: `fd` is the number of its descriptor there."""
+    """A file of a snapshot in the memory of the rank that took it: `fd` is the number of its
+    descriptor there."""
 
     path: str
     bytes: int
@@ -113,7 +118,8 @@ class MemoryFile:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotTaken(Message, kind="snapshot_taken"):
-    """This rank's part of the state at `step` lies in memory of its own; the agent is to hold it from now on.
+    """This rank's part of the state at `step` lies in memory of its own; the agent is to hold it
+    from now on.
 
     Said by each rank for itself. Rank 0's files include `state.json`.
     """
@@ -132,18 +138,20 @@ class OrderObeyed(Message, kind="order_obeyed"):
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving(Message, kind="leaving"):
-    """The rank's last fact: the exit code that will follow and why. An exit code is believed only with this."""
+class ExitNotice(Message, kind="leaving"):
+    """The rank's last fact: the exit code that will follow and why. An exit code is believed only
+    with this."""
 
     code: int
     step: int
     reason: str
     dropped_metrics: int = 0
     cause: str = ""
-    """A cause label where the rank itself knows it (`config`, `data`, `corrupt_checkpoint`, `stopped`), else empty."""
+    """A cause label where the rank itself knows it (`config`, `data`, `corrupt_checkpoint`,
+    `stopped`), else empty."""
 
 
-# What an agent says -------------------------------------------------------------------------------------------
+# What an agent says -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,8 @@ class HeldFiles:
     """Files of one checkpoint that an agent holds, in memory or on its node's disk."""
 
     path: str
-    """The checkpoint: `memory/<attempt>/step-<step>` or `node/<attempt>/step-<step>`, as it stands in the journal."""
+    """The checkpoint: `memory/<attempt>/step-<step>` or `node/<attempt>/step-<step>`, as it stands
+    in the journal."""
     names: tuple[str, ...]
 
 
@@ -187,13 +196,14 @@ class AgentState(Message, kind="agent_state"):
     """The highest supervisor generation this agent has obeyed."""
     held: tuple[HeldFiles, ...] = ()
     address: str = ""
-    """``host:port`` at which other agents of the run get what it holds; empty: nothing can be had."""
+    """``host:port`` at which other agents of the run get what it holds; empty: nothing can be
+    had."""
     first_leader: int = 0
     """The supervisor that this agent obeyed first: whether it has lived through a change."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse(Message, kind="pulse"):
+class Heartbeat(Message, kind="pulse"):
     """Sent every second, never numbered: the agent is there, and this is where its ranks are."""
 
     slots: tuple[SlotState, ...]
@@ -201,7 +211,8 @@ class Pulse(Message, kind="pulse"):
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of a rank's log: evidence. `file` is relative to the run directory, `line` counts from 1."""
+    """A line of a rank's log: evidence. `file` is relative to the run directory, `line` counts from
+    1."""
 
     file: str
     line: int
@@ -230,7 +241,7 @@ class RankExited(Message, kind="rank_exited"):
     signal: int | None
     killed_by_agent: bool
     """The agent sent the signal itself, on command."""
-    leaving: Leaving | None
+    leaving: ExitNotice | None
     phase: str
     step: int
     log_tail: tuple[LogLine, ...] = ()
@@ -270,7 +281,8 @@ class SnapshotHeld(Message, kind="snapshot_held"):
 
 @dataclass(frozen=True, slots=True)
 class Fetched(Message, kind="fetched"):
-    """The answer to `Fetch`: every file that was asked for is here and has been verified, or `why` says what is not."""
+    """The answer to `Fetch`: every file that was asked for is here and has been verified, or `why`
+    says what is not."""
 
     path: str
     names: tuple[str, ...]
@@ -281,7 +293,7 @@ class Fetched(Message, kind="fetched"):
 
 
 @dataclass(frozen=True, slots=True)
-class Told(Message, kind="told"):
+class NumberedFact(Message, kind="told"):
     """A numbered fact: kept and told again until acknowledged."""
 
     number: int
@@ -289,6 +301,21 @@ class Told(Message, kind="told"):
 
 
 FACTS_OF_A_RANK: tuple[type[Message], ...] = (
-    Warm, Store, Phase, Progress, InForce, Metrics, Validation, ShardsSaved, SaveFailed, SnapshotTaken,
-    OrderObeyed, Leaving,
-)  # fmt: skip
+    Warm,
+    Store,
+    Phase,
+    Progress,
+    InForce,
+    Metrics,
+    Validation,
+    ShardsSaved,
+    SaveFailed,
+    SnapshotTaken,
+    OrderObeyed,
+    ExitNotice,
+)
+
+
+def is_metrics_line(line: Any) -> bool:
+    """Whether `line` is what the supervisor can file: an object with an integer `step`."""
+    return isinstance(line, dict) and type(line.get("step")) is int

@@ -1,9 +1,9 @@
 """One message is one line of JSON; this file turns messages into lines and back.
 
-Non-finite numbers travel as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, because JSON has no
-word for them: a field of type float is a float again at the other end, and ``float()`` reads all three where a field
-is a plain mapping. A fact of a rank fits `MAX_FACT_BYTES`: up to PIPE_BUF a write to a
-non-blocking pipe is all or nothing, so lines never tear.
+Non-finite numbers travel as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, because JSON
+has no word for them: a field of type float is a float again at the other end, and ``float()`` reads
+all three where a field is a plain mapping. A fact of a rank fits `MAX_FACT_BYTES`: up to PIPE_BUF a
+write to a non-blocking pipe is all or nothing, so lines never tear.
 """
 
 import functools
@@ -21,8 +21,9 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 
 MAX_DEPTH = 32
-"""Objects and lists within one another. Messages need a quarter of it, and what is deeper could be read but not told
-again: the way back to JSON takes more of the interpreter's stack than the way from it."""
+"""Objects and lists within one another. Messages need a quarter of it, and what is deeper could be
+read but not told again: the way back to JSON takes more of the interpreter's stack than the way
+from it."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -32,7 +33,8 @@ class ProtocolError(Exception):
 
 
 class Message:
-    """Base of every fact, order and command: a frozen dataclass whose `kind` names it on the wire."""
+    """Base of every fact, order and command: a frozen dataclass whose `kind` names it on the
+    wire."""
 
     __slots__ = ()
     kind: ClassVar[str]
@@ -40,7 +42,8 @@ class Message:
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # dataclass(slots=True) makes the class a second time; the later one, which is the one in use, wins.
+        # dataclass(slots=True) makes the class a second time; the later one, which is the one in
+        # use, wins.
         if kind or "kind" in cls.__dict__:
             cls.kind = kind or cls.__dict__["kind"]
             Message.registry[cls.kind] = cls
@@ -59,7 +62,9 @@ class Message:
         if extra:
             raise ProtocolError(f"{cls.__name__} has no field {sorted(extra)[0]!r}")
         try:
-            return cls(**{name: _typed(payload[name], hints[name]) for name in names if name in payload})
+            return cls(
+                **{name: _typed(payload[name], hints[name]) for name in names if name in payload}
+            )
         except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise ProtocolError(f"{cls.__name__}: {error}") from None
 
@@ -80,7 +85,9 @@ def to_payload(value: Any) -> Any:
 
 def to_line(message: Any) -> bytes:
     """`message` as one line, newline included."""
-    text = json.dumps(to_payload(message), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    text = json.dumps(
+        to_payload(message), separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    )
     return text.encode("utf-8", "replace") + b"\n"
 
 
@@ -138,12 +145,14 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 @functools.cache
 def _hints_of(kind: type) -> Mapping[str, Any]:
-    """The types of a class's fields. To look them up costs as much as the rest of reading a pulse."""
+    """The types of a class's fields. To look them up costs as much as the rest of reading a
+    pulse."""
     return get_type_hints(kind)
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """`value` in the field's type: tuples back from lists, messages from objects, floats from strings."""
+    """`value` in the field's type: tuples back from lists, messages from objects, floats from
+    strings."""
     origin = getattr(hint, "__origin__", None)
     if origin is tuple:
         inner = hint.__args__[0]
@@ -166,7 +175,11 @@ def _typed(value: Any, hint: Any) -> Any:
         return _exactly(value, hint)
     arguments = getattr(hint, "__args__", ())
     if type(None) in arguments:
-        return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
+        return (
+            None
+            if value is None
+            else _typed(value, next(a for a in arguments if a is not type(None)))
+        )
     return value
 
 

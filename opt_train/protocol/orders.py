@@ -1,7 +1,9 @@
-"""Orders: what the supervisor asks of the training loop. They reach rank 0, and all ranks through the step's word.
+"""Orders: what the supervisor asks of the training loop. They reach rank 0, and all ranks through
+the step's word.
 
-An order's number rides in the word that all ranks reduce once a step, so every rank obeys at the same boundary; the
-body is broadcast only when the number moved. Numbers grow by one over the life of a run.
+An order's number rides in the word that all ranks reduce once a step, so every rank obeys at the
+same boundary; the body is broadcast only when the number moved. Numbers grow by one over the life
+of a run.
 """
 
 from dataclasses import dataclass

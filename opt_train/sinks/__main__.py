@@ -1,7 +1,9 @@
-"""`python -m opt_train.sinks RUN_DIRECTORY SINK`: forward a run's metrics lines until standard input ends.
+"""`python -m opt_train.sinks RUN_DIRECTORY SINK`: forward a run's metrics lines until standard
+input ends.
 
-It only ever reads what the run has written, so whatever happens here (a service that blocks for ever, a crash, no such
-package) is nothing to the training. By hand, `... runs/demo tensorboard </dev/null` forwards all there is and ends.
+It only ever reads what the run has written, so whatever happens here (a service that blocks for
+ever, a crash, no such package) is nothing to the training. By hand, `... runs/demo tensorboard
+</dev/null` forwards all there is and ends.
 """
 
 import argparse
@@ -17,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.protocol import signals
+from opt_train.host import signals
 from opt_train.sinks.config import SinksConfig
 from opt_train.sinks.tail import Line, Position, Tail
 
@@ -37,7 +39,8 @@ class Sink(Protocol):
     """Somewhere to show metrics."""
 
     def send(self, line: Line, number: int) -> None:
-        """Take one step's line, the `number`th of the run's life; a line may come twice, with the same number."""
+        """Take one step's line, the `number`th of the run's life; a line may come twice, with the
+        same number."""
 
     def flush(self) -> None:
         """Return when what was sent would survive this process."""
@@ -47,7 +50,8 @@ class Sink(Protocol):
 
 
 def forward(run: RunDirectory, name: str) -> int:
-    """Forward from the last forwarded line on, until standard input ends or the run directory is gone."""
+    """Forward from the last forwarded line on, until standard input ends or the run directory is
+    gone."""
     configuration = read_configuration(run)
     folder = run.path / "sinks"
     run.make_folder(folder)
@@ -55,8 +59,13 @@ def forward(run: RunDirectory, name: str) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process, which forwards {run.path} to {name} already", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a starter that has come to its end gives its sinks seconds
+            print(
+                f"waiting for another process, which forwards {run.path} to {name} already",
+                file=sys.stderr,
+            )
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # a starter that has come to its end gives its sinks seconds
         state = folder / f"{name}.json"
         tail = Tail(run, Position.read(state))
         sink: Sink = importlib.import_module(MODULES[name]).Sink(
@@ -96,14 +105,17 @@ def standard_input_ends(within_seconds: float) -> bool:
 
 
 def die_with_starter() -> None:
-    """A starter that is killed takes its sinks along, stopped ones too: none is left behind holding files."""
+    """A starter that is killed takes its sinks along, stopped ones too: none is left behind holding
+    files."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def main(arguments: Sequence[str]) -> int:
     if signals.were_blocked():
         signals.ignore()
-    parser = argparse.ArgumentParser(prog="python -m opt_train.sinks", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m opt_train.sinks", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     parser.add_argument("sink", choices=MODULES, metavar="SINK", help=" or ".join(MODULES))
     flags = parser.parse_args(arguments)

@@ -1,4 +1,5 @@
-"""Starts the sinks of a run, and ends them in bounded time. The starter never waits for one while it trains."""
+"""Starts the sinks of a run, and ends them in bounded time. The starter never waits for one while
+it trains."""
 
 import importlib.util
 import os
@@ -10,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.protocol import signals
+from opt_train.host import signals
 from opt_train.sinks.config import SinksConfig
 
 KILLED_SECONDS = 1.0
@@ -23,14 +24,19 @@ class SinkProcesses:
     """The sinks that a configuration asks for: a process each, in a session of its own."""
 
     def __init__(self, run: RunDirectory, config: SinksConfig, say: Callable[[str], None]) -> None:
-        """`say` gets a sentence where a sink does not start or does not stay; perhaps from another thread."""
+        """`say` gets a sentence where a sink does not start or does not stay; perhaps from another
+        thread."""
         self._run, self._config, self._say = run, config, say
         self._running: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
         self._closing = False
 
     def start(self) -> None:
-        """Start them. Call it from the main thread, once the run is held and its `config.json` written."""
-        for name, wanted in (("wandb", self._config.wandb), ("tensorboard", self._config.tensorboard)):
+        """Start them. Call it from the main thread, once the run is held and its `config.json`
+        written."""
+        for name, wanted in (
+            ("wandb", self._config.wandb),
+            ("tensorboard", self._config.tensorboard),
+        ):
             if not wanted:
                 continue
             if not _is_installed(name):
@@ -42,15 +48,22 @@ class SinkProcesses:
             try:
                 self._start(name)
             except OSError as error:
-                self._say(f"the {name} sink could not be started ({error.strerror}); training goes on without it")
+                self._say(
+                    f"the {name} sink could not be started ({error.strerror}); training goes on "
+                    "without it"
+                )
 
     def _start(self, name: str) -> None:
         self._run.make_folder(self._run.logs)
         # -P: a folder `wandb` where the run was started is not the library.
         command = [sys.executable, "-P", "-m", "opt_train.sinks", str(self._run.path), name]
         with self._log.open("ab") as log, signals.blocked():
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        watch = threading.Thread(target=self._watch, args=(name, process), name=f"sink {name}", daemon=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+        watch = threading.Thread(
+            target=self._watch, args=(name, process), name=f"sink {name}", daemon=True
+        )
         watch.start()
         self._running.append((process, watch))
 
@@ -58,14 +71,17 @@ class SinkProcesses:
         code = process.wait()
         if not self._closing:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            self._say(f"the {name} sink ended early ({how}); training goes on without it; see {self._log}")
+            self._say(
+                f"the {name} sink ended early ({how}); training goes on without it; see {self._log}"
+            )
 
     @property
     def _log(self) -> Path:
         return self._run.logs / "sinks.log"
 
     def close(self) -> None:
-        """Let them send their last lines for at most `flush_seconds` in all, then kill what is left."""
+        """Let them send their last lines for at most `flush_seconds` in all, then kill what is
+        left."""
         self._closing = True
         for process, _ in self._running:
             assert process.stdin is not None

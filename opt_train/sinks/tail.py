@@ -1,4 +1,5 @@
-"""Follows a run's `metrics/<attempt>.jsonl` from behind: whole lines alone, each (attempt, step) once, in order."""
+"""Follows a run's `metrics/<attempt>.jsonl` from behind: whole lines alone, each (attempt, step)
+once, in order."""
 
 import json
 import os
@@ -7,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opt_logbook.attempt import AttemptId
-from opt_logbook.codec import NON_FINITE, CodecError, parse
-from opt_logbook.metrics import attempts_in
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.attempt import AttemptId
+from opt_logbook.record.codec import NON_FINITE, CodecError, parse
+from opt_logbook.record.metrics import attempts_in
+from opt_logbook.record.run_directory import RunDirectory
 
 READ_BYTES = 1 << 20
 """Read at once; a metrics line has 4096 at the most."""
@@ -25,8 +26,9 @@ class Line:
     time: float
     """Unix seconds."""
     values: Mapping[str, float]
-    """Every number of the line but `step` and `time`, non-finite ones too. One of a list is `key/place`, so that a
-    sink shows each layer's curve; the places of lists by layer are `embedding`, `layer_00` and so on, and `final`."""
+    """Every number of the line but `step` and `time`, non-finite ones too. One of a list is
+    `key/place`, so that a sink shows each layer's curve; the places of lists by layer are
+    `embedding`, `layer_00` and so on, and `final`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class Position:
         """What `write` left at `path`; the beginning where there is nothing that reads."""
         try:
             found = json.loads(path.read_text())
-            position = cls(attempt=str(found["attempt"]), step=int(found["step"]), sent=int(found["sent"]))
+            position = cls(
+                attempt=str(found["attempt"]), step=int(found["step"]), sent=int(found["sent"])
+            )
             if position.attempt:
                 AttemptId.parse(position.attempt)
         except (OSError, ValueError, KeyError, TypeError):
@@ -76,9 +80,11 @@ class Tail:
         self._offset = 0
 
     def news(self) -> Iterator[Line]:
-        """The lines that have come since, over as many attempts as there are; ends where nothing is new."""
+        """The lines that have come since, over as many attempts as there are; ends where nothing is
+        new."""
         while True:
-            # Listed before the old file is read to its end: nothing is written to it once a newer one is there.
+            # Listed before the old file is read to its end: nothing is written to it once a newer
+            # one is there.
             later = self._later()
             yield from self._rest()
             if not later:
@@ -98,7 +104,9 @@ class Tail:
         while self.position.attempt:
             try:
                 with self._run.metrics_of(self.position.attempt).open("rb") as file:
-                    if file.seek(0, os.SEEK_END) < self._offset:  # a crash of the machine took lines that were not safe
+                    if (
+                        file.seek(0, os.SEEK_END) < self._offset
+                    ):  # a crash of the machine took lines that were not safe
                         self._offset = 0
                     file.seek(self._offset)
                     data = file.read(READ_BYTES)

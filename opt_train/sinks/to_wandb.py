@@ -1,11 +1,12 @@
-"""Metrics to Weights & Biases: one W&B run for the life of a run directory, so that restarts go on with its curves."""
+"""Metrics to Weights & Biases: one W&B run for the life of a run directory, so that restarts go on
+with its curves."""
 
 import secrets
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import wandb
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.sinks.config import SinksConfig
 from opt_train.sinks.tail import Line, replace_text
@@ -14,10 +15,18 @@ from opt_train.sinks.tail import Line, replace_text
 class Sink:
     """W&B's own files lie in `sinks/wandb`."""
 
-    def __init__(self, run: RunDirectory, config: SinksConfig, configuration: Mapping[str, Any]) -> None:
-        # No hardware statistics, console or code: those would cost the ranks' cores time, and the journal has them.
+    def __init__(
+        self, run: RunDirectory, config: SinksConfig, configuration: Mapping[str, Any]
+    ) -> None:
+        # No hardware statistics, console or code: those would cost the ranks' cores time, and the
+        # journal has them.
         settings = wandb.Settings(
-            console="off", disable_git=True, disable_code=True, x_disable_stats=True, silent=True, quiet=True
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            silent=True,
+            quiet=True,
         )
         self._run = wandb.init(
             project=config.wandb_project,
@@ -29,11 +38,13 @@ class Sink:
             config=dict(configuration),
             settings=settings,
         )
-        # W&B's own step must grow for ever and a rollback's does not: the curves are drawn over ours.
+        # W&B's own step must grow for ever and a rollback's does not: the curves are drawn over
+        # ours.
         self._run.define_metric("*", step_metric="step")
 
     def send(self, line: Line, number: int) -> None:
-        """Hand one step over. `number` is W&B's own step: a line that is told twice overwrites itself."""
+        """Hand one step over. `number` is W&B's own step: a line that is told twice overwrites
+        itself."""
         self._run.log({**line.values, "step": line.step, "attempt": line.attempt}, step=number)
 
     def flush(self) -> None:

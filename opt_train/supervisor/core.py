@@ -1,11 +1,12 @@
-"""The supervisor without its hands: inputs and a clock in, effects out. No I/O, no clock of its own, no randomness.
+"""The supervisor without its hands: inputs and a clock in, effects out. No I/O, no clock of its
+own, no randomness.
 
-What is decided now is folded at once and emitted as `Append`, which is a barrier for the shell: nothing behind it is
-visible before the entry is durable. So a new supervisor that folds the journal stands where the world last saw this
-one.
+What is decided now is folded at once and emitted as `Append`, which is a barrier for the shell:
+nothing behind it is visible before the entry is durable. So a new supervisor that folds the journal
+stands where the world last saw this one.
 """
 
-from opt_logbook.events import (
+from opt_logbook.record.events import (
     Entry,
     Event,
     JournalStalled,
@@ -15,17 +16,26 @@ from opt_logbook.events import (
     SupervisorStarted,
 )
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
+from opt_train.run.state import SAVE_AND_STOP, TERMINAL, RunState, fold
+from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint, StartAgent, WriteMetrics
-from opt_train.supervisor.inputs import Identity, InboxTold, Input, JournalWasStalled, MetricsTold, Now, StopAsked
-from opt_train.supervisor.observation import Observation
-from opt_train.supervisor.policy import decide
-from opt_train.supervisor.policy_situation import Record, Situation
-from opt_train.supervisor.policy_stop import farewell
-from opt_train.supervisor.state import SAVE_AND_STOP, TERMINAL, RunState, fold
+from opt_train.supervisor.inputs import (
+    Identity,
+    InboxReceived,
+    Input,
+    JournalWasStalled,
+    MetricsReceived,
+    Now,
+    StopAsked,
+)
+from opt_train.supervisor.rules.context import Context, Record
+from opt_train.supervisor.rules.orders import farewell
+from opt_train.supervisor.rules.table import decide
 
 MOST_ROUNDS = 10_000
-"""A rule that is not silent after it was obeyed is a mistake in the policy, never something the world does."""
+"""A rule that is not silent after it was obeyed is a mistake in the policy, never something the
+world does."""
 
 
 class Supervisor:
@@ -35,24 +45,28 @@ class Supervisor:
         self.config = config
         self.state = state
         self.identity = identity
-        self.seen = Observation(config.supervisor, Now(0.0, 0.0))
+        self.seen = ClusterView(config.supervisor, Now(0.0, 0.0))
 
     def begin(self, now: Now) -> list[Effect]:
-        """Take the run over, or create it: the first lines of this supervisor, and an agent on every node."""
-        self.seen = Observation(self.config.supervisor, now)
+        """Take the run over, or create it: the first lines of this supervisor, and an agent on
+        every node."""
+        self.seen = ClusterView(self.config.supervisor, now)
         identity = self.identity
         if self.state.stage == "finished" and not identity.opens_lineage:
             self.seen.finished = True
-            return [farewell(Situation(self.state, self.seen, self.config, identity))]
+            return [farewell(Context(self.state, self.seen, self.config, identity))]
         resumed = self.state.created is not None
         effects = [] if resumed else self._append(Record(identity.created))
         if self.state.lineage == 0 or identity.opens_lineage:
             difference = identity.lineage_difference if self.state.lineage else ()
             opened = LineageOpened(self.state.lineage + 1, identity.config_sha256, difference)
             effects += self._append(Record(opened))
-        started = SupervisorStarted(identity.leader, identity.host, identity.pid, identity.version, resumed)
+        started = SupervisorStarted(
+            identity.leader, identity.host, identity.pid, identity.version, resumed
+        )
         effects += self._append(Record(started))
-        # Journalled as retired or abandoned, but the crash may have come before the folder was gone.
+        # Journalled as retired or abandoned, but the crash may have come before the folder was
+        # gone.
         effects += [RetireCheckpoint(path) for path in (*self.state.retired, *self.state.abandoned)]
         effects += [StartAgent(node) for node in identity.nodes if not self.state.has_failed(node)]
         return [*effects, *self._settle()]
@@ -88,14 +102,17 @@ class Supervisor:
     def _append(self, record: Record) -> list[Effect]:
         current = self.state.attempt.name if self.state.attempt is not None else ""
         attempt = current if record.attempt is None else record.attempt
-        entry = Entry(time=round(self.seen.now.wall, 3), attempt=attempt, step=record.step, event=record.event)
+        entry = Entry(
+            time=round(self.seen.now.wall, 3), attempt=attempt, step=record.step, event=record.event
+        )
         before, self.state = self.state, fold(self.state, entry)
         self.seen.entered(before, self.state)
         return [Append(entry)]
 
     def _announce(self, given: Input) -> list[Effect]:
-        """A metrics line that is news goes to its attempt's file; older generations are fenced off."""
-        if not isinstance(given, MetricsTold) or not self.seen.is_news(given, self.state):
+        """A metrics line that is news goes to its attempt's file; older generations are fenced
+        off."""
+        if not isinstance(given, MetricsReceived) or not self.seen.is_news(given, self.state):
             return []
         assert self.state.attempt is not None
         return [WriteMetrics(self.state.attempt.name, given.line)]
@@ -105,9 +122,9 @@ class Supervisor:
         match given:
             case JournalWasStalled(seconds):
                 return [JournalStalled(seconds)]
-            case InboxTold(message) if message.get("kind") == "note":
+            case InboxReceived(message) if message.get("kind") == "note":
                 return [Note(str(message.get("author", "")), str(message.get("text", "")))]
-            case InboxTold(message) if message.get("kind") == "stop":
+            case InboxReceived(message) if message.get("kind") == "stop":
                 return self._stop(str(message.get("by", "inbox")))
             case StopAsked(by):
                 return self._stop(by)

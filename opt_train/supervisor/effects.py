@@ -1,28 +1,31 @@
-"""Everything the supervisor's core can ask of the shell. The shell carries them out in the order given.
+"""Everything the supervisor's core can ask of the shell. The shell carries them out in the order
+given.
 
-`Append` is a barrier: nothing behind it happens before the entry is durable. So the world never sees a decision that a
-crash could make the journal forget.
+`Append` is a barrier: nothing behind it happens before the entry is durable. So the world never
+sees a decision that a crash could make the journal forget.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opt_logbook.events import Entry
+from opt_logbook.record.events import Entry
 
 from opt_train.protocol.framing import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Journal the entry (seq and hash are the journal's to give). The core has folded it already."""
+    """Journal the entry (seq and hash are the journal's to give). The core has folded it
+    already."""
 
     entry: Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a command to the node's agent; forgotten if it is not connected (the core repeats itself on connection)."""
+    """Send a command to the node's agent; forgotten if it is not connected (the core repeats itself
+    on connection)."""
 
     node: str
     command: Message
@@ -52,7 +55,8 @@ class FenceNode:
 
 @dataclass(frozen=True, slots=True)
 class WriteMetrics:
-    """Append the line to `metrics/<attempt>.jsonl`. Not a barrier; a line may be lost in a crash."""
+    """Append the line to `metrics/<attempt>.jsonl`. Not a barrier; a line may be lost in a
+    crash."""
 
     attempt: str
     line: Mapping[str, Any]
@@ -60,7 +64,8 @@ class WriteMetrics:
 
 @dataclass(frozen=True, slots=True)
 class VerifyCheckpoint:
-    """Check every file of the checkpoint (path relative to the run) by its manifest; answer `CheckpointVerified`."""
+    """Check every file of the checkpoint (path relative to the run) by its manifest; answer
+    `CheckpointVerified`."""
 
     path: str
     manifest_sha256: str
@@ -68,7 +73,8 @@ class VerifyCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class CommitManifest:
-    """All ranks have reported: write and rename the manifest, after re-reading the lock; answer `ManifestCommitted`.
+    """All ranks have reported: write and rename the manifest, after re-reading the lock; answer
+    `ManifestCommitted`.
 
     `files` maps the path inside `folder` (absolute, as the ranks reported it) to (bytes, sha256).
     """
@@ -85,8 +91,9 @@ class CommitManifest:
 class CommitSnapshot:
     """Every agent holds its ranks' parts: write the manifest at `paths`, after re-reading the lock.
 
-    The answer is one `ManifestCommitted` of the first path; the others are of tiers that the files still go on to.
-    `files` maps a name to (bytes, sha256), and `state` is what rank 0 put into `state.json`.
+    The answer is one `ManifestCommitted` of the first path; the others are of tiers that the files
+    still go on to. `files` maps a name to (bytes, sha256), and `state` is what rank 0 put into
+    `state.json`.
     """
 
     paths: tuple[str, ...]
@@ -106,7 +113,8 @@ class RetireCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class ClearUncommitted:
-    """Remove what saves left under `attempts`, of which nothing lives any more, but for the paths in `kept`."""
+    """Remove what saves left under `attempts`, of which nothing lives any more, but for the paths
+    in `kept`."""
 
     attempts: tuple[str, ...]
     kept: frozenset[str]
@@ -129,7 +137,8 @@ class Show:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The supervisor is done: release the cluster, render the chronicle, exit with `code` and say `message`."""
+    """The supervisor is done: release the cluster, render the chronicle, exit with `code` and say
+    `message`."""
 
     code: int
     message: str

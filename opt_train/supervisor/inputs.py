@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opt_logbook.events import RunCreated
+from opt_logbook.record.events import RunCreated
 
-from opt_train.protocol.facts import AgentState, Pulse
+from opt_train.protocol.facts import AgentState, Heartbeat
 from opt_train.protocol.framing import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """`wall`: Unix seconds, for the journal. `monotonic`: seconds, for every timeout and interval."""
+    """`wall`: Unix seconds, for the journal. `monotonic`: seconds, for every timeout and
+    interval."""
 
     wall: float
     monotonic: float
@@ -35,7 +36,8 @@ class Identity:
     created: RunCreated
     """Journalled if the journal is empty."""
     opens_lineage: bool = False
-    """Training keys or code changed and the user said `lineage=new` (a first run always opens lineage 1)."""
+    """Training keys or code changed and the user said `lineage=new` (a first run always opens
+    lineage 1)."""
     lineage_difference: tuple[str, ...] = ()
     operational_difference: tuple[str, ...] = ()
     git_commit: str = ""
@@ -45,7 +47,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class AgentConnected:
-    """An authenticated agent dialled in and told its state. A newer connection of a node replaces the older."""
+    """An authenticated agent dialled in and told its state. A newer connection of a node replaces
+    the older."""
 
     node: str
     state: AgentState
@@ -59,8 +62,9 @@ class AgentDisconnected:
 
 
 @dataclass(frozen=True, slots=True)
-class FactTold:
-    """A numbered fact of an agent (`RankFact`, `RankExited`, `Stacks`, `GenerationGone`). May come twice."""
+class FactReceived:
+    """A numbered fact of an agent (`RankFact`, `RankExited`, `Stacks`, `GenerationGone`). May come
+    twice."""
 
     node: str
     number: int
@@ -68,13 +72,13 @@ class FactTold:
 
 
 @dataclass(frozen=True, slots=True)
-class PulseTold:
+class HeartbeatReceived:
     node: str
-    pulse: Pulse
+    pulse: Heartbeat
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsTold:
+class MetricsReceived:
     """One step's metrics line from rank 0, decoded. May come twice."""
 
     node: str
@@ -84,7 +88,8 @@ class MetricsTold:
 
 @dataclass(frozen=True, slots=True)
 class ClusterObserved:
-    """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Told every second."""
+    """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Told every
+    second."""
 
     nodes: Mapping[str, str]
     reasons: Mapping[str, str]
@@ -101,7 +106,8 @@ class CheckpointVerified:
 
 @dataclass(frozen=True, slots=True)
 class ManifestCommitted:
-    """The answer to `CommitManifest` or `CommitSnapshot`. `why` is empty when the manifest is in place."""
+    """The answer to `CommitManifest` or `CommitSnapshot`. `why` is empty when the manifest is in
+    place."""
 
     path: str
     attempt: str
@@ -124,8 +130,9 @@ class JournalWasStalled:
 
 
 @dataclass(frozen=True, slots=True)
-class InboxTold:
-    """Somebody dropped a message into `inbox/`: `{"kind": "note", "author", "text"}` or `{"kind": "stop", "by"}`."""
+class InboxReceived:
+    """Somebody dropped a message into `inbox/`: `{"kind": "note", "author", "text"}` or `{"kind":
+    "stop", "by"}`."""
 
     message: Mapping[str, Any]
 
@@ -145,14 +152,14 @@ class Tick:
 Input = (
     AgentConnected
     | AgentDisconnected
-    | FactTold
-    | PulseTold
-    | MetricsTold
+    | FactReceived
+    | HeartbeatReceived
+    | MetricsReceived
     | ClusterObserved
     | CheckpointVerified
     | ManifestCommitted
     | JournalWasStalled
-    | InboxTold
+    | InboxReceived
     | StopAsked
     | Tick
 )

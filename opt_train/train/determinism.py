@@ -1,4 +1,5 @@
-"""`train.deterministic`: the same bits on every run of the same layout, or an error that names the kernel."""
+"""`train.deterministic`: the same bits on every run of the same layout, or an error that names the
+kernel."""
 
 import os
 import re
@@ -7,12 +8,13 @@ import torch
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_CHOICES = (":4096:8", ":16:8")
-"""The settings under which cuBLAS is deterministic (cuBLAS documentation, "Results reproducibility")."""
+"""The settings under which cuBLAS is deterministic (cuBLAS documentation, "Results
+reproducibility")."""
 
 
 def be_deterministic() -> None:
-    """From now on torch takes deterministic kernels alone. Before the first product on a GPU: cuBLAS reads its setting
-    once.
+    """From now on torch takes deterministic kernels alone. Before the first product on a GPU:
+    cuBLAS reads its setting once.
     """
     if os.environ.get(_CUBLAS) not in _CUBLAS_CHOICES:
         os.environ[_CUBLAS] = _CUBLAS_CHOICES[0]
@@ -23,7 +25,8 @@ def be_deterministic() -> None:
 
 
 def explain(error: RuntimeError) -> str | None:
-    """A sentence for a person, where `error` is torch's complaint that a kernel cannot do it; otherwise None."""
+    """A sentence for a person, where `error` is torch's complaint that a kernel cannot do it;
+    otherwise None."""
     if not torch.are_deterministic_algorithms_enabled():
         return None
     text = str(error)
@@ -33,4 +36,7 @@ def explain(error: RuntimeError) -> str | None:
         kernel = "cuBLAS, as the environment sets it up,"
     else:
         return None
-    return f"train.deterministic=true, but {kernel} has no deterministic kernel here; set train.deterministic=false"
+    return (
+        f"train.deterministic=true, but {kernel} has no deterministic kernel here; set "
+        "train.deterministic=false"
+    )

@@ -1,29 +1,35 @@
-"""The training loop, as the textbook says it. Whatever is not training is a call with a good name."""
+"""The training loop, as the textbook says it. Whatever is not training is a call with a good
+name."""
 
 from opt_train.data.manifest import HELD_OUT
 from opt_train.protocol.exits import DONE, NO
-from opt_train.protocol.facts import Leaving
+from opt_train.protocol.facts import ExitNotice
 from opt_train.train.step import read_batch, take_step
 from opt_train.train.training import Training
 
 
-def train(run: Training) -> Leaving:
+def train(run: Training) -> ExitNotice:
     """Train until the steps are done or the world agrees to stop; returns the rank's last words.
 
     Every decision here is taken from the step's word, at the same boundary on every rank.
     """
     state, config = run.state, run.config
     if state.step and config.checkpoint.every_steps:
-        run.begin_save()  # one restored from memory: a save that was under way when the run broke is lost
+        # one restored from memory: a save that was under way when the run broke is lost
+        run.begin_save()
     while True:
-        run.hear(before=state.step - 1)  # the word of the step before last: it had a whole step to arrive
+        run.hear(
+            before=state.step - 1
+        )  # the word of the step before last: it had a whole step to arrive
         if (leaving := run.obey()) is not None:
             return leaving
         if state.step >= config.train.steps:
             return finish(run)
 
         run.enter("data")
-        micro_batches, data_seconds = read_batch(run)  # random access: a restart is just another cursor
+        micro_batches, data_seconds = read_batch(
+            run
+        )  # random access: a restart is just another cursor
         run.enter("step")
         take_step(run, micro_batches, data_seconds)
 
@@ -34,14 +40,16 @@ def train(run: Training) -> Leaving:
             run.begin_save()
 
 
-def finish(run: Training) -> Leaving:
+def finish(run: Training) -> ExitNotice:
     """The last words, the final validation, the final checkpoint."""
     step = run.state.step
     measured = sets_due(run) if step > run.started_step else []
     run.validate([name for name in run.validation_sets if name not in measured])
     if not run.save():
-        return Leaving(NO, step, f"the final save at step {step} failed on some rank", cause="storage")
-    return Leaving(DONE, step, f"all {step} steps are done")
+        return ExitNotice(
+            NO, step, f"the final save at step {step} failed on some rank", cause="storage"
+        )
+    return ExitNotice(DONE, step, f"all {step} steps are done")
 
 
 def sets_due(run: Training) -> list[str]:
@@ -53,5 +61,6 @@ def sets_due(run: Training) -> list[str]:
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether something that happens `every` so many steps (0: never) happens after `step` of them."""
+    """Whether something that happens `every` so many steps (0: never) happens after `step` of
+    them."""
     return every > 0 and step % every == 0

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import flops_per_token
 from opt_train.protocol.commands import Begin
 from opt_train.train.state import TrainState
-from opt_train.train.word import StepWord
+from opt_train.train.step_stats import StepStats
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense peak in bf16, and the same in fp16, by a part of the device's name (NVIDIA data sheets, SXM); MFU is null for
-anything else."""
+"""Dense peak in bf16, and the same in fp16, by a part of the device's name (NVIDIA data sheets,
+SXM); MFU is null for anything else."""
 OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL")
-"""These names hold one of those above, but what they reach is less. (An A100 on PCIe has the same peak.)"""
+"""These names hold one of those above, but what they reach is less. (An A100 on PCIe has the same
+peak.)"""
 
 
 class Clock:
@@ -44,11 +45,18 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def metrics_line(
-    config: RunConfig, begin: Begin, state: TrainState, word: StepWord, learning_rate: float, device: torch.device
+    config: RunConfig,
+    begin: Begin,
+    state: TrainState,
+    word: StepStats,
+    learning_rate: float,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The line of the step that `word` speaks of; `state` has absorbed it and may be further on in `step`.
+    """The line of the step that `word` speaks of; `state` has absorbed it and may be further on in
+    `step`.
 
-    The line's `step`, `samples`, `updates` and `tokens` count that step in, as a checkpoint taken behind it would.
+    The line's `step`, `samples`, `updates` and `tokens` count that step in, as a checkpoint taken
+    behind it would.
     """
     rate = word.tokens / word.step_seconds if word.step_seconds > 0 else 0.0
     return {

@@ -9,7 +9,7 @@ from typing import Protocol
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import MAX_MESSAGE_BYTES, Message, ProtocolError, from_line
 from opt_train.protocol.orders import Order, Save, SaveAndStop
-from opt_train.train.telling import log_line
+from opt_train.train.fact_pipe import log_line
 
 _READ_BYTES = 1 << 16
 
@@ -66,7 +66,9 @@ class ControlPipe:
         return orders
 
     def _keep(self, messages: list[Message]) -> None:
-        self._orders += [message for message in messages if isinstance(message, (Save, SaveAndStop))]
+        self._orders += [
+            message for message in messages if isinstance(message, (Save, SaveAndStop))
+        ]
 
     def _read(self) -> list[Message]:
         while True:
@@ -79,7 +81,9 @@ class ControlPipe:
             self._rest += piece
         *lines, self._rest = self._rest.split(b"\n")
         if len(self._rest) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"a line on the control pipe is longer than {MAX_MESSAGE_BYTES} bytes")
+            raise ProtocolError(
+                f"a line on the control pipe is longer than {MAX_MESSAGE_BYTES} bytes"
+            )
         return [message for line in lines if (message := _message(line)) is not None]
 
 
@@ -87,7 +91,8 @@ def _message(line: bytes) -> Message | None:
     try:
         return from_line(line)
     except ProtocolError as error:
-        # An order that cannot be read must not end training; the supervisor withdraws what nobody obeys.
+        # An order that cannot be read must not end training; the supervisor withdraws what nobody
+        # obeys.
         log_line(f"control pipe: {error}")
         return None
 

@@ -1,7 +1,9 @@
-"""Instruments of some steps alone: norms of each layer, the largest attention logit, each rank's own speed.
+"""Instruments of some steps alone: norms of each layer, the largest attention logit, each rank's
+own speed.
 
-They touch neither losses nor gradients nor random numbers, and never wait for the device: what they measure there comes
-to the host with the step's other numbers, and to the other ranks with the step's word.
+They touch neither losses nor gradients nor random numbers, and never wait for the device: what they
+measure there comes to the host with the step's other numbers, and to the other ranks with the
+step's word.
 """
 
 import contextlib
@@ -14,25 +16,30 @@ from torch import Tensor, nn
 
 from opt_train.data.batches import MicroBatch
 from opt_train.model.decoder import OPT, Attention
-from opt_train.parallel.engine import Engine, TellsLayers
+from opt_train.parallel.engine import Engine, MeasuresLayers
 from opt_train.train.config import TrainConfig
-from opt_train.train.probed import OwnProbed
+from opt_train.train.probe_results import RankProbes
 
 
 class Probes:
-    """One step's instruments, in the order in which the step uses them. On most steps they do nothing."""
+    """One step's instruments, in the order in which the step uses them. On most steps they do
+    nothing."""
 
-    def __init__(self, config: TrainConfig, step: int, first: bool, engine: Engine, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, step: int, first: bool, engine: Engine, device: torch.device
+    ) -> None:
         """Decide from what every rank knows alike.
 
         Args:
             step: counts the one that is about to be taken.
-            first: no step was taken since the rank's start. All is measured then: whoever swapped a node or rolled
-                back wants to know, and what compiles does so when it is expected.
+            first: no step was taken since the rank's start. All is measured then: whoever swapped a
+                node or rolled back wants to know, and what compiles does so when it is expected.
         """
         self._layers = engine if _is_due(config.layer_norms_every, step, first) else None
         self._logits = _is_due(config.attention_logit_every, step, first)
-        self._product = FixedProduct(device) if _is_due(config.speed_probe_every, step, first) else None
+        self._product = (
+            FixedProduct(device) if _is_due(config.speed_probe_every, step, first) else None
+        )
         self._model = engine.model
         self._device = device
         self._on_device: list[Tensor] = []
@@ -56,7 +63,7 @@ class Probes:
 
     def measure_layers(self, divisor: Tensor) -> None:
         """Between the gradient's norm, which `divisor` comes from, and the update."""
-        if isinstance(self._layers, TellsLayers):
+        if isinstance(self._layers, MeasuresLayers):
             self._on_device.append(self._layers.layer_squares(divisor))
 
     @property
@@ -64,12 +71,13 @@ class Probes:
         """What is to come to the host."""
         return self._on_device
 
-    def results(self, values: Sequence[float]) -> OwnProbed:
-        """This rank's part of the word. `values`: those of `on_device`, which the device has had by now."""
+    def results(self, values: Sequence[float]) -> RankProbes:
+        """This rank's part of the word. `values`: those of `on_device`, which the device has had by
+        now."""
         rest = list(values)
         logit = rest.pop(0) if self._logits else None
         speed = self._product.tflops() if self._product is not None else None
-        return OwnProbed(layer_squares=tuple(rest), attention_logit=logit, gemm_tflops=speed)
+        return RankProbes(layer_squares=tuple(rest), attention_logit=logit, gemm_tflops=speed)
 
 
 def _is_due(every: int, step: int, first: bool) -> bool:
@@ -78,7 +86,8 @@ def _is_due(every: int, step: int, first: bool) -> bool:
 
 @contextlib.contextmanager
 def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator[Tensor]:
-    """The first forward pass inside, and its backward's recomputation, note largest logits in what this gives.
+    """The first forward pass inside, and its backward's recomputation, note largest logits in what
+    this gives.
 
     Yields:
         fp32, [rows]: by sequence, the largest of all layers and of this rank's heads.
@@ -93,7 +102,8 @@ def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator
         for attention in attentions:
             attention.largest_logits = largest if passes == 1 else None
 
-    # Disarmed by the second pass and not by the end of the first, whose recomputation must do what it did.
+    # Disarmed by the second pass and not by the end of the first, whose recomputation must do what
+    # it did.
     (whole,) = (module for module in model.modules() if isinstance(module, OPT))
     handle = whole.register_forward_pre_hook(arm)
     try:
@@ -107,9 +117,10 @@ def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator
 class FixedProduct:
     """The same matrix product on every rank: how fast it is tells a slow device from its peers.
 
-    On a GPU in bf16, by the device's own clock. On a CPU in fp32, by the process's clock, which counts the time of all
-    its threads and none of its neighbours: the speed of one core, whoever else is on it. The matrices' numbers are
-    drawn, because ones or zeros would take less power and run faster, and the trainer's random numbers are left alone.
+    On a GPU in bf16, by the device's own clock. On a CPU in fp32, by the process's clock, which
+    counts the time of all its threads and none of its neighbours: the speed of one core, whoever
+    else is on it. The matrices' numbers are drawn, because ones or zeros would take less power and
+    run faster, and the trainer's random numbers are left alone.
     """
 
     REPEATS = 4
@@ -126,7 +137,10 @@ class FixedProduct:
         generator = torch.Generator(self._device).manual_seed(0)
         dtype = torch.float32 if self._on_cpu else torch.bfloat16
         shape = (self._size, self._size)
-        one, other = (torch.randn(shape, generator=generator, device=self._device, dtype=dtype) for _ in range(2))
+        one, other = (
+            torch.randn(shape, generator=generator, device=self._device, dtype=dtype)
+            for _ in range(2)
+        )
         product = one @ other  # the first one finds its kernel and fills caches
         if self._on_cpu:
             began = time.process_time()
@@ -144,7 +158,8 @@ class FixedProduct:
             torch.mm(one, other, out=product)
 
     def tflops(self) -> float:
-        """10^12 floating point operations a second. On a GPU once the host has waited for something queued later."""
+        """10^12 floating point operations a second. On a GPU once the host has waited for something
+        queued later."""
         if self._events is not None:
             begin, end = self._events
             self._seconds = begin.elapsed_time(end) / 1000

@@ -15,7 +15,7 @@ from opt_train.checkpoint.manifest import CheckpointError, own_file_name
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
 from opt_train.checkpoint.tensors import WeightsAlone
-from opt_train.config import RunConfig, from_json
+from opt_train.config.run_config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
 from opt_train.data.manifest import HELD_OUT, DatasetManifest, check_fits
 from opt_train.data.named_sets import named_sets
@@ -29,49 +29,56 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
-from opt_train.protocol.facts import InForce, Leaving, Phase, Progress
+from opt_train.protocol.facts import ExitNotice, InForce, Phase, Progress
 from opt_train.train.determinism import be_deterministic, explain
+from opt_train.train.fact_pipe import Publish, log_line
 from opt_train.train.loop import train
 from opt_train.train.orders import NoOrders, OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, control_group, join
 from opt_train.train.state import TrainState
-from opt_train.train.telling import Tell, log_line
+from opt_train.train.step_stats import StatsReducer
 from opt_train.train.training import Training
-from opt_train.train.word import Agreement
 
-Join = Callable[[Begin, RunConfig, torch.device, Tell], dist.ProcessGroup]
+Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
 
 
 class CannotStart(Exception):
-    """The rank must not train: what it was given does not fit. Becomes `Leaving` with code 78 and the cause."""
+    """The rank must not train: what it was given does not fit. Becomes `ExitNotice` with code 78 and
+    the cause."""
 
     def __init__(self, cause: str, reason: str) -> None:
         super().__init__(reason)
         self.cause = cause
 
 
-def run_rank(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, joins: Join = join) -> int:
-    """Be rank `begin.rank` until training ends; returns the exit code. `Leaving` is the last fact told.
+def run_rank(
+    begin: Begin, tell: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
+) -> int:
+    """Be rank `begin.rank` until training ends; returns the exit code. `ExitNotice` is the last fact
+    told.
 
     Raises:
-        Exception: anything unforeseen, without a `Leaving`: the agent reports the exit code and the log's end.
+        Exception: anything unforeseen, without a `ExitNotice`: the agent reports the exit code and the
+            log's end.
     """
     try:
         leaving = train(start(begin, tell, orders, signals, joins))
     except CannotStart as error:
-        leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
+        leaving = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
     except BadInput as error:
-        leaving = Leaving(RANK_BAD_CONFIG, -1, str(error), cause="config")
+        leaving = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause="config")
     except RuntimeError as error:
         if (reason := explain(error)) is None:
             raise
-        leaving = Leaving(RANK_BAD_CONFIG, -1, reason, cause="config")
+        leaving = ExitNotice(RANK_BAD_CONFIG, -1, reason, cause="config")
     log_line(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}")
     tell(leaving)
     return leaving.code
 
 
-def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, joins: Join = join) -> Training:
+def start(
+    begin: Begin, tell: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
+) -> Training:
     """Everything up to the first step.
 
     Raises:
@@ -90,14 +97,24 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
     state = read_state(manifest, dataset)
 
     group = joins(begin, config, device, tell)
-    initial = Path(config.train.initial_weights) if config.train.initial_weights and manifest is None else None
+    initial = (
+        Path(config.train.initial_weights)
+        if config.train.initial_weights and manifest is None
+        else None
+    )
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
     seed = config.seed if manifest is None and initial is None else None
     engine = make_engine(
-        config.model, config.precision, config.parallel, layout, device,
-        values=in_force(config, (), state.step), seed=seed, fused=config.optim.fused,
+        config.model,
+        config.precision,
+        config.parallel,
+        layout,
+        device,
+        values=in_force(config, (), state.step),
+        seed=seed,
+        fused=config.optim.fused,
         progress=lambda done, all_: tell(Progress(done, all_)),
-    )  # fmt: skip
+    )
     loss_scale = LossScale(policy_of(config.precision), device)
     if manifest is not None:
         load(engine, begin, manifest, group, tell)
@@ -118,10 +135,12 @@ def start(begin: Begin, tell: Tell, orders: OrderSource, signals: StopSignals, j
         batches=batches,
         validation_sets=validation_sets,
         data_fingerprint=dataset.fingerprint,
-        agreement=Agreement(group, begin.rank, begin.world_size),
+        agreement=StatsReducer(group, begin.rank, begin.world_size),
         staging=Staging(device),
         saving_group=control_group(config),
-        snapshots=Snapshots(begin.rank, config.checkpoint.memory_keep, device) if takes_snapshots else None,
+        snapshots=Snapshots(begin.rank, config.checkpoint.memory_keep, device)
+        if takes_snapshots
+        else None,
         orders=orders,
         signals=signals,
         tell=tell,
@@ -142,7 +161,9 @@ def read_config(begin: Begin) -> RunConfig:
     except OSError as error:
         raise CannotStart("config", f"{path} cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != begin.config_sha256:
-        raise CannotStart("config", f"{path} is not the configuration this attempt was started with")
+        raise CannotStart(
+            "config", f"{path} is not the configuration this attempt was started with"
+        )
     try:
         return from_json(path)
     except (ValueError, TypeError) as error:
@@ -160,7 +181,12 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     try:
         dataset = DatasetManifest.read(directory)
         check_fits(dataset, vocab_size=config.model.vocab_size, sequence_length=length)
-        batches = Batches(open_split(directory, "train", verify=False), length, config.train.global_batch, config.seed)
+        batches = Batches(
+            open_split(directory, "train", verify=False),
+            length,
+            config.train.global_batch,
+            config.seed,
+        )
         validation_sets = {
             name: ValidationSet(open_split(directory, name, verify=False), length, name)
             for name in (HELD_OUT, *named_sets(config.data))
@@ -170,27 +196,35 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     return dataset, batches, validation_sets
 
 
-def read_manifest(begin: Begin, tell: Tell) -> checkpoint_manifest.Manifest | None:
+def read_manifest(begin: Begin, tell: Publish) -> checkpoint_manifest.Manifest | None:
     """The manifest of the checkpoint to restore; None only where none was asked for.
 
     Raises:
-        CannotStart: it is missing, damaged or another one. Training never starts from scratch instead.
+        CannotStart: it is missing, damaged or another one. Training never starts from scratch
+            instead.
     """
     if begin.checkpoint is None:
         return None
     if not begin.manifest_sha256:
-        raise CannotStart("corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}")
+        raise CannotStart(
+            "corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}"
+        )
     folder, sha256 = Path(begin.checkpoint), begin.manifest_sha256
     try:
-        # Another node committed it, perhaps a moment ago. To wait for it, which has an end, is not to hang.
+        # Another node committed it, perhaps a moment ago. To wait for it, which has an end, is not
+        # to hang.
         return checkpoint_manifest.patiently(
-            folder, lambda: checkpoint_manifest.read(folder, sha256), waiting=lambda: tell(Progress(0, 0))
+            folder,
+            lambda: checkpoint_manifest.read(folder, sha256),
+            waiting=lambda: tell(Progress(0, 0)),
         )
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
 
 
-def read_state(manifest: checkpoint_manifest.Manifest | None, dataset: DatasetManifest) -> TrainState:
+def read_state(
+    manifest: checkpoint_manifest.Manifest | None, dataset: DatasetManifest
+) -> TrainState:
     """Where training stands: at the manifest's step, or at the beginning.
 
     Raises:
@@ -202,16 +236,28 @@ def read_state(manifest: checkpoint_manifest.Manifest | None, dataset: DatasetMa
         state = TrainState.from_json(manifest.state)
         fingerprint = manifest.state["data_fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CannotStart("corrupt_checkpoint", f"the checkpoint's state does not read: {error!r}") from None
+        raise CannotStart(
+            "corrupt_checkpoint", f"the checkpoint's state does not read: {error!r}"
+        ) from None
     if state.step != manifest.step:
-        raise CannotStart("corrupt_checkpoint", f"the manifest is of step {manifest.step}, its state of {state.step}")
+        raise CannotStart(
+            "corrupt_checkpoint",
+            f"the manifest is of step {manifest.step}, its state of {state.step}",
+        )
     if fingerprint != dataset.fingerprint:
-        raise CannotStart("data", "the checkpoint was trained on other data: the dataset's fingerprint has changed")
+        raise CannotStart(
+            "data",
+            "the checkpoint was trained on other data: the dataset's fingerprint has changed",
+        )
     return state
 
 
 def load(
-    engine: Engine, begin: Begin, manifest: checkpoint_manifest.Manifest, group: dist.ProcessGroup, tell: Tell
+    engine: Engine,
+    begin: Begin,
+    manifest: checkpoint_manifest.Manifest,
+    group: dist.ProcessGroup,
+    tell: Publish,
 ) -> None:
     """Fill the engine from the checkpoint.
 
@@ -234,16 +280,21 @@ def load(
 
 
 def own_file(begin: Begin, manifest: checkpoint_manifest.Manifest) -> Path | None:
-    """This rank's own file of a snapshot; None: it is none, or the ranks that took it were spread otherwise."""
+    """This rank's own file of a snapshot; None: it is none, or the ranks that took it were spread
+    otherwise."""
     state = manifest.state
-    is_same = manifest.config_sha256 == begin.config_sha256 and state.get("world_size") == begin.world_size
+    is_same = (
+        manifest.config_sha256 == begin.config_sha256
+        and state.get("world_size") == begin.world_size
+    )
     if begin.checkpoint is None or state.get(PARTS) != OWN or not is_same:
         return None
     return Path(begin.checkpoint) / own_file_name(begin.rank)
 
 
-def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Tell) -> None:
-    """Give the engine another checkpoint's weights, in its own type; the optimizer stays at its beginning.
+def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Publish) -> None:
+    """Give the engine another checkpoint's weights, in its own type; the optimizer stays at its
+    beginning.
 
     Raises:
         CannotStart: the checkpoint does not verify, or is of another model.
@@ -258,7 +309,9 @@ def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Tel
             convert=True,
         )
     except CheckpointError as error:
-        raise CannotStart("config", f"train.initial_weights={folder} does not fit: {error}") from None
+        raise CannotStart(
+            "config", f"train.initial_weights={folder} does not fit: {error}"
+        ) from None
 
 
 def load_loss_scale(loss_scale: LossScale, manifest: checkpoint_manifest.Manifest) -> None:
@@ -271,7 +324,9 @@ def load_loss_scale(loss_scale: LossScale, manifest: checkpoint_manifest.Manifes
         try:
             loss_scale.restore(saved)
         except (KeyError, TypeError, ValueError) as error:
-            raise CannotStart("corrupt_checkpoint", f"the checkpoint's loss scale does not read: {error!r}") from None
+            raise CannotStart(
+                "corrupt_checkpoint", f"the checkpoint's loss scale does not read: {error!r}"
+            ) from None
 
 
 def saved_loss_scale(manifest: checkpoint_manifest.Manifest | None) -> Mapping[str, Any] | None:
@@ -287,13 +342,15 @@ def report_in_force(
     state: TrainState,
     manifest: checkpoint_manifest.Manifest | None,
     dataset: DatasetManifest,
-    tell: Tell,
+    tell: Publish,
 ) -> None:
-    """Tell what is really in effect, read back from the optimizer and the cursor, and refuse what should not be.
+    """Tell what is really in effect, read back from the optimizer and the cursor, and refuse what
+    should not be.
 
     Raises:
-        CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has another count of
-            updates than the checkpoint's state, or the loss scale is not the checkpoint's.
+        CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has
+            another count of updates than the checkpoint's state, or the loss scale is not the
+            checkpoint's.
     """
     expected = in_force(config, (), state.step)
     expected["loss_scale"] = expected_scale(loss_scale.policy, saved_loss_scale(manifest))

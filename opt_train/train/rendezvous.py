@@ -10,11 +10,11 @@ from torch._C._distributed_c10d import (
     TCPStore,
 )  # torch.distributed re-exports them, but not to type checkers
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Store
-from opt_train.train.telling import Tell
+from opt_train.train.fact_pipe import Publish
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -29,7 +29,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise BadInput(
-            f"train.device={wanted}: local rank {local_rank} has no GPU, the node shows {torch.cuda.device_count()}; "
+            f"train.device={wanted}: local rank {local_rank} has no GPU, the node shows "
+            f"{torch.cuda.device_count()}; "
             "use fewer cluster.slots_per_node or train.device=cpu."
         )
     device = torch.device("cuda", local_rank)
@@ -37,11 +38,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def join(begin: Begin, config: RunConfig, device: torch.device, tell: Tell) -> dist.ProcessGroup:
+def join(begin: Begin, config: RunConfig, device: torch.device, tell: Publish) -> dist.ProcessGroup:
     """Join the generation's world; returns a CPU group beside it, for the step's word.
 
-    Rank 0 binds the store on a free port and tells it; the others were given host and port. Keys carry the generation,
-    so a rank of an older one can never meet this one.
+    Rank 0 binds the store on a free port and tells it; the others were given host and port. Keys
+    carry the generation, so a rank of an older one can never meet this one.
     """
     timeout = timedelta(seconds=config.train.collective_timeout_seconds)
     host = begin.store_host or "127.0.0.1"
@@ -50,12 +51,18 @@ def join(begin: Begin, config: RunConfig, device: torch.device, tell: Tell) -> d
         # torch would listen on every interface; whoever reaches the store can put keys into it.
         listening = socket.create_server((host, 0))
         store = TCPStore(
-            host, listening.getsockname()[1], is_master=True, timeout=timeout, wait_for_workers=False,
+            host,
+            listening.getsockname()[1],
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
             master_listen_fd=listening.detach(),
-        )  # fmt: skip
+        )
         tell(Store(host, store.port))
     else:
-        store = TCPStore(host, begin.store_port, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(
+            host, begin.store_port, is_master=False, timeout=timeout, wait_for_workers=False
+        )
     dist.init_process_group(
         _backend(device),
         store=PrefixStore(f"generation-{begin.generation}", store),
@@ -75,7 +82,9 @@ def join_by_environment(config: RunConfig, device: torch.device) -> dist.Process
 
 def control_group(config: RunConfig) -> dist.ProcessGroup:
     """A gloo group of the whole world. Its traffic never queues behind the gradients'."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.collective_timeout_seconds))
+    group = dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=config.train.collective_timeout_seconds)
+    )
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -11,17 +11,19 @@ import torch
 
 from opt_train.data.order import Cursor
 from opt_train.protocol.framing import to_payload
-from opt_train.train.word import StepWord
+from opt_train.train.step_stats import StepStats
 
 HISTORY_STEPS = 128
-"""Losses and gradient norms that go with a checkpoint, so that a detector need not learn anew after a restart."""
+"""Losses and gradient norms that go with a checkpoint, so that a detector need not learn anew after
+a restart."""
 
 RNG_RULE = "sha256(seed, step, rank) seeds every step"
 
 
 @dataclass(slots=True)
 class TrainState:
-    """Counters and recent history. `step` counts batches consumed; the rest lags it by the words not heard yet."""
+    """Counters and recent history. `step` counts batches consumed; the rest lags it by the words
+    not heard yet."""
 
     step: int = 0
     updates: int = 0
@@ -31,7 +33,8 @@ class TrainState:
     nonfinite_steps: int = 0
     """Steps skipped in a row, up to the newest word."""
     floor_steps: int = 0
-    """Those of them that were skipped although the loss scale was as low as it goes; without a scale, all."""
+    """Those of them that were skipped although the loss scale was as low as it goes; without a
+    scale, all."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
 
@@ -45,8 +48,9 @@ class TrainState:
         """Whether the newest words heard were of training that goes well."""
         return self.floor_steps == 0 and (not self.losses or math.isfinite(self.losses[-1]))
 
-    def absorb(self, word: StepWord, loss_scale_floor: float = 1.0) -> None:
-        """Count what the world said of a step. Above its floor an overflow is but how a loss scale finds its place."""
+    def absorb(self, word: StepStats, loss_scale_floor: float = 1.0) -> None:
+        """Count what the world said of a step. Above its floor an overflow is but how a loss scale
+        finds its place."""
         hopeless = word.skipped and word.loss_scale <= loss_scale_floor
         self.floor_steps = self.floor_steps + hopeless if word.skipped else 0
         self.tokens += word.tokens
@@ -62,7 +66,10 @@ class TrainState:
         payload: dict[str, Any] = to_payload(
             {
                 "counters": {
-                    "step": self.step, "updates": self.updates, "samples": self.samples, "tokens": self.tokens,
+                    "step": self.step,
+                    "updates": self.updates,
+                    "samples": self.samples,
+                    "tokens": self.tokens,
                 },
                 "cursor": {"samples": self.cursor.samples},
                 "guards": {
@@ -74,7 +81,7 @@ class TrainState:
                 "healthy": self.healthy,
                 "health": {"loss": loss, "grad_norm": norm, "finite": self.floor_steps == 0},
             }
-        )  # fmt: skip
+        )
         return payload
 
     @classmethod
@@ -98,9 +105,11 @@ class TrainState:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed this process for batch `step`: dropout then depends on nothing that a restart could lose.
+    """Seed this process for batch `step`: dropout then depends on nothing that a restart could
+    lose.
 
-    By rank, not by share of the data: the ranks of a tensor group hold different parts of a sequence.
+    By rank, not by share of the data: the ranks of a tensor group hold different parts of a
+    sequence.
     """
     digest = hashlib.sha256(f"opt_train step {seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -9,16 +9,17 @@ from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip
 from opt_train.optim.in_force import in_force
+from opt_train.train.fact_pipe import log_line
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.probes import Probes
 from opt_train.train.state import seed_step
-from opt_train.train.telling import log_line
+from opt_train.train.step_stats import RankStats, Readback
 from opt_train.train.training import Training
-from opt_train.train.word import Own, Readback
 
 
 def read_batch(run: Training) -> tuple[list[MicroBatch], float]:
-    """This rank's micro-batches of the global batch at the cursor, and the seconds it took to read them."""
+    """This rank's micro-batches of the global batch at the cursor, and the seconds it took to read
+    them."""
     began = time.monotonic()
     micro_batches = run.batches.at(
         run.state.cursor,
@@ -30,13 +31,16 @@ def read_batch(run: Training) -> tuple[list[MicroBatch], float]:
 
 
 def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: float) -> None:
-    """Train on the batch and start the step's word. Afterwards `state.step` and the cursor are one batch further."""
+    """Train on the batch and start the step's word. Afterwards `state.step` and the cursor are one
+    batch further."""
     state, config = run.state, run.config
     values = in_force(config, (), state.step)
     seed_step(config.seed, state.step, run.begin.rank)
     scale = run.loss_scale.scale
     grad_scale = scale * run.predivision
-    probes = Probes(config.train, state.step + 1, state.step == run.started_step, run.engine, run.device)
+    probes = Probes(
+        config.train, state.step + 1, state.step == run.started_step, run.engine, run.device
+    )
     probes.time_product()
     with probes.watching_attention(micro_batches):
         sums = run.engine.forward_backward(micro_batches, grad_scale)
@@ -46,7 +50,9 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     grad_norm = run.engine.grad_norm(weight, grad_scale)
     verdict = clip(grad_norm, values["clip"])
     probes.measure_layers(grad_norm.divisor)
-    readback = Readback(*sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale, *probes.on_device)
+    readback = Readback(
+        *sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale, *probes.on_device
+    )
     _log(run)
     put_in_force(run.engine.optimizer, values)
     run.wait_copied()
@@ -55,7 +61,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     order_number = run.poll_orders()
     # All of the step is queued by now, so the device works on while the host waits for these.
     own_loss, own_squares, norm, clipped_norm, skip, scale_value, *probed = readback.values()
-    own = Own(
+    own = RankStats(
         loss_sum=own_loss / run.layout.tensor,
         tokens=tokens,
         activation_squares=own_squares / run.layout.tensor,
@@ -76,13 +82,22 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
 
 
 def tokens_of(micro_batches: list[MicroBatch]) -> float:
-    """The weight of the tokens. Weights lie on the host, so counting them there costs the device nothing."""
-    return sum(float(batch.weights.numpy().sum()) * batch.tokens.shape[1] for batch in micro_batches)
+    """The weight of the tokens. Weights lie on the host, so counting them there costs the device
+    nothing."""
+    return sum(
+        float(batch.weights.numpy().sum()) * batch.tokens.shape[1] for batch in micro_batches
+    )
 
 
 def _log(run: Training) -> None:
-    """One line before the weights move: whoever reads two generations' logs sees whether they ever trained at once."""
+    """One line before the weights move: whoever reads two generations' logs sees whether they ever
+    trained at once."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     begin = run.begin
-    heard = f"loss {run.newest.loss:.6f} at step {run.newest.step + 1}" if run.newest else "no loss yet"
-    log_line(f"{now} attempt {begin.attempt} generation {begin.generation} step {run.state.step + 1} {heard}")
+    heard = (
+        f"loss {run.newest.loss:.6f} at step {run.newest.step + 1}" if run.newest else "no loss yet"
+    )
+    log_line(
+        f"{now} attempt {begin.attempt} generation {begin.generation} step {run.state.step + 1} "
+        f"{heard}"
+    )

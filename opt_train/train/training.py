@@ -14,7 +14,7 @@ from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save as save_checkpoint
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.checkpoint.tensors import reshard
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import Batches, ValidationSet
 from opt_train.optim.clip import predivision
 from opt_train.optim.in_force import in_force
@@ -25,7 +25,7 @@ from opt_train.parallel.measure import loss_over
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from opt_train.protocol.facts import (
-    Leaving,
+    ExitNotice,
     Metrics,
     OrderObeyed,
     Phase,
@@ -37,18 +37,19 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.orders import Order, SaveAndStop
+from opt_train.train.fact_pipe import Publish, log_line
 from opt_train.train.metrics import Clock, metrics_line
 from opt_train.train.orders import OrderSource, StopSignals
 from opt_train.train.state import RNG_RULE, TrainState
-from opt_train.train.telling import Tell, log_line
-from opt_train.train.word import Agreement, StepWord
+from opt_train.train.step_stats import StatsReducer, StepStats
 
 PROGRESS_SECONDS = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """One rank's share of a run. Its methods that talk to other ranks are called by all of them, in the same order."""
+    """One rank's share of a run. Its methods that talk to other ranks are called by all of them, in
+    the same order."""
 
     begin: Begin
     config: RunConfig
@@ -60,7 +61,7 @@ class Training:
     validation_sets: Mapping[str, ValidationSet]
     """By name: ``validation``, the part of the corpus that is held out, and the named sets."""
     data_fingerprint: str
-    agreement: Agreement
+    agreement: StatsReducer
     staging: Staging
     saving_group: dist.ProcessGroup
     """gloo, for a save that goes on beside training."""
@@ -68,10 +69,10 @@ class Training:
     """None: there are to be none, or there is no agent that would hold them."""
     orders: OrderSource
     signals: StopSignals
-    tell: Tell
+    tell: Publish
     state: TrainState
     clock: Clock = field(default_factory=Clock)
-    newest: StepWord | None = None
+    newest: StepStats | None = None
     """The last word heard."""
     stop_votes: int = 0
     order_heard: int = 0
@@ -107,15 +108,18 @@ class Training:
 
     @property
     def predivision(self) -> float:
-        """What gradients are multiplied by beside the loss scale, against overflow in their sum over ranks."""
+        """What gradients are multiplied by beside the loss scale, against overflow in their sum
+        over ranks."""
         precision = self.config.precision
-        return predivision(precision.predivide and precision.compute == "fp16", self.layout.data_world)
+        return predivision(
+            precision.predivide and precision.compute == "fp16", self.layout.data_world
+        )
 
     def enter(self, phase: str) -> None:
         """Say what the rank is busy with from now on."""
         self.tell(Phase(phase, self.state.step))
 
-    # Between steps ------------------------------------------------------------------------------------------------
+    # Between steps --------------------------------------------------------------------------------
 
     def poll_orders(self) -> int:
         """Take in what came on the control pipe; returns the newest order's number, for the word.
@@ -127,7 +131,8 @@ class Training:
         return max([self.order_obeyed, *(order.number for order in self.inbox)])
 
     def hear(self, before: int) -> None:
-        """Take in the words of the steps below `before`: counters, metrics, votes, the newest order's number."""
+        """Take in the words of the steps below `before`: counters, metrics, votes, the newest
+        order's number."""
         self.enter("waiting")
         for word in self.agreement.heard(before):
             self.newest = word
@@ -143,8 +148,9 @@ class Training:
                 self.told_head = True
                 self.tell(Metrics(line))
 
-    def obey(self) -> Leaving | None:
-        """Do what the words that were heard ask for; a `Leaving` ends training. The same on every rank."""
+    def obey(self) -> ExitNotice | None:
+        """Do what the words that were heard ask for; a `ExitNotice` ends training. The same on every
+        rank."""
         if self.snapshot is not None and self.snapshot.wait(0.0):
             self.end_snapshot()
         if self.is_written:
@@ -154,7 +160,8 @@ class Training:
             self.end_save()
             return self._unstable()
         for order in self._new_orders():
-            # Told before the work: the order holds from here on, and a long save must not look like a deaf rank.
+            # Told before the work: the order holds from here on, and a long save must not look like
+            # a deaf rank.
             if self.leads:
                 self.tell(OrderObeyed(order.number, self.state.step))
             if isinstance(order, SaveAndStop):
@@ -165,22 +172,24 @@ class Training:
             return self._save_and_stop(f"asked to stop by {what}")
         return None
 
-    def _unstable(self) -> Leaving:
+    def _unstable(self) -> ExitNotice:
         reason = f"{self.state.floor_steps} steps in a row had a gradient that is not finite"
         if self.config.precision.compute != "fp16":
-            return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
+            return ExitNotice(RANK_UNSTABLE, self.state.step, reason, cause="loss_nan")
         reason += f" with the loss scale at its floor of {self.loss_scale.policy.floor:g}"
-        return Leaving(RANK_UNSTABLE, self.state.step, reason, cause="loss_scale_floor")
+        return ExitNotice(RANK_UNSTABLE, self.state.step, reason, cause="loss_scale_floor")
 
     def _new_orders(self) -> list[Order]:
         if self.order_heard <= self.order_obeyed:
             return []
-        due = [order for order in self.inbox if self.order_obeyed < order.number <= self.order_heard]
+        due = [
+            order for order in self.inbox if self.order_obeyed < order.number <= self.order_heard
+        ]
         self.inbox = [order for order in self.inbox if order.number > self.order_heard]
         self.order_obeyed = self.order_heard
         return self.agreement.share_orders(sorted(due, key=lambda order: order.number))
 
-    # Long work ----------------------------------------------------------------------------------------------------
+    # Long work ------------------------------------------------------------------------------------
 
     def validate(self, names: Sequence[str]) -> None:
         """Measure the loss over the whole of each of these validation sets."""
@@ -200,16 +209,24 @@ class Training:
     def _loss_over(self, validation: ValidationSet) -> tuple[float, float]:
         """Sum of the losses, in nats, and tokens, over the world."""
         world = self.layout.data_world
-        share = validation.share(data_rank=self.data_rank, data_world=world, micro_batch=self.config.train.micro_batch)
-        loss_sum, tokens = loss_over(
-            self.engine.model, share, self.device, lambda done: self._progress(done * world, validation.sequences)
+        share = validation.share(
+            data_rank=self.data_rank, data_world=world, micro_batch=self.config.train.micro_batch
         )
-        share_of_rank = 1 / self.layout.tensor  # the ranks of a tensor group have read the same sequences
+        loss_sum, tokens = loss_over(
+            self.engine.model,
+            share,
+            self.device,
+            lambda done: self._progress(done * world, validation.sequences),
+        )
+        share_of_rank = (
+            1 / self.layout.tensor
+        )  # the ranks of a tensor group have read the same sequences
         total, count = self.agreement.sum(loss_sum * share_of_rank, tokens * share_of_rank)
         return total, count
 
     def begin_save(self) -> None:
-        """Begin to save; with `checkpoint.asynchronous` training goes on meanwhile, and `end_save` says how it went."""
+        """Begin to save; with `checkpoint.asynchronous` training goes on meanwhile, and `end_save`
+        says how it went."""
         if not self.config.checkpoint.asynchronous:
             self.save()
             return
@@ -241,7 +258,8 @@ class Training:
             self.snapshot.wait_copied()
 
     def begin_snapshot(self) -> None:
-        """Begin to put this rank's state into memory that its agent will hold; a boundary soon says that it is there.
+        """Begin to put this rank's state into memory that its agent will hold; a boundary soon says
+        that it is there.
 
         A state that is not well is left out: those that are held are then the last that were.
         """
@@ -251,12 +269,17 @@ class Training:
         self.hear(before=self.state.step)
         if not self.state.healthy:
             return
-        state = {**self._state_json(), PARTS: OWN, "world_size": self.begin.world_size} if self.leads else None
+        state = (
+            {**self._state_json(), PARTS: OWN, "world_size": self.begin.world_size}
+            if self.leads
+            else None
+        )
         self.snapshot = self.snapshots.begin(self.state.step, self.engine.tensors(), state)
         self.snapshot_step = self.state.step
 
     def end_snapshot(self) -> None:
-        """Wait for the snapshot that goes on beside training, if one does, and tell that it is there."""
+        """Wait for the snapshot that goes on beside training, if one does, and tell that it is
+        there."""
         snapshot, self.snapshot = self.snapshot, None
         if snapshot is None:
             return
@@ -284,7 +307,8 @@ class Training:
         self._tell_saved(saving.step, saving.folder, saving.files, lambda: saving.seconds)
 
     def save(self) -> bool:
-        """Write this rank's part of a checkpoint, and return when that is done; True where all ranks did it."""
+        """Write this rank's part of a checkpoint, and return when that is done; True where all
+        ranks did it."""
         self.end_save()
         if self.saved_step == self.state.step:
             return True
@@ -306,9 +330,14 @@ class Training:
         return self.saved_step == self.state.step
 
     def _tell_saved(
-        self, step: int, folder: Path, files: Callable[[], tuple[SavedFile, ...]], seconds: Callable[[], float]
+        self,
+        step: int,
+        folder: Path,
+        files: Callable[[], tuple[SavedFile, ...]],
+        seconds: Callable[[], float],
     ) -> None:
-        """A failure is told, and training goes on: a run that trains is worth more than one checkpoint."""
+        """A failure is told, and training goes on: a run that trains is worth more than one
+        checkpoint."""
         try:
             written = files()
         except CheckpointError as error:
@@ -319,15 +348,25 @@ class Training:
         self.tell(ShardsSaved(step, str(folder), written, seconds()))
 
     def _folder(self) -> Path:
-        return checkpoint_folder(Path(self.begin.run_directory), self.begin.attempt, self.state.step)
+        return checkpoint_folder(
+            Path(self.begin.run_directory), self.begin.attempt, self.state.step
+        )
 
-    def _save_and_stop(self, why: str) -> Leaving:
+    def _save_and_stop(self, why: str) -> ExitNotice:
         self.begin_snapshot()  # the fastest first: whoever asks may not wait for a save
         self.end_snapshot()
         if self.save():
-            return Leaving(STOPPED, self.state.step, f"{why}; state saved at step {self.state.step}", cause="stopped")
-        reason = f"{why}; the save at step {self.state.step} failed, so the last committed checkpoint counts"
-        return Leaving(STOPPED, self.state.step, reason, cause="stopped")
+            return ExitNotice(
+                STOPPED,
+                self.state.step,
+                f"{why}; state saved at step {self.state.step}",
+                cause="stopped",
+            )
+        reason = (
+            f"{why}; the save at step {self.state.step} failed, so the last committed "
+            "checkpoint counts"
+        )
+        return ExitNotice(STOPPED, self.state.step, reason, cause="stopped")
 
     def _state_json(self) -> dict[str, object]:
         return {
@@ -351,5 +390,6 @@ class Training:
 
 
 def checkpoint_folder(run_directory: Path, attempt: str, step: int) -> Path:
-    """Where the checkpoint of `step` lies: under its attempt, so that a stale generation can only write to its own."""
+    """Where the checkpoint of `step` lies: under its attempt, so that a stale generation can only
+    write to its own."""
     return run_directory / "checkpoints" / attempt / f"step-{step:08d}"

@@ -1,7 +1,7 @@
 """The warm rank: `python -m opt_train.train.warm --facts-fd N --control-fd M`.
 
-It pays for the imports while another rank still trains, and waits. One such process becomes one rank, once: nothing is
-forked after torch has been imported.
+It pays for the imports while another rank still trains, and waits. One such process becomes one
+rank, once: nothing is forked after torch has been imported.
 """
 
 import argparse
@@ -18,7 +18,8 @@ _FAILED = 1
 
 
 def main() -> None:
-    """Never returns: the process ends without running any library's exit handlers, which could wait for dead peers."""
+    """Never returns: the process ends without running any library's exit handlers, which could wait
+    for dead peers."""
     parser = argparse.ArgumentParser(description="A warm rank: started by an agent, not by people.")
     parser.add_argument("--facts-fd", type=int, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
@@ -26,7 +27,8 @@ def main() -> None:
     die_with_the_agent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    # Ctrl-C goes to the whole terminal group; what to do about it is the supervisor's decision alone.
+    # Ctrl-C goes to the whole terminal group; what to do about it is the supervisor's decision
+    # alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # both are text files here
@@ -45,8 +47,8 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     """Import, say so, wait for `Begin`, be that rank; returns the exit code."""
     began = time.monotonic()
     # These two need no torch, and the handlers must stand before a stray SIGTERM comes.
+    from opt_train.train.fact_pipe import FactPipe  # noqa: PLC0415
     from opt_train.train.orders import AgentGone, ControlPipe, StopSignals  # noqa: PLC0415
-    from opt_train.train.telling import FactPipe  # noqa: PLC0415
 
     signals = StopSignals()
     signals.listen()
@@ -61,7 +63,8 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     if begin is None:
         return 0
     signals.received = ""  # what came before the rank had anything to save asks for nothing
-    # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them, exceptions do not.
+    # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them,
+    # exceptions do not.
     try:
         code = run_rank(begin, pipe.tell, control, signals)
     except AgentGone:
@@ -72,7 +75,8 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
 
 
 def die_with_the_agent() -> None:
-    """Ask the kernel for SIGKILL when the thread that started this process ends, however that comes about."""
+    """Ask the kernel for SIGKILL when the thread that started this process ends, however that comes
+    about."""
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -80,7 +84,8 @@ def die_with_the_agent() -> None:
 
 
 def import_everything() -> None:
-    """Import torch and what it otherwise imports at the first step, single-threaded: together most of a restart."""
+    """Import torch and what it otherwise imports at the first step, single-threaded: together most
+    of a restart."""
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)

@@ -12,10 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RATIOS = {
     "step_cpu.py": (r"ours/transformers: [\d.]+x throughput", r"ours/plain: [\d.]+x throughput"),
     "memory_cpu.py": (r"ours/transformers: [\d.]+x memory",),
-    "exchange_memory.py": (r"export/largest tensor: [\d.]+x memory", r"import/transformers: [\d.]+x memory"),
+    "exchange_memory.py": (
+        r"export/largest tensor: [\d.]+x memory",
+        r"import/transformers: [\d.]+x memory",
+    ),
     "save_cpu.py": (r"blocked/plain: [\d.]+% of a plain save", r"ours/dd: [\d.]+x of its rate"),
     "snapshot_cpu.py": (r"blocked/copy: [\d.]+x", r"step/step: [\d.]+x the time"),
-    "step_gpu.py": (r"quick: bf16/plain: [\d.]+x throughput", r"quick: fp16/bf16: [\d.]+x throughput"),
+    "step_gpu.py": (
+        r"quick: bf16/plain: [\d.]+x throughput",
+        r"quick: fp16/bf16: [\d.]+x throughput",
+    ),
     "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
 }
 

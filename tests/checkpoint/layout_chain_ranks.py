@@ -1,7 +1,9 @@
-"""One rank of `test_layout_chain.py`: `layout_chain_ranks.py RANK WORLD STORE LINK FOLDER`; prints what it found.
+"""One rank of `test_layout_chain.py`: `layout_chain_ranks.py RANK WORLD STORE LINK FOLDER`; prints
+what it found.
 
-A link is the JSON object `{layout, ways, before, after, trouble}`. The ranks restore what the link named `before` left
-in FOLDER (none: they begin), train two steps, get into `trouble`, save as `after`, and tell the loss of the step after.
+A link is the JSON object `{layout, ways, before, after, trouble}`. The ranks restore what the link
+named `before` left in FOLDER (none: they begin), train two steps, get into `trouble`, save as
+`after`, and tell the loss of the step after.
 """
 
 import json
@@ -45,7 +47,11 @@ def go_on(link: dict[str, Any], folder: Path) -> dict[str, Any]:
         (folder / f"{after}.steps").write_text(json.dumps(done + 2))
     dist.barrier()
     # An engine whose forward pass has raised goes no further.
-    then = world_sum(case.step(engine, done + 2) / case.layout.tensor) if link.get("trouble") != "raised" else None
+    then = (
+        world_sum(case.step(engine, done + 2) / case.layout.tensor)
+        if link.get("trouble") != "raised"
+        else None
+    )
     return {"first": first, "then": then}
 
 
@@ -54,7 +60,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
     )
     leave_with(go_on(json.loads(sys.argv[4]), folder))
 

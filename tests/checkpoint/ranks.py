@@ -1,6 +1,8 @@
-"""Real ranks for the checkpoint tests: `python ranks.py SCENARIO RANK WORLD FOLDER`, meeting in `FOLDER/rendezvous-*`.
+"""Real ranks for the checkpoint tests: `python ranks.py SCENARIO RANK WORLD FOLDER`, meeting in
+`FOLDER/rendezvous-*`.
 
-A scenario is a function of this file; what it asserts, the rank asserts. `start_ranks` of `test_ranks.py` starts them.
+A scenario is a function of this file; what it asserts, the rank asserts. `start_ranks` of
+`test_ranks.py` starts them.
 """
 
 import errno
@@ -27,7 +29,8 @@ from opt_train.protocol.facts import SavedFile
 from tests.checkpoint.torchs_reader import read_by_torch
 
 WIDTH = 5
-"""Odd, and smaller than what some parameters are cut into: shards of unequal size, and empty ones."""
+"""Odd, and smaller than what some parameters are cut into: shards of unequal size, and empty
+ones."""
 
 
 class Small(nn.Module):
@@ -55,15 +58,21 @@ def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return model, torch.optim.AdamW(
+        model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int
+) -> list[float]:
     """Train on batches that the step alone decides, the same on every rank; the losses."""
     losses = []
     for step in range(first, first + steps):
         tokens = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(step))
-        loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -95,13 +104,16 @@ def commit_together(folder: Path, step: int, files: tuple[SavedFile, ...]) -> No
     reports: list[tuple[SavedFile, ...] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, files)
     if dist.get_rank() == 0:
-        named = {file.path: (file.bytes, file.sha256) for report in reports for file in report or ()}
+        named = {
+            file.path: (file.bytes, file.sha256) for report in reports for file in report or ()
+        }
         commit(folder, build(folder, "1.00", step, named))
     dist.barrier()
 
 
 def save_and_resume(root: Path) -> None:
-    """Save in the middle, go on; a second model restored from the checkpoint takes the same steps, to the bit."""
+    """Save in the middle, go on; a second model restored from the checkpoint takes the same steps,
+    to the bit."""
     model, optimizer = sharded(seed=0)
     train(model, optimizer, 0, 3)
     moved = []
@@ -120,7 +132,11 @@ def save_and_resume(root: Path) -> None:
         save_file(at_save, root / "reference.safetensors")
 
     again, its_optimizer = sharded(seed=1)
-    restore(ModelAndOptimizer(again, its_optimizer), root / "step-00000003", read(root / "step-00000003"))
+    restore(
+        ModelAndOptimizer(again, its_optimizer),
+        root / "step-00000003",
+        read(root / "step-00000003"),
+    )
     same(whole(again, its_optimizer), at_save)
     assert train(again, its_optimizer, 3, 3) == losses
     same(whole(again, its_optimizer), whole(model, optimizer))
@@ -138,7 +154,8 @@ def resume_elsewhere(root: Path) -> None:
 
 
 def after_evaluation(root: Path) -> None:
-    """A forward pass without gradients leaves FSDP's root unsharded: save and restore must not fall for it."""
+    """A forward pass without gradients leaves FSDP's root unsharded: save and restore must not fall
+    for it."""
     model, optimizer = sharded(seed=0)
     train(model, optimizer, 0, 2)
     at_save = whole(model, optimizer)
@@ -164,7 +181,9 @@ def after_evaluation(root: Path) -> None:
 def before_the_first_step(root: Path) -> None:
     """A checkpoint of an optimizer that has not stepped is that of one that has not stepped."""
     model, optimizer = sharded(seed=0)
-    before = [p.to_local().clone() if isinstance(p, DTensor) else p.clone() for p in model.parameters()]
+    before = [
+        p.to_local().clone() if isinstance(p, DTensor) else p.clone() for p in model.parameters()
+    ]
     folder = root / "fresh"
     commit_together(folder, 0, save(tensors_of(model, optimizer), {}, folder))
     after = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -178,7 +197,8 @@ def before_the_first_step(root: Path) -> None:
 
 
 def fails_on_one_rank(root: Path) -> None:
-    """Rank 1's disk fails in the middle of its file: both ranks raise, nothing is left, and the next save works."""
+    """Rank 1's disk fails in the middle of its file: both ranks raise, nothing is left, and the
+    next save works."""
     model, optimizer = sharded(seed=0)
     tensors = tensors_of(model, optimizer)
 
@@ -190,7 +210,8 @@ def fails_on_one_rank(root: Path) -> None:
         save(tensors, {}, folder, progress=fail if dist.get_rank() == 1 else None)
     dist.barrier()
     assert not folder.exists()
-    dist.barrier()  # or the next save of a faster rank makes the folder before a slower one has looked
+    # or the next save of a faster rank makes the folder before a slower one has looked
+    dist.barrier()
     commit_together(folder, 0, save(tensors, {}, folder))
     assert (folder / "manifest.json").exists()
 
@@ -229,9 +250,12 @@ def killed_in_the_middle(root: Path) -> None:
 
 
 def restore_before(root: Path) -> None:
-    """After `killed_in_the_middle`: the checkpoint before the one that was being written is whole."""
+    """After `killed_in_the_middle`: the checkpoint before the one that was being written is
+    whole."""
     model, optimizer = sharded(seed=1)
-    restore(ModelAndOptimizer(model, optimizer), root / "step-00000002", read(root / "step-00000002"))
+    restore(
+        ModelAndOptimizer(model, optimizer), root / "step-00000002", read(root / "step-00000002")
+    )
     same(whole(model, optimizer), load_file(root / "reference.safetensors"))
 
 
@@ -239,7 +263,11 @@ def full_disk(root: Path) -> None:
     """Shards of 2 MB on a disk of 1 MB."""
     folder = root / "disk" / "1.00" / "step-00000001"
     with pytest.raises(CheckpointError, match=r"No space left on device"):
-        save({"model.large": torch.ones(1 << 19), f"model.{dist.get_rank()}": torch.ones(1 << 19)}, {}, folder)
+        save(
+            {"model.large": torch.ones(1 << 19), f"model.{dist.get_rank()}": torch.ones(1 << 19)},
+            {},
+            folder,
+        )
 
 
 SCENARIOS: dict[str, Callable[[Path], None]] = {
@@ -261,10 +289,13 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
 def main(names: str, rank: int, world: int, root: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(root / f"rendezvous-{names[:40]}-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     for name in names.split(","):
         SCENARIOS[name](root)
-    # Leave together, by the store: a rank that closes its connections first can reset one that is still in a barrier.
+    # Leave together, by the store: a rank that closes its connections first can reset one that is
+    # still in a barrier.
     store.add("done", 1)
     deadline = time.monotonic() + 20  # one that failed never comes
     while store.add("done", 0) < world and time.monotonic() < deadline:
@@ -274,7 +305,8 @@ def main(names: str, rank: int, world: int, root: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    # As a real rank does: gloo's threads may outlive its group, and an exit handler that ends them aborts the process.
+    # As a real rank does: gloo's threads may outlive its group, and an exit handler that ends them
+    # aborts the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,8 +1,10 @@
-"""One rank of `test_snapshot.py`: `snapshot_ranks.py RANK WORLD STORE CASES FOLDER`; prints what it found, by case.
+"""One rank of `test_snapshot.py`: `snapshot_ranks.py RANK WORLD STORE CASES FOLDER`; prints what it
+found, by case.
 
-A case is the JSON list `[name, [replicate, shard, tensor], changes of ParallelConfig, precision, trouble]`. The ranks
-train on it, take a snapshot while the next step computes, and restore each from its own file alone. Then they read all
-files on another layout. With `trouble` "read" they do nothing but read what others have left in FOLDER.
+A case is the JSON list `[name, [replicate, shard, tensor], changes of ParallelConfig, precision,
+trouble]`. The ranks train on it, take a snapshot while the next step computes, and restore each
+from its own file alone. Then they read all files on another layout. With `trouble` "read" they do
+nothing but read what others have left in FOLDER.
 """
 
 import json
@@ -42,16 +44,24 @@ PRECISIONS = {
 
 class Case:
     def __init__(self, degrees: list[int], ways: dict[str, Any], precision: str) -> None:
-        self.layout, self.parallel, self.precision = Layout(*degrees), ParallelConfig(**ways), PRECISIONS[precision]
+        self.layout, self.parallel, self.precision = (
+            Layout(*degrees),
+            ParallelConfig(**ways),
+            PRECISIONS[precision],
+        )
 
     def engine(self, seed: int) -> Engine:
-        return make_engine(MODEL, self.precision, self.parallel, self.layout, CPU, values=VALUES, seed=seed)
+        return make_engine(
+            MODEL, self.precision, self.parallel, self.layout, CPU, values=VALUES, seed=seed
+        )
 
     def step(self, engine: Engine, number: int, snapshot: Snapshot | None = None) -> float:
         """Two micro-batches and an update; this rank's loss before it."""
         batches = share(number, self.layout.data_rank(dist.get_rank()), self.layout.data_world)
         sums = engine.forward_backward(batches)
-        tokens = float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE / self.layout.tensor
+        tokens = (
+            float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE / self.layout.tensor
+        )
         verdict = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), VALUES["clip"])
         if snapshot is not None:
             snapshot.wait_copied()
@@ -82,7 +92,10 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().contiguous()
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        .detach()
+        .clone()
+        .contiguous()
         for name, tensor in tensors.items()
     }
 
@@ -149,17 +162,23 @@ def take_and_restore(case: Case, folder: Path, trouble: str) -> dict[str, Any]:
     dist.barrier()
     read_elsewhere(case, folder)
     spoil_one(case, again, manifest, own)
-    return {"own": own.stat().st_size, "tensors": sum(t.numel() * t.element_size() for t in at_snapshot.values())}
+    return {
+        "own": own.stat().st_size,
+        "tensors": sum(t.numel() * t.element_size() for t in at_snapshot.values()),
+    }
 
 
 def read_elsewhere(case: Case, folder: Path) -> None:
-    """All files together on as many ranks as there are, sharded by torch alone; torch's reader finds the same."""
+    """All files together on as many ranks as there are, sharded by torch alone; torch's reader
+    finds the same."""
     parallel, layout = ParallelConfig(), Layout(1, dist.get_world_size(), 1)
     reference = load_file(folder.with_name(f"{folder.name}.reference"))
     other = make_engine(MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=5)
     restore(other, folder, read(folder))
     same(whole(other), reference)
-    theirs = make_engine(MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=6).tensors()
+    theirs = make_engine(
+        MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=6
+    ).tensors()
     read_by_torch(theirs, folder)
     same(gathered(theirs), reference)
 
@@ -185,7 +204,11 @@ def main() -> None:
     if "deepspeed" in engines:
         deepspeed_on_cpu.apply()
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
     found = {}
     for name, degrees, ways, precision, trouble in cases:

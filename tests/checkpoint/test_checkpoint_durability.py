@@ -1,4 +1,5 @@
-"""A manifest vouches for bytes that are on the disk: power loss right behind its rename must not take any of them."""
+"""A manifest vouches for bytes that are on the disk: power loss right behind its rename must not
+take any of them."""
 
 from pathlib import Path
 
@@ -16,13 +17,18 @@ def test_every_shard_and_every_name_is_durable_before_the_manifest(
 ) -> None:
     folder = tmp_path / "checkpoints" / "1.00" / "step-00000004"
     deeds = recorded(monkeypatch)
-    files = {file.path: (file.bytes, file.sha256) for file in save({"model.a": torch.ones(9)}, {"step": 4}, folder)}
+    files = {
+        file.path: (file.bytes, file.sha256)
+        for file in save({"model.a": torch.ones(9)}, {"step": 4}, folder)
+    }
     manifests.commit(folder, manifests.build(folder, "1.00", 4, files))
     committed = deeds.index(("rename", MANIFEST))
     before, after = deeds[:committed], deeds[committed + 1 :]
     assert len(files) == 2
     assert {("sync", name) for name in files} <= set(before)
-    assert {("sync", name) for name in ("checkpoints", "1.00", f"{MANIFEST}.partial")} <= set(before)
+    assert {("sync", name) for name in ("checkpoints", "1.00", f"{MANIFEST}.partial")} <= set(
+        before
+    )
     last_file = max(before.index(("sync", name)) for name in files)
     assert ("sync", folder.name) in before[last_file:], "names as well as bytes"
     assert ("sync", folder.name) in after, "and the manifest's own"

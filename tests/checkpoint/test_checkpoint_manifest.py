@@ -14,7 +14,10 @@ import pytest
 from opt_train.checkpoint import manifest as manifests
 from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Manifest
 
-SHARDS = {"shard-00001.safetensors": bytes(range(256)) * 40, "shard-00002.safetensors": b"second" * 999}
+SHARDS = {
+    "shard-00001.safetensors": bytes(range(256)) * 40,
+    "shard-00002.safetensors": b"second" * 999,
+}
 
 
 def write(folder: Path, state: object = None) -> dict[str, tuple[int, str]]:
@@ -24,13 +27,18 @@ def write(folder: Path, state: object = None) -> dict[str, tuple[int, str]]:
     contents = {**SHARDS, STATE: json.dumps(given).encode()}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    return {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
+    return {
+        name: (len(content), hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
+    }
 
 
 @pytest.fixture
 def committed(tmp_path: Path) -> tuple[Path, str]:
     folder = tmp_path / "checkpoints" / "1.02" / "step-00000007"
-    manifest = manifests.build(folder, "1.02", 7, write(folder), config_sha256="c" * 64, journal_head="j" * 64)
+    manifest = manifests.build(
+        folder, "1.02", 7, write(folder), config_sha256="c" * 64, journal_head="j" * 64
+    )
     return folder, manifests.commit(folder, manifest)
 
 
@@ -53,7 +61,9 @@ def test_the_state_says_whether_training_was_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*SHARDS, STATE])
-def test_a_flip_anywhere_in_a_file_is_found_and_the_file_named(committed: tuple[Path, str], name: str) -> None:
+def test_a_flip_anywhere_in_a_file_is_found_and_the_file_named(
+    committed: tuple[Path, str], name: str
+) -> None:
     folder, sha256 = committed
     good = (folder / name).read_bytes()
     for where in {0, 1, 7, 8, len(good) // 2, len(good) - 1}:
@@ -68,7 +78,9 @@ def test_a_flip_anywhere_in_a_file_is_found_and_the_file_named(committed: tuple[
 
 @pytest.mark.parametrize("name", [*SHARDS, STATE])
 @pytest.mark.parametrize("change", ["shorter", "longer", "empty", "missing", "folder"])
-def test_a_file_of_another_size_is_found_and_named(committed: tuple[Path, str], name: str, change: str) -> None:
+def test_a_file_of_another_size_is_found_and_named(
+    committed: tuple[Path, str], name: str, change: str
+) -> None:
     folder, sha256 = committed
     path = folder / name
     content = path.read_bytes()
@@ -81,14 +93,18 @@ def test_a_file_of_another_size_is_found_and_named(committed: tuple[Path, str], 
         manifests.verify(folder, sha256)
 
 
-def test_every_flipped_byte_of_the_manifest_is_found_by_its_hash(committed: tuple[Path, str]) -> None:
+def test_every_flipped_byte_of_the_manifest_is_found_by_its_hash(
+    committed: tuple[Path, str],
+) -> None:
     folder, sha256 = committed
     good = (folder / MANIFEST).read_bytes()
     for where in range(len(good)):
         content = bytearray(good)
         content[where] ^= 1
         (folder / MANIFEST).write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"manifest.json is not the manifest that was committed"):
+        with pytest.raises(
+            CheckpointError, match=r"manifest.json is not the manifest that was committed"
+        ):
             manifests.verify(folder, sha256)
 
 
@@ -122,7 +138,10 @@ def test_a_torn_manifest_is_no_checkpoint(committed: tuple[Path, str]) -> None:
     ("change", "sentence"),
     [
         ({"version": 2}, r"has version 2; this program reads 1"),
-        ({"files": {"../../../etc/passwd": {"bytes": 1, "sha256": ""}}}, r"names '../../../etc/passwd'"),
+        (
+            {"files": {"../../../etc/passwd": {"bytes": 1, "sha256": ""}}},
+            r"names '../../../etc/passwd'",
+        ),
         ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, r"names '/etc/passwd'"),
         ({"files": {"a": {"bytes": 1}}}, r"is damaged"),
         ({"files": [1]}, r"is damaged"),
@@ -166,7 +185,9 @@ def test_the_same_checkpoint_has_the_same_manifest(tmp_path: Path) -> None:
     for name in "ab":
         files = write(tmp_path / name)
         shuffled = dict(sorted(files.items(), reverse=name == "a"))
-        hashes.add(manifests.commit(tmp_path / name, manifests.build(tmp_path / name, "1.00", 7, shuffled)))
+        hashes.add(
+            manifests.commit(tmp_path / name, manifests.build(tmp_path / name, "1.00", 7, shuffled))
+        )
     assert len(hashes) == 1
 
 
@@ -189,7 +210,8 @@ manifest.retire(Path({str(folder)!r}))
 
 
 def test_committing_is_all_or_nothing_when_killed(tmp_path: Path) -> None:
-    """Killed just before the rename: the shards lie there, and nobody takes them for a checkpoint."""
+    """Killed just before the rename: the shards lie there, and nobody takes them for a
+    checkpoint."""
     folder = tmp_path / "c"
     files = write(folder)
     program = f"""
@@ -216,7 +238,12 @@ def test_a_person_s_list_has_the_good_and_the_rest_in_order(tmp_path: Path) -> N
     (tmp_path / "1.09" / "step-00000030" / STATE).unlink()
     (tmp_path / "1.09" / "notes").mkdir()
     listed = manifests.checkpoints(tmp_path)
-    assert [(item.attempt, item.step) for item in listed] == [("1.09", 4), ("1.09", 30), ("1.10", 5), ("1.10", 9)]
+    assert [(item.attempt, item.step) for item in listed] == [
+        ("1.09", 4),
+        ("1.09", 30),
+        ("1.10", 5),
+        ("1.10", 9),
+    ]
     assert [item.why == "" for item in listed] == [True, False, True, False]
     assert "state.json is missing" in listed[1].why
     assert "never committed" in listed[3].why
@@ -229,11 +256,16 @@ def test_a_person_s_list_has_the_good_and_the_rest_in_order(tmp_path: Path) -> N
 def test_numbers_that_json_cannot_say_are_kept_as_words(tmp_path: Path) -> None:
     files = write(tmp_path / "c")
     manifest = manifests.build(tmp_path / "c", "1.00", 7, files)
-    broken = Manifest(**{**asdict(manifest), "files": manifest.files, "state": {"loss": float("inf")}})
+    broken = Manifest(
+        **{**asdict(manifest), "files": manifest.files, "state": {"loss": float("inf")}}
+    )
     manifests.commit(tmp_path / "c", broken)
     assert float(manifests.read(tmp_path / "c").state["loss"]) == float("inf")
 
 
 def test_the_supervisor_reads_manifests_without_torch() -> None:
-    program = "import sys, opt_train.checkpoint.manifest; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    program = (
+        "import sys, opt_train.checkpoint.manifest; assert not {'torch', 'numpy'} & "
+        "sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ})

@@ -1,4 +1,5 @@
-"""Checkpoints of real ranks over gloo: sharded, resharded, failing and killed. The scenarios stand in `ranks.py`."""
+"""Checkpoints of real ranks over gloo: sharded, resharded, failing and killed. The scenarios stand
+in `ranks.py`."""
 
 import os
 import signal
@@ -28,10 +29,21 @@ def ranks() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def start(started: list[subprocess.Popen[str]], scenario: str, world: int, root: Path) -> list[subprocess.Popen[str]]:
+def start(
+    started: list[subprocess.Popen[str]], scenario: str, world: int, root: Path
+) -> list[subprocess.Popen[str]]:
     new = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(PROGRAM), scenario, str(rank), str(world), str(root)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(PROGRAM),
+                scenario,
+                str(rank),
+                str(world),
+                str(root),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -48,7 +60,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
 
 
-def test_two_ranks_resume_exactly_and_one_reads_the_same(ranks: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_two_ranks_resume_exactly_and_one_reads_the_same(
+    ranks: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
     finish(start(ranks, "save_and_resume", 2, tmp_path))
     manifest = manifests.verify(tmp_path / "step-00000003")
     assert len([name for name in manifest.files if name.endswith(".safetensors")]) == 2
@@ -56,7 +70,9 @@ def test_two_ranks_resume_exactly_and_one_reads_the_same(ranks: list[subprocess.
     finish(start(ranks, "resume_elsewhere", 1, tmp_path))
 
 
-def test_one_rank_s_checkpoint_is_read_by_three(ranks: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_one_rank_s_checkpoint_is_read_by_three(
+    ranks: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
     finish(start(ranks, "save_and_resume", 1, tmp_path))
     finish(start(ranks, "resume_elsewhere", 3, tmp_path))
 
@@ -73,7 +89,9 @@ def test_what_fails_on_one_rank_fails_on_all_and_nobody_waits(
     finish(start(ranks, "fails_on_one_rank,flipped_byte", 2, tmp_path))
 
 
-def test_ranks_killed_in_a_save_leave_the_checkpoint_before(ranks: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_ranks_killed_in_a_save_leave_the_checkpoint_before(
+    ranks: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
     processes = start(ranks, "killed_in_the_middle", 2, tmp_path)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not all((tmp_path / f"writing-{rank}").exists() for rank in range(2)):

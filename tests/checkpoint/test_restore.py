@@ -1,4 +1,5 @@
-"""Restoring in one process: exact, or an error that names what is wrong; and nothing is ever executed."""
+"""Restoring in one process: exact, or an error that names what is wrong; and nothing is ever
+executed."""
 
 import hashlib
 import json
@@ -38,10 +39,14 @@ class Tied(nn.Module):
 def made(seed: int, **keys: float) -> tuple[Tied, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Tied()
-    return model, torch.optim.AdamW(model.parameters(), **{"lr": 0.01, "betas": (0.9, 0.95), "fused": True, **keys})
+    return model, torch.optim.AdamW(
+        model.parameters(), **{"lr": 0.01, "betas": (0.9, 0.95), "fused": True, **keys}
+    )
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int
+) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         tokens = torch.randint(0, 9, (8,), generator=torch.Generator().manual_seed(step))
@@ -61,7 +66,8 @@ def commit(folder: Path, tensors: dict[str, torch.Tensor], step: int = 1) -> man
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        torch.equal(tensor, other[name]) and tensor.dtype == other[name].dtype for name, tensor in one.items()
+        torch.equal(tensor, other[name]) and tensor.dtype == other[name].dtype
+        for name, tensor in one.items()
     )
 
 
@@ -91,7 +97,12 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
 def test_names_are_the_model_s_and_a_tied_weight_stands_once() -> None:
     model, optimizer = made(0)
     names = tensors_of(model, optimizer).keys()
-    assert names >= {"model.embedding.weight", "model.layer.bias", "model.seen", "optimizer.layer.bias.exp_avg_sq"}
+    assert names >= {
+        "model.embedding.weight",
+        "model.layer.bias",
+        "model.seen",
+        "optimizer.layer.bias.exp_avg_sq",
+    }
     assert not any("head" in name for name in names)
     assert len(names) == 4 + 3 * 3
 
@@ -115,7 +126,12 @@ def test_what_the_optimizer_is_told_is_not_overruled_by_the_checkpoint(tmp_path:
     again, its_optimizer = made(1, lr=0.5, weight_decay=0.25, eps=1e-4, betas=(0.5, 0.6))
     restore(ModelAndOptimizer(again, its_optimizer), tmp_path / "c", manifest)
     (group,) = its_optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["eps"], group["betas"]) == (0.5, 0.25, 1e-4, (0.5, 0.6))
+    assert (group["lr"], group["weight_decay"], group["eps"], group["betas"]) == (
+        0.5,
+        0.25,
+        1e-4,
+        (0.5, 0.6),
+    )
     assert {float(state["step"]) for state in its_optimizer.state.values()} == {2.0}
 
 
@@ -152,7 +168,11 @@ def test_numbers_in_the_optimizer_s_state_come_back_exactly(tmp_path: Path) -> N
     its_optimizer = Counting(again.parameters())
     restore(ModelAndOptimizer(again, its_optimizer), tmp_path / "c", manifest)
     for one, other in zip(optimizer.state.values(), its_optimizer.state.values(), strict=True):
-        assert (one["step"], one["rate"]) == (other["step"], other["rate"]) == (5, 1 / 3 / 3 / 3 / 3 / 3)
+        assert (
+            (one["step"], one["rate"])
+            == (other["step"], other["rate"])
+            == (5, 1 / 3 / 3 / 3 / 3 / 3)
+        )
         assert isinstance(other["step"], int)
         assert torch.equal(one["scale"], other["scale"])
 
@@ -165,7 +185,7 @@ def test_an_optimizer_with_state_that_is_no_number_is_refused_and_named() -> Non
         tensors_of(model, optimizer)
 
 
-# What is not as it should be -----------------------------------------------------------------------------------------
+# What is not as it should be ----------------------------------------------------------------------
 
 
 def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -181,11 +201,26 @@ def replaced(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor
     [
         (without("model.layer.bias"), r"tensor model.layer.bias is not in it"),
         (without("optimizer.layer.bias.step"), r"tensor optimizer.layer.bias.step is not in it"),
-        (replaced("model.other", torch.ones(1)), r"its tensor model.other belongs to no part of this model"),
-        (replaced("optimizer.other.step", torch.ones(1)), r"its tensor optimizer.other.step belongs to no part"),
-        (replaced("model.layer.bias", torch.ones(5)), r"tensor model.layer.bias has shape \[5\] in it and \[6\] here"),
-        (replaced("model.layer.bias", torch.ones(6, 1)), r"model.layer.bias has shape \[6, 1\] in it and \[6\] here"),
-        (replaced("model.layer.bias", torch.ones(6).bfloat16()), r"has type torch.bfloat16 in it and torch.float32"),
+        (
+            replaced("model.other", torch.ones(1)),
+            r"its tensor model.other belongs to no part of this model",
+        ),
+        (
+            replaced("optimizer.other.step", torch.ones(1)),
+            r"its tensor optimizer.other.step belongs to no part",
+        ),
+        (
+            replaced("model.layer.bias", torch.ones(5)),
+            r"tensor model.layer.bias has shape \[5\] in it and \[6\] here",
+        ),
+        (
+            replaced("model.layer.bias", torch.ones(6, 1)),
+            r"model.layer.bias has shape \[6, 1\] in it and \[6\] here",
+        ),
+        (
+            replaced("model.layer.bias", torch.ones(6).bfloat16()),
+            r"has type torch.bfloat16 in it and torch.float32",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_an_error_that_names_the_tensor(
@@ -202,7 +237,9 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_the_tensor(
     assert same(copied(model, optimizer), before)
 
 
-def test_a_flip_in_any_region_of_a_shard_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_flip_in_any_region_of_a_shard_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "c"
     manifest = commit(folder, copied(*made(0)))
     (shard,) = folder.glob("*.safetensors")
@@ -210,8 +247,18 @@ def test_a_flip_in_any_region_of_a_shard_is_refused_before_anything_is_loaded(tm
     header = int.from_bytes(good[:8], "little")
     model, optimizer = made(1)
     before = copied(model, optimizer)
-    # The length of the header, its JSON, its end, the first tensor, some in the middle, the last byte.
-    places = {0, 7, 8, 8 + header // 2, 8 + header - 1, 8 + header, len(good) - 1, *range(9, len(good), 97)}
+    # The length of the header, its JSON, its end, the first tensor, some in the middle, the last
+    # byte.
+    places = {
+        0,
+        7,
+        8,
+        8 + header // 2,
+        8 + header - 1,
+        8 + header,
+        len(good) - 1,
+        *range(9, len(good), 97),
+    }
     for where in sorted(places):
         content = bytearray(good)
         content[where] ^= 4
@@ -230,8 +277,11 @@ def test_a_flip_in_any_region_of_a_shard_is_refused_before_anything_is_loaded(tm
     restore(ModelAndOptimizer(model, optimizer), folder, manifest)
 
 
-def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loaded(tmp_path: Path) -> None:
-    """A manifest that vouches for too little: the loader would leave the missing rows as they are and say nothing."""
+def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loaded(
+    tmp_path: Path,
+) -> None:
+    """A manifest that vouches for too little: the loader would leave the missing rows as they are
+    and say nothing."""
     folder = tmp_path / "c"
     manifest = commit(folder, copied(*made(0)))
     (shard,) = folder.glob("*.safetensors")
@@ -244,7 +294,9 @@ def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loade
     content = shard.read_bytes()
     files = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     files[shard.name] = (len(content), hashlib.sha256(content).hexdigest())
-    with pytest.raises(CheckpointError, match=r"tensor model.layer.weight is incomplete in it: a shard is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor model.layer.weight is incomplete in it: a shard is missing"
+    ):
         restore(ModelAndOptimizer(*made(1)), folder, manifests.build(folder, "1.00", 1, files))
 
 
@@ -262,7 +314,14 @@ def test_a_planted_pickle_executes_nothing(tmp_path: Path) -> None:
     folder, canary = tmp_path / "c", tmp_path / "canary"
     model, optimizer = made(0)
     commit(folder, tensors_of(model, optimizer))
-    for name in (".metadata", "__0_0.distcp", "model.pt", "optimizer.pth", "data.pkl", "model.safetensors.index.json"):
+    for name in (
+        ".metadata",
+        "__0_0.distcp",
+        "model.pt",
+        "optimizer.pth",
+        "data.pkl",
+        "model.safetensors.index.json",
+    ):
         (folder / name).write_bytes(pickle.dumps(Canary(canary)))
     again, its_optimizer = made(1)
     restore(ModelAndOptimizer(again, its_optimizer), folder, manifests.verify(folder))
@@ -288,11 +347,14 @@ def test_a_save_does_not_bring_a_removed_run_back(tmp_path: Path) -> None:
 
 
 def test_what_an_aborted_save_left_is_harmless(tmp_path: Path) -> None:
-    """A shard of a larger, dead generation in the same folder would be read as part of the checkpoint."""
+    """A shard of a larger, dead generation in the same folder would be read as part of the
+    checkpoint."""
     folder = tmp_path / "c"
     folder.mkdir()
     for name in ("shard-00007-model-00001-of-00001.safetensors", STATE, "manifest.json.partial"):
         (folder / name).write_bytes(b"left over")
     manifest = commit(folder, copied(*made(0)))
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest.files, "manifest.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*manifest.files, "manifest.json"]
+    )
     restore(ModelAndOptimizer(*made(1)), folder, manifest)

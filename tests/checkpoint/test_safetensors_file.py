@@ -21,8 +21,8 @@ def of_every_kind() -> dict[str, torch.Tensor]:
         "empty": torch.empty(0, 7),
         "not contiguous": torch.randn(6, 4).t(),
         "a view": torch.randn(10)[3:7],
-        "é \u2028 \"name\"": torch.randn(2),
-    }  # fmt: skip
+        'é \u2028 "name"': torch.randn(2),
+    }
 
 
 def written(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
@@ -48,7 +48,9 @@ def test_the_same_bytes_as_the_librarys() -> None:
     """With one entry of metadata, whose order the library does not fix."""
     tensors = {name: tensor.contiguous() for name, tensor in of_every_kind().items()}
     assert load(written(tensors, {"format": "pt"})).keys() == tensors.keys()
-    some = {name: tensors[name] for name in ("a scalar", "empty", "b.torch.float32", "b.torch.float64")}
+    some = {
+        name: tensors[name] for name in ("a scalar", "empty", "b.torch.float32", "b.torch.float64")
+    }
     assert written(some, {"format": "pt"}) == save(some, {"format": "pt"})
 
 

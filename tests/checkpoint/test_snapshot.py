@@ -1,4 +1,5 @@
-"""A rank's state in memory: exact, readable on any layout, or one error; and what is written next does not reach it."""
+"""A rank's state in memory: exact, readable on any layout, or one error; and what is written next
+does not reach it."""
 
 import hashlib
 import json
@@ -60,7 +61,10 @@ def test_ranks_restore_each_from_its_own_file_and_any_layout_from_all(tmp_path: 
     )
     assert found["replicated"]["own"] > found["replicated"]["tensors"]  # a replica has all of it
     assert found["sharded"]["own"] < 0.6 * found["sharded"]["tensors"]
-    one = [[name, [1, 1, 1], {}, "fp32", "read"] for name in ("sharded", "replicated", "tensor", "raised")]
+    one = [
+        [name, [1, 1, 1], {}, "fp32", "read"]
+        for name in ("sharded", "replicated", "tensor", "raised")
+    ]
     ranks(tmp_path, 1, *one, ["fp16", [1, 1, 1], {}, "memory-efficient fp16", "read"])
 
 
@@ -135,7 +139,10 @@ def test_the_newest_stay_whole_and_the_oldest_is_written_over() -> None:
     for step in range(4):
         tensors["model.a"].fill_(float(step))
         files.append(snapshots.begin(step, tensors, {"step": step}).files())
-        whole = [all(hashlib.sha256(content_of(f)).hexdigest() == f.sha256 for f in each) for each in files]
+        whole = [
+            all(hashlib.sha256(content_of(f)).hexdigest() == f.sha256 for f in each)
+            for each in files
+        ]
         assert all(whole[-3:])
     assert whole == [False, True, True, True]
     assert [file.fd for file in files[0]] == [file.fd for file in files[3]]
@@ -160,7 +167,9 @@ def little_memory() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_without_memory_there_is_no_snapshot_and_no_harm(little_memory: Callable[[int], None]) -> None:
+def test_without_memory_there_is_no_snapshot_and_no_harm(
+    little_memory: Callable[[int], None],
+) -> None:
     tensors = {"model.a": torch.ones(1 << 20)}
     snapshots = Snapshots(0, 1, CPU)
     (before,) = snapshots.begin(1, tensors).files()
@@ -168,7 +177,9 @@ def test_without_memory_there_is_no_snapshot_and_no_harm(little_memory: Callable
     little_memory(1 << 20)
     failed = snapshots.begin(2, tensors)
     failed.wait_copied()
-    with pytest.raises(CheckpointError, match=r"no memory for the snapshot of step 2: File too large"):
+    with pytest.raises(
+        CheckpointError, match=r"no memory for the snapshot of step 2: File too large"
+    ):
         failed.files()
     assert hashlib.sha256(content_of(before)).hexdigest() == before.sha256
     little_memory(1 << 30)
@@ -176,7 +187,7 @@ def test_without_memory_there_is_no_snapshot_and_no_harm(little_memory: Callable
     assert file.bytes > 8 << 20
 
 
-# What is not as it should be -----------------------------------------------------------------------------------------
+# What is not as it should be ----------------------------------------------------------------------
 
 
 def test_a_torn_or_flipped_file_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -195,12 +206,16 @@ def test_a_torn_or_flipped_file_is_refused_before_anything_is_loaded(tmp_path: P
         file.write_bytes(good[:length])
         with pytest.raises(CheckpointError, match=r"shard-00000.safetensors has "):
             restore(into, file.parent, manifest, rank_file=file)
-        with pytest.raises(CheckpointError, match=r"cannot be restored: shard-00000.safetensors is damaged"):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be restored: shard-00000.safetensors is damaged"
+        ):
             load_own(into, file)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"shard-00000.safetensors is missing"):
         restore(into, file.parent, manifest, rank_file=file)
-    with pytest.raises(CheckpointError, match=r"shard-00000.safetensors cannot be read: No such file"):
+    with pytest.raises(
+        CheckpointError, match=r"shard-00000.safetensors cannot be read: No such file"
+    ):
         load_own(into, file)
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is not in the manifest"):
         restore(into, file.parent, manifest, rank_file=file.with_name(own_file_name(1)))
@@ -214,10 +229,22 @@ Change = Callable[[dict[str, torch.Tensor]], object]
     ("change", "sentence"),
     [
         (lambda t: t.pop("model.layer.bias"), r"tensor model.layer.bias is not in it"),
-        (lambda t: t.pop("optimizer.layer.bias.step"), r"tensor optimizer.layer.bias.step is not in it"),
-        (lambda t: t.update({"model.other": torch.ones(1)}), r"its tensor model.other belongs to no part of this"),
-        (lambda t: t.update({"model.layer.bias": torch.ones(5)}), r"layer.bias has shape \[5\] in it and \[6\] here"),
-        (lambda t: t.update({"model.layer.bias": torch.ones(6).bfloat16()}), r"has type torch.bfloat16 in it and tor"),
+        (
+            lambda t: t.pop("optimizer.layer.bias.step"),
+            r"tensor optimizer.layer.bias.step is not in it",
+        ),
+        (
+            lambda t: t.update({"model.other": torch.ones(1)}),
+            r"its tensor model.other belongs to no part of this",
+        ),
+        (
+            lambda t: t.update({"model.layer.bias": torch.ones(5)}),
+            r"layer.bias has shape \[5\] in it and \[6\] here",
+        ),
+        (
+            lambda t: t.update({"model.layer.bias": torch.ones(6).bfloat16()}),
+            r"has type torch.bfloat16 in it and tor",
+        ),
     ],
 )
 def test_another_rank_s_or_model_s_file_is_an_error_that_names_the_tensor(
@@ -250,18 +277,39 @@ OFFSETS = '"__metadata__":{"DCP_SHARDING_INFO":"{\\"model.weight\\":{\\"saved_of
     [
         ("{" + ENTRY + "," + OFFSETS + "}", ""),
         ("{" + ENTRY + "}", ""),  # of no parts, so of all
-        ("{" + ENTRY + "," + OFFSETS.replace("model.weight", "other") + "}", r"does not say where its tensors belong"),
-        ("{" + ENTRY + "," + OFFSETS.replace("[0]", "[4]") + "}", r"model.weight begins at \[4\] of the whole in it"),
-        ("{" + ENTRY + "," + OFFSETS.replace("[0]", "7") + "}", r"does not say where its tensors belong"),
+        (
+            "{" + ENTRY + "," + OFFSETS.replace("model.weight", "other") + "}",
+            r"does not say where its tensors belong",
+        ),
+        (
+            "{" + ENTRY + "," + OFFSETS.replace("[0]", "[4]") + "}",
+            r"model.weight begins at \[4\] of the whole in it",
+        ),
+        (
+            "{" + ENTRY + "," + OFFSETS.replace("[0]", "7") + "}",
+            r"does not say where its tensors belong",
+        ),
         ("{" + ENTRY + ',"__metadata__":{"a":1}}', r"does not hold texts"),
         ("{" + ENTRY + "," + ENTRY + "," + OFFSETS + "}", r"a name stands in it twice"),
-        ("{" + ENTRY.replace("[0,8]", "[0,16]") + "," + OFFSETS + "}", r"has shape \[2\] and 16 bytes"),
+        (
+            "{" + ENTRY.replace("[0,8]", "[0,16]") + "," + OFFSETS + "}",
+            r"has shape \[2\] and 16 bytes",
+        ),
         ("{" + ENTRY.replace("[0,8]", "[-8,0]") + "," + OFFSETS + "}", r"no whole numbers"),
         ("{" + ENTRY.replace("[0,8]", "[4,12]") + "," + OFFSETS + "}", r"begins at byte"),
-        ("{" + ENTRY.replace('"F32"', '["F32"]') + "," + OFFSETS + "}", r"has type .*, which is not known here"),
-        ("{" + ENTRY.replace('"F32"', '"F4"') + "," + OFFSETS + "}", r"has type 'F4', which is not known here"),
+        (
+            "{" + ENTRY.replace('"F32"', '["F32"]') + "," + OFFSETS + "}",
+            r"has type .*, which is not known here",
+        ),
+        (
+            "{" + ENTRY.replace('"F32"', '"F4"') + "," + OFFSETS + "}",
+            r"has type 'F4', which is not known here",
+        ),
         ("{" + ENTRY.replace("[2]", "[2.0]") + "," + OFFSETS + "}", r"no whole numbers"),
-        ('{"model.weight":7,' + OFFSETS + "}", r"does not say type, shape and place of tensor model.weight"),
+        (
+            '{"model.weight":7,' + OFFSETS + "}",
+            r"does not say type, shape and place of tensor model.weight",
+        ),
         ("[" * 5000, r"its header is no JSON"),
         ("[]", r"its header is no JSON object"),
         ("{" + OFFSETS + "}", r"its tensors end at byte"),
@@ -269,7 +317,9 @@ OFFSETS = '"__metadata__":{"DCP_SHARDING_INFO":"{\\"model.weight\\":{\\"saved_of
 )
 def test_a_hostile_header_is_one_clear_error(tmp_path: Path, header: str, sentence: str) -> None:
     file = tmp_path / "shard-00000.safetensors"
-    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + torch.ones(2).numpy().tobytes())
+    file.write_bytes(
+        len(header).to_bytes(8, "little") + header.encode() + torch.ones(2).numpy().tobytes()
+    )
     model = One()
     if not sentence:
         load_own(ModelAndOptimizer(model), file)
@@ -281,12 +331,17 @@ def test_a_hostile_header_is_one_clear_error(tmp_path: Path, header: str, senten
 
 
 def test_a_missing_rank_s_file_shows_though_replicas_hold_the_same(tmp_path: Path) -> None:
-    """The reader drops what is there twice; what is then not there once is an error, and so are two that differ."""
+    """The reader drops what is there twice; what is then not there once is an error, and so are two
+    that differ."""
 
     def put(rank: int, offset: int, rows: int) -> None:
         info = {"model.weight": {"saved_offsets": [offset]}}
-        header = header_of([("model.weight", torch.float32, (rows,))], {"DCP_SHARDING_INFO": json.dumps(info)})
-        (tmp_path / own_file_name(rank)).write_bytes(header + torch.full((rows,), rank + 1.0).numpy().tobytes())
+        header = header_of(
+            [("model.weight", torch.float32, (rows,))], {"DCP_SHARDING_INFO": json.dumps(info)}
+        )
+        (tmp_path / own_file_name(rank)).write_bytes(
+            header + torch.full((rows,), rank + 1.0).numpy().tobytes()
+        )
 
     def manifest() -> Manifest:
         files = {
@@ -302,9 +357,13 @@ def test_a_missing_rank_s_file_shows_though_replicas_hold_the_same(tmp_path: Pat
     assert model.weight.tolist() in ([1.0, 2.0], [3.0, 4.0], [1.0, 4.0], [3.0, 2.0])
     for rank in (0, 2):
         (tmp_path / own_file_name(rank)).unlink()
-    with pytest.raises(CheckpointError, match=r"tensor model.weight is incomplete in it: a shard is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor model.weight is incomplete in it: a shard is missing"
+    ):
         restore(ModelAndOptimizer(model), tmp_path, manifest())
     put(0, 0, 1)
     put(2, 0, 2)
-    with pytest.raises(CheckpointError, match=r"its files disagree about the part of tensor model.weight at \[0\]"):
+    with pytest.raises(
+        CheckpointError, match=r"its files disagree about the part of tensor model.weight at \[0\]"
+    ):
         restore(ModelAndOptimizer(model), tmp_path, manifest())

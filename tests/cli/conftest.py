@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opt_train import cli
+from opt_train.cli import main as cli
 
 SMALL = (
     "model=tiny",
@@ -36,7 +36,16 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "corpus").mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
-    for name in ("abc.py", "bisect.py", "cmd.py", "heapq.py", "queue.py", "sched.py", "shlex.py", "textwrap.py"):
+    for name in (
+        "abc.py",
+        "bisect.py",
+        "cmd.py",
+        "heapq.py",
+        "queue.py",
+        "sched.py",
+        "shlex.py",
+        "textwrap.py",
+    ):
         shutil.copy(library / name, folder / "corpus" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -46,7 +55,8 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of a test: its own copy of corpus and prepared data, and nothing else."""
+    """The working directory of a test: its own copy of corpus and prepared data, and nothing
+    else."""
     folder = tmp_path / "workplace"
     shutil.copytree(prepared_once, folder)
     monkeypatch.chdir(folder)
@@ -64,7 +74,8 @@ class Said:
 
 @pytest.fixture
 def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Runs `opt-train` with the words given and returns its answer, that of its child processes included."""
+    """Runs `opt-train` with the words given and returns its answer, that of its child processes
+    included."""
 
     def run(*words: str) -> Said:
         capfd.readouterr()

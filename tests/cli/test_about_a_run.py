@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from opt_logbook.events import Entry, LineageOpened, NodeJoined, RunCreated, RunStopped
-from opt_logbook.journal import Journal
-from opt_logbook.lock import Lock
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.events import Entry, LineageOpened, NodeJoined, RunCreated, RunStopped
+from opt_logbook.record.journal import Journal
+from opt_logbook.record.lock import Lock
+from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.cli import VERBS
-from opt_train.config import configs_directory
+from opt_train.cli.main import VERBS
+from opt_train.config.compose import configs_directory
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def test_a_request_to_stop_names_who_asked(run: RunDirectory, say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_stop_names_who_asked(
+    run: RunDirectory, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
     with Lock.acquire(run, leader=1):
         assert say("stop", str(run.path)).code == 0
@@ -35,7 +37,9 @@ def test_a_request_to_stop_names_who_asked(run: RunDirectory, say, monkeypatch: 
     assert json.loads(letter.read_text())["by"].startswith("ada on ")
 
 
-def test_a_request_that_cannot_be_left_is_one_sentence_with_another_way(run: RunDirectory, say) -> None:
+def test_a_request_that_cannot_be_left_is_one_sentence_with_another_way(
+    run: RunDirectory, say
+) -> None:
     run.inbox.write_text("a file where the folder should be")
     with Lock.acquire(run, leader=1):
         said = say("stop", str(run.path))
@@ -43,7 +47,9 @@ def test_a_request_that_cannot_be_left_is_one_sentence_with_another_way(run: Run
     assert "TERM to process" in said.err
 
 
-def test_a_lone_rank_is_not_asked_by_a_letter_that_nobody_would_read(run: RunDirectory, say) -> None:
+def test_a_lone_rank_is_not_asked_by_a_letter_that_nobody_would_read(
+    run: RunDirectory, say
+) -> None:
     with Lock.acquire(run):
         said = say("stop", str(run.path))
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
@@ -74,10 +80,14 @@ def test_nodes_of_a_run_at_rest_are_not_told_as_working(run: RunDirectory, say) 
     assert "  nodes at the end: node-1 active\n" in say("status", str(run.path)).out
 
 
-def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(run: RunDirectory, say) -> None:
+def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(
+    run: RunDirectory, say
+) -> None:
     """`train.steps=60 lineage=new` on a run of 40 was told as "step 60 of 40"."""
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
-        for number, difference in enumerate(((), ("train.steps: 10 -> 15",), ("optim.lr: 0.1 -> 0.2",)), 1):
+        for number, difference in enumerate(
+            ((), ("train.steps: 10 -> 15",), ("optim.lr: 0.1 -> 0.2",)), 1
+        ):
             journal.append(Entry(time.time(), "", None, LineageOpened(number, "c", difference)))
         assert "step 0 of 15" in say("status", str(run.path)).out
         assert json.loads(say("status", str(run.path), "--json").out)["steps"] == 15
@@ -86,7 +96,11 @@ def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(run: RunD
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
 def test_the_demo_of_the_examples_has_the_checkpoints_they_name(verb: str) -> None:
     demo = yaml.safe_load((configs_directory() / "experiment" / "demo.yaml").read_text())
-    named = [int(step) for example in VERBS[verb].examples for step in re.findall(r"--checkpoint (\d+)", example)]
+    named = [
+        int(step)
+        for example in VERBS[verb].examples
+        for step in re.findall(r"--checkpoint (\d+)", example)
+    ]
     assert named
     for step in named:
         assert step <= demo["train"]["steps"]

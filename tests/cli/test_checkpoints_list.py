@@ -1,4 +1,5 @@
-"""A list of checkpoints must not call good what a restart would refuse, nor hide what lies there, nor change it."""
+"""A list of checkpoints must not call good what a restart would refuse, nor hide what lies there,
+nor change it."""
 
 import hashlib
 import json
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opt_logbook.events import (
+from opt_logbook.record.events import (
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
@@ -22,9 +23,9 @@ from opt_logbook.events import (
     SaveAbandoned,
     TrainingBegan,
 )
-from opt_logbook.journal import Journal
-from opt_logbook.lock import Lock
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.journal import Journal
+from opt_logbook.record.lock import Lock
+from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
 
@@ -47,7 +48,9 @@ class Story:
 
     def tell(self, event: Event, step: int | None = None, attempt: str | None = None) -> None:
         self.now += 60.0
-        self._journal.append(Entry(self.now, self.attempt if attempt is None else attempt, step, event))
+        self._journal.append(
+            Entry(self.now, self.attempt if attempt is None else attempt, step, event)
+        )
 
     def begin(self, attempt: str, parent: str = "", step: int = 0) -> None:
         if self.attempt:
@@ -62,7 +65,11 @@ class Story:
         folder.mkdir(parents=True)
         files = {}
         state = json.dumps({"step": step, "healthy": step != 40}).encode()
-        for name, content in (("state.json", state), ("a.safetensors", bytes(1000)), ("b.safetensors", bytes(500))):
+        for name, content in (
+            ("state.json", state),
+            ("a.safetensors", bytes(1000)),
+            ("b.safetensors", bytes(500)),
+        ):
             (folder / name).write_bytes(content)
             files[name] = (len(content), hashlib.sha256(content).hexdigest())
         return folder, files
@@ -82,7 +89,8 @@ class Story:
 
 @pytest.fixture
 def story(tmp_path: Path) -> Story:
-    """10, 20 and 30 in 1.00; 40 is not well; it goes on from 20 and saves 30 and 40 again in 1.01."""
+    """10, 20 and 30 in 1.00; 40 is not well; it goes on from 20 and saves 30 and 40 again in
+    1.01."""
     story = Story(tmp_path / "run")
     story.begin("1.00")
     for step in (10, 20, 30):
@@ -98,7 +106,10 @@ def listed(say: Any, story: Story, *flags: str) -> dict[tuple[str, int], dict[st
     said = say("checkpoints", str(story.run.path), "--json", *flags)
     rows = json.loads(said.out)
     assert said.code == (0 if any(row["next"] for row in rows) else 1)
-    assert all(len(line) <= 100 for line in say("checkpoints", str(story.run.path), *flags).out.splitlines())
+    assert all(
+        len(line) <= 100
+        for line in say("checkpoints", str(story.run.path), *flags).out.splitlines()
+    )
     return {(row["attempt"], row["step"]): row for row in rows}
 
 
@@ -106,7 +117,9 @@ def taken(rows: dict[tuple[str, int], dict[str, Any]]) -> list[tuple[str, int]]:
     return [place for place, row in rows.items() if row["next"]]
 
 
-def test_each_checkpoint_is_on_its_branch_and_the_one_a_restart_takes_is_marked(story: Story, say) -> None:
+def test_each_checkpoint_is_on_its_branch_and_the_one_a_restart_takes_is_marked(
+    story: Story, say
+) -> None:
     rows = listed(say, story)
     assert list(rows) == [("1.00", 10), ("1.00", 20), ("1.00", 30), ("1.01", 30), ("1.01", 40)]
     branches = [row["branch"] for row in rows.values()]
@@ -121,7 +134,9 @@ def test_each_checkpoint_is_on_its_branch_and_the_one_a_restart_takes_is_marked(
     assert rows["1.00", 10]["committed"] == "2026-09-21T14:18:20.000Z"
 
 
-def test_what_agents_hold_is_listed_by_tier_as_far_as_the_journal_counts_on_it(story: Story, say) -> None:
+def test_what_agents_hold_is_listed_by_tier_as_far_as_the_journal_counts_on_it(
+    story: Story, say
+) -> None:
     files = {"state.json": (10, "ab" * 32), "shard-00000.safetensors": (1000, "cd" * 32)}
     for tier, step in (("memory", 32), ("node", 34), ("memory", 34)):
         folder = story.run.checkpoint("1.01", step, tier)
@@ -130,17 +145,23 @@ def test_what_agents_hold_is_listed_by_tier_as_far_as_the_journal_counts_on_it(s
         path = folder.relative_to(story.run.path).as_posix()
         sha256 = manifest.commit(folder, made)
         story.tell(CheckpointCommitted(path, sha256, made.bytes, 2, 0.1, True, tier, 1, "c0"), step)
-    story.tell(CheckpointRejected("node/1.01/step-00000034", "node-1: shard-00000.safetensors is nowhere"), 34)
+    story.tell(
+        CheckpointRejected("node/1.01/step-00000034", "node-1: shard-00000.safetensors is nowhere"),
+        34,
+    )
     rows = json.loads(say("checkpoints", str(story.run.path), "--json").out)
     held = [
-        (row["tier"], row["step"], row["state"], row["checked"], row["next"]) for row in rows if row["tier"] != "shared"
+        (row["tier"], row["step"], row["state"], row["checked"], row["next"])
+        for row in rows
+        if row["tier"] != "shared"
     ]
     assert held == [
         ("memory", 32, "good", "held", False),
         ("node", 34, "rejected", "held", False),
         ("memory", 34, "good", "held", True),
     ]
-    # At rest nobody holds anything in memory any more, though the manifests lie there until the next start.
+    # At rest nobody holds anything in memory any more, though the manifests lie there until the
+    # next start.
     story.tell(RunStopped("a person", 30))
     rows = json.loads(say("checkpoints", str(story.run.path), "--json").out)
     assert [row["tier"] for row in rows if row["tier"] != "shared"] == ["node"]
@@ -154,7 +175,10 @@ def test_a_flipped_bit_is_found_by_verify_alone_and_moves_the_restart(story: Sto
     assert (rows["1.01", 30]["checked"], taken(rows)) == ("listed", [("1.01", 30)])
     rows = listed(say, story, "--verify")
     assert rows["1.01", 30]["checked"] == "bad"
-    assert rows["1.01", 30]["why"] == "checkpoints/1.01/step-00000030/b.safetensors has a wrong checksum"
+    assert (
+        rows["1.01", 30]["why"]
+        == "checkpoints/1.01/step-00000030/b.safetensors has a wrong checksum"
+    )
     assert taken(rows) == [("1.00", 20)]
     assert [row["checked"] for row in rows.values()].count("verified") == 4
 
@@ -167,7 +191,9 @@ def test_a_flipped_bit_is_found_by_verify_alone_and_moves_the_restart(story: Sto
         (None, "manifest.json is missing"),
     ],
 )
-def test_a_damaged_manifest_is_said_in_a_sentence(story: Story, say, content: bytes | None, sentence: str) -> None:
+def test_a_damaged_manifest_is_said_in_a_sentence(
+    story: Story, say, content: bytes | None, sentence: str
+) -> None:
     path = story.run.checkpoint("1.01", 30) / "manifest.json"
     path.unlink()
     if content is not None:
@@ -175,24 +201,41 @@ def test_a_damaged_manifest_is_said_in_a_sentence(story: Story, say, content: by
     rows = listed(say, story)
     row = rows["1.01", 30]
     assert sentence in row["why"]
-    assert (row["checked"], row["branch"], row["healthy"], taken(rows)) == ("bad", "live", None, [("1.00", 20)])
+    assert (row["checked"], row["branch"], row["healthy"], taken(rows)) == (
+        "bad",
+        "live",
+        None,
+        [("1.00", 20)],
+    )
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xff", b"{", b"[" * 100_000, b"{}", b'{"version": 1}', b'{"version": 1, "files": 3}',
+        b"\xff",
+        b"{",
+        b"[" * 100_000,
+        b"{}",
+        b'{"version": 1}',
+        b'{"version": 1, "files": 3}',
         b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, "files": {"a": {"bytes": "1", "sha256": ""}}}',
         b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}}',
         b'{"version": 1, "attempt": 7, "step": 50, "state": {}, "files": {"a": {"bytes": 1, "sha256": ""}}}',
         b'{"version": 1, "attempt": "1.01", "step": 60, "state": {}, "files": {}}',
     ],
-)  # fmt: skip
-def test_nothing_that_lies_there_as_a_manifest_is_a_traceback(story: Story, say, content: bytes) -> None:
+)
+def test_nothing_that_lies_there_as_a_manifest_is_a_traceback(
+    story: Story, say, content: bytes
+) -> None:
     folder, _ = story.write(50)
     (folder / "manifest.json").write_bytes(content)
     row = listed(say, story)["1.01", 50]
-    assert (row["state"], row["checked"], row["branch"], row["committed"]) == ("unknown", "bad", "", None)
+    assert (row["state"], row["checked"], row["branch"], row["committed"]) == (
+        "unknown",
+        "bad",
+        "",
+        None,
+    )
     assert str(story.run.path) not in row["why"]
     assert "\n" not in row["why"]
 
@@ -200,17 +243,28 @@ def test_nothing_that_lies_there_as_a_manifest_is_a_traceback(story: Story, say,
 def test_what_is_no_checkpoint_says_what_it_is(story: Story, say) -> None:
     story.write(50)  # a rank died while it saved
     story.write(60)
-    story.tell(SaveAbandoned("checkpoints/1.01/step-00000060", "rank 3: No space left on device"), 60)
+    story.tell(
+        SaveAbandoned("checkpoints/1.01/step-00000060", "rank 3: No space left on device"), 60
+    )
     story.tell(CheckpointRetired("checkpoints/1.00/step-00000010"), 10, "1.00")
     folder, files = story.write(70)
-    manifest.commit(folder, manifest.build(folder, "1.01", 70, files))  # a supervisor died before it could say so
+    manifest.commit(
+        folder, manifest.build(folder, "1.01", 70, files)
+    )  # a supervisor died before it could say so
     shutil.rmtree(story.run.checkpoint("1.00", 30))
     rows = listed(say, story, "--verify")
-    told = {place[1]: (row["state"], row["checked"]) for place, row in rows.items() if row["state"] != "good"}
+    told = {
+        place[1]: (row["state"], row["checked"])
+        for place, row in rows.items()
+        if row["state"] != "good"
+    }
     assert told == {
-        10: ("retired", "verified"), 30: ("abandoned", "bad"), 50: ("never committed", "-"), 60: ("given up", "-"),
+        10: ("retired", "verified"),
+        30: ("abandoned", "bad"),
+        50: ("never committed", "-"),
+        60: ("given up", "-"),
         70: ("unknown", "verified"),
-    }  # fmt: skip
+    }
     assert "removal has not ended" in rows["1.00", 10]["why"]
     assert "its folder is gone" in rows["1.00", 30]["why"]
     assert rows["1.01", 60]["why"] == "rank 3: No space left on device"
@@ -218,9 +272,13 @@ def test_what_is_no_checkpoint_says_what_it_is(story: Story, say) -> None:
     assert taken(rows) == [("1.01", 30)]
 
 
-def test_a_rejected_one_is_not_taken_again_though_its_bytes_are_right_now(story: Story, say) -> None:
+def test_a_rejected_one_is_not_taken_again_though_its_bytes_are_right_now(
+    story: Story, say
+) -> None:
     story.tell(CheckpointRejected("checkpoints/1.01/step-00000030", "Stale file handle"), 30)
-    story.tell(CheckpointRejected("checkpoints/1.00/step-00000020", "Stale file handle"), 20, "1.00")
+    story.tell(
+        CheckpointRejected("checkpoints/1.00/step-00000020", "Stale file handle"), 20, "1.00"
+    )
     rows = listed(say, story, "--verify")
     assert (rows["1.01", 30]["state"], rows["1.01", 30]["why"]) == ("rejected", "Stale file handle")
     assert taken(rows) == [("1.00", 10)]
@@ -270,8 +328,10 @@ def test_listing_and_verifying_change_nothing(story: Story, say) -> None:
     assert everything() == before
 
 
-def test_progress_of_long_reading_goes_to_standard_error(story: Story, say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opt_train.cli_checkpoints.TELL_SECONDS", 0.0)
+def test_progress_of_long_reading_goes_to_standard_error(
+    story: Story, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt_train.cli.checkpoints.PUBLISH_SECONDS", 0.0)
     story.close()
     said = say("checkpoints", str(story.run.path), "--verify", "--json")
     assert json.loads(said.out)

@@ -1,4 +1,5 @@
-"""`--help` must answer at once, `run` must never load torch, and a multirun must keep its jobs apart."""
+"""`--help` must answer at once, `run` must never load torch, and a multirun must keep its jobs
+apart."""
 
 import subprocess
 import sys
@@ -7,20 +8,34 @@ from pathlib import Path
 
 import pytest
 import yaml
-from opt_logbook.journal import read
+from opt_logbook.record.journal import read
 
-from opt_train import cli
+from opt_train.cli import main as cli
 
 SMALL = (
-    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
-    "data.validation_fraction=0.2", "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32",
-    "optim.warmup_steps=2", "train.steps=4", "train.global_batch=4", "train.micro_batch=2", "train.threads=1",
+    "model=tiny",
+    "model.vocab_size=400",
+    "model.positions=32",
+    "data=files",
+    "data.corpus=corpus",
+    "data.validation_fraction=0.2",
+    "data.sequence_length=32",
+    "tokenizer.vocab_size=400",
+    "precision=fp32",
+    "optim.warmup_steps=2",
+    "train.steps=4",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.threads=1",
     "name=small",
-)  # fmt: skip
+)
 
 
 def imports_of(statement: str) -> set[str]:
-    code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    code = (
+        f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in "
+        "sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
 
@@ -31,23 +46,34 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_supervisors_process_never_loads_torch() -> None:
-    loaded = imports_of("import opt_train.cli_run, opt_train.supervisor.shell, opt_train.config as c; c.compose([])")
+    loaded = imports_of(
+        "import opt_train.cli.run, opt_train.supervisor.shell.start, opt_train.config.run_config "
+        "as c; c.compose([])"
+    )
     assert not loaded & {"torch", "datasets", "tokenizers", "pandas", "pyarrow"}
 
 
 def test_help_answers_at_once() -> None:
-    """By the measure of this machine as it is now: how long does Python take to start with a parser?"""
+    """By the measure of this machine as it is now: how long does Python take to start with a
+    parser?"""
 
     def seconds(*arguments: str) -> float:
         began = time.monotonic()
         subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         return time.monotonic() - began
 
-    # By turns, so that a busy machine is busy for both; the fastest of each, so that its moods are no finding.
+    # By turns, so that a busy machine is busy for both; the fastest of each, so that its moods are
+    # no finding.
     bare, ours = zip(
-        *[(seconds("-c", "import argparse"), seconds("-m", "opt_train.cli", "--help")) for _ in range(7)], strict=True
+        *[
+            (seconds("-c", "import argparse"), seconds("-m", "opt_train.cli.main", "--help"))
+            for _ in range(7)
+        ],
+        strict=True,
     )
-    assert min(ours) < 3 * min(bare) + 0.1, f"{min(ours):.2f} s, where Python alone takes {min(bare):.2f} s"
+    assert min(ours) < 3 * min(bare) + 0.1, (
+        f"{min(ours):.2f} s, where Python alone takes {min(bare):.2f} s"
+    )
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -61,7 +87,9 @@ def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixt
     assert "exit codes:" in text
 
 
-def test_cfg_prints_the_resolved_configuration_and_starts_nothing(tmp_path, monkeypatch, say) -> None:
+def test_cfg_prints_the_resolved_configuration_and_starts_nothing(
+    tmp_path, monkeypatch, say
+) -> None:
     monkeypatch.chdir(tmp_path)
     said = say("run", "optim.lr=1e-3", "--cfg", "job", "experiment=demo", "seed=7")
     assert (said.code, said.err) == (0, "")
@@ -72,10 +100,14 @@ def test_cfg_prints_the_resolved_configuration_and_starts_nothing(tmp_path, monk
 
 def test_cfg_of_a_multirun_prints_every_job(tmp_path, monkeypatch, say) -> None:
     monkeypatch.chdir(tmp_path)
-    said = say("run", "-m", "--cfg", "job", "experiment=demo", "seed=range(0,3)", "optim.lr=1e-3,2e-3")
+    said = say(
+        "run", "-m", "--cfg", "job", "experiment=demo", "seed=range(0,3)", "optim.lr=1e-3,2e-3"
+    )
     jobs = list(yaml.safe_load_all(said.out))
     assert [job["name"] for job in jobs] == [f"demo-{n}" for n in range(6)]
-    assert [(job["seed"], job["optim"]["lr"]) for job in jobs] == [(s, r) for s in range(3) for r in (1e-3, 2e-3)]
+    assert [(job["seed"], job["optim"]["lr"]) for job in jobs] == [
+        (s, r) for s in range(3) for r in (1e-3, 2e-3)
+    ]
 
 
 @pytest.mark.slow
@@ -83,7 +115,10 @@ def test_a_multirun_is_a_process_and_a_run_directory_a_job(workplace: Path, say)
     said = say("train", "--multirun", *SMALL, "seed=1,2")
     assert said.code == 0, said.err
     assert said.out.splitlines()[-2:] == ["job 0 small-0: done", "job 1 small-1: done"]
-    created = [read(workplace / "runs" / name / "journal.jsonl").entries[0].event for name in ("small-0", "small-1")]
+    created = [
+        read(workplace / "runs" / name / "journal.jsonl").entries[0].event
+        for name in ("small-0", "small-1")
+    ]
     assert [event.seed for event in created] == [1, 2]
     assert sorted(p.name for p in (workplace / "runs").iterdir()) == ["small-0", "small-1"]
 
@@ -96,10 +131,14 @@ def test_a_failing_job_does_not_keep_the_next_from_running(workplace: Path, say)
 
 
 def test_a_term_ends_the_job_of_a_multirun_too(workplace: Path) -> None:
-    """A scheduler's TERM reached the parent alone, and the job trained on with nobody to ask about it."""
+    """A scheduler's TERM reached the parent alone, and the job trained on with nobody to ask about
+    it."""
     words = ["train", "--multirun", *SMALL, "train.steps=4000", "seed=1,2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "opt_train.cli", *words], cwd=workplace, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "opt_train.cli.main", *words],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     journal = workplace / "runs" / "small-0" / "metrics" / "1.00.jsonl"
     deadline = time.monotonic() + 60
@@ -110,13 +149,21 @@ def test_a_term_ends_the_job_of_a_multirun_too(workplace: Path) -> None:
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert output.splitlines()[-2:] == ["stopped; the same command goes on with small-0", "job 0 small-0: exit 75"]
-    assert read(workplace / "runs" / "small-0" / "journal.jsonl").entries[-1].event.kind == "run_stopped"
+    assert output.splitlines()[-2:] == [
+        "stopped; the same command goes on with small-0",
+        "job 0 small-0: exit 75",
+    ]
+    assert (
+        read(workplace / "runs" / "small-0" / "journal.jsonl").entries[-1].event.kind
+        == "run_stopped"
+    )
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m opt_train.cli run --cfg job experiment=demo | true"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = f"{sys.executable} -m opt_train.cli.main run --cfg job experiment=demo | true"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
 
 

@@ -1,4 +1,5 @@
-"""`opt-train plan` must answer without files, without torch, and with an exit code that a script can trust."""
+"""`opt-train plan` must answer without files, without torch, and with an exit code that a script
+can trust."""
 
 import json
 import re
@@ -36,7 +37,13 @@ def test_lines_fit_a_wide_terminal(say: Say) -> None:
 
 
 def test_the_files_a_user_names_are_kept(say: Say) -> None:
-    said = say("plan", "experiment=opt-175b", "data.corpus=mine", "tokenizer.vocab_file=v", "tokenizer.merges_file=m")
+    said = say(
+        "plan",
+        "experiment=opt-175b",
+        "data.corpus=mine",
+        "tokenizer.vocab_file=v",
+        "tokenizer.merges_file=m",
+    )
     assert said.code == 0
     assert "data.corpus" in say("plan", "experiment=opt-175b", "--cfg", "job").err
 
@@ -68,9 +75,22 @@ def test_idling_can_be_allowed(say: Say) -> None:
         ("experiment=opt-6.7b", "parallel.replicate=128", "--memory-gb", "90"),
         ("experiment=opt-66b", "cluster.nodes=1", "train.micro_batch=8"),
         ("experiment=opt-175b", "train.micro_batch=1", "parallel.accumulate=whole"),
-        ("experiment=opt-175b", "cluster.nodes=2", "parallel.activation_checkpointing=none", "--memory-gb", "40"),
+        (
+            "experiment=opt-175b",
+            "cluster.nodes=2",
+            "parallel.activation_checkpointing=none",
+            "--memory-gb",
+            "40",
+        ),
     ],
-    ids=["recompute", "smaller micro-batches", "fewer copies", "more nodes", "gradients in shards", "all at once"],
+    ids=[
+        "recompute",
+        "smaller micro-batches",
+        "fewer copies",
+        "more nodes",
+        "gradients in shards",
+        "all at once",
+    ],
 )
 def test_every_mend_of_what_does_not_fit_makes_it_fit(say: Say, words: tuple[str, ...]) -> None:
     said = say("plan", *words)
@@ -84,7 +104,14 @@ def test_every_mend_of_what_does_not_fit_makes_it_fit(say: Say, words: tuple[str
 
 
 def test_what_nothing_mends_is_not_given_a_mend_that_does_not(say: Say) -> None:
-    said = say("plan", "experiment=opt-175b", "parallel.tensor=1", "train.micro_batch=1", "--memory-gb", "2")
+    said = say(
+        "plan",
+        "experiment=opt-175b",
+        "parallel.tensor=1",
+        "train.micro_batch=1",
+        "--memory-gb",
+        "2",
+    )
     assert said.code == 1
     assert "no number of nodes mends that with this parallel.tensor; use a larger one" in said.err
 
@@ -96,7 +123,11 @@ def test_a_program_gets_numbers(say: Say) -> None:
     assert plan["idle_share"] == 0.0
     assert plan["idle_share_without_a_node"] == pytest.approx(1 - 992 / 1107)
     assert [memory["mode"] for memory in plan["memory"]] == ["none", "selective", "full"]
-    assert plan["throughput"]["tokens"] >= 300e9 > plan["throughput"]["tokens"] - plan["throughput"]["tokens_per_step"]
+    assert (
+        plan["throughput"]["tokens"]
+        >= 300e9
+        > plan["throughput"]["tokens"] - plan["throughput"]["tokens_per_step"]
+    )
     assert plan["checkpoint"]["bytes"] == 10 * 174_604_468_224
     assert plan["fits"] is True
 
@@ -131,7 +162,9 @@ def test_one_refused_of_many_is_exit_1(say: Say) -> None:
         (("parallel.tensor=7", "train.micro_batch=1"), "parallel.tensor"),
     ],
 )
-def test_a_mistake_is_one_sentence_with_the_mend(say: Say, words: tuple[str, ...], mend: str) -> None:
+def test_a_mistake_is_one_sentence_with_the_mend(
+    say: Say, words: tuple[str, ...], mend: str
+) -> None:
     said = say("plan", "experiment=opt-175b", *words)
     assert (said.code, said.out) == (2, "")
     assert said.err.count("\n") == 1
@@ -160,7 +193,9 @@ def test_an_engine_that_is_not_modelled_is_named(say: Say) -> None:
     assert "deepspeed is not modelled" in said.out
 
 
-def test_a_rehearsal_that_fails_is_said_and_not_shown_as_agreement(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_that_fails_is_said_and_not_shown_as_agreement(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     said = say("plan", "experiment=demo", "--rehearse")
     assert said.code == 2

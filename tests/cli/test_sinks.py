@@ -1,7 +1,8 @@
-"""Invariant 10 for metrics services: whatever one does, the run computes the same, to the bit, and ends in time.
+"""Invariant 10 for metrics services: whatever one does, the run computes the same, to the bit, and
+ends in time.
 
-The services here are packages of their names that misbehave on purpose, and a run is a lone one in a process of its
-own, as a person starts it.
+The services here are packages of their names that misbehave on purpose, and a run is a lone one in
+a process of its own, as a person starts it.
 """
 
 import json
@@ -13,18 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from opt_logbook import metrics
-from opt_logbook.metrics import MetricsWriter
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record import metrics
+from opt_logbook.record.metrics import MetricsWriter
+from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train import cli_run
-from opt_train.config import RunConfig, compose
-from opt_train.supervisor import shell
+from opt_train.cli import run as cli_run
+from opt_train.config.compose import compose
+from opt_train.config.run_config import RunConfig
+from opt_train.supervisor.shell import start as shell
 from tests.cli.conftest import SMALL
 
 FLUSH_SECONDS = 1.0
 OVERHEAD_SECONDS = 20.0
-"""That a run with a sink may take longer than one without, on a machine that does other things too."""
+"""That a run with a sink may take longer than one without, on a machine that does other things
+too."""
 
 WELL = """
 class Settings:
@@ -39,13 +42,16 @@ def init(**ignored): return Run()
 STOPPED = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
 RAISES = "raise RuntimeError('no service today')"
 KILLED = "import os; os.kill(os.getpid(), 9)"
-BLOCKS = WELL.format(at_log="import time; time.sleep(1e6)", at_finish="import time; time.sleep(1e6)")
+BLOCKS = WELL.format(
+    at_log="import time; time.sleep(1e6)", at_finish="import time; time.sleep(1e6)"
+)
 
 TROUBLES = {
     "stopped-and-raises": (STOPPED, RAISES, "the tensorboard sink ended early (exit code 1)"),
     "blocks-and-killed": (BLOCKS, KILLED, "the tensorboard sink ended early (SIGKILL)"),
 }
-"""What happens to W&B's sink and to TensorBoard's beside it, as sources of the packages, and what is said of it."""
+"""What happens to W&B's sink and to TensorBoard's beside it, as sources of the packages, and what
+is said of it."""
 
 
 def train(folder: Path, name: str, *words: str, path: Path | None = None) -> tuple[str, float]:
@@ -53,7 +59,7 @@ def train(folder: Path, name: str, *words: str, path: Path | None = None) -> tup
     overrides = (*SMALL, "data.validation_fraction=0.2", f"name={name}", *words)
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "opt_train.cli", "train", *overrides],
+        [sys.executable, "-m", "opt_train.cli.main", "train", *overrides],
         cwd=folder,
         env={**os.environ, **({"PYTHONPATH": str(path)} if path else {})},
         capture_output=True,
@@ -77,7 +83,9 @@ def without(prepared_once: Path) -> float:
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_sink_in_trouble_changes_nothing(trouble: str, prepared_once: Path, tmp_path: Path, without: float) -> None:
+def test_a_sink_in_trouble_changes_nothing(
+    trouble: str, prepared_once: Path, tmp_path: Path, without: float
+) -> None:
     *sources, told = TROUBLES[trouble]
     for package, source in zip(("wandb", "tensorboard"), sources, strict=True):
         (tmp_path / package).mkdir()
@@ -94,12 +102,19 @@ def test_a_sink_in_trouble_changes_nothing(trouble: str, prepared_once: Path, tm
     assert ("no service today" in log.read_text()) == (trouble == "stopped-and-raises")
 
 
-def test_a_supervised_run_feeds_its_sinks_too(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor itself is replaced: what is tried is when `run` starts its sinks, and that it ends them."""
+def test_a_supervised_run_feeds_its_sinks_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor itself is replaced: what is tried is when `run` starts its sinks, and that it
+    ends them."""
     pytest.importorskip("tensorboard")
 
     def supervise(
-        config: RunConfig, run: RunDirectory, _created: object, write_configuration: Callable[[], None], **_: object
+        config: RunConfig,
+        run: RunDirectory,
+        _created: object,
+        write_configuration: Callable[[], None],
+        **_: object,
     ) -> int:
         assert not run.path.joinpath("sinks").exists()
         write_configuration()
@@ -108,10 +123,16 @@ def test_a_supervised_run_feeds_its_sinks_too(workplace: Path, monkeypatch: pyte
         return 0
 
     monkeypatch.setattr(shell, "supervise", supervise)
-    config = compose((*SMALL, "data.validation_fraction=0.2", "sinks.tensorboard=true", "sinks.flush_seconds=60"))
+    config = compose(
+        (*SMALL, "data.validation_fraction=0.2", "sinks.tensorboard=true", "sinks.flush_seconds=60")
+    )
     assert cli_run.run(config, prepare=lambda: 0) == 0
     run = Path(config.runs, config.name)
-    assert json.loads((run / "sinks" / "tensorboard.json").read_text()) == {"attempt": "1.00", "step": 1, "sent": 1}
+    assert json.loads((run / "sinks" / "tensorboard.json").read_text()) == {
+        "attempt": "1.00",
+        "step": 1,
+        "sent": 1,
+    }
     assert len(list((run / "sinks" / "tensorboard").glob("events.out.tfevents.*"))) == 1
     assert sinks_of(run.absolute()) == []
 

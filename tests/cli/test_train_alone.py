@@ -9,21 +9,33 @@ import time
 from pathlib import Path
 
 import pytest
-from opt_logbook import metrics
-from opt_logbook.events import AttemptStarted, CheckpointCommitted, CheckpointRejected
-from opt_logbook.journal import read
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record import metrics
+from opt_logbook.record.events import AttemptStarted, CheckpointCommitted, CheckpointRejected
+from opt_logbook.record.journal import read
+from opt_logbook.record.run_directory import RunDirectory
 
 SMALL = (
-    "model=tiny", "model.vocab_size=400", "model.positions=32", "data=files", "data.corpus=corpus",
-    "data.validation_fraction=0.2", "data.sequence_length=32", "tokenizer.vocab_size=400", "precision=fp32",
-    "optim.warmup_steps=2", "train.steps=12", "train.global_batch=4", "train.micro_batch=2", "train.threads=1",
-    "checkpoint.every_steps=4", "name=small",
-)  # fmt: skip
+    "model=tiny",
+    "model.vocab_size=400",
+    "model.positions=32",
+    "data=files",
+    "data.corpus=corpus",
+    "data.validation_fraction=0.2",
+    "data.sequence_length=32",
+    "tokenizer.vocab_size=400",
+    "precision=fp32",
+    "optim.warmup_steps=2",
+    "train.steps=12",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.threads=1",
+    "checkpoint.every_steps=4",
+    "name=small",
+)
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "opt_train.cli", *words]
+    return [sys.executable, "-m", "opt_train.cli.main", *words]
 
 
 def losses(run: RunDirectory) -> dict[int, float]:
@@ -34,14 +46,20 @@ def losses(run: RunDirectory) -> dict[int, float]:
 def finished(prepared_once: Path) -> RunDirectory:
     """A run that went through without a break."""
     done = subprocess.run(
-        command("train", *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+        command("train", *SMALL, "name=whole"),
+        cwd=prepared_once,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "whole: finished" in done.stdout
     return RunDirectory(prepared_once / "runs" / "whole")
 
 
-def test_a_lone_run_leaves_the_record_that_a_supervised_one_does(finished: RunDirectory, say) -> None:
+def test_a_lone_run_leaves_the_record_that_a_supervised_one_does(
+    finished: RunDirectory, say
+) -> None:
     reading = read(finished.journal)
     kinds = [entry.event.kind for entry in reading.entries]
     assert reading.damaged == ()
@@ -53,7 +71,11 @@ def test_a_lone_run_leaves_the_record_that_a_supervised_one_does(finished: RunDi
     told = json.loads(say("status", str(finished.path), "--json").out)
     assert (told["stage"], told["step"], told["incidents"]) == ("finished", 12, [])
     listed = json.loads(say("checkpoints", str(finished.path), "--json").out)
-    assert [(one["step"], one["state"]) for one in listed] == [(4, "good"), (8, "good"), (12, "good")]
+    assert [(one["step"], one["state"]) for one in listed] == [
+        (4, "good"),
+        (8, "good"),
+        (12, "good"),
+    ]
     assert all((finished.path / one["path"] / "manifest.json").exists() for one in listed)
     assert say("stop", str(finished.path)).code == 1
 
@@ -64,7 +86,11 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
     before = finished.journal.read_bytes()
     for verb in ("train", "run"):
         again = subprocess.run(
-            command(verb, *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+            command(verb, *SMALL, "name=whole"),
+            cwd=prepared_once,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert again.returncode == 0, again.stderr
         assert again.stdout.startswith("whole: finished\n")
@@ -72,12 +98,17 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
 
 
 def test_a_note_does_not_reopen_a_finished_run(prepared_once: Path, finished: RunDirectory) -> None:
-    """It was supervised once more, and refused after an update of the code, though nothing was left to compute."""
+    """It was supervised once more, and refused after an update of the code, though nothing was left
+    to compute."""
     drop = [sys.executable, "-m", "opt_logbook.cli", "note", str(finished.path), "well done"]
     subprocess.run(drop, check=True, capture_output=True)
     before = finished.journal.read_bytes()
     again = subprocess.run(
-        command("run", *SMALL, "name=whole"), cwd=prepared_once, capture_output=True, text=True, check=False
+        command("run", *SMALL, "name=whole"),
+        cwd=prepared_once,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (again.returncode, again.stdout.partition("\n")[0]) == (0, "whole: finished")
     assert finished.journal.read_bytes() == before
@@ -86,7 +117,10 @@ def test_a_note_does_not_reopen_a_finished_run(prepared_once: Path, finished: Ru
 
 def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        command("train", *SMALL, "train.steps=4000", *words), cwd=workplace, stdout=subprocess.PIPE, text=True
+        command("train", *SMALL, "train.steps=4000", *words),
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 90
     run = RunDirectory(workplace / "runs" / "small")
@@ -121,14 +155,21 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     run = RunDirectory(workplace / "runs" / "small")
     deadline = time.monotonic() + 60
     while sum(isinstance(e.event, CheckpointCommitted) for e in read(run.journal).entries) < 2:
-        assert time.monotonic() < deadline, "saves are committed while training goes on, but they are"
+        assert time.monotonic() < deadline, (
+            "saves are committed while training goes on, but they are"
+        )
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     # The newest checkpoint is damaged: the one before must be taken, and the journal must say so.
     # A later folder may be there too, of the save that the kill interrupted.
     newest = (
-        run.path / [e.event.path for e in read(run.journal).entries if isinstance(e.event, CheckpointCommitted)][-1]
+        run.path
+        / [
+            e.event.path
+            for e in read(run.journal).entries
+            if isinstance(e.event, CheckpointCommitted)
+        ][-1]
     )
     shard = next(newest.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
@@ -137,7 +178,9 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
 
     process = start_and_wait_for_step(workplace, 0, "optim.decay_steps=12")
     deadline = time.monotonic() + 60
-    while not (run.metrics_of("1.01").exists() and run.metrics_of("1.01").read_text().count("\n") > 6):
+    while not (
+        run.metrics_of("1.01").exists() and run.metrics_of("1.01").read_text().count("\n") > 6
+    ):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -158,15 +201,20 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     assert common
     assert all(by_attempt["1.00"][step] == by_attempt["1.01"][step] for step in common)
     whole = losses(finished)
-    assert all(by_attempt["1.00"][step] == whole[step] for step in whole if step in by_attempt["1.00"])
+    assert all(
+        by_attempt["1.00"][step] == whole[step] for step in whole if step in by_attempt["1.00"]
+    )
 
 
 def test_a_reader_that_leaves_ends_nothing(workplace: Path) -> None:
     """As `| head` does: the first validation ended the run, unsaved and with code 0."""
     process = subprocess.Popen(
         command("train", *SMALL, "train.validate_every=4"),
-        cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "attempt 1.00: from the beginning\n"
@@ -177,21 +225,30 @@ def test_a_reader_that_leaves_ends_nothing(workplace: Path) -> None:
     assert entries[-1].event.kind == "run_finished"
 
 
-def test_changed_training_keys_open_a_lineage_only_when_asked(workplace: Path, finished: RunDirectory) -> None:
+def test_changed_training_keys_open_a_lineage_only_when_asked(
+    workplace: Path, finished: RunDirectory
+) -> None:
     # A copy, because the lineage would otherwise be opened in the run that other tests read.
     import shutil
 
     run = RunDirectory(workplace / "runs" / "small")
     shutil.copytree(finished.path, run.path)
     refused = subprocess.run(
-        command("train", *SMALL, "train.steps=16"), cwd=workplace, capture_output=True, text=True, check=False
+        command("train", *SMALL, "train.steps=16"),
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 2
     assert "train.steps: 12 -> 16" in refused.stderr
     done = subprocess.run(
         command("train", *SMALL, "train.steps=16", "lineage=new"),
-        cwd=workplace, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     starts = [e for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
     assert [(e.attempt, e.step) for e in starts] == [("1.00", 0), ("2.00", 12)]
@@ -204,7 +261,11 @@ def test_changed_training_keys_open_a_lineage_only_when_asked(workplace: Path, f
 def test_two_ranks_under_torchrun_share_one_record(workplace: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, "-m", "opt_train.cli", "train", *SMALL], cwd=workplace, capture_output=True, text=True, check=False
+        [*torchrun, "-m", "opt_train.cli.main", "train", *SMALL],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     run = RunDirectory(workplace / "runs" / "small")

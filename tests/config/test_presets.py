@@ -5,11 +5,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from opt_train.config import compose, configs_directory, from_json, sha256_of, to_json, to_yaml
+from opt_train.config.compose import compose, configs_directory, to_yaml
+from opt_train.config.run_config import from_json, sha256_of, to_json
 from opt_train.model.decoder import OPT
 from opt_train.model.sizes import parameter_count
 
-# arXiv 2205.01068, table 1, counted by hand for a vocabulary of 50272 and 2050 position rows, tied; 350m as released.
+# arXiv 2205.01068, table 1, counted by hand for a vocabulary of 50272 and 2050 position rows, tied;
+# 350m as released.
 PUBLISHED = {
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
@@ -49,7 +51,15 @@ def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
     ],
 )
 def test_a_preset_has_the_published_schedule(name: str, lr: float, warmup_tokens: float) -> None:
-    sequences = {"1.3b": 512, "2.7b": 512, "6.7b": 1024, "13b": 2048, "30b": 2048, "66b": 1024, "175b": 992}
+    sequences = {
+        "1.3b": 512,
+        "2.7b": 512,
+        "6.7b": 1024,
+        "13b": 2048,
+        "30b": 2048,
+        "66b": 1024,
+        "175b": 992,
+    }
     batch_tokens = sequences.get(name.removeprefix("opt-"), 256) * 2048
     config = compose([f"model={name}", f"optim={name}", "train.steps=100000"])
     assert config.optim.lr == pytest.approx(lr)
@@ -59,7 +69,11 @@ def test_a_preset_has_the_published_schedule(name: str, lr: float, warmup_tokens
 def test_the_demo_is_a_few_million_parameters_on_two_nodes_and_a_spare() -> None:
     config = compose(["experiment=demo"])
     assert 2e6 < parameter_count(config.model) < 4e6
-    assert (config.cluster.nodes, config.cluster.slots_per_node, config.cluster.buffer_nodes) == (2, 1, 1)
+    assert (config.cluster.nodes, config.cluster.slots_per_node, config.cluster.buffer_nodes) == (
+        2,
+        1,
+        1,
+    )
     assert config.checkpoint.every_steps * 3 < config.train.steps
 
 
@@ -68,17 +82,21 @@ GPT2 = ("tokenizer.vocab_file=vocab.json", "tokenizer.merges_file=merges.txt")
 
 
 def what_must_be_added(choice: str) -> tuple[str, ...]:
-    """The values that only a user has; without them each of these says so (test_recipes.py, test_mistakes.py)."""
+    """The values that only a user has; without them each of these says so (test_recipes.py,
+    test_mistakes.py)."""
     if choice.startswith("experiment=opt-"):
         return CORPUS + GPT2
     return {"data=files": CORPUS, "tokenizer=gpt2": GPT2}.get(choice, ())
 
 
 @pytest.mark.parametrize(
-    "choice", sorted(f"{path.parent.name}={path.stem}" for path in configs_directory().glob("*/*.yaml"))
+    "choice",
+    sorted(f"{path.parent.name}={path.stem}" for path in configs_directory().glob("*/*.yaml")),
 )
 def test_every_packaged_choice_composes(choice: str) -> None:
-    config = compose(["train.steps=100000", "data.sequence_length=128", choice, *what_must_be_added(choice)])
+    config = compose(
+        ["train.steps=100000", "data.sequence_length=128", choice, *what_must_be_added(choice)]
+    )
     group, name = choice.split("=")
     if group in ("model", "data", "tokenizer"):
         assert getattr(config, group).name == name
@@ -90,7 +108,9 @@ def test_without_overrides_the_defaults_hold_together() -> None:
 
 def test_a_configuration_survives_its_file(tmp_path) -> None:
     config = compose(["experiment=demo", "optim.lr=1", 'data.corpus="a, b"'])
-    assert isinstance(config.optim.lr, float), "an int in a float's place would change the hash after a round trip"
+    assert isinstance(config.optim.lr, float), (
+        "an int in a float's place would change the hash after a round trip"
+    )
     (tmp_path / "config.json").write_text(to_json(config))
     again = from_json(tmp_path / "config.json")
     assert again == config
@@ -105,7 +125,9 @@ def test_the_printed_configuration_reads_as_the_same_configuration() -> None:
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:
-    config = compose(["model=tiny", "experiment=demo", "data.sequence_length=64", "tokenizer.vocab_size=1000"])
+    config = compose(
+        ["model=tiny", "experiment=demo", "data.sequence_length=64", "tokenizer.vocab_size=1000"]
+    )
     assert (config.model.name, config.data.sequence_length) == ("tiny", 64)
 
 

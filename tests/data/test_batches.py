@@ -12,7 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_train.data.batches import Batches, MicroBatch, TokenStream, ValidationSet, open_split, verify_dataset
+from opt_train.data.batches import (
+    Batches,
+    MicroBatch,
+    TokenStream,
+    ValidationSet,
+    open_split,
+    verify_dataset,
+)
 from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
 from opt_train.data.shares import micro_batches_of, share_of
@@ -42,9 +49,12 @@ def test_every_number_of_ranks_reads_the_same_global_batch(world: int) -> None:
     order = SampleOrder(100, 5)
     cursor = Cursor(95)  # runs into the second epoch
     expected = [
-        list(range(index * SEQUENCE, index * SEQUENCE + SEQUENCE + 1)) for index in map(order.index, range(95, 108))
+        list(range(index * SEQUENCE, index * SEQUENCE + SEQUENCE + 1))
+        for index in map(order.index, range(95, 108))
     ]
-    shares = [batches.at(cursor, data_rank=rank, data_world=world, micro_batch=2) for rank in range(world)]
+    shares = [
+        batches.at(cursor, data_rank=rank, data_world=world, micro_batch=2) for rank in range(world)
+    ]
     assert [row for share in shares for row in sequences_of(share)] == expected
     assert batches.after(cursor) == Cursor(108)
 
@@ -57,9 +67,12 @@ def test_shares_are_contiguous_and_differ_by_at_most_one(count: int, world: int)
     assert len(shares[0]) == max(map(len, shares))
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 13), (2, 4), (3, 2), (5, 8), (8, 1), (20, 3)])
+@pytest.mark.parametrize(
+    ("world", "micro_batch"), [(1, 13), (2, 4), (3, 2), (5, 8), (8, 1), (20, 3)]
+)
 def test_all_ranks_run_the_same_collectives(world: int, micro_batch: int) -> None:
-    """Ranks with fewer sequences get padding of weight 0, or they would leave the others waiting."""
+    """Ranks with fewer sequences get padding of weight 0, or they would leave the others
+    waiting."""
     batches = Batches(stream(401), SEQUENCE, global_batch=13, seed=0)
     shapes = set()
     for rank in range(world):
@@ -76,7 +89,8 @@ def test_all_ranks_run_the_same_collectives(world: int, micro_batch: int) -> Non
 
 @given(share=st.integers(1, 3000), micro_batch=st.integers(1, 70))
 def test_micro_batches_hold_the_share_and_are_few(share: int, micro_batch: int) -> None:
-    """Nothing is left out, nothing is larger than asked for, and padding is not saved at any price."""
+    """Nothing is left out, nothing is larger than asked for, and padding is not saved at any
+    price."""
     number, rows = micro_batches_of(share, micro_batch)
     fewest = -(-share // micro_batch)
     assert rows <= micro_batch
@@ -86,16 +100,23 @@ def test_micro_batches_hold_the_share_and_are_few(share: int, micro_batch: int) 
     assert number == fewest or number * rows < fewest * -(-share // fewest)
 
 
-@pytest.mark.parametrize(("share", "micro_batch", "expected"), [(1009, 8, (127, 8)), (10, 4, (5, 2)), (5, 4, (2, 3))])
+@pytest.mark.parametrize(
+    ("share", "micro_batch", "expected"), [(1009, 8, (127, 8)), (10, 4, (5, 2)), (5, 4, (2, 3))]
+)
 def test_a_little_padding_is_better_than_many_micro_batches(
     share: int, micro_batch: int, expected: tuple[int, int]
 ) -> None:
     assert micro_batches_of(share, micro_batch) == expected
 
 
-@pytest.mark.parametrize(("micro_batch", "shape"), [(1, (9, 1)), (4, (3, 3)), (5, (3, 3)), (8, (3, 3)), (9, (1, 9))])
-def test_micro_batches_are_even_so_that_little_is_padding(micro_batch: int, shape: tuple[int, int]) -> None:
-    """A node lost leaves 9 sequences where 8 were: 8 and then 1 with 7 of padding would cost nearly half the step."""
+@pytest.mark.parametrize(
+    ("micro_batch", "shape"), [(1, (9, 1)), (4, (3, 3)), (5, (3, 3)), (8, (3, 3)), (9, (1, 9))]
+)
+def test_micro_batches_are_even_so_that_little_is_padding(
+    micro_batch: int, shape: tuple[int, int]
+) -> None:
+    """A node lost leaves 9 sequences where 8 were: 8 and then 1 with 7 of padding would cost nearly
+    half the step."""
     batches = Batches(stream(401), SEQUENCE, global_batch=9, seed=0)
     share = batches.at(Cursor(), data_rank=0, data_world=1, micro_batch=micro_batch)
     assert (len(share), len(share[0].tokens)) == shape
@@ -131,7 +152,10 @@ def test_reading_beyond_the_end_is_an_error_and_not_a_shorter_read() -> None:
 def test_validation_reads_every_sequence_once_whatever_the_ranks(world: int) -> None:
     validation = ValidationSet(stream(46), SEQUENCE)
     assert validation.sequences == 11
-    shares = [list(validation.share(data_rank=rank, data_world=world, micro_batch=3)) for rank in range(world)]
+    shares = [
+        list(validation.share(data_rank=rank, data_world=world, micro_batch=3))
+        for rank in range(world)
+    ]
     rows = [row for share in shares for row in sequences_of(share)]
     assert rows == [list(range(i * SEQUENCE, i * SEQUENCE + SEQUENCE + 1)) for i in range(11)]
     assert len({tuple(tuple(batch.tokens.shape) for batch in share) for share in shares}) == 1
@@ -144,7 +168,7 @@ def test_a_split_shorter_than_a_sequence_is_bad_input(kind: type) -> None:
         kind(stream(10), 10, **arguments)
 
 
-# Shards on disk ----------------------------------------------------------------------------------------------------
+# Shards on disk -----------------------------------------------------------------------------------
 
 
 TOKENIZER = b'{"version": "1.0"}'
@@ -153,7 +177,11 @@ TOKENIZER = b'{"version": "1.0"}'
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     shards = []
-    for split, number, first, count in (("train", 0, 0, 30), ("train", 1, 30, 12), ("validation", 0, 50, 9)):
+    for split, number, first, count in (
+        ("train", 0, 0, 30),
+        ("train", 1, 30, 12),
+        ("validation", 0, 50, 9),
+    ):
         content = np.arange(first, first + count).astype("<u2").tobytes()
         name = f"{split}-{number:05d}.bin"
         (tmp_path / name).write_bytes(content)
@@ -184,12 +212,17 @@ def manifest_with(shards: list[Shard]) -> DatasetManifest:
 def test_a_manifest_survives_writing(prepared: Path) -> None:
     manifest = DatasetManifest.read(prepared)
     assert manifest == manifest_with(list(manifest.shards))
-    assert [shard.path for shard in manifest.shards_of("train")] == ["train-00000.bin", "train-00001.bin"]
+    assert [shard.path for shard in manifest.shards_of("train")] == [
+        "train-00000.bin",
+        "train-00001.bin",
+    ]
 
 
 def test_splits_are_read_across_their_shards(prepared: Path) -> None:
     moved: list[tuple[int, int]] = []
-    tokens = open_split(prepared, "train", verify=True, progress=lambda done, total: moved.append((done, total)))
+    tokens = open_split(
+        prepared, "train", verify=True, progress=lambda done, total: moved.append((done, total))
+    )
     assert tokens.read(0, len(tokens)).tolist() == list(range(42))
     assert moved[-1] == (84, 84)
     validation = open_split(prepared, "validation", verify=False)
@@ -198,7 +231,9 @@ def test_splits_are_read_across_their_shards(prepared: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "train-00001.bin"])
 @pytest.mark.parametrize("where", [0, 11, -1])
-def test_a_flipped_bit_in_any_shard_is_found_and_the_file_named(prepared: Path, name: str, where: int) -> None:
+def test_a_flipped_bit_in_any_shard_is_found_and_the_file_named(
+    prepared: Path, name: str, where: int
+) -> None:
     content = bytearray((prepared / name).read_bytes())
     content[where] ^= 1
     (prepared / name).write_bytes(content)
@@ -208,7 +243,9 @@ def test_a_flipped_bit_in_any_shard_is_found_and_the_file_named(prepared: Path, 
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_missing_or_cut_shard_is_found_even_without_checksums(prepared: Path, verify: bool) -> None:
+def test_a_missing_or_cut_shard_is_found_even_without_checksums(
+    prepared: Path, verify: bool
+) -> None:
     shard = prepared / "train-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(BadInput, match=r"train-00001.bin has 22 bytes instead of 24"):
@@ -219,7 +256,8 @@ def test_a_missing_or_cut_shard_is_found_even_without_checksums(prepared: Path, 
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"shards": 3}', '{"name": "x", "shards": [{"path": 1}]}', "\0\0"]
+    "content",
+    ["", "{", "[]", "{}", '{"shards": 3}', '{"name": "x", "shards": [{"path": 1}]}', "\0\0"],
 )
 def test_a_damaged_manifest_is_bad_input(prepared: Path, content: str) -> None:
     (prepared / DATASET_FILE).write_text(content)
@@ -261,11 +299,16 @@ def put_in_shard(key: str, value: object) -> Callable[[Payload], object]:
         (put_in_shard("path", None), "path is not text"),
         (put_in_shard("split", "trian"), "the train shards do not hold 42 tokens in all"),
         (lambda payload: payload["shards"][1].pop("sha256"), "sha256 is missing"),
-        (lambda payload: payload["shards"].pop(), "the validation shards do not hold 9 tokens in all"),
+        (
+            lambda payload: payload["shards"].pop(),
+            "the validation shards do not hold 9 tokens in all",
+        ),
         (lambda payload: payload.pop("eos"), "eos is missing"),
     ],
 )
-def test_one_wrong_value_in_a_manifest_is_damage(prepared: Path, damage: Callable[[Payload], object], why: str) -> None:
+def test_one_wrong_value_in_a_manifest_is_damage(
+    prepared: Path, damage: Callable[[Payload], object], why: str
+) -> None:
     payload = json.loads((prepared / DATASET_FILE).read_text())
     damage(payload)
     (prepared / DATASET_FILE).write_text(json.dumps(payload))
@@ -283,16 +326,22 @@ def test_fields_of_a_newer_version_are_no_damage(prepared: Path) -> None:
     assert DatasetManifest.read(prepared) == before
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "train-00001.bin", "validation-00000.bin", TOKENIZER_FILE])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "train-00001.bin", "validation-00000.bin", TOKENIZER_FILE]
+)
 def test_a_changed_file_of_any_kind_is_found_before_a_run(prepared: Path, name: str) -> None:
     verify_dataset(prepared)
     content = bytearray((prepared / name).read_bytes())
     content[3] ^= 1
     (prepared / name).write_bytes(content)
-    with pytest.raises(BadInput, match=rf"{name} has a wrong checksum.*; delete the folder .* `opt-train prepare`"):
+    with pytest.raises(
+        BadInput, match=rf"{name} has a wrong checksum.*; delete the folder .* `opt-train prepare`"
+    ):
         verify_dataset(prepared)
     (prepared / name).unlink()
-    with pytest.raises(BadInput, match=rf"{name} is missing; delete the folder .* `opt-train prepare` again"):
+    with pytest.raises(
+        BadInput, match=rf"{name} is missing; delete the folder .* `opt-train prepare` again"
+    ):
         verify_dataset(prepared)
 
 
@@ -306,5 +355,7 @@ def test_data_that_the_model_cannot_read_is_refused() -> None:
     check_fits(manifest, vocab_size=300, sequence_length=8)
     with pytest.raises(BadInput, match=r"model.vocab_size=299 is smaller than the 300 entries"):
         check_fits(manifest, vocab_size=299, sequence_length=8)
-    with pytest.raises(BadInput, match=r"data.sequence_length=9 needs 10 tokens but the validation split .* has 9"):
+    with pytest.raises(
+        BadInput, match=r"data.sequence_length=9 needs 10 tokens but the validation split .* has 9"
+    ):
         check_fits(manifest, vocab_size=300, sequence_length=9)

@@ -1,4 +1,5 @@
-"""The corpus: which documents, in which order, and one sentence for everything that can be wrong with it."""
+"""The corpus: which documents, in which order, and one sentence for everything that can be wrong
+with it."""
 
 import json
 import os
@@ -48,16 +49,28 @@ def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
 
 def test_lines_of_json_are_documents(tmp_path: Path) -> None:
     texts = ["one", "two\nlines", "line\u2028separator", "\ud83d\ude00"]
-    rows = [json.dumps({"text": text, "other": [1]}, ensure_ascii=index == 3) for index, text in enumerate(texts[:3])]
+    rows = [
+        json.dumps({"text": text, "other": [1]}, ensure_ascii=index == 3)
+        for index, text in enumerate(texts[:3])
+    ]
     rows.append('{"text": "\\ud83d\\ude00"}')
     (tmp_path / "a.jsonl").write_bytes("\n\n".join(rows).encode() + b"\n")
-    assert documents(str(tmp_path / "a.jsonl")) == ["one", "two\nlines", "line\u2028separator", "\U0001f600"]
+    assert documents(str(tmp_path / "a.jsonl")) == [
+        "one",
+        "two\nlines",
+        "line\u2028separator",
+        "\U0001f600",
+    ]
 
 
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"words": "x"}', "text", "[]", '{"text": "\\ud800"}', '{"text": "a"'])
+@pytest.mark.parametrize(
+    "line", ['{"text": 3}', '{"words": "x"}', "text", "[]", '{"text": "\\ud800"}', '{"text": "a"']
+)
 def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises(BadInput, match=r"a.jsonl line 2 is not a JSON object with a string under the key text"):
+    with pytest.raises(
+        BadInput, match=r"a.jsonl line 2 is not a JSON object with a string under the key text"
+    ):
         documents(str(tmp_path))
 
 
@@ -91,7 +104,9 @@ def test_lines_of_json_larger_than_memory_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"data.corpus=.*nothing does not exist; name a file, folder or glob"):
+    with pytest.raises(
+        BadInput, match=r"data.corpus=.*nothing does not exist; name a file, folder or glob"
+    ):
         documents(str(tmp_path / "nothing"))
     with pytest.raises(BadInput, match=r"holds no file of .txt"):
         documents(str(tmp_path))
@@ -123,14 +138,18 @@ def closed() -> Iterator[Path]:
 
 
 def test_a_folder_that_may_not_be_listed_is_named_and_not_left_out(closed: Path) -> None:
-    with pytest.raises(BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed\); mend"):
+    with pytest.raises(
+        BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed\); mend"
+    ):
         open_corpus(DataConfig(corpus=str(closed)))
     assert len(open_corpus(DataConfig(corpus=str(closed / "open"))).files) == 1
 
 
 def test_a_corpus_below_a_folder_that_may_not_be_entered_is_one_sentence(closed: Path) -> None:
     for below in ("below", "below/a.txt", "below/*"):
-        with pytest.raises(BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed/below"):
+        with pytest.raises(
+            BadInput, match=r"data.corpus=.* cannot be read \(Permission denied: .*/closed/below"
+        ):
             open_corpus(DataConfig(corpus=str(closed / "closed" / below)))
 
 
@@ -138,7 +157,9 @@ def test_a_folder_of_the_standard_library_that_may_not_be_listed_is_named(
     closed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(closed)})
-    with pytest.raises(BadInput, match=r"data.corpus=stdlib cannot be read \(Permission denied: .*/closed\)"):
+    with pytest.raises(
+        BadInput, match=r"data.corpus=stdlib cannot be read \(Permission denied: .*/closed\)"
+    ):
         open_corpus(DataConfig(corpus="stdlib"))
 
 
@@ -146,7 +167,10 @@ def test_a_folder_of_the_standard_library_that_may_not_be_listed_is_named(
     ("corpus", "sentence"),
     [
         ("x" * 300, r"data.corpus=x+ cannot be read \(File name too long: x+\); mend"),
-        ("~nobody-of-this-name/x", r"data.corpus=~nobody-of-this-name/x begins with the home folder of nobody known"),
+        (
+            "~nobody-of-this-name/x",
+            r"data.corpus=~nobody-of-this-name/x begins with the home folder of nobody known",
+        ),
     ],
 )
 def test_an_impossible_name_is_one_sentence(corpus: str, sentence: str) -> None:
@@ -154,9 +178,19 @@ def test_an_impossible_name_is_one_sentence(corpus: str, sentence: str) -> None:
         open_corpus(DataConfig(corpus=corpus))
 
 
-def test_files_are_the_ones_that_rglob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_the_ones_that_rglob_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another selection or order would change the fingerprint of every dataset."""
-    for name in ("b/a.txt", "b.txt", "b-/c.md", ".hidden/d.py", "a/a/a.jsonl", "a/a.txt/inner.txt", "x.pdf"):
+    for name in (
+        "b/a.txt",
+        "b.txt",
+        "b-/c.md",
+        ".hidden/d.py",
+        "a/a/a.jsonl",
+        "a/a.txt/inner.txt",
+        "x.pdf",
+    ):
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_text("{}")
     (tmp_path / "elsewhere").mkdir()
@@ -166,7 +200,9 @@ def test_files_are_the_ones_that_rglob_finds(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "corpus" / "dangling.txt").symlink_to(tmp_path / "nothing")
     monkeypatch.chdir(tmp_path / "corpus")
     for corpus in (".", str(tmp_path / "corpus")):
-        found = [path for path in Path(corpus).rglob("*") if path.is_file() and path.suffix != ".pdf"]
+        found = [
+            path for path in Path(corpus).rglob("*") if path.is_file() and path.suffix != ".pdf"
+        ]
         expected = tuple(sorted(found, key=lambda path: path.as_posix()))
         assert len(expected) == 7
         assert open_corpus(DataConfig(corpus=corpus)).files == expected
@@ -213,6 +249,8 @@ from opt_train.data.config import DataConfig
 from opt_train.data.corpus import open_corpus
 assert list(open_corpus(DataConfig(corpus={str(folder)!r})).documents()) == ["text"]
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": str(home)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {
+        "HOME": str(home)
+    }
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
     assert list(home.rglob("*")) == []

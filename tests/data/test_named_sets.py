@@ -1,4 +1,5 @@
-"""Named validation sets: never trained on, added without touching what is there, and no set in another's place."""
+"""Named validation sets: never trained on, added without touching what is there, and no set in
+another's place."""
 
 import json
 import os
@@ -24,7 +25,10 @@ from opt_train.protocol.exits import BadInput
 
 VOCABULARY = TokenizerConfig(name="small", vocab_size=300)
 FRACTION = 0.2
-DOCUMENTS = {f"{number:03d}.txt": f"document {number}: " + "some words of it " * (number + 1) for number in range(40)}
+DOCUMENTS = {
+    f"{number:03d}.txt": f"document {number}: " + "some words of it " * (number + 1)
+    for number in range(40)
+}
 TRAINED = [name for name, text in DOCUMENTS.items() if not is_held_out(text, FRACTION)]
 HELD = [name for name, text in DOCUMENTS.items() if is_held_out(text, FRACTION)]
 
@@ -49,7 +53,9 @@ def web(tmp_path: Path) -> Path:
 
 def config(corpus: Path, directory: Path, sets: str = "", **keys: object) -> DataConfig:
     keys = {"validation_fraction": FRACTION, "sequence_length": 16, **keys}
-    return DataConfig(name="tiny", corpus=str(corpus), directory=str(directory), validation_sets=sets, **keys)
+    return DataConfig(
+        name="tiny", corpus=str(corpus), directory=str(directory), validation_sets=sets, **keys
+    )
 
 
 def made(data: DataConfig) -> tuple[DatasetManifest, list[str]]:
@@ -66,7 +72,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-# With the corpus -----------------------------------------------------------------------------------------------------
+# With the corpus ----------------------------------------------------------------------------------
 
 
 def test_a_document_of_a_set_is_trained_on_by_nobody(corpus: Path, tmp_path: Path) -> None:
@@ -75,20 +81,30 @@ def test_a_document_of_a_set_is_trained_on_by_nobody(corpus: Path, tmp_path: Pat
     write(tmp_path / "shared", {**shared, "more.txt": "a text of its own " * 9})
     manifest, told = made(config(corpus, tmp_path / "out", f"shared={tmp_path / 'shared'}"))
     assert any("left 3 of them out of training: the validation set shared" in line for line in told)
-    without = write(tmp_path / "without", {k: v for k, v in DOCUMENTS.items() if k not in TRAINED[:3]})
+    without = write(
+        tmp_path / "without", {k: v for k, v in DOCUMENTS.items() if k not in TRAINED[:3]}
+    )
     expected, _ = made(config(without, tmp_path / "expected"))
     assert manifest.fingerprint == expected.fingerprint
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "expected/tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        tmp_path / "expected/tokenizer.json"
+    ).read_bytes()
     assert tokens_of(tmp_path / "out", "train") == tokens_of(tmp_path / "expected", "train")
     assert (manifest.documents, expected.documents) == (37, 37)
     [named] = manifest.sets
     assert (named.name, named.documents, named.left_out) == ("shared", 6, 3)
 
 
-def test_the_tokens_of_a_set_are_its_documents_in_order(corpus: Path, web: Path, tmp_path: Path) -> None:
+def test_the_tokens_of_a_set_are_its_documents_in_order(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
     pages = tmp_path / "pages.jsonl"
-    pages.write_text("".join(json.dumps({"text": f"</s> line {number} " * 7}) + "\n" for number in range(9)))
-    manifest, _ = made(config(corpus, tmp_path / "out", f"web={web},pages={pages}", shard_tokens=50))
+    pages.write_text(
+        "".join(json.dumps({"text": f"</s> line {number} " * 7}) + "\n" for number in range(9))
+    )
+    manifest, _ = made(
+        config(corpus, tmp_path / "out", f"web={web},pages={pages}", shard_tokens=50)
+    )
     tokenizer = bpe.load(tmp_path / "out" / "tokenizer.json")
     texts = {
         "web": [path.read_text() for path in sorted(web.iterdir())],
@@ -113,32 +129,41 @@ def test_a_set_changes_no_training(corpus: Path, web: Path, tmp_path: Path) -> N
 
 
 def test_a_corpus_of_nothing_but_a_set_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"data.corpus=.* has no two documents outside data.validation_sets"):
+    with pytest.raises(
+        BadInput, match=r"data.corpus=.* has no two documents outside data.validation_sets"
+    ):
         made(config(corpus, tmp_path / "out", f"all={corpus}"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_set_without_a_whole_sequence_is_refused_before_a_run(corpus: Path, tmp_path: Path, later: bool) -> None:
+def test_a_set_without_a_whole_sequence_is_refused_before_a_run(
+    corpus: Path, tmp_path: Path, later: bool
+) -> None:
     (tmp_path / "short.txt").write_text("x")
     if later:
         made(config(corpus, tmp_path / "out"))
     sets = f"short={tmp_path / 'short.txt'}"
     with pytest.raises(
-        BadInput, match=r"short has 2 tokens, and one sequence of data.sequence_length=16 takes 17; add"
+        BadInput,
+        match=r"short has 2 tokens, and one sequence of data.sequence_length=16 takes 17; add",
     ):
         made(config(corpus, tmp_path / "out", sets))
     assert (tmp_path / "out").exists() == later
     data = config(corpus, tmp_path / "out", sets, sequence_length=1)
     manifest, _ = made(data)
     with pytest.raises(BadInput, match="short has 2 tokens"):
-        check_prepared_by(manifest, config(corpus, tmp_path / "out", sets), VOCABULARY, tmp_path / "out")
+        check_prepared_by(
+            manifest, config(corpus, tmp_path / "out", sets), VOCABULARY, tmp_path / "out"
+        )
 
 
-# Added later ---------------------------------------------------------------------------------------------------------
+# Added later --------------------------------------------------------------------------------------
 
 
-def test_a_set_added_later_is_the_same_and_nothing_else_changes(corpus: Path, web: Path, tmp_path: Path) -> None:
+def test_a_set_added_later_is_the_same_and_nothing_else_changes(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
     first, _ = made(config(corpus, tmp_path / "out"))
     before = content(tmp_path / "out")
     shutil.rmtree(corpus)  # what was trained on is known without it
@@ -148,16 +173,23 @@ def test_a_set_added_later_is_the_same_and_nothing_else_changes(corpus: Path, we
     assert tokens_of(tmp_path / "out", "web") == tokens_of(tmp_path / "at-once", "web")
     assert (added.fingerprint, added.sets) == (first.fingerprint, at_once.sets)
     after = content(tmp_path / "out")
-    assert {name for name in after if after[name] != before.get(name)} == {DATASET_FILE, "set-web-00000.bin"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        DATASET_FILE,
+        "set-web-00000.bin",
+    }
     assert any("added the validation set web" in line for line in told)
     verify_dataset(tmp_path / "out")
     assert made(config(corpus, tmp_path / "out", f"web={web}")) == (added, [])
-    assert made(config(corpus, tmp_path / "out")) == (added, []), "who does not name it, does not mind it"
+    assert made(config(corpus, tmp_path / "out")) == (added, []), (
+        "who does not name it, does not mind it"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["at-once", "corpus", "out", "web"]
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 1 << 20])
-def test_a_set_that_was_trained_on_already_is_refused(corpus: Path, tmp_path: Path, shard_tokens: int) -> None:
+def test_a_set_that_was_trained_on_already_is_refused(
+    corpus: Path, tmp_path: Path, shard_tokens: int
+) -> None:
     """Its perplexity would praise what was learnt by heart."""
     made(config(corpus, tmp_path / "out", shard_tokens=shard_tokens))
     before = content(tmp_path / "out")
@@ -165,8 +197,9 @@ def test_a_set_that_was_trained_on_already_is_refused(corpus: Path, tmp_path: Pa
     shutil.rmtree(corpus)
     with pytest.raises(BadInput) as raised:
         made(config(corpus, tmp_path / "out", f"bad={bad}"))
-    assert f"data.validation_sets: bad={bad} holds 2 documents that {tmp_path / 'out'} has among its" in str(
-        raised.value
+    assert (
+        f"data.validation_sets: bad={bad} holds 2 documents that {tmp_path / 'out'} has among its"
+        in str(raised.value)
     )
     assert content(tmp_path / "out") == before
     for name in TRAINED[:2]:
@@ -201,8 +234,10 @@ def test_a_crash_while_adding_leaves_a_folder_that_can_be_used(
 def test_two_that_add_a_set_at_once_add_one(corpus: Path, web: Path, tmp_path: Path) -> None:
     made(config(corpus, tmp_path / "out"))
     program = (
-        "import sys; from opt_train.data.config import *; from opt_train.data.prepare import prepare\n"
-        "data = DataConfig(corpus=sys.argv[1], directory=sys.argv[2], validation_fraction=0.2, sequence_length=16,\n"
+        "import sys; from opt_train.data.config import *; from opt_train.data.prepare import "
+        "prepare\n"
+        "data = DataConfig(corpus=sys.argv[1], directory=sys.argv[2], validation_fraction=0.2, "
+        "sequence_length=16,\n"
         "                  validation_sets=sys.argv[3])\n"
         "prepare(data, TokenizerConfig(name='small', vocab_size=300), print)"
     )
@@ -215,23 +250,35 @@ def test_two_that_add_a_set_at_once_add_one(corpus: Path, web: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "web"]
 
 
-# Which configuration -------------------------------------------------------------------------------------------------
+# Which configuration ------------------------------------------------------------------------------
 
 
-def test_another_text_under_the_same_name_is_refused(corpus: Path, web: Path, tmp_path: Path) -> None:
+def test_another_text_under_the_same_name_is_refused(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
     """Two texts in one curve."""
     manifest, _ = made(config(corpus, tmp_path / "out", f"web={web}"))
     other = config(corpus, tmp_path / "out", f"web={web / '0.txt'}")
-    for refuse in (lambda: made(other), lambda: check_prepared_by(manifest, other, VOCABULARY, tmp_path / "out")):
-        with pytest.raises(BadInput, match=r"web was made of .* and is .*0.txt now; give that one another name"):
+    for refuse in (
+        lambda: made(other),
+        lambda: check_prepared_by(manifest, other, VOCABULARY, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            BadInput, match=r"web was made of .* and is .*0.txt now; give that one another name"
+        ):
             refuse()
 
 
-def test_a_set_that_took_documents_out_of_training_stays_named(corpus: Path, web: Path, tmp_path: Path) -> None:
-    """Without it the same configuration would mean two different trainings, by who prepared the folder first."""
+def test_a_set_that_took_documents_out_of_training_stays_named(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
+    """Without it the same configuration would mean two different trainings, by who prepared the
+    folder first."""
     shared = write(tmp_path / "shared", {name: DOCUMENTS[name] for name in TRAINED[-1:]})
     manifest, _ = made(config(corpus, tmp_path / "out", f"shared={shared},web={web}"))
-    check_prepared_by(manifest, config(corpus, tmp_path / "out", f"shared={shared}"), VOCABULARY, tmp_path / "out")
+    check_prepared_by(
+        manifest, config(corpus, tmp_path / "out", f"shared={shared}"), VOCABULARY, tmp_path / "out"
+    )
     for sets in ("", f"web={web}"):
         with pytest.raises(BadInput) as raised:
             made(config(corpus, tmp_path / "out", sets))
@@ -240,20 +287,32 @@ def test_a_set_that_took_documents_out_of_training_stays_named(corpus: Path, web
         assert f"keep shared={shared} in data.validation_sets" in sentence
 
 
-def test_a_run_whose_data_lacks_a_set_is_told_how_to_add_it(corpus: Path, web: Path, tmp_path: Path) -> None:
+def test_a_run_whose_data_lacks_a_set_is_told_how_to_add_it(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
     manifest, _ = made(config(corpus, tmp_path / "out"))
     with pytest.raises(
-        BadInput, match=r"out lacks the validation set web; `opt-train prepare` with the same keys adds"
+        BadInput,
+        match=r"out lacks the validation set web; `opt-train prepare` with the same keys adds",
     ):
-        check_prepared_by(manifest, config(corpus, tmp_path / "out", f"web={web}"), VOCABULARY, tmp_path / "out")
-    with pytest.raises(BadInput, match=r"out holds no validation set 'web'; name it in data.validation_sets and run"):
+        check_prepared_by(
+            manifest, config(corpus, tmp_path / "out", f"web={web}"), VOCABULARY, tmp_path / "out"
+        )
+    with pytest.raises(
+        BadInput,
+        match=r"out holds no validation set 'web'; name it in data.validation_sets and run",
+    ):
         open_split(tmp_path / "out", "web", verify=False)
 
 
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        ("web", "'web' is not name=corpus; write a name and a file, folder or glob without commas, as web=texts/web"),
+        (
+            "web",
+            "'web' is not name=corpus; write a name and a file, folder or glob without commas, as "
+            "web=texts/web",
+        ),
         ("web=", "'web=' is not name=corpus"),
         ("web=a,,b=c", "'' is not name=corpus"),
         ("web=a,b", "'b' is not name=corpus"),
@@ -275,7 +334,9 @@ def test_pairs_that_mean_nothing_are_one_sentence(written: str, sentence: str) -
 
 
 def test_pairs_are_read_in_the_order_written() -> None:
-    assert list(named_sets(DataConfig(validation_sets=" web = texts/a=b , code-2_x=src ")).items()) == [
+    assert list(
+        named_sets(DataConfig(validation_sets=" web = texts/a=b , code-2_x=src ")).items()
+    ) == [
         ("web", "texts/a=b"),
         ("code-2_x", "src"),
     ]
@@ -284,18 +345,24 @@ def test_pairs_are_read_in_the_order_written() -> None:
 
 def test_a_mistake_in_a_set_names_the_set_and_not_the_corpus(corpus: Path, tmp_path: Path) -> None:
     data = config(corpus, tmp_path / "out", f"web={tmp_path / 'nowhere'}")
-    with pytest.raises(BadInput, match=r"^data.validation_sets: web=.*nowhere does not exist; name a file"):
+    with pytest.raises(
+        BadInput, match=r"^data.validation_sets: web=.*nowhere does not exist; name a file"
+    ):
         made(data)
     write(tmp_path / "nowhere", {"a.jsonl": '{"txt": "x"}'})
-    with pytest.raises(BadInput, match=r"^data.validation_sets: web: .*a.jsonl line 1 is not a JSON object"):
+    with pytest.raises(
+        BadInput, match=r"^data.validation_sets: web: .*a.jsonl line 1 is not a JSON object"
+    ):
         made(data)
     (tmp_path / "nowhere" / "a.jsonl").write_text("\n")
-    with pytest.raises(BadInput, match=r"^data.validation_sets: web=.*nowhere has no text; add documents or leave"):
+    with pytest.raises(
+        BadInput, match=r"^data.validation_sets: web=.*nowhere has no text; add documents or leave"
+    ):
         made(data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "nowhere"]
 
 
-# The manifest --------------------------------------------------------------------------------------------------------
+# The manifest -------------------------------------------------------------------------------------
 
 
 def test_a_manifest_from_before_there_were_sets_still_reads(corpus: Path, tmp_path: Path) -> None:
@@ -338,7 +405,9 @@ def test_a_damaged_set_is_damage(
     assert f"dataset.json is damaged ({why}); delete the folder" in str(raised.value)
 
 
-def test_a_changed_shard_of_a_set_is_found_before_a_run(corpus: Path, web: Path, tmp_path: Path) -> None:
+def test_a_changed_shard_of_a_set_is_found_before_a_run(
+    corpus: Path, web: Path, tmp_path: Path
+) -> None:
     made(config(corpus, tmp_path / "out", f"web={web}"))
     shard = tmp_path / "out" / "set-web-00000.bin"
     bytes_ = bytearray(shard.read_bytes())
@@ -349,7 +418,9 @@ def test_a_changed_shard_of_a_set_is_found_before_a_run(corpus: Path, web: Path,
 
 
 @pytest.mark.parametrize("world", [1, 3, 7])
-def test_a_set_of_fewer_sequences_than_ranks_is_read_once(corpus: Path, web: Path, tmp_path: Path, world: int) -> None:
+def test_a_set_of_fewer_sequences_than_ranks_is_read_once(
+    corpus: Path, web: Path, tmp_path: Path, world: int
+) -> None:
     made(config(corpus, tmp_path / "out", f"web={web}"))
     stream = open_split(tmp_path / "out", "web", verify=True)
     length = (len(stream) - 1) // 4
@@ -369,5 +440,9 @@ def test_what_a_crash_left_of_a_set_is_cleared(corpus: Path, web: Path, tmp_path
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "set-old-00003.bin").write_text("old")
     manifest, _ = made(config(corpus, tmp_path / "out", f"web={web}"))
-    assert set(os.listdir(tmp_path / "out")) == {DATASET_FILE, "tokenizer.json", *(s.path for s in manifest.shards)}
+    assert set(os.listdir(tmp_path / "out")) == {
+        DATASET_FILE,
+        "tokenizer.json",
+        *(s.path for s in manifest.shards),
+    }
     assert NamedSet("web", str(web), manifest.splits["web"], 5, 0) in manifest.sets

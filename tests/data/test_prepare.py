@@ -34,12 +34,16 @@ def quiet(line: str) -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(60):
-        (folder / f"{number:03d}.txt").write_text(f"document {number}: " + "some words of it " * (number + 1))
+        (folder / f"{number:03d}.txt").write_text(
+            f"document {number}: " + "some words of it " * (number + 1)
+        )
     return folder
 
 
 def config(corpus: Path, directory: Path, **keys: object) -> DataConfig:
-    return DataConfig(name="tiny", corpus=str(corpus), directory=str(directory), validation_fraction=0.2, **keys)
+    return DataConfig(
+        name="tiny", corpus=str(corpus), directory=str(directory), validation_fraction=0.2, **keys
+    )
 
 
 def test_tokens_are_the_documents_in_order_joined_by_eos(corpus: Path, tmp_path: Path) -> None:
@@ -50,7 +54,10 @@ def test_tokens_are_the_documents_in_order_joined_by_eos(corpus: Path, tmp_path:
     tokenizer = bpe.load(tmp_path / "out" / "tokenizer.json")
     assert manifest.vocab_size == bpe.size_of(tokenizer) <= 300
     texts = list(open_corpus(data).documents())
-    for split, tokens in (("train", manifest.train_tokens), ("validation", manifest.validation_tokens)):
+    for split, tokens in (
+        ("train", manifest.train_tokens),
+        ("validation", manifest.validation_tokens),
+    ):
         expected = []
         for text in texts:
             if is_held_out(text, 0.2) == (split == "validation"):
@@ -82,12 +89,16 @@ def test_unigram_perplexity_is_what_a_person_computes(corpus: Path, tmp_path: Pa
         splits[split] = stream.read(0, len(stream)).tolist()
     counts = Counter(splits["train"])
     total = len(splits["train"]) + manifest.vocab_size
-    nats = -sum(math.log((counts[token] + 1) / total) for token in splits["validation"]) / len(splits["validation"])
+    nats = -sum(math.log((counts[token] + 1) / total) for token in splits["validation"]) / len(
+        splits["validation"]
+    )
     assert manifest.unigram_perplexity == pytest.approx(math.exp(nats), rel=1e-9)
     assert 1 < manifest.unigram_perplexity < manifest.vocab_size
 
 
-def test_the_fingerprint_is_of_the_tokens_and_not_of_how_they_lie(corpus: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_the_tokens_and_not_of_how_they_lie(
+    corpus: Path, tmp_path: Path
+) -> None:
     first = prepare(config(corpus, tmp_path / "a"), VOCABULARY, quiet)
     cut = prepare(config(corpus, tmp_path / "b", shard_tokens=777), VOCABULARY, quiet)
     less = prepare(config(corpus, tmp_path / "c", max_bytes=30_000), VOCABULARY, quiet)
@@ -96,7 +107,9 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_how_they_lie(corpus: Path, 
     assert first.fingerprint != less.fingerprint
 
 
-def test_prepared_data_is_returned_at_once_even_without_its_corpus(corpus: Path, tmp_path: Path) -> None:
+def test_prepared_data_is_returned_at_once_even_without_its_corpus(
+    corpus: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "corpus"
     copy.mkdir()
     for path in sorted(corpus.iterdir())[:10]:
@@ -110,28 +123,38 @@ def test_prepared_data_is_returned_at_once_even_without_its_corpus(corpus: Path,
     assert told == []
 
 
-def test_another_configuration_is_refused_and_the_difference_named(corpus: Path, tmp_path: Path) -> None:
+def test_another_configuration_is_refused_and_the_difference_named(
+    corpus: Path, tmp_path: Path
+) -> None:
     prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
     with pytest.raises(BadInput) as raised:
-        prepare(config(corpus, tmp_path / "out"), TokenizerConfig(name="small", vocab_size=301), quiet)
+        prepare(
+            config(corpus, tmp_path / "out"), TokenizerConfig(name="small", vocab_size=301), quiet
+        )
     sentence = str(raised.value)
     assert "tokenizer.vocab_size was 300 and is 301" in sentence
     assert "another data.name or data.directory" in sentence
     prepare(config(corpus, tmp_path / "out", sequence_length=7, shard_tokens=5), VOCABULARY, quiet)
 
 
-def test_who_reads_prepared_data_learns_that_another_configuration_made_it(corpus: Path, tmp_path: Path) -> None:
+def test_who_reads_prepared_data_learns_that_another_configuration_made_it(
+    corpus: Path, tmp_path: Path
+) -> None:
     data = config(corpus, tmp_path / "out")
     manifest = prepare(data, VOCABULARY, quiet)
     check_prepared_by(manifest, data, VOCABULARY, tmp_path / "out")
-    check_prepared_by(manifest, config(corpus, tmp_path / "out", sequence_length=7), VOCABULARY, tmp_path / "out")
+    check_prepared_by(
+        manifest, config(corpus, tmp_path / "out", sequence_length=7), VOCABULARY, tmp_path / "out"
+    )
     for other, tokenizer in (
         (config(corpus, tmp_path / "out", max_bytes=9), VOCABULARY),
         (config(tmp_path, tmp_path / "out"), VOCABULARY),
         (data, TokenizerConfig(name="small", vocab_size=301)),
         (data, TokenizerConfig(name="small", vocab_file="v", merges_file="m")),
     ):
-        with pytest.raises(BadInput, match=r"out was prepared by another configuration \(") as raised:
+        with pytest.raises(
+            BadInput, match=r"out was prepared by another configuration \("
+        ) as raised:
             check_prepared_by(manifest, other, tokenizer, tmp_path / "out")
         with pytest.raises(BadInput) as same:
             prepare(other, tokenizer, quiet)
@@ -178,7 +201,11 @@ def test_a_corpus_of_two_documents_has_one_in_each_split(tmp_path: Path) -> None
         prepare(config(folder, tmp_path / "out"), VOCABULARY, quiet)
     (folder / "b.txt").write_text("another document")
     for fraction in (1e-9, 0.5, 0.999999999):
-        data = DataConfig(corpus=str(folder), directory=str(tmp_path / str(fraction)), validation_fraction=fraction)
+        data = DataConfig(
+            corpus=str(folder),
+            directory=str(tmp_path / str(fraction)),
+            validation_fraction=fraction,
+        )
         manifest = prepare(data, VOCABULARY, quiet)
         assert manifest.train_tokens > 0
         assert manifest.validation_tokens > 0
@@ -189,7 +216,7 @@ def test_the_default_folder_is_named_after_data_and_tokenizer() -> None:
     assert directory_of(DataConfig(name="books", directory="/x"), VOCABULARY) == Path("/x")
 
 
-# What dies and what refuses ----------------------------------------------------------------------------------------
+# What dies and what refuses -----------------------------------------------------------------------
 
 PROGRAM = """
 import sys
@@ -203,12 +230,18 @@ prepare(data, TokenizerConfig(name="small", vocab_size=300), lambda line: print(
 
 def start(corpus: Path, directory: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(corpus), str(directory)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, str(corpus), str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
-@pytest.mark.parametrize("moment", ["reading the corpus", "training the tokenizer", "first shard", "a unigram model"])
-def test_a_killed_prepare_leaves_nothing_half_valid(corpus: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    "moment", ["reading the corpus", "training the tokenizer", "first shard", "a unigram model"]
+)
+def test_a_killed_prepare_leaves_nothing_half_valid(
+    corpus: Path, tmp_path: Path, moment: str
+) -> None:
     directory = tmp_path / "out"
     process = start(corpus, directory)
     assert process.stdout is not None
@@ -229,14 +262,18 @@ def test_a_killed_prepare_leaves_nothing_half_valid(corpus: Path, tmp_path: Path
     if directory.exists():  # the kill came after the rename: then all must be there
         open_split(directory, "train", verify=True)
         open_split(directory, "validation", verify=True)
-    data = DataConfig(corpus=str(corpus), directory=str(directory), validation_fraction=0.2, shard_tokens=400)
+    data = DataConfig(
+        corpus=str(corpus), directory=str(directory), validation_fraction=0.2, shard_tokens=400
+    )
     manifest = prepare(data, VOCABULARY, quiet)
     assert DatasetManifest.read(directory) == manifest
     open_split(directory, "train", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_crashed_prepare_left_does_not_get_into_the_data(corpus: Path, tmp_path: Path) -> None:
+def test_what_a_crashed_prepare_left_does_not_get_into_the_data(
+    corpus: Path, tmp_path: Path
+) -> None:
     left = tmp_path / "out.partial"
     left.mkdir()
     for name in ("train-00099.bin", "validation-100000.bin", "tokenizer.json", "dataset.json"):
@@ -246,17 +283,24 @@ def test_what_a_crashed_prepare_left_does_not_get_into_the_data(corpus: Path, tm
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "train-00000.bin/deep", "train-1.bin", "train-00000.bin.txt"])
-def test_a_folder_of_the_user_s_beside_the_data_is_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "train-00000.bin/deep", "train-1.bin", "train-00000.bin.txt"]
+)
+def test_a_folder_of_the_user_s_beside_the_data_is_left_alone(
+    corpus: Path, tmp_path: Path, name: str
+) -> None:
     theirs = tmp_path / "out.partial" / name
     theirs.parent.mkdir(parents=True)
     theirs.write_text("dear")
     (tmp_path / "out.partial" / "train-00001.bin").write_text("dear")
     with pytest.raises(
-        BadInput, match=rf"out.partial, where .* holds {re.escape(Path(name).parts[0])}, which .*; move that folder"
+        BadInput,
+        match=rf"out.partial, where .* holds {re.escape(Path(name).parts[0])}, which .*; move that folder",
     ):
         prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
-    assert theirs.read_text() == (tmp_path / "out.partial" / "train-00001.bin").read_text() == "dear"
+    assert (
+        theirs.read_text() == (tmp_path / "out.partial" / "train-00001.bin").read_text() == "dear"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -270,7 +314,9 @@ def test_a_link_of_the_user_s_beside_the_data_is_not_followed(corpus: Path, tmp_
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_as_the_folder_is_filled_where_it_leads(corpus: Path, tmp_path: Path, there: bool) -> None:
+def test_a_link_as_the_folder_is_filled_where_it_leads(
+    corpus: Path, tmp_path: Path, there: bool
+) -> None:
     if there:
         (tmp_path / "far").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "far")
@@ -286,21 +332,30 @@ def test_a_folder_that_no_rename_can_fill_is_refused_before_any_work(
     (tmp_path / "empty").mkdir()
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     monkeypatch.chdir(tmp_path / "empty")
-    for directory, why in ((".", "is the folder you are in"), (str(tmp_path / "circle"), "is a link that leads round")):
+    for directory, why in (
+        (".", "is the folder you are in"),
+        (str(tmp_path / "circle"), "is a link that leads round"),
+    ):
         with pytest.raises(BadInput, match=rf"data.directory={re.escape(directory)} {why}"):
             prepare(config(tmp_path / "no corpus", Path(directory)), VOCABULARY, quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "empty"]
 
 
 @pytest.mark.parametrize("arguments", [("-t", "tmpfs", "tmpfs"), ("--bind", "another")])
-def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     folder = tmp_path / "a disk"
     folder.mkdir()
     (tmp_path / "another").mkdir()
-    if os.geteuid() != 0 or not mounted(*arguments[:-1], str(tmp_path / arguments[-1]), str(folder)):
+    if os.geteuid() != 0 or not mounted(
+        *arguments[:-1], str(tmp_path / arguments[-1]), str(folder)
+    ):
         pytest.skip("mounting needs root")
     try:
-        with pytest.raises(BadInput, match=r"data.directory=.* is a mount point, .*; give a folder below it"):
+        with pytest.raises(
+            BadInput, match=r"data.directory=.* is a mount point, .*; give a folder below it"
+        ):
             prepare(config(tmp_path / "no corpus", folder), VOCABULARY, quiet)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
@@ -340,19 +395,25 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_sentence_and_gives_the_space_back(tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_gives_the_space_back(
+    tmp_path: Path, small_disk: Path
+) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number in range(20):
         (corpus / f"{number}.txt").write_bytes(bytes(97 + byte % 26 for byte in os.urandom(60_000)))
     with pytest.raises(BadInput) as raised:
         prepare(config(corpus, small_disk / "out"), VOCABULARY, quiet)
-    assert re.fullmatch(r"data.directory=.*: no space left while writing .*bin; free some .*", str(raised.value))
+    assert re.fullmatch(
+        r"data.directory=.*: no space left while writing .*bin; free some .*", str(raised.value)
+    )
     assert list(small_disk.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_one_sentence(corpus: Path, read_only: Path) -> None:
-    with pytest.raises(BadInput, match=r"data.directory=.* cannot be written \(Read-only file system: .*\); name a"):
+    with pytest.raises(
+        BadInput, match=r"data.directory=.* cannot be written \(Read-only file system: .*\); name a"
+    ):
         prepare(config(corpus, read_only / "deep" / "out"), VOCABULARY, quiet)
 
 

@@ -1,4 +1,5 @@
-"""The sample order: every sample once an epoch, the same for ever, whoever asks and wherever they start."""
+"""The sample order: every sample once an epoch, the same for ever, whoever asks and wherever they
+start."""
 
 from itertools import pairwise
 
@@ -18,10 +19,14 @@ GOLDEN_TRILLION = 306443130386
 def test_no_sample_is_missed_or_read_twice_in_an_epoch(samples: int, seed: int, epoch: int) -> None:
     order = SampleOrder(samples, seed)
     first = epoch * samples
-    assert sorted(order.index(position) for position in range(first, first + samples)) == list(range(samples))
+    assert sorted(order.index(position) for position in range(first, first + samples)) == list(
+        range(samples)
+    )
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097])
+@pytest.mark.parametrize(
+    "samples", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097]
+)
 def test_sizes_around_the_network_s_powers_of_four_are_permutations(samples: int) -> None:
     order = SampleOrder(samples, 7)
     assert sorted(map(order.index, range(samples))) == list(range(samples))
@@ -30,7 +35,9 @@ def test_sizes_around_the_network_s_powers_of_four_are_permutations(samples: int
 def test_the_order_never_changes_between_versions() -> None:
     # Golden values: if these change, every run that resumes reads other data than it would have.
     assert [SampleOrder(10, 0).index(p) for p in range(25)] == GOLDEN_TEN
-    assert [SampleOrder(1_000_003, 42).index(p) for p in (0, 1, 2, 999_999, 1_000_002, 1_000_003)] == GOLDEN_MILLION
+    assert [
+        SampleOrder(1_000_003, 42).index(p) for p in (0, 1, 2, 999_999, 1_000_002, 1_000_003)
+    ] == GOLDEN_MILLION
     assert SampleOrder(10**12, 1).index(10**13 + 5) == GOLDEN_TRILLION
 
 
@@ -43,7 +50,8 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_neighbours_in_the_order_are_not_neighbours_in_the_data() -> None:
-    """A weak permutation would give runs of consecutive samples, that is, batches of one document."""
+    """A weak permutation would give runs of consecutive samples, that is, batches of one
+    document."""
     samples = 10_000
     order = SampleOrder(samples, 11)
     positions = [order.index(p) for p in range(samples)]
@@ -51,7 +59,8 @@ def test_neighbours_in_the_order_are_not_neighbours_in_the_data() -> None:
     assert adjacent < 20  # 2 are expected of a random order
     fixed = sum(p == index for p, index in enumerate(positions))
     assert fixed < 12  # 1 is expected
-    # The first tenth of the epoch draws evenly from all tenths of the data: 100 each, standard deviation 9.
+    # The first tenth of the epoch draws evenly from all tenths of the data: 100 each, standard
+    # deviation 9.
     tenths = [0] * 10
     for index in positions[:1000]:
         tenths[index * 10 // samples] += 1

@@ -1,4 +1,5 @@
-"""Drive real runs from the outside, as a person would: start the command, read the run directory, kill processes."""
+"""Drive real runs from the outside, as a person would: start the command, read the run directory,
+kill processes."""
 
 import atexit
 import contextlib
@@ -18,9 +19,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from opt_logbook.events import Entry
-from opt_logbook.journal import read
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.events import Entry
+from opt_logbook.record.journal import read
+from opt_logbook.record.run_directory import RunDirectory
 
 TINY = (
     "model=tiny",
@@ -56,15 +57,25 @@ def prepared() -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "opt_train.cli", *arguments]
+    return [sys.executable, "-m", "opt_train.cli.main", *arguments]
 
 
-def start(folder: Path, *overrides: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """`opt-train run` with `TINY` and `overrides`, run directories under `folder`; output goes to `folder/output`."""
+def start(
+    folder: Path, *overrides: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`opt-train run` with `TINY` and `overrides`, run directories under `folder`; output goes to
+    `folder/output`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output").open("a") as output:
         return subprocess.Popen(
-            command("run", *TINY, f"data.directory={prepared()}", f"runs={folder / 'runs'}", "name=run", *overrides),
+            command(
+                "run",
+                *TINY,
+                f"data.directory={prepared()}",
+                f"runs={folder / 'runs'}",
+                "name=run",
+                *overrides,
+            ),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -90,7 +101,11 @@ def finish(process: subprocess.Popen[str], folder: Path, seconds: float) -> int:
 def tail(folder: Path) -> str:
     """The end of what the command and the supervisor said."""
     log = run_directory(folder).logs / "supervisor.log"
-    parts = [path.read_text(errors="replace")[-3000:] for path in (folder / "output", log) if path.exists()]
+    parts = [
+        path.read_text(errors="replace")[-3000:]
+        for path in (folder / "output", log)
+        if path.exists()
+    ]
     return "\n--\n".join(parts)
 
 
@@ -163,7 +178,9 @@ def newest_step(run: RunDirectory) -> int:
     return max((step for lines in metrics(run).values() for step in lines), default=-1)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str], folder: Path) -> None:
+def wait_for(
+    condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str], folder: Path
+) -> None:
     """Poll until `condition` holds; the run may not end before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -186,7 +203,9 @@ class StepTaken:
     rank: str
 
 
-STEP = re.compile(r"^(?P<time>\S+) attempt (?P<attempt>\S+) generation (?P<generation>\d+) step (?P<step>\d+) ")
+STEP = re.compile(
+    r"^(?P<time>\S+) attempt (?P<attempt>\S+) generation (?P<generation>\d+) step (?P<step>\d+) "
+)
 
 
 def steps_taken(run: RunDirectory) -> Iterator[StepTaken]:
@@ -207,7 +226,8 @@ def steps_taken(run: RunDirectory) -> Iterator[StepTaken]:
 def rank_process(folder: Path, rank: int) -> int:
     """The pid of the living process whose output a log of `rank` is a copy of.
 
-    A log is copied a moment after it is written: the newest may still be that of a process that has ended.
+    A log is copied a moment after it is written: the newest may still be that of a process that has
+    ended.
     """
     end = time.monotonic() + 10.0
     while time.monotonic() < end:

@@ -1,4 +1,5 @@
-"""The newest checkpoint is corrupt when it is needed: it is rejected on record and the one before is restored."""
+"""The newest checkpoint is corrupt when it is needed: it is rejected on record and the one before
+is restored."""
 
 import signal
 from pathlib import Path
@@ -9,12 +10,16 @@ from tests.end_to_end import driving
 
 
 @pytest.mark.timeout(240)
-def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(tmp_path: Path) -> None:
+def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(
+    tmp_path: Path,
+) -> None:
     endless = "train.steps=100000"
     process = driving.start(tmp_path, endless)
     run = driving.run_directory(tmp_path)
     try:
-        driving.wait_for(lambda: len(driving.of_kind(run, "checkpoint_committed")) >= 2, 120, process, tmp_path)
+        driving.wait_for(
+            lambda: len(driving.of_kind(run, "checkpoint_committed")) >= 2, 120, process, tmp_path
+        )
         process.send_signal(signal.SIGINT)
         assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
 
@@ -28,7 +33,9 @@ def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(tmp
             file.write(bytes([byte[0] ^ 1]))
 
         process = driving.start(tmp_path, endless)
-        driving.wait_for(lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path)
+        driving.wait_for(
+            lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path
+        )
         process.send_signal(signal.SIGINT)
         assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
         [rejected] = driving.of_kind(run, "checkpoint_rejected")

@@ -1,4 +1,5 @@
-"""A run directory is removed under living agents and the run begun anew: nothing of the old run is left beside it."""
+"""A run directory is removed under living agents and the run begun anew: nothing of the old run is
+left beside it."""
 
 import shutil
 import signal
@@ -19,7 +20,9 @@ def test_ranks_of_a_removed_run_do_not_live_beside_the_new_one(tmp_path: Path) -
         process.wait()
         old = set(driving.processes_of(tmp_path))
         assert len(old) >= 5, "three agents and two ranks should have outlived their supervisor"
-        while run.path.exists():  # the living may write into a folder that is being emptied, never bring one back
+        while (
+            run.path.exists()
+        ):  # the living may write into a folder that is being emptied, never bring one back
             shutil.rmtree(run.path, ignore_errors=True)
 
         process = driving.start(tmp_path, "train.steps=100000")

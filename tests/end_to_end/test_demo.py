@@ -1,4 +1,5 @@
-"""`make demo` as a newcomer runs it: it trains, breaks, recovers, and its chronicle answers five questions a fault."""
+"""`make demo` as a newcomer runs it: it trains, breaks, recovers, and its chronicle answers five
+questions a fault."""
 
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from tests.end_to_end import driving
 
@@ -50,12 +51,17 @@ def test_the_demo_breaks_twice_and_finishes_by_itself(demo: tuple[RunDirectory, 
     assert [fault["kind"] for fault in faults(run)] == ["kill-node", "kill-rank"]
     causes = [entry.event.cause for entry in driving.of_kind(run, "incident_diagnosed")]
     assert causes == ["node_failure", "killed"]
-    assert [entry.event.outcome for entry in driving.of_kind(run, "incident_closed")] == ["recovered", "recovered"]
+    assert [entry.event.outcome for entry in driving.of_kind(run, "incident_closed")] == [
+        "recovered",
+        "recovered",
+    ]
     assert len(driving.of_kind(run, "node_promoted")) == 1
     assert driving.kinds(run).count("run_finished") == 1
 
 
-def test_the_model_has_learned_more_than_how_often_tokens_occur(demo: tuple[RunDirectory, str]) -> None:
+def test_the_model_has_learned_more_than_how_often_tokens_occur(
+    demo: tuple[RunDirectory, str],
+) -> None:
     run, output = demo
     finished = driving.of_kind(run, "run_finished")[0].event
     created = driving.of_kind(run, "run_created")[0].event
@@ -67,7 +73,10 @@ def test_the_model_has_learned_more_than_how_often_tokens_occur(demo: tuple[RunD
 def test_the_journal_verifies(demo: tuple[RunDirectory, str]) -> None:
     run, _ = demo
     done = subprocess.run(
-        [sys.executable, "-m", "opt_logbook.cli", "verify", str(run.path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "opt_logbook.cli", "verify", str(run.path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -76,25 +85,38 @@ def test_a_journal_cut_at_its_end_contradicts_what_lies_beside_it(
     demo: tuple[RunDirectory, str], tmp_path: Path
 ) -> None:
     run, _ = demo
-    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "demo", ignore=shutil.ignore_patterns("*.safetensors")))
+    copy = RunDirectory(
+        shutil.copytree(run.path, tmp_path / "demo", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
     lines = run.journal.read_bytes().splitlines(keepends=True)
     begun = max(e.seq for e in driving.of_kind(run, "attempt_started"))
     copy.journal.write_bytes(b"".join(lines[: begun - 1]))
     copy.head.unlink()  # whoever cuts one file can cut another; what ranks wrote remains
     done = subprocess.run(
-        [sys.executable, "-m", "opt_logbook.cli", "verify", str(copy.path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "opt_logbook.cli", "verify", str(copy.path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     for anchor in ("metrics/", "manifest.json"):
-        said = [line for line in done.stdout.splitlines() if anchor in line and "its tail was cut off" in line]
+        said = [
+            line
+            for line in done.stdout.splitlines()
+            if anchor in line and "its tail was cut off" in line
+        ]
         assert said, f"no word of {anchor} in: {done.stdout}"
 
 
-def test_the_chronicle_answers_five_questions_about_every_fault(demo: tuple[RunDirectory, str]) -> None:
+def test_the_chronicle_answers_five_questions_about_every_fault(
+    demo: tuple[RunDirectory, str],
+) -> None:
     run, _ = demo
     text = (run.chronicle / "chronicle.md").read_text()
     # From one heading of an incident to the next heading of any kind.
-    incidents = [part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if part.startswith("Incident")]
+    incidents = [
+        part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if part.startswith("Incident")
+    ]
     assert len(incidents) == len(faults(run))
     taken = [line for lines in driving.metrics(run).values() for line in lines.values()]
     for fault in faults(run):
@@ -102,7 +124,8 @@ def test_the_chronicle_answers_five_questions_about_every_fault(demo: tuple[RunD
         [story] = [
             part
             for part in incidents
-            if CAUSE_OF[fault["kind"]] in (heading := part.splitlines()[0]) and fault["node"] in heading
+            if CAUSE_OF[fault["kind"]] in (heading := part.splitlines()[0])
+            and fault["node"] in heading
         ]
         when = re.search(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d) UTC, after step (\d+)", story)
         assert when, "when: the heading has no time"
@@ -110,37 +133,73 @@ def test_the_chronicle_answers_five_questions_about_every_fault(demo: tuple[RunD
         assert -1 <= seen - fault["time"] <= 15, "when: not within 15 s of the deed"
         # The ranks went on for as long as nothing was seen.
         between = [line for line in taken if fault["time"] <= line["time"] <= seen + 1]
-        assert abs(int(when[3]) - fault["step"]) <= 3 + len(between), "when: not the step of the deed"
+        assert abs(int(when[3]) - fault["step"]) <= 3 + len(between), (
+            "when: not the step of the deed"
+        )
         assert re.search(r"SIGKILL", story), "why: the evidence does not say SIGKILL"
-        restarted = re.search(r"was started on (.*) from the snapshot in the nodes' memory of step (\d+)", story)
+        restarted = re.search(
+            r"was started on (.*) from the snapshot in the nodes' memory of step (\d+)", story
+        )
         assert restarted, "what was done: no restart from a snapshot"
         if fault["kind"] == "kill-node":
             promoted = driving.of_kind(run, "node_promoted")[0].event
-            assert f"{promoted.node} took the place of {fault['node']}" in story, "what was done: no word of the buffer"
+            assert f"{promoted.node} took the place of {fault['node']}" in story, (
+                "what was done: no word of the buffer"
+            )
             assert fault["node"] not in restarted[1], "the dead node is said to train"
         lost = re.search(r"(\d+) steps? \(.* had to be done again", story)
         assert lost, "what it cost: no steps"
-        assert int(lost[1]) == int(when[3]) - int(restarted[2]), "what it cost: the steps do not add up"
-        assert re.search(r"[0-9.]+ s from the failure until training was back", story), "what it cost: no seconds"
+        assert int(lost[1]) == int(when[3]) - int(restarted[2]), (
+            "what it cost: the steps do not add up"
+        )
+        assert re.search(r"[0-9.]+ s from the failure until training was back", story), (
+            "what it cost: no seconds"
+        )
 
 
-def test_the_page_opens_in_a_browser_without_a_network(demo: tuple[RunDirectory, str], tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+def test_the_page_opens_in_a_browser_without_a_network(
+    demo: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
     run, _ = demo
     page = (run.chronicle / "index.html").read_text()
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page), "the page asks for something from a network"
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page), (
+        "the page asks for something from a network"
+    )
     done = subprocess.run(
         [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (run.chronicle / "index.html").as_uri(),
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            (run.chronicle / "index.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
     assert "node_failure" in done.stdout
-    for plotted in ("training loss", "learning rate", "gradient norm", "Training loss by wall clock"):
+    for plotted in (
+        "training loss",
+        "learning rate",
+        "gradient norm",
+        "Training loss by wall clock",
+    ):
         assert plotted in done.stdout, f"no plot of {plotted}"
 
 

@@ -1,4 +1,5 @@
-"""A rank that stops in any phase is found and its phase named; a checkpoint that is slow but moves is left alone."""
+"""A rank that stops in any phase is found and its phase named; a checkpoint that is slow but moves
+is left alone."""
 
 import json
 import os
@@ -40,22 +41,30 @@ def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
         assert [event.cause for event in diagnosed] == ["hang"] * len(pauses), diagnosed
         assert [event.rank for event in diagnosed] == [rank for rank, _, _ in pauses]
         for event, told, (rank, phase, _) in zip(seen, diagnosed, pauses, strict=True):
-            assert f"in phase {phase} " in event.what, f"rank {rank} stopped in {phase}, but: {event.what}"
+            assert f"in phase {phase} " in event.what, (
+                f"rank {rank} stopped in {phase}, but: {event.what}"
+            )
             assert told.blame == "unknown", "a hang by itself is nobody's fault"
     finally:
         driving.end(process, tmp_path)
 
 
 @pytest.mark.timeout(180)
-def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_moves(tmp_path: Path) -> None:
-    # Limits of 8 s before anything is learned: at 20 s, silence would have been punished twice over; and it is far
-    # more than ten times the fraction of a second in which such a checkpoint is normally written.
+def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_moves(
+    tmp_path: Path,
+) -> None:
+    # Limits of 8 s before anything is learned: at 20 s, silence would have been punished twice
+    # over; and it is far more than ten times the fraction of a second in which such a checkpoint is
+    # normally written.
     process = driving.start(tmp_path, *QUICK, environment=troubled(tmp_path, slow_save=(30, 20)))
     run = driving.run_directory(tmp_path)
     try:
         assert driving.finish(process, tmp_path, 120) == 0, driving.tail(tmp_path)
         assert driving.of_kind(run, "failure_seen") == []
-        times = {entry.step: entry.event.seconds for entry in driving.of_kind(run, "checkpoint_committed")}
+        times = {
+            entry.step: entry.event.seconds
+            for entry in driving.of_kind(run, "checkpoint_committed")
+        }
         slow = times.pop(30)
         assert slow >= 20
         assert slow >= 10 * min(times.values())
@@ -66,14 +75,17 @@ def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_mov
 @pytest.mark.timeout(180)
 def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) -> None:
     # As on NCCL: the survivor spins and would never end by itself.
-    process = driving.start(tmp_path, *QUICK, "train.steps=100000", environment=troubled(tmp_path, deaf=True))
+    process = driving.start(
+        tmp_path, *QUICK, "train.steps=100000", environment=troubled(tmp_path, deaf=True)
+    )
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
         victim = driving.rank_process(tmp_path, rank=1)
         os.kill(victim, signal.SIGKILL)
         driving.wait_for(lambda: "incident_closed" in driving.kinds(run), 120, process, tmp_path)
-        # No restart pays for an import: the ranks of the new attempt were there, warm, before the old one failed.
+        # No restart pays for an import: the ranks of the new attempt were there, warm, before the
+        # old one failed.
         [failed] = driving.of_kind(run, "failure_seen")
         for rank in (0, 1):
             assert driving.started_at(driving.rank_process(tmp_path, rank)) < failed.time

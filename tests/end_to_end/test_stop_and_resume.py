@@ -1,4 +1,5 @@
-"""Ctrl-C saves and leaves; the same command goes on, and ends at the very weights of a run that nobody stopped."""
+"""Ctrl-C saves and leaves; the same command goes on, and ends at the very weights of a run that
+nobody stopped."""
 
 import signal
 from pathlib import Path
@@ -10,7 +11,8 @@ from tests.end_to_end import driving
 
 
 def last_checkpoint(run: driving.RunDirectory) -> dict[tuple[str, str], bytes]:
-    """(file, tensor) to its bits, of the newest committed checkpoint. The order of a file's header is not fixed."""
+    """(file, tensor) to its bits, of the newest committed checkpoint. The order of a file's header
+    is not fixed."""
     folder = run.path / driving.of_kind(run, "checkpoint_committed")[-1].event.path
     return {
         (path.name, name): tensor.tobytes()
@@ -36,7 +38,9 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path)
         process = driving.start(broken, enough)
         assert driving.finish(process, broken, 120) == 0, driving.tail(broken)
         resumed = driving.of_kind(run, "attempt_started")[-1]
-        assert resumed.step == stopped.saved_step, "the resumed attempt did not start where the stopped one was saved"
+        assert resumed.step == stopped.saved_step, (
+            "the resumed attempt did not start where the stopped one was saved"
+        )
 
         process = driving.start(unbroken, enough)
         assert driving.finish(process, unbroken, 120) == 0, driving.tail(unbroken)

@@ -1,4 +1,5 @@
-"""What schedulers send: SIGTERM and SIGUSR1 to every process of a job that they find, at any time, and then SIGKILL."""
+"""What schedulers send: SIGTERM and SIGUSR1 to every process of a job that they find, at any time,
+and then SIGKILL."""
 
 import os
 import signal
@@ -11,7 +12,11 @@ from tests.end_to_end import driving
 from tests.end_to_end.test_hangs import troubled
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TIERS = ("checkpoint.memory_every_steps=5", "checkpoint.node_every_steps=1000", "checkpoint.every_steps=100000")
+TIERS = (
+    "checkpoint.memory_every_steps=5",
+    "checkpoint.node_every_steps=1000",
+    "checkpoint.every_steps=100000",
+)
 
 
 PROCESSES = 3 * 2 + 1
@@ -31,12 +36,14 @@ def test_helpers_do_not_mind_them_from_birth_and_the_ranks_agree_to_stop(tmp_pat
     process = driving.start(tmp_path, *TIERS, "train.steps=100000", "sinks.tensorboard=true")
     run = driving.run_directory(tmp_path)
     try:
-        # All but the supervisor, which stops for them; each from the first moment in which it can be seen.
+        # All but the supervisor, which stops for them; each from the first moment in which it can
+        # be seen.
         hit: set[int] = set()
         driving.wait_for(run.journal.exists, 60, process, tmp_path)
         deadline = time.monotonic() + 60
         all_there = float("inf")
-        # Not so long that a rank begins to train meanwhile: it would answer. To import torch takes it longer.
+        # Not so long that a rank begins to train meanwhile: it would answer. To import torch takes
+        # it longer.
         while time.monotonic() < all_there + 0.5:
             assert process.poll() is None, driving.tail(tmp_path)
             assert time.monotonic() < deadline, driving.tail(tmp_path)
@@ -48,14 +55,20 @@ def test_helpers_do_not_mind_them_from_birth_and_the_ranks_agree_to_stop(tmp_pat
                 send_to_all(pids, number)
             time.sleep(0.005)
         driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
-        assert hit <= set(driving.processes_of(tmp_path)), "a helper was ended by a signal that asks to stop"
+        assert hit <= set(driving.processes_of(tmp_path)), (
+            "a helper was ended by a signal that asks to stop"
+        )
         assert driving.of_kind(run, "failure_seen") == []
 
         # As `scancel` does: everybody, the ranks too, at whatever boundary each of them is.
         send_to_all(driving.processes_of(tmp_path), signal.SIGUSR1)
         assert driving.finish(process, tmp_path, 90) == 75, driving.tail(tmp_path)
         (stopped,) = [entry.event for entry in driving.of_kind(run, "run_stopped")]
-        saved = [e.event.tier for e in driving.of_kind(run, "checkpoint_committed") if e.step == stopped.saved_step]
+        saved = [
+            e.event.tier
+            for e in driving.of_kind(run, "checkpoint_committed")
+            if e.step == stopped.saved_step
+        ]
         assert sorted(saved) == ["memory", "node", "shared"]
         assert driving.of_kind(run, "failure_seen") == []
         last = {taken.rank: taken.step for taken in driving.steps_taken(run)}
@@ -66,12 +79,18 @@ def test_helpers_do_not_mind_them_from_birth_and_the_ranks_agree_to_stop(tmp_pat
 
 
 @pytest.mark.timeout(300)
-def test_a_grace_too_short_for_the_file_system_is_long_enough_for_the_nodes_disks(tmp_path: Path) -> None:
+def test_a_grace_too_short_for_the_file_system_is_long_enough_for_the_nodes_disks(
+    tmp_path: Path,
+) -> None:
     arguments = (
-        *TIERS, f"checkpoint.node_directory={tmp_path / 'disk'}", "train.steps=100000",
+        *TIERS,
+        f"checkpoint.node_directory={tmp_path / 'disk'}",
+        "train.steps=100000",
         "cluster.rank_module=tests.end_to_end.troubled_rank",
-    )  # fmt: skip
-    process = driving.start(tmp_path, *arguments, environment=troubled(tmp_path, slow_save=(None, 60)))
+    )
+    process = driving.start(
+        tmp_path, *arguments, environment=troubled(tmp_path, slow_save=(None, 60))
+    )
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 12, 120, process, tmp_path)
@@ -85,17 +104,28 @@ def test_a_grace_too_short_for_the_file_system_is_long_enough_for_the_nodes_disk
         driving.wait_for(lambda: on_disk() != [], 30, process, tmp_path)
         (step,) = on_disk()
         assert step is not None
-        assert asked <= step <= asked + 3, "within a step of being asked, and what was under way then"
-        assert not [e for e in driving.of_kind(run, "checkpoint_committed") if e.event.tier == "shared"]
+        assert asked <= step <= asked + 3, (
+            "within a step of being asked, and what was under way then"
+        )
+        assert not [
+            e for e in driving.of_kind(run, "checkpoint_committed") if e.event.tier == "shared"
+        ]
         # The grace is over.
         process.kill()
         driving.end(process, tmp_path)
         markers = tmp_path / "markers"
-        assert {path.name for path in markers.iterdir()} == {"slow0", "slow1"}, "the saves had begun"
+        assert {path.name for path in markers.iterdir()} == {"slow0", "slow1"}, (
+            "the saves had begun"
+        )
 
-        environment = {"TROUBLE": f'{{"markers": "{markers}"}}', "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {
+            "TROUBLE": f'{{"markers": "{markers}"}}',
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
         process = driving.start(tmp_path, *arguments, environment=environment)
-        driving.wait_for(lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path)
+        driving.wait_for(
+            lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path
+        )
         restart = driving.of_kind(run, "attempt_started")[-1]
         assert restart.event.checkpoint == f"node/1.00/step-{step:08d}"
         process.send_signal(signal.SIGTERM)

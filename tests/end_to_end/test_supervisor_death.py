@@ -1,4 +1,5 @@
-"""The supervisor is killed at 20 seeded moments; the same command, started again, adopts or fences and goes on."""
+"""The supervisor is killed at 20 seeded moments; the same command, started again, adopts or fences
+and goes on."""
 
 import contextlib
 import os
@@ -10,12 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from tests.end_to_end import driving
 
 DEATHS = 20
-STRUCK = {4: "failure_seen", 8: "generation_killed", 12: "incident_diagnosed", 16: "attempt_started"}
+STRUCK = {
+    4: "failure_seen",
+    8: "generation_killed",
+    12: "incident_diagnosed",
+    16: "attempt_started",
+}
 """Deaths that come on top of a rank's, as soon as the journal says so much of it."""
 
 
@@ -31,7 +37,8 @@ def test_killing_the_supervisor_again_and_again_loses_nothing(tmp_path: Path) ->
             if death in STRUCK:
                 strike(run, process, folder, until=STRUCK[death])
             else:
-                # Some deaths come while agents dial in or a generation starts, some in the middle of training.
+                # Some deaths come while agents dial in or a generation starts, some in the middle
+                # of training.
                 time.sleep(moments.choice((0.0, 0.1, 0.5, 1.5)) * (0.5 + moments.random()))
             assert process.poll() is None, f"the run ended by itself:\n{driving.tail(folder)}"
             process.send_signal(signal.SIGKILL)
@@ -55,8 +62,11 @@ def test_killing_the_supervisor_again_and_again_loses_nothing(tmp_path: Path) ->
 
 
 def strike(run: RunDirectory, process: subprocess.Popen[str], folder: Path, until: str) -> None:
-    """Kill a rank that trains, and wait until the journal has one more entry of the kind `until`."""
-    train_on(25, run, process, folder)  # past a checkpoint: failures without progress would halt the run
+    """Kill a rank that trains, and wait until the journal has one more entry of the kind
+    `until`."""
+    train_on(
+        25, run, process, folder
+    )  # past a checkpoint: failures without progress would halt the run
     before = driving.kinds(run).count(until)
     with contextlib.suppress(ProcessLookupError):
         os.kill(driving.rank_process(folder, rank=1), signal.SIGKILL)
@@ -74,8 +84,8 @@ def starts(run: RunDirectory) -> int:
 
 
 def no_two_generations_trained_at_once(run: RunDirectory, at_least: int) -> bool:
-    """By the ranks' own logs: a generation's last step lies before the next one's first. `at_least`: how many trained,
-    as one alone would show nothing."""
+    """By the ranks' own logs: a generation's last step lies before the next one's first.
+    `at_least`: how many trained, as one alone would show nothing."""
     spans: dict[int, tuple[float, float]] = {}
     for taken in driving.steps_taken(run):
         first, last = spans.get(taken.generation, (taken.time, taken.time))

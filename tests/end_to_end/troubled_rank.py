@@ -1,10 +1,12 @@
-"""The real rank, in trouble at a chosen place: `cluster.rank_module=tests.end_to_end.troubled_rank`.
+"""The real rank, in trouble at a chosen place:
+`cluster.rank_module=tests.end_to_end.troubled_rank`.
 
 Which trouble is in the environment, `TROUBLE`, a JSON object:
 
-- `pauses`: a list of `[rank, phase, step]`: the rank stops itself (SIGSTOP), once, on entering the phase at that step
-  or later.
-- `slow_save`: `[step, seconds]`: the save at that step (null: the first) takes so much longer, but moves.
+- `pauses`: a list of `[rank, phase, step]`: the rank stops itself (SIGSTOP), once, on entering the
+  phase at that step or later.
+- `slow_save`: `[step, seconds]`: the save at that step (null: the first) takes so much longer, but
+  moves.
 - `deaf`: true: a rank whose peers died does not notice, as on NCCL; it spins until it is killed.
 - `markers`: a folder; what has happened once is marked there and does not happen again.
 """
@@ -21,7 +23,8 @@ from opt_train.checkpoint import background
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Phase
 from opt_train.protocol.framing import Message
-from opt_train.train import rank, telling, training, warm
+from opt_train.train import fact_pipe as telling
+from opt_train.train import rank, training, warm
 
 TROUBLE: dict[str, Any] = json.loads(os.environ["TROUBLE"])
 BEGUN: list[Begin] = []
@@ -35,7 +38,9 @@ def once(name: str) -> bool:
     return True
 
 
-def pausing(tell: Callable[[telling.FactPipe, Message], None]) -> Callable[[telling.FactPipe, Message], None]:
+def pausing(
+    tell: Callable[[telling.FactPipe, Message], None],
+) -> Callable[[telling.FactPipe, Message], None]:
     def tell_and_pause(pipe: telling.FactPipe, fact: Message) -> None:
         tell(pipe, fact)
         for number, (where, phase, step) in enumerate(TROUBLE.get("pauses", [])):

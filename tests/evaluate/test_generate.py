@@ -18,7 +18,9 @@ LARGE = 0.3
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_greedy_writes_what_hugging_face_writes(config: ModelConfig) -> None:
     ours, theirs = twins(config, LARGE)
-    written = theirs.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40, eos_token_id=None)
+    written = theirs.generate(
+        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40, eos_token_id=None
+    )
     found = list(generate(ours, PROMPT, GREEDY, max_new_tokens=40))
     assert len(set(found)) >= 5, "a text that repeats one token shows little"
     assert found == written[0, len(PROMPT) :].tolist()
@@ -28,7 +30,9 @@ def test_greedy_writes_what_hugging_face_writes(config: ModelConfig) -> None:
 def test_a_cache_does_not_change_the_logits(config: ModelConfig) -> None:
     """In pieces of several lengths: the mask of a piece in the middle is easily one token off."""
     ours, _ = twins(config)
-    tokens = torch.randint(4, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(
+        4, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(2)
+    )
     with torch.no_grad():
         whole = ours(tokens)
         cache = KeyValueCache(config.layers, capacity=40)
@@ -42,7 +46,9 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it() -> None:
     ours, _ = twins(TINY, LARGE)
     free = list(generate(ours, PROMPT, GREEDY, max_new_tokens=20))
     end = free[7]
-    assert list(generate(ours, PROMPT, GREEDY, max_new_tokens=20, end=end)) == free[: free.index(end)]
+    assert (
+        list(generate(ours, PROMPT, GREEDY, max_new_tokens=20, end=end)) == free[: free.index(end)]
+    )
 
 
 def test_a_text_may_fill_the_models_positions() -> None:
@@ -72,9 +78,14 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(top_k=1, temperature=3.0), Sampling(top_p=1e-6), Sampling(top_p=1e-9), Sampling(temperature=1e-40),
-     Sampling(temperature=5e-324)],
-)  # fmt: skip
+    [
+        Sampling(top_k=1, temperature=3.0),
+        Sampling(top_p=1e-6),
+        Sampling(top_p=1e-9),
+        Sampling(temperature=1e-40),
+        Sampling(temperature=5e-324),
+    ],
+)
 def test_a_draw_from_one_token_is_greedy(sampling: Sampling) -> None:
     ours, _ = twins(TINY, LARGE)
     assert list(generate(ours, PROMPT, sampling, max_new_tokens=20)) == list(
@@ -95,7 +106,9 @@ def test_a_draw_from_one_token_is_greedy(sampling: Sampling) -> None:
         (Sampling(top_k=2, top_p=0.6), [1.0, 0.0, 0.0, 0.0]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_their_probability_says(sampling: Sampling, expected: list[float]) -> None:
+def test_tokens_are_drawn_as_often_as_their_probability_says(
+    sampling: Sampling, expected: list[float]
+) -> None:
     order = [2, 0, 3, 1]
     logits = torch.empty(4)
     logits[order] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -106,11 +119,15 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(sampling: Sampling,
     assert [share > 0 for share in found] == [share > 0 for share in expected]
 
 
-def test_the_least_likely_tokens_of_a_large_vocabulary_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_likely_tokens_of_a_large_vocabulary_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where the running sum is rounded up to 1 too early, the tokens behind are never drawn."""
     sizes: list[int] = []
 
-    def draw(probabilities: torch.Tensor, count: int, *, generator: torch.Generator) -> torch.Tensor:
+    def draw(
+        probabilities: torch.Tensor, count: int, *, generator: torch.Generator
+    ) -> torch.Tensor:
         sizes.append(len(probabilities))
         return torch.zeros(count, dtype=torch.long)
 
@@ -121,8 +138,17 @@ def test_the_least_likely_tokens_of_a_large_vocabulary_can_be_drawn(monkeypatch:
 
 
 def test_what_cannot_be_drawn_from_is_refused() -> None:
-    for values in ({"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
-                   {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"seed": -1}, {"seed": 2**63}):  # fmt: skip
+    for values in (
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": -1},
+        {"seed": 2**63},
+    ):
         with pytest.raises(BadInput, match=f"^--{next(iter(values)).replace('_', '-')}=.* must"):
             Sampling(**values)
     Sampling(greedy=True, temperature=0.0, top_k=-1, top_p=0.0)

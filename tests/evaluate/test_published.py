@@ -1,4 +1,5 @@
-"""A model must be compared with the released one of its own shape, and only on numbers that are published."""
+"""A model must be compared with the released one of its own shape, and only on numbers that are
+published."""
 
 import itertools
 from dataclasses import replace
@@ -17,7 +18,9 @@ PRESETS = {
 
 
 def test_each_size_has_a_number_for_each_task() -> None:
-    assert list(PUBLISHED) == [f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")]
+    assert list(PUBLISHED) == [
+        f"opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
+    ]
     assert {len(row) for row in PUBLISHED.values()} == {7}
     assert TASKS == ("lambada_openai", "piqa", "arc_easy", "arc_challenge", "winogrande", "sciq")
 
@@ -58,5 +61,9 @@ def test_a_size_is_known_by_its_shape_whatever_it_is_called(size: str) -> None:
 
 def test_a_name_alone_is_no_size() -> None:
     model = PRESETS["opt-125m"]
-    for changed in (replace(model, layers=11), replace(model, layer_norm="post"), replace(model, embed_dim=512)):
+    for changed in (
+        replace(model, layers=11),
+        replace(model, layer_norm="post"),
+        replace(model, embed_dim=512),
+    ):
         assert size_of(changed) is None

@@ -53,7 +53,9 @@ def test_transformers_computes_our_logits(config: ModelConfig, tmp_path: Path) -
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     assert not told["mismatched_keys"]
-    tokens = torch.randint(4, config.vocab_size, (2, 31), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        4, config.vocab_size, (2, 31), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         expected = theirs.eval()(tokens).logits
         torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
@@ -66,7 +68,9 @@ def test_an_export_comes_back_to_the_bit(config: ModelConfig, tmp_path: Path) ->
     assert replace(done.model, name=config.name) == replace(config, embed_dim=done.model.embed_dim)
     same(weights(tmp_path / "back"), ours.state_dict())
     export(done.model, tmp_path / "back", done.manifest_sha256, tmp_path / "again")
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "again").iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in (tmp_path / "again").iterdir()
+    }
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -75,15 +79,27 @@ def test_an_export_comes_back_to_the_bit(config: ModelConfig, tmp_path: Path) ->
 def test_the_configuration_is_the_one_that_transformers_writes(config: ModelConfig) -> None:
     told = to_hugging_face(config, "fp32")
     theirs = OPTConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, word_embed_proj_dim=config.embedding_width,
-        do_layer_norm_before=config.layer_norm == "pre", num_hidden_layers=config.layers, ffn_dim=config.ffn,
-        num_attention_heads=config.heads, max_position_embeddings=config.positions, dropout=config.dropout,
-        attention_dropout=config.dropout, init_std=config.init_std, bos_token_id=2,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        word_embed_proj_dim=config.embedding_width,
+        do_layer_norm_before=config.layer_norm == "pre",
+        num_hidden_layers=config.layers,
+        ffn_dim=config.ffn,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.positions,
+        dropout=config.dropout,
+        attention_dropout=config.dropout,
+        init_std=config.init_std,
+        bos_token_id=2,
+    )
     wanted = theirs.to_dict()
     for key in told.keys() & wanted.keys() - {"_name_or_path", "architectures", "torch_dtype"}:
         assert told[key] == wanted[key], key
-    assert OPTConfig(**told).to_dict().keys() >= {"ffn_dim", "word_embed_proj_dim", "do_layer_norm_before"}
+    assert OPTConfig(**told).to_dict().keys() >= {
+        "ffn_dim",
+        "word_embed_proj_dim",
+        "do_layer_norm_before",
+    }
     back = from_hugging_face(Path("x/config.json"), told)
     assert replace(back, embed_dim=0) == replace(config, embed_dim=0)
     assert back.embedding_width == config.embedding_width
@@ -92,7 +108,9 @@ def test_the_configuration_is_the_one_that_transformers_writes(config: ModelConf
 def test_the_shapes_are_the_models(tmp_path: Path) -> None:
     for config in [*VARIANTS.values(), SHARDED]:
         model = OPT(config)
-        assert dict(shapes_of(config)) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert dict(shapes_of(config)) == {
+            name: tuple(p.shape) for name, p in model.named_parameters()
+        }
 
 
 def test_files_stay_below_the_largest_size_and_hold_everything_once(tmp_path: Path) -> None:
@@ -125,9 +143,16 @@ def test_another_type_is_torchs_own_rounding(name: str, dtype: torch.dtype, tmp_
 
 def test_a_checkpoint_of_several_ranks_is_put_together(tmp_path: Path) -> None:
     folder, script = tmp_path / "step-00000007", ROOT / "tests" / "exchange" / "weights.py"
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
-        subprocess.Popen([sys.executable, str(script), str(folder), str(rank), "2"], env=environment)
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder), str(rank), "2"], env=environment
+        )
         for rank in range(2)
     ]
     assert [rank.wait(100) for rank in ranks] == [0, 0]
@@ -151,7 +176,9 @@ def test_what_transformers_saved_comes_in(tmp_path: Path) -> None:
 def test_an_old_torch_bin_comes_in(prefix: str, old: bool, tmp_path: Path) -> None:
     ours, theirs = twins(TINY)
     theirs.config.save_pretrained(tmp_path)
-    named = {prefix + name.removeprefix("model."): tensor for name, tensor in ours.state_dict().items()}
+    named = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in ours.state_dict().items()
+    }
     if prefix:
         named["lm_head.weight"] = named["model.decoder.embed_tokens.weight"]
     torch.save(named, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
@@ -167,7 +194,9 @@ def test_a_torch_bin_in_several_files_comes_in(tmp_path: Path) -> None:
     for number, name in enumerate(ours.state_dict()):
         placed[name] = f"pytorch_model-{number % 2}.bin"
     for file in set(placed.values()):
-        torch.save({n: t for n, t in ours.state_dict().items() if placed[n] == file}, tmp_path / file)
+        torch.save(
+            {n: t for n, t in ours.state_dict().items() if placed[n] == file}, tmp_path / file
+        )
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
     bring_in(open_source(tmp_path), tmp_path / "in")
     same(weights(tmp_path / "in"), ours.state_dict())
@@ -185,14 +214,19 @@ def test_mixed_types_become_fp32(tmp_path: Path) -> None:
 def test_another_head_than_the_embedding_is_refused(tmp_path: Path) -> None:
     ours, theirs = twins(TINY)
     theirs.config.save_pretrained(tmp_path)
-    named = {**ours.state_dict(), "lm_head.weight": ours.state_dict()["model.decoder.embed_tokens.weight"] + 1}
+    named = {
+        **ours.state_dict(),
+        "lm_head.weight": ours.state_dict()["model.decoder.embed_tokens.weight"] + 1,
+    }
     save_file(named, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match=r"^tensor lm_head\.weight of .* is not the token embedding"):
         open_source(tmp_path)
 
 
 def test_the_tokenizer_travels_along_and_transformers_reads_it(tmp_path: Path) -> None:
-    words = tokenizer.train(iter(["def text(self): return self.text\n" * 20, "class Text:\n    pass\n"]), 300)
+    words = tokenizer.train(
+        iter(["def text(self): return self.text\n" * 20, "class Text:\n    pass\n"]), 300
+    )
     path = tmp_path / "tokenizer.json"
     words.save(str(path))
     _, folder = exported(TINY, tmp_path, tokenizer=[path])
@@ -223,7 +257,9 @@ def test_a_number_that_is_not_finite_leaves_no_half_folder(tmp_path: Path) -> No
     with torch.no_grad():
         model.model.decoder.layers[1].fc2.weight[3, 5] = float("nan")
     folder = checkpoint_of(model, tmp_path / "step-00000007")
-    with pytest.raises(BadInput, match=r"^tensor model\.decoder\.layers\.1\.fc2\.weight of .* not finite"):
+    with pytest.raises(
+        BadInput, match=r"^tensor model\.decoder\.layers\.1\.fc2\.weight of .* not finite"
+    ):
         export(TINY, folder, None, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
 
@@ -233,7 +269,9 @@ def test_a_number_too_large_for_fp16_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.decoder.layers[1].fc2.bias[3] = 7e4
     folder = checkpoint_of(model, tmp_path / "step-00000007")
-    with pytest.raises(BadInput, match=r"^tensor model\.decoder\.layers\.1\.fc2\.bias of .* too large for fp16"):
+    with pytest.raises(
+        BadInput, match=r"^tensor model\.decoder\.layers\.1\.fc2\.bias of .* too large for fp16"
+    ):
         export(TINY, folder, None, tmp_path / "hf", dtype="fp16")
     export(TINY, folder, None, tmp_path / "hf", dtype="bf16")
 
@@ -252,5 +290,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     folder = checkpoint_of(drawn(TINY), tmp_path / "step-00000007")
     with pytest.raises(BadInput, match=r"^tensor model\.decoder\.layers\.2\..* is missing"):
         export(replace(TINY, layers=3), folder, None, tmp_path / "hf")
-    with pytest.raises(BadInput, match=r"^tensor model\.decoder\.embed_tokens\.weight has shape \[512, 64\]"):
+    with pytest.raises(
+        BadInput, match=r"^tensor model\.decoder\.embed_tokens\.weight has shape \[512, 64\]"
+    ):
         export(replace(TINY, vocab_size=513), folder, None, tmp_path / "hf")

@@ -1,4 +1,5 @@
-"""Cut, forged and hostile files are one sentence, nothing of them is executed, and no folder is left."""
+"""Cut, forged and hostile files are one sentence, nothing of them is executed, and no folder is
+left."""
 
 import io
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opt_train import cli
+from opt_train.cli import main as cli
 from tests.exchange.weights import drawn
 from tests.model.twins import TINY, hugging_face
 
@@ -75,7 +76,9 @@ def test_a_good_folder_is_taken(folder: Path, tmp_path: Path) -> None:
     assert cli.main(["import", str(folder), "--to", str(tmp_path / "in"), "--json"]) == 0
 
 
-def test_a_cut_file_is_refused_wherever_it_is_cut(folder: Path, refused: Callable[..., str]) -> None:
+def test_a_cut_file_is_refused_wherever_it_is_cut(
+    folder: Path, refused: Callable[..., str]
+) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for size in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
@@ -86,14 +89,20 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(folder: Path, refused: Callabl
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 40, (1 << 64) - 1])
-def test_a_forged_length_reads_nothing(length: int, folder: Path, refused: Callable[..., str]) -> None:
+def test_a_forged_length_reads_nothing(
+    length: int, folder: Path, refused: Callable[..., str]
+) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
     assert "is no whole safetensors file (its header is" in refused(folder)
 
 
-@pytest.mark.parametrize("header", [b"[]", b"[" * 100_000, b"9" * 5000, b'{"a":1,"a":2}', b"\xff\xfe", b'{"a":{}}'])
-def test_a_header_that_is_none_is_refused(header: bytes, folder: Path, refused: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    "header", [b"[]", b"[" * 100_000, b"9" * 5000, b'{"a":1,"a":2}', b"\xff\xfe", b'{"a":{}}']
+)
+def test_a_header_that_is_none_is_refused(
+    header: bytes, folder: Path, refused: Callable[..., str]
+) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     assert "is no whole safetensors file" in refused(folder)
 
@@ -128,10 +137,14 @@ def test_too_much_and_not_finite_are_named(folder: Path, refused: Callable[..., 
     assert "tensor more of" in refused(folder)
     weights[FC2][5] = float("nan")
     save_file(weights, folder / "model.safetensors")
-    assert f"tensor {FC2} of {folder}/model.safetensors has a number that is not finite" in refused(folder)
+    assert f"tensor {FC2} of {folder}/model.safetensors has a number that is not finite" in refused(
+        folder
+    )
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", ".", "a/b.safetensors", ""])
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..", ".", "a/b.safetensors", ""]
+)
 def test_an_index_leads_nowhere_else(name: str, folder: Path, refused: Callable[..., str]) -> None:
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     names = dict.fromkeys(drawn(TINY).state_dict(), "part.safetensors")
@@ -148,7 +161,10 @@ def test_an_index_that_lies_is_refused(folder: Path, refused: Callable[..., str]
         ({}, "has no weight_map"),
         ({"weight_map": {**names, FC2: 3}}, "has no weight_map"),
         ({"weight_map": {**names, FC2: "other.safetensors"}}, "other.safetensors is missing"),
-        ({"weight_map": {**names, "more": "part.safetensors"}}, "tensor more is not in part.safetensors"),
+        (
+            {"weight_map": {**names, "more": "part.safetensors"}},
+            "tensor more is not in part.safetensors",
+        ),
         ({"weight_map": {n: f for n, f in names.items() if n != FC2}}, f"tensor {FC2} of"),
     ):
         index.write_text(json.dumps(payload))
@@ -177,7 +193,14 @@ def test_a_damaged_torch_file_is_one_sentence(folder: Path, refused: Callable[..
     buffer = io.BytesIO()
     torch.save(drawn(TINY).state_dict(), buffer)
     path, whole = folder / "pytorch_model.bin", buffer.getvalue()
-    for content in (b"", b"\x80\x02.", b"rubbish" * 100, whole[:1000], whole[: len(whole) // 2], whole[:-1000]):
+    for content in (
+        b"",
+        b"\x80\x02.",
+        b"rubbish" * 100,
+        whole[:1000],
+        whole[: len(whole) // 2],
+        whole[:-1000],
+    ):
         path.write_bytes(content)
         assert str(path) in refused(folder)
     for payload in ([1, 2], {"a": 3}, {3: torch.zeros(1)}, {FC2: torch.zeros(3).to_sparse()}):
@@ -191,7 +214,10 @@ def test_a_damaged_torch_file_is_one_sentence(folder: Path, refused: Callable[..
         ({"model_type": "llama"}, "only OPT models can be imported"),
         ({"hidden_size": -1}, "has hidden_size=-1, which is no size"),
         ({"num_hidden_layers": 10**12}, "has num_hidden_layers=1000000000000, which is no size"),
-        ({"num_hidden_layers": 1 << 24}, "tensor model.decoder.layers.2.self_attn.k_proj.weight is missing"),
+        (
+            {"num_hidden_layers": 1 << 24},
+            "tensor model.decoder.layers.2.self_attn.k_proj.weight is missing",
+        ),
         ({"num_attention_heads": 3}, "does not divide"),
         ({"activation_function": "gelu"}, "only 'relu' works"),
         ({"enable_bias": False}, "only True works"),

@@ -1,4 +1,5 @@
-"""metaseq's consolidated checkpoint, written here as its conversion script for Hugging Face describes it."""
+"""metaseq's consolidated checkpoint, written here as its conversion script for Hugging Face
+describes it."""
 
 import argparse
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt_train.config import compose
+from opt_train.config.compose import compose
 from opt_train.exchange.checkpoint import weights_in
 from opt_train.exchange.importing import bring_in
 from opt_train.exchange.sources import open_source
@@ -30,7 +31,9 @@ def consolidated(model: OPT) -> dict[str, torch.Tensor]:
             parts = [ours[name.replace("k_proj", part)] for part in ("k_proj", "v_proj", "q_proj")]
             weights[f"decoder.{short.replace('k_proj', 'qkv_proj')}"] = torch.cat(parts)
             continue
-        short = short.replace("project_in.", "project_in_dim.").replace("project_out.", "project_out_dim.")
+        short = short.replace("project_in.", "project_in_dim.").replace(
+            "project_out.", "project_out_dim."
+        )
         if short.startswith("final_layer_norm."):
             short = short.replace("final_", "")
         weights[f"decoder.{short}"] = own
@@ -56,10 +59,14 @@ def test_every_tensor_finds_its_place(config: ModelConfig, tmp_path: Path) -> No
 
 def test_heads_come_from_the_preset_or_are_asked_for(tmp_path: Path) -> None:
     torch.save(consolidated(drawn(TINY)), tmp_path / "consolidated.pt")
-    with pytest.raises(BadInput, match="does not tell its number of heads; name the model, as --model opt-125m"):
+    with pytest.raises(
+        BadInput, match="does not tell its number of heads; name the model, as --model opt-125m"
+    ):
         open_source(tmp_path)
     assert open_source(tmp_path, preset=replace(TINY, heads=2)).model.heads == 2
-    with pytest.raises(BadInput, match=r"has d_model=64 where --model=opt-125m has 768|has layers=2 where"):
+    with pytest.raises(
+        BadInput, match=r"has d_model=64 where --model=opt-125m has 768|has layers=2 where"
+    ):
         open_source(tmp_path, "metaseq", compose(["model=opt-125m"]).model)
 
 
@@ -83,10 +90,22 @@ def test_what_does_not_belong_is_named(tmp_path: Path) -> None:
             bring_in(open_source(path, preset=TINY), tmp_path / "in")
         assert not (tmp_path / "in").exists()
 
-    refused({**weights, "encoder.x": torch.zeros(1)}, "'encoder.x', which is no tensor of metaseq's decoder")
-    refused({**weights, "decoder.layers.0.more": torch.zeros(1)}, r"layers\.0\.more of .* belongs to no part")
-    refused({**weights, "decoder.output_projection.weight": torch.zeros(1)}, "only models with a tied head")
-    refused({n: t for n, t in weights.items() if "1.fc1.bias" not in n}, r"layers\.1\.fc1\.bias is missing")
+    refused(
+        {**weights, "encoder.x": torch.zeros(1)},
+        "'encoder.x', which is no tensor of metaseq's decoder",
+    )
+    refused(
+        {**weights, "decoder.layers.0.more": torch.zeros(1)},
+        r"layers\.0\.more of .* belongs to no part",
+    )
+    refused(
+        {**weights, "decoder.output_projection.weight": torch.zeros(1)},
+        "only models with a tied head",
+    )
+    refused(
+        {n: t for n, t in weights.items() if "1.fc1.bias" not in n},
+        r"layers\.1\.fc1\.bias is missing",
+    )
     odd = {**weights, "decoder.layers.0.self_attn.qkv_proj.bias": torch.zeros(191)}
     refused(odd, r"shape \[191\], which is no k, v and q")
     bad = {**weights, "decoder.layer_norm.bias": torch.full((64,), float("inf"))}

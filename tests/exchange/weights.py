@@ -1,5 +1,5 @@
-"""Checkpoints of models that nobody trained, saved as a run saves them; `python weights.py FOLDER RANK WORLD` saves one
-from several ranks."""
+"""Checkpoints of models that nobody trained, saved as a run saves them; `python weights.py FOLDER
+RANK WORLD` saves one from several ranks."""
 
 import sys
 from dataclasses import replace
@@ -20,9 +20,17 @@ from opt_train.model.init import initialise
 from tests.train.leave import leave_with
 
 SHARDED = ModelConfig(
-    name="sharded", layers=2, heads=4, d_model=64, ffn=160, layer_norm="post", embed_dim=36, vocab_size=301,
-    positions=30, dropout=0.0,
-)  # fmt: skip
+    name="sharded",
+    layers=2,
+    heads=4,
+    d_model=64,
+    ffn=160,
+    layer_norm="post",
+    embed_dim=36,
+    vocab_size=301,
+    positions=30,
+    dropout=0.0,
+)
 """Rows that no number of ranks divides."""
 
 COLUMNS = "model.model.decoder.layers.0.fc2.weight"
@@ -39,12 +47,16 @@ def checkpoint_of(model: OPT, folder: Path) -> Path:
     """A committed checkpoint with optimizer state, as one rank saves it."""
     optimizer = torch.optim.AdamW(model.parameters())
     files = save(tensors_of(model, optimizer), {"step": 7}, folder)
-    commit(folder, build(folder, "1.00", 7, {file.path: (file.bytes, file.sha256) for file in files}))
+    commit(
+        folder, build(folder, "1.00", 7, {file.path: (file.bytes, file.sha256) for file in files})
+    )
     return folder
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=world
+    )
     model = drawn(SHARDED)
     for layer in model.model.decoder.layers:
         fully_shard(layer)

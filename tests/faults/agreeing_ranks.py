@@ -1,16 +1,19 @@
-"""Two ranks, one of which fails: `python agreeing_ranks.py RANK FOLDER` prints what each has to say."""
+"""Two ranks, one of which fails: `python agreeing_ranks.py RANK FOLDER` prints what each has to
+say."""
 
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
-from opt_train.checkpoint.agreement import together
+from opt_train.checkpoint.all_or_none import together
 from opt_train.checkpoint.manifest import CheckpointError
 
 
 def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2
+    )
 
     def fail() -> None:
         if rank == 1:

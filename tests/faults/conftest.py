@@ -1,4 +1,5 @@
-"""Processes whose file system fails as a test says: `shim`; skipped, visibly, where there is no C compiler."""
+"""Processes whose file system fails as a test says: `shim`; skipped, visibly, where there is no C
+compiler."""
 
 import os
 import tempfile
@@ -20,7 +21,8 @@ def fault_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_folder() -> Iterator[Path]:
-    """In memory where there is such a file system: hundreds of saves need not wait for a real disk."""
+    """In memory where there is such a file system: hundreds of saves need not wait for a real
+    disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)

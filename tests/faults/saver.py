@@ -1,7 +1,9 @@
-"""Saves as ranks do and commits as the supervisor does, a process each: `python -m tests.faults.saver RUN`.
+"""Saves as ranks do and commits as the supervisor does, a process each: `python -m
+tests.faults.saver RUN`.
 
-Every line of its input is a JSON object, `Case`; it is answered by one line, `Answer`. The process itself has imported
-torch once and forks for each case, so that a case may be killed, and costs milliseconds.
+Every line of its input is a JSON object, `Case`; it is answered by one line, `Answer`. The process
+itself has imported torch once and forks for each case, so that a case may be killed, and costs
+milliseconds.
 """
 
 import contextlib
@@ -15,13 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from tests.train.rig import environment
 
 if TYPE_CHECKING:
     import torch
-    from opt_logbook.lock import Lock
+    from opt_logbook.record.lock import Lock
 
 ATTEMPT = "1.00"
 
@@ -31,9 +33,9 @@ class Case:
     """What one child does."""
 
     deed: str
-    """`save`: save, commit, and give up as the supervisor does if that fails · `save-only` · `commit-only`: what
-    another child has reported · `verify`, `restore` or `retire` a committed one · `clear`, keeping this one, as before
-    an attempt."""
+    """`save`: save, commit, and give up as the supervisor does if that fails · `save-only` ·
+    `commit-only`: what another child has reported · `verify`, `restore` or `retire` a committed one
+    · `clear`, keeping this one, as before an attempt."""
     step: int
     value: float = 1.0
     """Of the tensors."""
@@ -51,7 +53,8 @@ class Answer:
     """Empty: it went well."""
     sha256: str = ""
     left: list[str] = field(default_factory=list)
-    """Files that a save which failed has left behind, before the supervisor removed what was left."""
+    """Files that a save which failed has left behind, before the supervisor removed what was
+    left."""
     signal: int = 0
     """That ended the child, which has said nothing then."""
     crash: str = ""
@@ -109,11 +112,14 @@ class Child:
     def __init__(self, run: RunDirectory, lock: "Lock") -> None:
         import torch
 
-        from opt_train.supervisor.checkpoints import CheckpointKeeper
+        from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
 
         torch.set_num_threads(1)
         self.run, self.keeper = run, CheckpointKeeper(run, lock, "c0")
-        self.weights = {"model.weight": torch.ones(64, 8), "optimizer.weight.exp_avg": torch.ones(64, 8)}
+        self.weights = {
+            "model.weight": torch.ones(64, 8),
+            "optimizer.weight.exp_avg": torch.ones(64, 8),
+        }
 
     def tensors(self) -> "dict[str, torch.Tensor]":
         """To restore into."""
@@ -155,7 +161,11 @@ class Child:
         from opt_train.checkpoint.save import save
 
         values = {name: tensor * case.value for name, tensor in self.weights.items()}
-        saved = save(values, {"step": case.step, "generation": case.value}, self.run.path / path_of(case.step))
+        saved = save(
+            values,
+            {"step": case.step, "generation": case.value},
+            self.run.path / path_of(case.step),
+        )
         return json.dumps({file.path: (file.bytes, file.sha256) for file in saved})
 
     def commit(self, case: Case, report: str) -> Answer:
@@ -211,7 +221,7 @@ def answer_in_a_fork(child: Child, case: Case) -> Answer:
 
 
 def main(run: RunDirectory) -> None:
-    from opt_logbook.lock import Lock
+    from opt_logbook.record.lock import Lock
 
     import opt_train.checkpoint.restore
     import opt_train.checkpoint.save  # noqa: F401 - before the first fork

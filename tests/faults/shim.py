@@ -1,4 +1,5 @@
-"""The Python side of `fault_shim.c`: it builds it, tells it which calls to spoil, and reads what it did."""
+"""The Python side of `fault_shim.c`: it builds it, tells it which calls to spoil, and reads what it
+did."""
 
 import mmap
 import os
@@ -18,7 +19,8 @@ CHANGING = ("create", "write", "sync", "rename", "unlink", "mkdir")
 
 _SHARED_BYTES = 1 << 15
 _COUNTERS = struct.Struct("=65Q")
-"""Behind the generation: matching calls and ends of stalls of 32 rules, and the count of late names."""
+"""Behind the generation: matching calls and ends of stalls of 32 rules, and the count of late
+names."""
 
 
 def compiler() -> str | None:
@@ -31,7 +33,19 @@ def build(folder: Path) -> Path:
     library = folder / "fault_shim.so"
     found = compiler()
     assert found is not None
-    words = [found, "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-o", str(library), str(SOURCE), "-ldl", "-pthread"]
+    words = [
+        found,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-o",
+        str(library),
+        str(SOURCE),
+        "-ldl",
+        "-pthread",
+    ]
     subprocess.run(words, check=True, timeout=60)
     return library
 
@@ -51,7 +65,16 @@ class Rule:
     process: str = "*"
 
     def __str__(self) -> str:
-        fields = (self.fault, self.first, self.times, self.seconds, self.chance, self.seed, self.process, self.path)
+        fields = (
+            self.fault,
+            self.first,
+            self.times,
+            self.seconds,
+            self.chance,
+            self.seed,
+            self.process,
+            self.path,
+        )
         return "\t".join((",".join(self.calls), *map(str, fields)))
 
 
@@ -68,7 +91,8 @@ class Fired:
 
 
 class Shim:
-    """The rules for all processes that were started with `environment`; they may change while those live."""
+    """The rules for all processes that were started with `environment`; they may change while those
+    live."""
 
     def __init__(self, library: Path, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -93,7 +117,10 @@ class Shim:
     def fired(self) -> list[Fired]:
         """What has happened since `set`."""
         lines = (self._folder / "log").read_text(errors="replace").splitlines()
-        return [Fired(float(s), int(pid), *rest) for s, pid, *rest in (line.split("\t") for line in lines)]
+        return [
+            Fired(float(s), int(pid), *rest)
+            for s, pid, *rest in (line.split("\t") for line in lines)
+        ]
 
 
 def strerror(fault: str) -> str:

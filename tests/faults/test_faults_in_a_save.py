@@ -1,6 +1,8 @@
-"""Each call that a save makes to the file system fails once, or kills, and later all of them: what is there stays good.
+"""Each call that a save makes to the file system fails once, or kills, and later all of them: what
+is there stays good.
 
-Which calls there are is counted in a save that nothing disturbs, so one that is added is tested from then on.
+Which calls there are is counted in a save that nothing disturbs, so one that is added is tested
+from then on.
 """
 
 import signal
@@ -20,7 +22,8 @@ BEFORE, STEP, NEXT = 2, 4, 6
 
 
 class Run:
-    """A run directory with one committed checkpoint, the process that saves into it, and what a save calls."""
+    """A run directory with one committed checkpoint, the process that saves into it, and what a
+    save calls."""
 
     def __init__(self, folder: Path, shim: Shim, saver: Saver) -> None:
         self.folder, self.shim, self.saver = folder, shim, saver
@@ -67,8 +70,11 @@ class Run:
     def check_sentence(self, why: str, fault: str, stage: str) -> None:
         """One line that names a file and the system's reason."""
         assert strerror(fault) in why, f"{stage}: {why}"
-        # The folder is in front of every sentence; the system's own words must say which file of it.
-        assert "checkpoints" in why.partition("[Errno")[2] or "cannot be read" in why, f"{stage}: names no file: {why}"
+        # The folder is in front of every sentence; the system's own words must say which file of
+        # it.
+        assert "checkpoints" in why.partition("[Errno")[2] or "cannot be read" in why, (
+            f"{stage}: names no file: {why}"
+        )
         assert "\n" not in why, stage
 
     def check(self) -> None:
@@ -119,10 +125,14 @@ def test_a_call_that_fails_costs_that_save_at_most_and_says_why(run: Run, fault:
 
 
 @pytest.mark.parametrize(
-    ("fault", "calls"), [("ENOSPC", FILLING), ("EDQUOT", FILLING), ("EIO", KINDS), ("ESTALE", KINDS)]
+    ("fault", "calls"),
+    [("ENOSPC", FILLING), ("EDQUOT", FILLING), ("EIO", KINDS), ("ESTALE", KINDS)],
 )
-def test_from_any_call_on_all_fail_until_somebody_mends_it(run: Run, fault: str, calls: tuple[str, ...]) -> None:
-    """A full disk still lets files be removed, and looked at; a server that is gone lets nobody do anything."""
+def test_from_any_call_on_all_fail_until_somebody_mends_it(
+    run: Run, fault: str, calls: tuple[str, ...]
+) -> None:
+    """A full disk still lets files be removed, and looked at; a server that is gone lets nobody do
+    anything."""
     for number, stage in stages(run.trace(calls), run.folder):
         run.clear()
         run.disturb(Rule(fault, run.everything, calls=calls, first=number, times=0))
@@ -143,7 +153,9 @@ def test_from_any_call_on_all_fail_until_somebody_mends_it(run: Run, fault: str,
 
 
 @pytest.mark.parametrize("calls", [("write",), CHANGING], ids=["write", "any change"])
-def test_a_save_killed_at_any_call_leaves_the_one_before_and_nothing_half(run: Run, calls: tuple[str, ...]) -> None:
+def test_a_save_killed_at_any_call_leaves_the_one_before_and_nothing_half(
+    run: Run, calls: tuple[str, ...]
+) -> None:
     whole = 0
     for number, stage in stages(run.trace(calls), run.folder):
         run.clear()
@@ -195,7 +207,8 @@ def test_any_mixture_of_faults_leaves_the_one_before(run: Run, fault: str) -> No
 
 @pytest.mark.parametrize("fault", ["EIO", "EIO+"])
 def test_a_commit_that_is_said_to_have_failed_has_made_no_checkpoint(run: Run, fault: str) -> None:
-    """The rename may be done, and only its fsync fail: whoever finds the manifest would take it for good."""
+    """The rename may be done, and only its fsync fail: whoever finds the manifest would take it for
+    good."""
     run.clear()
     report = run.saver.do("save-only", STEP).sha256
     run.disturb(Rule("trace", run.everything, times=0))

@@ -1,4 +1,5 @@
-"""Whole runs on a file system that fails, stalls or lies: training goes on, the journal says why, no bit differs."""
+"""Whole runs on a file system that fails, stalls or lies: training goes on, the journal says why,
+no bit differs."""
 
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest as manifests
 from opt_train.checkpoint.manifest import LATE_SECONDS, MANIFEST
@@ -24,12 +25,15 @@ STEPS, EVERY = 60, 5
 LONG = 240
 """Steps of a run that must outlast two seconds of trouble, however fast the machine."""
 SMALL = (
-    f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "cluster.buffer_nodes=0", "model.d_model=32",
+    f"train.steps={STEPS}",
+    f"checkpoint.every_steps={EVERY}",
+    "cluster.buffer_nodes=0",
+    "model.d_model=32",
     "model.ffn=64",
-)  # fmt: skip
+)
 pytestmark = pytest.mark.slow  # half a minute each, on two cores
 
-SUPERVISOR = "opt_train.cli"
+SUPERVISOR = "opt_train.cli.main"
 """A part of the command line that its process alone has."""
 
 
@@ -57,7 +61,9 @@ class Disturbed:
         return self.committed()[step]
 
     def committed(self) -> dict[int, Any]:
-        return {entry.step: entry.event for entry in driving.of_kind(self.run, "checkpoint_committed")}
+        return {
+            entry.step: entry.event for entry in driving.of_kind(self.run, "checkpoint_committed")
+        }
 
     def newest_commit(self) -> int:
         """Its step."""
@@ -82,7 +88,9 @@ def start(shim: Shim, tmp_path: Path) -> Iterator[Callable[..., Disturbed]]:
     started: list[Disturbed] = []
 
     def start_it(*overrides: str) -> Disturbed:
-        process = driving.start(tmp_path / "disturbed", *SMALL, *overrides, environment=shim.environment)
+        process = driving.start(
+            tmp_path / "disturbed", *SMALL, *overrides, environment=shim.environment
+        )
         started.append(Disturbed(tmp_path / "disturbed", shim, process))
         return started[-1]
 
@@ -116,7 +124,9 @@ def undisturbed(fault_library: Path, folder: Path, *overrides: str) -> Undisturb
         run.ends()
     finally:
         driving.end(run.process, folder)
-    return Undisturbed(run.final(), [entry.step for entry in driving.of_kind(run.run, "checkpoint_retired")])
+    return Undisturbed(
+        run.final(), [entry.step for entry in driving.of_kind(run.run, "checkpoint_retired")]
+    )
 
 
 def verify(run: RunDirectory) -> None:
@@ -136,7 +146,12 @@ def test_a_save_that_a_full_disk_ends_is_on_record_and_costs_nothing_else(
         30: ("EIO", "sync", "state.json", "Input/output error"),
         40: ("ESTALE", "create", "shard-00001*", "Stale file handle"),
     }
-    shim.set(*(Rule(fault, f"*/step-{step:08d}/{name}", (call,)) for step, (fault, call, name, _) in faults.items()))
+    shim.set(
+        *(
+            Rule(fault, f"*/step-{step:08d}/{name}", (call,))
+            for step, (fault, call, name, _) in faults.items()
+        )
+    )
     run = start()
     run.ends()
     assert len(shim.fired()) == len(faults)
@@ -146,17 +161,26 @@ def test_a_save_that_a_full_disk_ends_is_on_record_and_costs_nothing_else(
         assert reason in abandoned[step].why, abandoned[step]
         assert name.rstrip("*") in abandoned[step].why, abandoned[step]
         assert not (run.run.path / abandoned[step].path).exists()
-    assert sorted(run.committed()) == [step for step in range(EVERY, STEPS + 1, EVERY) if step not in faults]
+    assert sorted(run.committed()) == [
+        step for step in range(EVERY, STEPS + 1, EVERY) if step not in faults
+    ]
     assert run.events("failure_seen") == []
     assert run.final() == peace.final
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("fault", "calls"), [("ENOSPC", FILLING), ("EIO", KINDS)], ids=["full", "gone"])
+@pytest.mark.parametrize(
+    ("fault", "calls"), [("ENOSPC", FILLING), ("EIO", KINDS)], ids=["full", "gone"]
+)
 def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
-    start: Callable[..., Disturbed], shim: Shim, long_peace: Undisturbed, fault: str, calls: tuple[str, ...]
+    start: Callable[..., Disturbed],
+    shim: Shim,
+    long_peace: Undisturbed,
+    fault: str,
+    calls: tuple[str, ...],
 ) -> None:
-    """Journal, metrics, checkpoints and logs alike: decisions wait, and nothing is missing from the record."""
+    """Journal, metrics, checkpoints and logs alike: decisions wait, and nothing is missing from the
+    record."""
     run = start(f"train.steps={LONG}")
     run.wait_for_step(8)
     shim.set(Rule(fault, f"{run.run.path}/*", calls, times=0))
@@ -189,7 +213,9 @@ def test_a_file_system_that_stands_still_is_waited_for(
     assert run.events("failure_seen") == []
     assert run.events("attempt_ended")[-1].outcome == "finished"
     waited = [*run.committed().values(), *run.events("journal_stalled")]
-    assert max(event.seconds for event in waited) > seconds / 2, "whatever met it says how long it took"
+    assert max(event.seconds for event in waited) > seconds / 2, (
+        "whatever met it says how long it took"
+    )
     assert run.final() == peace.final
 
 
@@ -197,7 +223,8 @@ def test_a_file_system_that_stands_still_is_waited_for(
 def test_a_checkpoint_that_cannot_be_read_at_a_restart_is_passed_over_for_good(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed
 ) -> None:
-    """And stays so, though its step is higher than that of every checkpoint on the chain that goes on."""
+    """And stays so, though its step is higher than that of every checkpoint on the chain that goes
+    on."""
     run = start()
     path = run.wait_for_commit(15).path
     shim.set(Rule("EIO", f"*/{path}/shard*", ("read",), times=0))
@@ -221,7 +248,9 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
 ) -> None:
     run = start()
     path = run.wait_for_commit(15).path
-    shim.set(Rule("ESTALE", "*/checkpoints/*.safetensors", ("open", "read"), process=SUPERVISOR, times=2))
+    shim.set(
+        Rule("ESTALE", "*/checkpoints/*.safetensors", ("open", "read"), process=SUPERVISOR, times=2)
+    )
     os.kill(driving.rank_process(run.folder, rank=0), signal.SIGKILL)
     run.ends()
     assert len(shim.fired()) == 2
@@ -235,7 +264,8 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
 def test_a_manifest_that_ranks_see_late_costs_steps_and_nothing_else(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, seconds: float
 ) -> None:
-    """The supervisor, whose node renamed it, has verified it, and the ranks cannot see it: they wait a while for it."""
+    """The supervisor, whose node renamed it, has verified it, and the ranks cannot see it: they
+    wait a while for it."""
     shim.set(Rule("late", f"*/step-{15:08d}/{MANIFEST}", ("rename",), seconds=seconds))
     run = start()
     path = run.wait_for_commit(15).path
@@ -244,7 +274,10 @@ def test_a_manifest_that_ranks_see_late_costs_steps_and_nothing_else(
     begun = [event.checkpoint for event in run.events("attempt_started")]
     assert begun[1] == path, "the rank was not killed before the next commit"
     supervisor = run.process.pid
-    assert {fired.pid == supervisor for fired in shim.fired() if fired.fault == "late"} == {True, False}
+    assert {fired.pid == supervisor for fired in shim.fired() if fired.fault == "late"} == {
+        True,
+        False,
+    }
     rejected = run.events("checkpoint_rejected")
     if seconds < LATE_SECONDS:
         assert not rejected
@@ -285,14 +318,18 @@ def test_a_checkpoint_of_another_configuration_in_the_place_of_a_good_one_is_rej
     """Whole and good, and of other weights: its manifest is not the one in the journal."""
     foreign = driving.start(tmp_path / "foreign", *SMALL, "seed=8", "train.steps=10")
     assert driving.finish(foreign, tmp_path / "foreign", 120) == 0
-    *_, theirs = driving.of_kind(driving.run_directory(tmp_path / "foreign"), "checkpoint_committed")
+    *_, theirs = driving.of_kind(
+        driving.run_directory(tmp_path / "foreign"), "checkpoint_committed"
+    )
     run = start()
     run.wait_for_commit(10)
     run.process.send_signal(signal.SIGINT)
     run.ends(60, code=75)
     *_, before, newest = (event.path for _, event in sorted(run.committed().items()))
     shutil.rmtree(run.run.path / newest)
-    shutil.copytree(driving.run_directory(tmp_path / "foreign").path / theirs.event.path, run.run.path / newest)
+    shutil.copytree(
+        driving.run_directory(tmp_path / "foreign").path / theirs.event.path, run.run.path / newest
+    )
     manifests.verify(run.run.path / newest)
     run = start()
     run.ends()

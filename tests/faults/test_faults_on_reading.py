@@ -1,4 +1,5 @@
-"""What a restart meets: a file system that fails while it reads, a name that is late, two that saved at once."""
+"""What a restart meets: a file system that fails while it reads, a name that is late, two that
+saved at once."""
 
 import time
 from collections.abc import Iterator
@@ -50,7 +51,9 @@ def test_a_read_that_fails_is_a_sentence_and_never_half_a_state(reader: Reader, 
         assert len(reader.shim.fired()) == 1, stage
         if answer.why:  # some calls are made beside what is needed
             refused += 1
-            assert strerror("EIO") in answer.why or "No such file" in answer.why, f"{stage}: {answer.why}"
+            assert strerror("EIO") in answer.why or "No such file" in answer.why, (
+                f"{stage}: {answer.why}"
+            )
             assert path_of(STEP) in answer.why, f"{stage}: {answer.why}"
             assert "\n" not in answer.why, stage
     assert refused > len(calls) // 2
@@ -59,7 +62,8 @@ def test_a_read_that_fails_is_a_sentence_and_never_half_a_state(reader: Reader, 
 
 
 def test_a_stale_handle_is_asked_for_again(reader: Reader) -> None:
-    """ESTALE says that what the client remembered is gone, not that the file is: a good checkpoint is not given up."""
+    """ESTALE says that what the client remembered is gone, not that the file is: a good checkpoint
+    is not given up."""
     for call in ("open", "read"):
         reader.shim.set(Rule("ESTALE", f"{reader.folder}/*.safetensors", calls=(call,)))
         assert reader.saver.do("verify", STEP, reader.good).why == ""
@@ -74,7 +78,9 @@ def test_a_manifest_that_other_nodes_see_late_is_waited_for(reader: Reader) -> N
     began = time.monotonic()
     assert reader.saver.do("verify", 8, saved.sha256).why == ""
     assert time.monotonic() - began >= LATE_SECONDS / 2
-    assert [fired.fault for fired in reader.shim.fired()][:2] == ["late", "late"], "renamed, and not seen"
+    assert [fired.fault for fired in reader.shim.fired()][:2] == ["late", "late"], (
+        "renamed, and not seen"
+    )
 
 
 def test_what_is_not_there_at_all_is_not_waited_for(reader: Reader) -> None:
@@ -84,20 +90,28 @@ def test_what_is_not_there_at_all_is_not_waited_for(reader: Reader) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(shim: Shim, tmp_path: Path) -> None:
-    """One stands still at each of its calls in turn, while the other makes the folder anew, saves and commits.
+def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(
+    shim: Shim, tmp_path: Path
+) -> None:
+    """One stands still at each of its calls in turn, while the other makes the folder anew, saves
+    and commits.
 
     On a real disk, which gives the number of a folder that was removed to the next one.
     """
     run = tmp_path / "run"
     run.mkdir()
     folder = run / path_of(STEP)
-    with Saver(run, {}) as quick, Saver(tmp_path / "lock", shim.environment | {"SAVES_INTO": str(run)}) as slow:
+    with (
+        Saver(run, {}) as quick,
+        Saver(tmp_path / "lock", shim.environment | {"SAVES_INTO": str(run)}) as slow,
+    ):
         shim.set(Rule("trace", f"{folder}*", times=0))
         assert slow.do("save-only", STEP, value=2.0).why == ""
         calls = shim.fired()
         prepared = max(
-            number for number, call in enumerate(calls, 1) if (call.call, call.path) == ("mkdir", str(folder))
+            number
+            for number, call in enumerate(calls, 1)
+            if (call.call, call.path) == ("mkdir", str(folder))
         )
         for number in range(prepared, len(calls) + 2):
             stage = f"call {number} of {len(calls)}"
@@ -119,8 +133,12 @@ def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(shi
 
 
 def test_a_shard_that_nobody_reported_keeps_a_save_from_being_committed(reader: Reader) -> None:
-    """A rank of another save wrote it: the reader takes every shard it finds, so what is committed would not verify."""
+    """A rank of another save wrote it: the reader takes every shard it finds, so what is committed
+    would not verify."""
     reader.shim.set()
     report = reader.saver.do("save-only", 20).sha256
     (reader.folder / path_of(20) / "shard-00009-model-00001-of-00001.safetensors").touch()
-    assert "shard-00009-model-00001-of-00001.safetensors is not" in reader.saver.do("commit-only", 20, report).why
+    assert (
+        "shard-00009-model-00001-of-00001.safetensors is not"
+        in reader.saver.do("commit-only", 20, report).why
+    )

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from opt_logbook.journal import read
+from opt_logbook.record.journal import read
 
-from opt_train.config import compose
+from opt_train.config.compose import compose
 from tests.cli.conftest import prepared_once, workplace  # noqa: F401 - fixtures
-from tests.cli.test_lone_run import SMALL, a_lone_run, save
+from tests.run.test_standalone import SMALL, a_lone_run, save
 from tests.train.rig import environment
 
 
@@ -25,10 +25,13 @@ def test_what_a_lone_rank_cannot_commit_gives_its_space_back(workplace: Path) ->
 
 
 def test_every_rank_knows_why_another_one_could_not_save(tmp_path: Path) -> None:
-    """The journal takes the word of the rank that is heard first, and "another rank failed" is no reason."""
+    """The journal takes the word of the rank that is heard first, and "another rank failed" is no
+    reason."""
     words = [sys.executable, "-m", "tests.faults.agreeing_ranks"]
     ranks = [
-        subprocess.Popen([*words, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment())
+        subprocess.Popen(
+            [*words, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
+        )
         for rank in range(2)
     ]
     said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]

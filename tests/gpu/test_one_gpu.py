@@ -1,4 +1,5 @@
-"""What must hold on a GPU as on a CPU. Without a GPU the same tests run on the CPU once, which keeps them in order."""
+"""What must hold on a GPU as on a CPU. Without a GPU the same tests run on the CPU once, which
+keeps them in order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.facts import ShardsSaved, SnapshotTaken
 from opt_train.train.orders import NoOrders, StopSignals
@@ -19,9 +20,15 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 ON_GPU = pytest.param("cuda", marks=NEEDS_GPU)
 
 
-def config_on(device: str, folder: Path, compute: str, dropout: float = 0.1, **train: object) -> RunConfig:
+def config_on(
+    device: str, folder: Path, compute: str, dropout: float = 0.1, **train: object
+) -> RunConfig:
     config = tiny_config(folder, device=device, **train)
-    return replace(config, precision=PrecisionConfig(compute=compute), model=replace(config.model, dropout=dropout))
+    return replace(
+        config,
+        precision=PrecisionConfig(compute=compute),
+        model=replace(config.model, dropout=dropout),
+    )
 
 
 def train(folder: Path, config: RunConfig) -> tuple[dict[int, float], dict[tuple[str, str], str]]:
@@ -36,16 +43,22 @@ def train(folder: Path, config: RunConfig) -> tuple[dict[int, float], dict[tuple
 
 @pytest.mark.parametrize(
     ("device", "compute"),
-    [("cpu", "fp16"), *(pytest.param("cuda", compute, marks=NEEDS_GPU) for compute in ("fp32", "bf16", "fp16"))],
+    [
+        ("cpu", "fp16"),
+        *(pytest.param("cuda", compute, marks=NEEDS_GPU) for compute in ("fp32", "bf16", "fp16")),
+    ],
 )
-def test_deterministic_training_gives_the_same_bits_twice(device: str, compute: str, tmp_path: Path) -> None:
+def test_deterministic_training_gives_the_same_bits_twice(
+    device: str, compute: str, tmp_path: Path
+) -> None:
     config = config_on(device, tmp_path, compute, steps=8, deterministic=True)
     assert train(tmp_path / "once", config) == train(tmp_path / "again", config)
 
 
 @NEEDS_GPU
 def test_a_gpu_follows_the_cpu(tmp_path: Path) -> None:
-    """Without dropout, whose random numbers differ by device; in fp32, in which torch by default uses no TF32."""
+    """Without dropout, whose random numbers differ by device; in fp32, in which torch by default
+    uses no TF32."""
     on_cpu, _ = train(tmp_path / "cpu", config_on("cpu", tmp_path, "fp32", dropout=0.0))
     on_gpu, _ = train(tmp_path / "gpu", config_on("cuda", tmp_path, "fp32", dropout=0.0))
     assert on_gpu.keys() == on_cpu.keys()
@@ -77,9 +90,12 @@ def test_step_calls_nothing_that_synchronises(device: str, compute: str, tmp_pat
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 def test_saves_and_snapshots_beside_training_are_exact(device: str, tmp_path: Path) -> None:
-    """A save and a snapshot of one step, both copied while the next computes, hold the same; both are gone on from."""
+    """A save and a snapshot of one step, both copied while the next computes, hold the same; both
+    are gone on from."""
     config = config_on(device, tmp_path, "bf16", steps=12, deterministic=True)
-    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=4, memory_every_steps=4))
+    config = replace(
+        config, checkpoint=replace(config.checkpoint, every_steps=4, memory_every_steps=4)
+    )
     whole, end = train(tmp_path / "whole", config)
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -92,7 +108,9 @@ def test_saves_and_snapshots_beside_training_are_exact(device: str, tmp_path: Pa
         world.finish()
         checkpoint = world.commit(4)
     (of_save,) = (file.sha256 for file in saved.files if file.path.endswith(".safetensors"))
-    assert of_save == next(file.sha256 for file in held.files if file.path == "shard-00000.safetensors")
+    assert of_save == next(
+        file.sha256 for file in held.files if file.path == "shard-00000.safetensors"
+    )
     with World(folder, config, world_size=1) as world:
         world.begin(attempt="1.01", generation=2, checkpoint=checkpoint)
         assert [leaving.code for leaving in world.finish()] == [0]

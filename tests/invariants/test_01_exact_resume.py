@@ -1,4 +1,5 @@
-"""k steps, a kill, a resume and N-k steps give bit for bit the weights and losses of N steps on the same layout."""
+"""k steps, a kill, a resume and N-k steps give bit for bit the weights and losses of N steps on the
+same layout."""
 
 import random
 from dataclasses import replace
@@ -10,8 +11,18 @@ from opt_train.checkpoint.config import CheckpointConfig
 from tests.train.rig import World, tensors_in, tiny_config
 
 STEPS = 80
-"""So many that a test which is kept waiting for a second does not find a run done that it wants to kill."""
-LINE = ("loss", "lr", "grad_norm", "grad_norm_clipped", "activation_norm", "tokens", "samples", "updates")
+"""So many that a test which is kept waiting for a second does not find a run done that it wants to
+kill."""
+LINE = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "grad_norm_clipped",
+    "activation_norm",
+    "tokens",
+    "samples",
+    "updates",
+)
 
 
 @pytest.mark.timeout(300)
@@ -29,7 +40,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         expected = world.ranks[0].metrics
         final = world.commit(STEPS)
     assert sorted(expected) == list(range(1, STEPS + 1))
-    assert expected[STEPS]["loss"] < expected[1]["loss"] - 0.3  # it learns, so that sameness means something
+    assert (
+        expected[STEPS]["loss"] < expected[1]["loss"] - 0.3
+    )  # it learns, so that sameness means something
 
     chance = random.Random(20)
     found: dict[int, dict[str, object]] = {}
@@ -50,10 +63,14 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert [leaving.code for leaving in world.finish()] == [0, 0]
         resumed = world.ranks[0].metrics
         # The head of the journal anchors an attempt's first line, and only that.
-        assert [line.get("journal_head") for line in resumed.values()] == ["ab" * 32] + [None] * (len(resumed) - 1)
+        assert [line.get("journal_head") for line in resumed.values()] == ["ab" * 32] + [None] * (
+            len(resumed) - 1
+        )
         last = world.commit(STEPS)
 
     for step, line in (found | resumed).items():
-        assert {key: line[key] for key in LINE} == {key: expected[step][key] for key in LINE}, f"step {step}"
+        assert {key: line[key] for key in LINE} == {key: expected[step][key] for key in LINE}, (
+            f"step {step}"
+        )
     assert tensors_in(last) == tensors_in(final)
     assert len(tensors_in(final)) > 100

@@ -7,7 +7,7 @@ import pytest
 
 from opt_train.checkpoint.manifest import MANIFEST
 from opt_train.protocol.exits import RANK_BAD_CONFIG
-from opt_train.protocol.facts import InForce, Leaving, Metrics
+from opt_train.protocol.facts import ExitNotice, InForce, Metrics
 from tests.train.rig import World, sha256_of, tiny_config
 
 
@@ -21,10 +21,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         return folder, world.commit(2)
 
 
-def resume(folder: Path, checkpoint: Path, manifest_sha256: str | None) -> Leaving:
-    """The last words of a rank that is told to resume from `checkpoint`; it must not have trained."""
+def resume(folder: Path, checkpoint: Path, manifest_sha256: str | None) -> ExitNotice:
+    """The last words of a rank that is told to resume from `checkpoint`; it must not have
+    trained."""
     with World(folder, tiny_config(folder, steps=4), world_size=1) as world:
-        world.begin(attempt="1.01", generation=2, restore=str(checkpoint), manifest_sha256=manifest_sha256)
+        world.begin(
+            attempt="1.01", generation=2, restore=str(checkpoint), manifest_sha256=manifest_sha256
+        )
         (leaving,) = world.finish()
         assert not world.ranks[0].told(Metrics)
         assert not world.ranks[0].told(InForce)
@@ -72,7 +75,9 @@ def test_another_configuration_than_the_one_named_is_an_error(saved: tuple[Path,
         assert (leaving.code, leaving.cause) == (RANK_BAD_CONFIG, "config")
 
 
-def test_other_data_under_the_same_name_is_an_error(saved: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_data_under_the_same_name_is_an_error(
+    saved: tuple[Path, Path], tmp_path: Path
+) -> None:
     """A cursor into one sample order means nothing in another."""
     _, checkpoint = saved
     tiny_config(tmp_path)

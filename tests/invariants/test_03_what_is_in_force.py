@@ -1,6 +1,7 @@
-"""What ranks report as in effect is `in_force(configuration, ledger, step)`, at the start and after every restore.
+"""What ranks report as in effect is `in_force(configuration, ledger, step)`, at the start and after
+every restore.
 
-That the supervisor compares it too: tests/supervisor_core/test_scenarios.py.
+That the supervisor compares it too: tests/supervisor/test_scenarios.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from opt_train.checkpoint import manifest
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.data.order import Cursor
 from opt_train.optim.in_force import differences, in_force
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import DONE, RANK_BAD_CONFIG
-from opt_train.protocol.facts import InForce, Leaving, Metrics
+from opt_train.protocol.facts import ExitNotice, InForce, Metrics
 from opt_train.protocol.framing import Message
 from opt_train.train import rank
 from opt_train.train.orders import NoOrders, StopSignals
@@ -40,8 +41,11 @@ def test_reported_values_are_those_of_the_configuration(tmp_path: Path) -> None:
         assert rates == {step: in_force(config, (), step - 1)["lr"] for step in range(1, 7)}
         checkpoint = world.commit(6)
 
-    # OPT-175B's runs 12.35 to 12.37: new betas were configured, and the checkpoint's old ones silently used.
-    changed = replace(config, optim=replace(config.optim, beta1=0.0, eps=1.0, weight_decay=0.0, lr=1e-4, clip=0.3))
+    # OPT-175B's runs 12.35 to 12.37: new betas were configured, and the checkpoint's old ones
+    # silently used.
+    changed = replace(
+        config, optim=replace(config.optim, beta1=0.0, eps=1.0, weight_decay=0.0, lr=1e-4, clip=0.3)
+    )
     changed = replace(changed, train=replace(config.train, steps=8))
     with World(tmp_path, changed) as world:
         world.begin(attempt="2.00", generation=2, checkpoint=checkpoint)
@@ -49,13 +53,22 @@ def test_reported_values_are_those_of_the_configuration(tmp_path: Path) -> None:
         for rank in world.ranks:
             (fact,) = rank.told(InForce)
             assert differences(in_force(changed, (), 6), fact.values) == []
-            assert (fact.values["beta1"], fact.values["eps"], fact.values["weight_decay"]) == (0.0, 1.0, 0.0)
-            assert (fact.values["updates"], fact.values["step"], fact.values["samples"]) == (6, 6, 48)
+            assert (fact.values["beta1"], fact.values["eps"], fact.values["weight_decay"]) == (
+                0.0,
+                1.0,
+                0.0,
+            )
+            assert (fact.values["updates"], fact.values["step"], fact.values["samples"]) == (
+                6,
+                6,
+                48,
+            )
         assert world.ranks[0].metrics[7]["grad_norm_clipped"] <= 0.3 + 1e-6
 
 
 def test_wrong_cursor_stops_the_run_and_is_named(tmp_path: Path) -> None:
-    """Another batch size after a restore would move the cursor to samples that were seen, or skip some."""
+    """Another batch size after a restore would move the cursor to samples that were seen, or skip
+    some."""
     config = tiny_config(tmp_path, steps=2)
     with World(tmp_path, config, world_size=1) as world:
         world.begin()
@@ -70,7 +83,7 @@ def test_wrong_cursor_stops_the_run_and_is_named(tmp_path: Path) -> None:
         assert not world.ranks[0].told(Metrics)
 
 
-# A difference planted in each of the values ------------------------------------------------------------------
+# A difference planted in each of the values -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +101,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[Callable[..., dist.ProcessGroup]]:
     """Joins a world of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield lambda *_: dist.new_group(backend="gloo")
     dist.destroy_process_group()
 
@@ -122,7 +137,10 @@ IN_THE_OPTIMIZER: dict[str, tuple[Callable[[torch.optim.Optimizer], None], str]]
     "beta1": (in_groups(betas(0.8, 0.95)), "beta1: expected 0.9, in force 0.8"),
     "beta2": (in_groups(betas(0.9, 0.99)), "beta2: expected 0.95, in force 0.99"),
     "eps": (in_groups(lambda group: group.update(eps=1.0)), "eps: expected 1e-08, in force 1.0"),
-    "decay": (in_groups(lambda group: group.update(weight_decay=0.0)), "weight_decay: expected 0.1, in force 0.0"),
+    "decay": (
+        in_groups(lambda group: group.update(weight_decay=0.0)),
+        "weight_decay: expected 0.1, in force 0.0",
+    ),
     "decay of a vector": (in_groups(decay_of_a_vector), "weight_decay: expected 0.1, in force nan"),
     "optimizer step": (one_update_more, "updates: expected 2, in force 3"),
 }
@@ -130,7 +148,11 @@ IN_THE_OPTIMIZER: dict[str, tuple[Callable[[torch.optim.Optimizer], None], str]]
 
 @pytest.mark.parametrize("value", IN_THE_OPTIMIZER)
 def test_difference_in_the_optimizer_stops_the_run_and_is_named(
-    value: str, saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: str,
+    saved: tuple[RunConfig, Path],
+    group: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if the restore had let a checkpoint's own values outlive it."""
     plant, named = IN_THE_OPTIMIZER[value]
@@ -174,12 +196,15 @@ def test_difference_in_the_cursor_stops_the_run_and_is_named(
 def test_difference_in_the_clip_stops_the_run_and_is_named(
     saved: tuple[RunConfig, Path], group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the ledger had tightened the clip and the rank had not heard of it: here the expectation is what moves."""
+    """As if the ledger had tightened the clip and the rank had not heard of it: here the
+    expectation is what moves."""
     monkeypatch.setattr(rank, "in_force", lambda *arguments: {**in_force(*arguments), "clip": 0.3})
     assert_stopped(saved, group, tmp_path, "clip: expected 0.3, in force 1.0")
 
 
-def test_nothing_planted_stops_nothing(saved: tuple[RunConfig, Path], group: Any, tmp_path: Path) -> None:
+def test_nothing_planted_stops_nothing(
+    saved: tuple[RunConfig, Path], group: Any, tmp_path: Path
+) -> None:
     code, facts = go_on(saved, group, tmp_path)
     assert code == DONE
     assert [fact.line["step"] for fact in facts if isinstance(fact, Metrics)] == [3, 4]
@@ -188,7 +213,7 @@ def test_nothing_planted_stops_nothing(saved: tuple[RunConfig, Path], group: Any
 def assert_stopped(saved: tuple[RunConfig, Path], group: Any, folder: Path, named: str) -> None:
     code, facts = go_on(saved, group, folder)
     leaving = facts[-1]
-    assert isinstance(leaving, Leaving)
+    assert isinstance(leaving, ExitNotice)
     assert (code, leaving.code, leaving.cause) == (RANK_BAD_CONFIG, RANK_BAD_CONFIG, "config")
     assert named in leaving.reason
     assert leaving.reason.count("expected") == 1, "only what was planted is named"
@@ -196,7 +221,8 @@ def assert_stopped(saved: tuple[RunConfig, Path], group: Any, folder: Path, name
 
 
 def go_on(saved: tuple[RunConfig, Path], group: Any, folder: Path) -> tuple[int, list[Message]]:
-    """Resume from the checkpoint in this process, as the only rank; its exit code and what it told."""
+    """Resume from the checkpoint in this process, as the only rank; its exit code and what it
+    told."""
     config, checkpoint = saved
     begin: Begin = replace(
         begin_alone(folder, config),

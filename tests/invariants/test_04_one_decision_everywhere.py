@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opt_train.checkpoint.config import CheckpointConfig
-from opt_train.config import RunConfig, to_json
+from opt_train.config.run_config import RunConfig, to_json
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from tests.train.rig import ROOT, World, run_script, tiny_config
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_thousands_of_steps_and_every_rank_records_the_same(tmp_path: Path) -> None:
-    records = run_script(ROOT / "tests/train/word_ranks.py", 4, folder=tmp_path)
+    records = run_script(ROOT / "tests/train/step_stats_ranks.py", 4, folder=tmp_path)
     assert all(record == records[0] for record in records[1:])
     words = [entry for entry in records[0] if entry[0] == "word"]
     orders = [entry for entry in records[0] if entry[0] == "order"]
@@ -38,7 +38,9 @@ def run_training(folder: Path, config: RunConfig, **given: Any) -> list[dict[str
     path.write_text(to_json(config))
     (folder / "run").mkdir()
     specification = folder / "specification.json"
-    specification.write_text(json.dumps({"config": str(path), "run_directory": str(folder / "run")} | given))
+    specification.write_text(
+        json.dumps({"config": str(path), "run_directory": str(folder / "run")} | given)
+    )
     return run_script(ROOT / "tests/train/training_rank.py", 4, str(specification), folder=folder)
 
 
@@ -46,13 +48,20 @@ def run_training(folder: Path, config: RunConfig, **given: Any) -> list[dict[str
     ("precision", "scales"),
     [
         (PrecisionConfig(compute="fp32"), [1.0] * 6),
-        (PrecisionConfig(compute="fp16", weights="fp16", loss_scale_window_steps=2), [4.0, 4.0, 8.0, 4.0, 4.0, 8.0]),
+        (
+            PrecisionConfig(compute="fp16", weights="fp16", loss_scale_window_steps=2),
+            [4.0, 4.0, 8.0, 4.0, 4.0, 8.0],
+        ),
     ],
     ids=["fp32", "fp16"],
 )
-def test_overflow_on_one_rank_skips_on_all(tmp_path: Path, precision: PrecisionConfig, scales: list[float]) -> None:
+def test_overflow_on_one_rank_skips_on_all(
+    tmp_path: Path, precision: PrecisionConfig, scales: list[float]
+) -> None:
     # Ranks 0 and 2 hold copies of one half of the weights, 1 and 3 of the other.
-    config = replace(tiny_config(tmp_path, steps=6), parallel=ParallelConfig(replicate=2), precision=precision)
+    config = replace(
+        tiny_config(tmp_path, steps=6), parallel=ParallelConfig(replicate=2), precision=precision
+    )
     answers = run_training(tmp_path, config, poison=[3, 2])
     assert all(answer["words"] == answers[0]["words"] for answer in answers)
     assert answers[0]["words"]["updates"] == 5
@@ -76,14 +85,24 @@ def test_orders_and_a_stop_signal_reach_all_ranks_at_one_boundary(tmp_path: Path
     answers = run_training(tmp_path, config, terminate=[2, 40], orders=[[5, 1], [15, 2], [15, 3]])
     assert all(answer["state"] == answers[0]["state"] for answer in answers)
     leavings = [answer["facts"][-1] for answer in answers]
-    assert {(leaving["code"], leaving["step"]) for leaving in leavings} == {(STOPPED, leavings[0]["step"])}
+    assert {(leaving["code"], leaving["step"]) for leaving in leavings} == {
+        (STOPPED, leavings[0]["step"])
+    }
     assert "SIGTERM" in leavings[2]["reason"]
-    saves = [[fact["step"] for fact in answer["facts"] if fact["kind"] == "shards_saved"] for answer in answers]
+    saves = [
+        [fact["step"] for fact in answer["facts"] if fact["kind"] == "shards_saved"]
+        for answer in answers
+    ]
     assert all(each == saves[0] for each in saves)
-    # The state was saved where it stopped; what is seen in step n is obeyed at a boundary right behind it.
+    # The state was saved where it stopped; what is seen in step n is obeyed at a boundary right
+    # behind it.
     assert saves[0] == [7, 17, 42]
     assert leavings[0]["step"] == 42
-    obeyed = [(fact["number"], fact["step"]) for fact in answers[0]["facts"] if fact["kind"] == "order_obeyed"]
+    obeyed = [
+        (fact["number"], fact["step"])
+        for fact in answers[0]["facts"]
+        if fact["kind"] == "order_obeyed"
+    ]
     assert obeyed == [(1, 7), (2, 17), (3, 17)]
 
 
@@ -94,20 +113,28 @@ def test_run_that_stays_non_finite_leaves_with_its_own_code(tmp_path: Path) -> N
     with World(tmp_path, config) as world:
         world.begin()
         leavings = world.finish()
-        assert {(leaving.code, leaving.cause) for leaving in leavings} == {(RANK_UNSTABLE, "loss_nan")}
+        assert {(leaving.code, leaving.cause) for leaving in leavings} == {
+            (RANK_UNSTABLE, "loss_nan")
+        }
         lines = world.ranks[0].metrics
         assert [line["skipped"] for line in lines.values()][-3:] == [True] * 3
 
 
 def test_overflow_counts_against_the_run_at_the_loss_scales_floor_alone(tmp_path: Path) -> None:
-    """Above it, overflows are how the scale finds its place: leaving then would end every run that starts high."""
+    """Above it, overflows are how the scale finds its place: leaving then would end every run that
+    starts high."""
     config = tiny_config(tmp_path, steps=30, max_nonfinite_steps=3)
     config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
-    config = replace(config, precision=PrecisionConfig(compute="fp16", loss_scale_initial=8.0, loss_scale_floor=1.0))
+    config = replace(
+        config,
+        precision=PrecisionConfig(compute="fp16", loss_scale_initial=8.0, loss_scale_floor=1.0),
+    )
     with World(tmp_path, config) as world:
         world.begin()
         leavings = world.finish()
-        assert {(leaving.code, leaving.cause) for leaving in leavings} == {(RANK_UNSTABLE, "loss_scale_floor")}
+        assert {(leaving.code, leaving.cause) for leaving in leavings} == {
+            (RANK_UNSTABLE, "loss_scale_floor")
+        }
         assert "3 steps in a row" in leavings[0].reason
         assert "its floor of 1" in leavings[0].reason
         lines = list(world.ranks[0].metrics.values())

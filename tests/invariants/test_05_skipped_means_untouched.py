@@ -1,4 +1,5 @@
-"""A skipped step leaves weights, moments and step counts as they were, to the bit; and deciding it syncs nothing."""
+"""A skipped step leaves weights, moments and step counts as they were, to the bit; and deciding it
+syncs nothing."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from opt_train.parallel.make_engine import make_engine
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
 from opt_train.train.step import read_batch, take_step
+from opt_train.train.step_stats import Readback
 from opt_train.train.training import Training
-from opt_train.train.word import Readback
 from tests.optim.syncs import Syncs
 from tests.train.rig import begin_alone, tiny_config
 
@@ -43,14 +44,18 @@ VALUES = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 
 @pytest.fixture(autouse=True)
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
 
 def trained(precision: PrecisionConfig) -> Engine:
     """A sharded model with two updates behind it, so that moments are not zero."""
-    engine = make_engine(TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0)
+    engine = make_engine(
+        TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0
+    )
     for _ in range(2):
         backward(engine)
         update(engine)
@@ -137,7 +142,8 @@ class Noting(nn.Module):
 
 
 def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From other memory CUDA may first let the device finish all that is queued: that is a wait no operation shows."""
+    """From other memory CUDA may first let the device finish all that is queued: that is a wait no
+    operation shows."""
     pinned: list[Tensor] = []
 
     def pin(tensor: Tensor) -> Tensor:
@@ -152,7 +158,11 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch)
         loss_of(model, batch, CPU)
         assert pinned == []
         loss_of(model, batch, torch.device("cuda", 0))
-        assert [id(tensor) for tensor in pinned] == [id(batch.tokens), id(batch.targets), id(batch.weights)]
+        assert [id(tensor) for tensor in pinned] == [
+            id(batch.tokens),
+            id(batch.targets),
+            id(batch.weights),
+        ]
         assert [tensor.device.type for tensor in model.inputs] == ["cuda"] * 3
         on_device = MicroBatch(*model.inputs)
         loss_of(model, on_device, torch.device("cuda", 0))
@@ -166,14 +176,21 @@ def one_rank(folder: Path, precision: PrecisionConfig) -> Training:
     config = replace(config, precision=precision, model=replace(TINY, vocab_size=512))
     config = replace(config, data=replace(config.data, sequence_length=16))
     begin = begin_alone(folder, config)
-    return start(begin, lambda fact: None, NoOrders(), StopSignals(), lambda *_: dist.new_group(backend="gloo"))
+    return start(
+        begin,
+        lambda fact: None,
+        NoOrders(),
+        StopSignals(),
+        lambda *_: dist.new_group(backend="gloo"),
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_step_waits_for_the_device_at_one_place_alone(
     precision: PrecisionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the batch to the start of the word: at the readback, behind all that the step gives the device to do."""
+    """From the batch to the start of the word: at the readback, behind all that the step gives the
+    device to do."""
     run = one_rank(tmp_path, precision)
     happened: list[str] = []
 

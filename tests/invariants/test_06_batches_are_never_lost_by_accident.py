@@ -1,5 +1,6 @@
-"""Invariant 6: whatever is killed, rolled back or spread over other ranks, the weights that a run ends with have seen
-each sample of the order once, in the same global batches; and a batch whose update was skipped is on record."""
+"""Invariant 6: whatever is killed, rolled back or spread over other ranks, the weights that a run
+ends with have seen each sample of the order once, in the same global batches; and a batch whose
+update was skipped is on record."""
 
 import json
 import math
@@ -11,18 +12,25 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from opt_logbook.events import AttemptEnded, AttemptStarted, CheckpointCommitted, CheckpointRejected, Entry, Event
+from opt_logbook.record.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointRejected,
+    Entry,
+    Event,
+)
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import Batches, TokenStream
 from opt_train.data.order import SampleOrder
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
-from opt_train.supervisor.state import RunState, fold
+from opt_train.run.state import RunState, fold
 from opt_train.train.config import TrainConfig
 from opt_train.train.metrics import metrics_line
 from opt_train.train.state import TrainState
-from opt_train.train.word import StepWord
+from opt_train.train.step_stats import StepStats
 
 LIVES = 80
 SEQUENCE = 2
@@ -35,12 +43,14 @@ class Saved:
     state_json: str
     attempt: str
     batches: int
-    """Global batches that its attempt had read by then: known to the test alone, whatever the cursor says."""
+    """Global batches that its attempt had read by then: known to the test alone, whatever the
+    cursor says."""
 
 
 @dataclass
 class Life:
-    """One run without its processes: the real data, cursor, state, layout and choice of checkpoint, and no model."""
+    """One run without its processes: the real data, cursor, state, layout and choice of checkpoint,
+    and no model."""
 
     seed: int
     journal: RunState = field(default_factory=RunState)
@@ -68,19 +78,29 @@ class Life:
         """From the first attempt to the one that does the last step."""
         for number in range(self.draw.randint(1, 7)):
             self.attempt(number, self.draw.randint(1, self.steps - 1))
-            while len(good := [c for c in self.journal.chain() if not c.rejected]) > 1 and self.draw.random() < 0.3:
-                self.note(CheckpointRejected(good[-1].path, "a wrong checksum"), good[-1].attempt, good[-1].step)
+            while (
+                len(good := [c for c in self.journal.chain() if not c.rejected]) > 1
+                and self.draw.random() < 0.3
+            ):
+                self.note(
+                    CheckpointRejected(good[-1].path, "a wrong checksum"),
+                    good[-1].attempt,
+                    good[-1].step,
+                )
                 self.rollbacks += 1
         self.attempt(len(self.read), self.steps)
         return self
 
     def attempt(self, number: int, last: int) -> None:
-        """Ranks that restore what the journal says, train up to `last`, wherever they begin, and die."""
+        """Ranks that restore what the journal says, train up to `last`, wherever they begin, and
+        die."""
         restored = self.journal.newest_good()
         saved = self.disk[restored.path] if restored else None
         state = TrainState.from_json(json.loads(saved.state_json)) if saved else TrainState()
         name = f"1.{number:02d}"
-        layout = Layout(self.draw.randint(1, 3), self.draw.randint(1, 4), self.draw.choice((1, 1, 2)))
+        layout = Layout(
+            self.draw.randint(1, 3), self.draw.randint(1, 4), self.draw.choice((1, 1, 2))
+        )
         self.worlds.add(layout.data_world)
         self.parents[name], self.read[name] = saved, []
         parent, path = (restored.attempt, restored.path) if restored else ("", "")
@@ -88,7 +108,7 @@ class Life:
         self.note(started, name, state.step)
 
         micro_batch, every = self.draw.randint(1, 5), self.draw.randint(1, 6)
-        words: list[StepWord] = []
+        words: list[StepStats] = []
         while state.step < last:
             self.hear(name, state, words, before=state.step - 1)
             words.append(self.step(name, state, layout, micro_batch))
@@ -98,45 +118,67 @@ class Life:
         self.hear(name, state, words, before=state.step)
         self.note(AttemptEnded(number + 1, "failed"), name, state.step)
 
-    def step(self, name: str, state: TrainState, layout: Layout, micro_batch: int) -> StepWord:
+    def step(self, name: str, state: TrainState, layout: Layout, micro_batch: int) -> StepStats:
         shares: dict[int, list[int]] = {}
         for rank in range(layout.world_size):
             place = layout.data_rank(rank)
-            read = self.batches.at(state.cursor, data_rank=place, data_world=layout.data_world, micro_batch=micro_batch)
+            read = self.batches.at(
+                state.cursor, data_rank=place, data_world=layout.data_world, micro_batch=micro_batch
+            )
             mine = [
                 int(tokens[0]) // SEQUENCE
                 for batch in read
                 for tokens, weight in zip(batch.tokens, batch.weights, strict=True)
                 if weight
             ]
-            assert shares.setdefault(place, mine) == mine, "the ranks of a tensor group read the same"
-        self.read[name].append([sample for place in range(layout.data_world) for sample in shares[place]])
+            assert shares.setdefault(place, mine) == mine, (
+                "the ranks of a tensor group read the same"
+            )
+        self.read[name].append(
+            [sample for place in range(layout.data_world) for sample in shares[place]]
+        )
         skips = self.draw.random() < 0.15
         if skips:
             self.skipped.add((name, state.step + 1))
-        word = StepWord(
-            step=state.step, loss=math.nan if skips else 3.0, tokens=len(self.read[name][-1]) * SEQUENCE,
-            activation_norm=1.0, grad_norm=1.0, clipped_norm=1.0, loss_scale=1.0, skipped=skips, stop_votes=0,
-            saving_ranks=0, order_number=0, step_seconds=0.1, data_seconds=0.0, memory_bytes=1,
-        )  # fmt: skip
+        word = StepStats(
+            step=state.step,
+            loss=math.nan if skips else 3.0,
+            tokens=len(self.read[name][-1]) * SEQUENCE,
+            activation_norm=1.0,
+            grad_norm=1.0,
+            clipped_norm=1.0,
+            loss_scale=1.0,
+            skipped=skips,
+            stop_votes=0,
+            saving_ranks=0,
+            order_number=0,
+            step_seconds=0.1,
+            data_seconds=0.0,
+            memory_bytes=1,
+        )
         # What `train.step.take_step` does behind the update.
         state.step += 1
         state.cursor = self.batches.after(state.cursor)
         return word
 
-    def hear(self, name: str, state: TrainState, words: list[StepWord], before: int) -> None:
-        """As `Training.hear`: a word arrives a step late, so a killed rank has not counted its last ones."""
+    def hear(self, name: str, state: TrainState, words: list[StepStats], before: int) -> None:
+        """As `Training.hear`: a word arrives a step late, so a killed rank has not counted its last
+        ones."""
         while words and words[0].step < before:
             word = words.pop(0)
             state.absorb(word)
             begin = Begin(1, name, "n0", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
-            self.lines[name, word.step + 1] = metrics_line(self.config, begin, state, word, 1e-3, torch.device("cpu"))
+            self.lines[name, word.step + 1] = metrics_line(
+                self.config, begin, state, word, 1e-3, torch.device("cpu")
+            )
 
     def save(self, name: str, state: TrainState) -> None:
         if self.draw.random() < 0.2:
             return  # it failed, or the ranks died before its manifest was there
         path = f"checkpoints/{name}/step-{state.step:08d}"
-        self.disk[path] = Saved(json.dumps(state.to_json(), allow_nan=False), name, len(self.read[name]))
+        self.disk[path] = Saved(
+            json.dumps(state.to_json(), allow_nan=False), name, len(self.read[name])
+        )
         healthy = bool(state.to_json()["healthy"])
         self.note(CheckpointCommitted(path, "", 1, 1, 0.1, healthy), name, state.step)
 
@@ -172,7 +214,8 @@ def test_the_live_chain_is_the_order_in_its_global_batches(lives: list[Life]) ->
 
 
 def test_no_sample_is_read_twice_or_missed_in_an_epoch(lives: list[Life]) -> None:
-    """Said without the order: of every epoch that was finished each sample once, of the last one none twice."""
+    """Said without the order: of every epoch that was finished each sample once, of the last one
+    none twice."""
     for life in lives:
         read = list(chain.from_iterable(samples for _, samples in life.chain))
         assert len(read) == life.steps * life.global_batch
@@ -183,15 +226,23 @@ def test_no_sample_is_read_twice_or_missed_in_an_epoch(lives: list[Life]) -> Non
 
 
 def test_what_was_counted_is_what_was_read_and_every_skip_is_on_record(lives: list[Life]) -> None:
-    """Counters that forget the words a killed rank had not heard would drift from the cursor with every restart."""
+    """Counters that forget the words a killed rank had not heard would drift from the cursor with
+    every restart."""
     for life in lives:
         updates = 0
         for step, (attempt, _) in enumerate(life.chain, start=1):
             line = life.lines[attempt, step]
             updates += (attempt, step) not in life.skipped
             samples = step * life.global_batch
-            assert (line["step"], line["samples"], line["tokens"]) == (step, samples, samples * SEQUENCE)
-            assert (line["updates"], line["skipped"]) == (updates, (attempt, step) in life.skipped), f"life {life.seed}"
+            assert (line["step"], line["samples"], line["tokens"]) == (
+                step,
+                samples,
+                samples * SEQUENCE,
+            )
+            assert (line["updates"], line["skipped"]) == (
+                updates,
+                (attempt, step) in life.skipped,
+            ), f"life {life.seed}"
 
 
 def test_these_lives_are_troubled(lives: list[Life]) -> None:
@@ -201,5 +252,9 @@ def test_these_lives_are_troubled(lives: list[Life]) -> None:
     assert sum(life.rollbacks for life in lives) > LIVES / 2
     assert sum(len(life.worlds) > 1 for life in lives) > LIVES / 2
     assert sum(len({attempt for attempt, _ in life.chain}) > 2 for life in lives) > LIVES / 3
-    assert any(life.steps * life.global_batch > 2 * life.samples for life in lives), "no life has seen a third epoch"
-    assert any(max(life.worlds) > life.global_batch for life in lives), "no rank has ever had nothing to read"
+    assert any(life.steps * life.global_batch > 2 * life.samples for life in lives), (
+        "no life has seen a third epoch"
+    )
+    assert any(max(life.worlds) > life.global_batch for life in lives), (
+        "no rank has ever had nothing to read"
+    )

@@ -1,11 +1,12 @@
-"""Invariant 8: a node that failed does not train again in this run and does not stand by, however well it looks.
+"""Invariant 8: a node that failed does not train again in this run and does not stand by, however
+well it looks.
 
-This version knows no preflight that could acquit a node, so nothing does. A provider that hands the same bad machine
-back cost OPT-175B attempt after attempt.
+This version knows no preflight that could acquit a node, so nothing does. A provider that hands the
+same bad machine back cost OPT-175B attempt after attempt.
 """
 
 import pytest
-from opt_logbook.events import (
+from opt_logbook.record.events import (
     AgentsAdopted,
     AttemptStarted,
     NodeFailed,
@@ -18,13 +19,14 @@ from opt_logbook.events import (
 
 from opt_train.protocol.commands import Begin, Leave
 from opt_train.supervisor.effects import Append, Send, StartAgent
-from tests.supervisor_core import histories
-from tests.supervisor_core.actors import make_config
-from tests.supervisor_core.world import World
+from tests.supervisor import histories
+from tests.supervisor.actors import make_config
+from tests.supervisor.world import World
 
 
 class HealedWorld(World):
-    """Every node that failed comes back at once: Slurm says it is up, and its agent dials in whenever it may."""
+    """Every node that failed comes back at once: Slurm says it is up, and its agent dials in
+    whenever it may."""
 
     def second(self) -> None:
         for node in sorted(self.failed_nodes & set(self.names)):
@@ -40,8 +42,8 @@ def a_run(**changes: object) -> HealedWorld:
 
 
 def failed_in(world: World) -> set[str]:
-    """The nodes that failed, having looked that nothing was asked of them afterwards, and nothing journalled of them
-    but that they failed."""
+    """The nodes that failed, having looked that nothing was asked of them afterwards, and nothing
+    journalled of them but that they failed."""
     failed: set[str] = set()
     for effect in world.effects:
         match effect:
@@ -50,7 +52,9 @@ def failed_in(world: World) -> set[str]:
                     case NodeFailed(node):
                         failed.add(node)
                     case AttemptStarted() as started:
-                        assert not failed & {*started.nodes, *started.buffer}, f"{started} places {failed}"
+                        assert not failed & {*started.nodes, *started.buffer}, (
+                            f"{started} places {failed}"
+                        )
                     case NodeJoined(node) | NodePromoted(node):
                         assert node not in failed, f"{entry.event}"
                     case AgentsAdopted(_, nodes):
@@ -64,7 +68,10 @@ def failed_in(world: World) -> set[str]:
 
 def left(world: World, node: str) -> int:
     """How often the node was told to leave."""
-    return sum(isinstance(e, Send) and e.node == node and isinstance(e.command, Leave) for e in world.effects)
+    return sum(
+        isinstance(e, Send) and e.node == node and isinstance(e.command, Leave)
+        for e in world.effects
+    )
 
 
 def test_a_failed_node_that_dials_in_again_is_sent_away() -> None:
@@ -78,7 +85,8 @@ def test_a_failed_node_that_dials_in_again_is_sent_away() -> None:
 
 
 def test_a_failed_node_is_no_spare_for_the_next_that_fails() -> None:
-    """With the last buffer node in use, the healed node is the only one left: a person must decide, not the robot."""
+    """With the last buffer node in use, the healed node is the only one left: a person must decide,
+    not the robot."""
     world = a_run(steps=60).until_step(4)
     world.lose_node("n1")
     world.until(NodePromoted)
@@ -135,7 +143,8 @@ def test_no_moment_of_a_supervisor_s_death_acquits_a_node(boundary: int) -> None
         world.start_supervisor()
     world.lives = None
     world.run()
-    # A supervisor that dies before it has journalled the failure finds the node back and well: then it did not fail.
+    # A supervisor that dies before it has journalled the failure finds the node back and well: then
+    # it did not fail.
     assert failed_in(world) == {event.node for event in world.events(NodeFailed)} <= {"n1"}
     assert len(world.events(RunFinished)) == 1
 
@@ -157,7 +166,8 @@ def test_a_stop_and_a_new_start_do_not_acquit_a_node() -> None:
 
 
 def test_a_halt_and_a_new_start_need_another_node() -> None:
-    """The person who starts it again brings a node; the failed ones, first in the allocation, are passed over."""
+    """The person who starts it again brings a node; the failed ones, first in the allocation, are
+    passed over."""
     world = a_run(buffer_nodes=0).until_step(4)
     world.lose_node("n0")
     world.run()
@@ -186,7 +196,8 @@ HISTORIES = 250
 
 
 def test_no_history_hands_a_failed_node_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The random disasters of the core's own tests, in a world where every failed node looks healthy at once."""
+    """The random disasters of the core's own tests, in a world where every failed node looks
+    healthy at once."""
     monkeypatch.setattr(histories, "World", HealedWorld)
     failures = []
     for seed in range(HISTORIES):

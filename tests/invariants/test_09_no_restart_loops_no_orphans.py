@@ -1,11 +1,12 @@
-"""Invariant 9: restarts are budgeted by progress; the same cause without progress escalates, then stops; no orphans."""
+"""Invariant 9: restarts are budgeted by progress; the same cause without progress escalates, then
+stops; no orphans."""
 
 import pytest
-from opt_logbook.events import AttemptStarted, NodeFailed, RunHalted
+from opt_logbook.record.events import AttemptStarted, NodeFailed, RunHalted
 
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
-from tests.supervisor_core.actors import make_config
-from tests.supervisor_core.world import World
+from tests.supervisor.actors import make_config
+from tests.supervisor.world import World
 
 
 def poisoned(step: int, line: str) -> World:

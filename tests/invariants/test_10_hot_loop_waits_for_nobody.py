@@ -1,4 +1,5 @@
-"""A facts pipe that nobody reads changes neither losses nor progress; it costs metrics, and those are counted."""
+"""A facts pipe that nobody reads changes neither losses nor progress; it costs metrics, and those
+are counted."""
 
 import fcntl
 from dataclasses import replace
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint.config import CheckpointConfig
-from opt_train.config import RunConfig
-from opt_train.protocol.facts import InForce, Leaving, ShardsSaved
+from opt_train.config.run_config import RunConfig
+from opt_train.protocol.facts import ExitNotice, InForce, ShardsSaved
 from tests.train.rig import World, tensors_in, tiny_config
 
 STEPS = 150
@@ -40,12 +41,16 @@ def test_unread_pipe_changes_neither_losses_nor_progress(tmp_path: Path) -> None
         world.begin()
         final = deaf_folder / "run" / "checkpoints" / "1.00" / f"step-{STEPS:08d}" / "state.json"
         # Nobody reads the pipe, until the log says that the last step is done and saved.
-        world.wait(lambda: final.exists() and b"leaving" in rank.log.read_bytes(), "the last save", reading=[])
+        world.wait(
+            lambda: final.exists() and b"leaving" in rank.log.read_bytes(),
+            "the last save",
+            reading=[],
+        )
         world.finish()
         assert tensors_in(final.parent) == reference
         dropped = STEPS - len(rank.metrics)
         assert dropped > 0, "the pipe took everything: the test shows nothing"
-        (leaving,) = rank.told(Leaving)
+        (leaving,) = rank.told(ExitNotice)
         assert (leaving.code, leaving.dropped_metrics) == (0, dropped)
         for step, line in rank.metrics.items():
             assert line["loss"] == heard.metrics[step]["loss"]

@@ -1,10 +1,11 @@
-"""Invariant 11: silence is unknown, not dead and not fine; it acts only together with training that does not move."""
+"""Invariant 11: silence is unknown, not dead and not fine; it acts only together with training that
+does not move."""
 
-from opt_logbook.events import FailureSeen, IncidentDiagnosed
+from opt_logbook.record.events import FailureSeen, IncidentDiagnosed
 
 from opt_train.supervisor.inputs import ClusterObserved
-from tests.supervisor_core.actors import make_config
-from tests.supervisor_core.world import World
+from tests.supervisor.actors import make_config
+from tests.supervisor.world import World
 
 
 def a_run() -> World:
@@ -55,6 +56,10 @@ def test_a_cluster_that_cannot_tell_changes_nothing() -> None:
 
 def test_down_of_a_node_that_still_talks_waits_for_its_silence() -> None:
     world = a_run()
-    world.tell(ClusterObserved({"n0": "down", "n1": "up", "n2": "up"}, {"n0": "a hiccup of the controller"}))
+    world.tell(
+        ClusterObserved(
+            {"n0": "down", "n1": "up", "n2": "up"}, {"n0": "a hiccup of the controller"}
+        )
+    )
     world.run()
     assert world.events(FailureSeen) == []

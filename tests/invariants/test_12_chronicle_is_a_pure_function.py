@@ -14,8 +14,8 @@ from tests.logbook.demo_run import write_demo
 RENDER = """
 import locale, sys
 from pathlib import Path
-from opt_logbook.render import render
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.render.render import render
+from opt_logbook.record.run_directory import RunDirectory
 try:
     locale.setlocale(locale.LC_ALL, "")
 except locale.Error:
@@ -35,8 +35,8 @@ assert f"{1234.5:n}" == "1.234,5", "the locale is in force"
 OPENED = """
 import json, sys
 from pathlib import Path
-from opt_logbook.run_directory import RunDirectory
-from opt_logbook.render import render
+from opt_logbook.record.run_directory import RunDirectory
+from opt_logbook.render.render import render
 run = Path(sys.argv[1]).resolve()
 opened = []
 def watch(event, arguments):
@@ -52,11 +52,20 @@ print(json.dumps(opened))
 
 def files_of(run: Path) -> dict[str, bytes]:
     folder = run / "chronicle"
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def rendered(run: Path, code: str = RENDER, **environment: str) -> dict[str, bytes]:
-    subprocess.run([sys.executable, "-c", code, str(run)], check=True, env={**os.environ, **environment}, cwd=run)
+    subprocess.run(
+        [sys.executable, "-c", code, str(run)],
+        check=True,
+        env={**os.environ, **environment},
+        cwd=run,
+    )
     return files_of(run)
 
 
@@ -65,21 +74,33 @@ def run(tmp_path: Path) -> Path:
     return write_demo(tmp_path / "demo").path
 
 
-def test_the_same_bytes_from_another_path_time_zone_home_and_hash_seed(run: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_from_another_path_time_zone_home_and_hash_seed(
+    run: Path, tmp_path: Path
+) -> None:
     first = rendered(run, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C")
     assert set(first) == {
-        "index.html", "chronicle.md", "figures/steps.svg", "figures/wall_clock.svg", "figures/validation.svg",
-    }  # fmt: skip
+        "index.html",
+        "chronicle.md",
+        "figures/steps.svg",
+        "figures/wall_clock.svg",
+        "figures/validation.svg",
+    }
     elsewhere = tmp_path / "another place" / "with ümlaut & spaces"
     shutil.copytree(run, elsewhere)
     shutil.rmtree(elsewhere / "chronicle")
     home = tmp_path / "home"
     (home / ".config" / "matplotlib").mkdir(parents=True)
-    (home / ".config" / "matplotlib" / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 31\n")
+    (home / ".config" / "matplotlib" / "matplotlibrc").write_text(
+        "lines.linewidth: 9\nfont.size: 31\n"
+    )
     environment = {
-        "PYTHONHASHSEED": "4711", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8",
-        "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "COLUMNS": "40",
-    }  # fmt: skip
+        "PYTHONHASHSEED": "4711",
+        "TZ": "Asia/Kathmandu",
+        "LC_ALL": "C.UTF-8",
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / ".config"),
+        "COLUMNS": "40",
+    }
     assert rendered(elsewhere, **environment) == first
     assert rendered(run) == first, "rendering again over the first must change nothing"
 
@@ -104,10 +125,20 @@ def test_only_journal_and_metrics_are_opened_and_never_the_fault_plan(run: Path)
     os.mkfifo(run / "faults.jsonl")
     (run / "config.yaml").write_text("name: not to be read\n")
     answer = subprocess.run(
-        [sys.executable, "-c", OPENED, str(run)], check=True, stdout=subprocess.PIPE, timeout=100, cwd=run.parent
+        [sys.executable, "-c", OPENED, str(run)],
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=100,
+        cwd=run.parent,
     )
     opened = {name for name in json.loads(answer.stdout) if not name.startswith("chronicle")}
-    assert opened == {"journal.jsonl", "metrics", "metrics/1.00.jsonl", "metrics/1.01.jsonl", "metrics/1.02.jsonl"}
+    assert opened == {
+        "journal.jsonl",
+        "metrics",
+        "metrics/1.00.jsonl",
+        "metrics/1.01.jsonl",
+        "metrics/1.02.jsonl",
+    }
 
 
 def test_now_is_the_time_of_the_last_line(run: Path) -> None:

@@ -1,4 +1,5 @@
-"""Invariant 13, the supervisor's part: what lies on disk or comes over a socket or pipe is data, whatever it holds."""
+"""Invariant 13, the supervisor's part: what lies on disk or comes over a socket or pipe is data,
+whatever it holds."""
 
 import ast
 import asyncio
@@ -10,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opt_logbook import inbox, journal
-from opt_logbook.events import Note
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record import inbox, journal
+from opt_logbook.record.events import Note
+from opt_logbook.record.run_directory import RunDirectory
 
 import opt_train
+from opt_train.link.address import read_address, remove_socket
+from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.facts import RankExited
-from opt_train.supervisor.address import read_address, remove_socket
-from opt_train.supervisor.inputs import AgentConnected, PulseTold
-from opt_train.supervisor.secret import SecretUnusable, read_secret
-from opt_train.supervisor.status_line import printable
+from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived
+from opt_train.supervisor.shell.status_line import printable
+from tests.agent.harness import HERE, Listener, begin, make_run, start_agent
 from tests.supervisor.conftest import _nothing_is_left  # noqa: F401 - an autouse fixture
-from tests.supervisor.harness import HERE, Listener, begin, make_run, start_agent
-from tests.supervisor.test_shell import run_shell
-from tests.supervisor.tiny_core import TinyCore
+from tests.supervisor.shell.test_supervise import run_shell
+from tests.supervisor.shell.tiny_core import TinyCore
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -77,16 +78,23 @@ def test_no_code_of_ours_can_unpickle_or_evaluate() -> None:
                 names = [alias.name.split(".")[0] for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [(node.module or "").split(".")[0]]
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in forbidden_calls:
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in forbidden_calls
+            ):
                 found.append((path.name, node.lineno, node.func.id))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 dotted = ast.unparse(node.func)
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 if dotted == "torch.load" and given.get("weights_only") == "True":
-                    continue  # torch's restricted reader; tests/exchange/test_hostile_weights.py tries it
+                    # torch's restricted reader; tests/exchange/test_hostile_weights.py tries it
+                    continue
                 if dotted in ("torch.load", "torch.save", "yaml.load", "os.system", "os.popen"):
                     found.append((path.name, node.lineno, dotted))
-                shell = [k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) != "False"]
+                shell = [
+                    k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) != "False"
+                ]
                 if shell:
                     found.append((path.name, node.lineno, "shell="))
             found += [(path.name, node.lineno, name) for name in names if name in forbidden_modules]
@@ -127,7 +135,8 @@ def test_a_planted_address_leads_nowhere_and_removes_nothing(tmp_path: Path) -> 
     for content in [*hostile(sign), *(json.dumps(p).encode() for p in planted)]:
         path.write_bytes(content)
         assert read_address(path) is None
-    # The address of a supervisor that died is cleaned up: nobody must be able to have something else removed.
+    # The address of a supervisor that died is cleaned up: nobody must be able to have something
+    # else removed.
     for folder in (tmp_path / "precious", tmp_path / "opt-train-precious"):
         folder.mkdir(mode=0o700)
         (folder / "supervisor.sock").touch()
@@ -138,14 +147,21 @@ def test_a_planted_address_leads_nowhere_and_removes_nothing(tmp_path: Path) -> 
     assert not sign.exists()
 
 
-def test_a_planted_registration_of_an_agent_hits_no_process(run: RunDirectory, tmp_path: Path) -> None:
-    from opt_train.supervisor.clusters.local import LocalCluster
+def test_a_planted_registration_of_an_agent_hits_no_process(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    from opt_train.clusters.local import LocalCluster
 
     sign = tmp_path / "sign"
     cluster = LocalCluster(run, 1, 1)
     folder = run.nodes / "node-1"
     folder.mkdir(parents=True)
-    planted = [{"pid": 1, "start_ticks": 0}, {"pid": -1, "start_ticks": 0}, {"pid": "self", "start_ticks": 0}, 7]
+    planted = [
+        {"pid": 1, "start_ticks": 0},
+        {"pid": -1, "start_ticks": 0},
+        {"pid": "self", "start_ticks": 0},
+        7,
+    ]
     for content in [*hostile(sign), *(json.dumps(p).encode() for p in planted)]:
         (folder / "agent.json").write_bytes(content)
         assert cluster.observe()["node-1"].state != "up"
@@ -181,10 +197,12 @@ def test_a_rank_that_tells_pickles_is_heard_as_garbage(run: RunDirectory, tmp_pa
         agent = start_agent(run)
         async with Listener(run) as listener:
             await listener.connected()
-            listener.server.send("node-1", begin(run, steps=3, say=[line.hex() for line in hostile(sign)]))
+            listener.server.send(
+                "node-1", begin(run, steps=3, say=[line.hex() for line in hostile(sign)])
+            )
             exited = await listener.fact(RankExited)
             assert exited.code == 0
-            assert [i for i in listener.told if isinstance(i, PulseTold)]
+            assert [i for i in listener.told if isinstance(i, HeartbeatReceived)]
             listener.server.send("node-1", Leave("over"))
             await listener.until(lambda: agent.poll() is not None)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from tests.logbook.demo_run import write_demo
 

@@ -1,7 +1,8 @@
 """A realistic run directory: what the demo's supervisor writes, without running it.
 
-Attempt 1.00 trains from step 0; node-2 dies at step 60 and node-3 takes its place, restarted from step 50; a rank is
-killed at 120, restarted from 100; done at 200. All is computed from constants, so it is the same bytes each time.
+Attempt 1.00 trains from step 0; node-2 dies at step 60 and node-3 takes its place, restarted from
+step 50; a rank is killed at 120, restarted from 100; done at 200. All is computed from constants,
+so it is the same bytes each time.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_logbook.events import (
+from opt_logbook.record.events import (
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
@@ -37,10 +38,10 @@ from opt_logbook.events import (
     TrainingBegan,
     ValidationMeasured,
 )
-from opt_logbook.journal import Journal
-from opt_logbook.lock import Lock
-from opt_logbook.metrics import MetricsWriter
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.journal import Journal
+from opt_logbook.record.lock import Lock
+from opt_logbook.record.metrics import MetricsWriter
+from opt_logbook.record.run_directory import RunDirectory
 
 START = 1795356185.25  # 2026-11-22 14:03:05.250 UTC
 STEP_SECONDS = 0.55
@@ -69,27 +70,52 @@ class DemoRun:
     def create(self, name: str = "demo", steps: int = 200) -> None:
         self.tell(
             RunCreated(
-                name=name, seed=0, model="opt-demo", parameters=3_684_096, steps=steps, tokens_per_step=TOKENS_PER_STEP,
-                tokenizer="bpe, 4096 entries", data="stdlib", data_fingerprint="9f2c51d0a7", train_tokens=3_912_448,
-                validation_tokens=81_920, unigram_perplexity=702.4, learning_rate=2e-3,
+                name=name,
+                seed=0,
+                model="opt-demo",
+                parameters=3_684_096,
+                steps=steps,
+                tokens_per_step=TOKENS_PER_STEP,
+                tokenizer="bpe, 4096 entries",
+                data="stdlib",
+                data_fingerprint="9f2c51d0a7",
+                train_tokens=3_912_448,
+                validation_tokens=81_920,
+                unigram_perplexity=702.4,
+                learning_rate=2e-3,
             )
-        )  # fmt: skip
+        )
         self.tell(LineageOpened(1, "c0ffee" * 10 + "beef"))
         self.tell(SupervisorStarted(1, "laptop", 4242, "0.1.0", resumed=False))
         for node, role in (("node-1", "active"), ("node-2", "active"), ("node-3", "buffer")):
             self.tell(NodeJoined(node, role, 1), seconds=0.4)
 
-    def start(self, attempt: str, step: int, nodes: tuple[str, ...], buffer: tuple[str, ...], **how: Any) -> None:
+    def start(
+        self, attempt: str, step: int, nodes: tuple[str, ...], buffer: tuple[str, ...], **how: Any
+    ) -> None:
         parent, self.attempt, self.generation = self.attempt, attempt, self.generation + 1
         self.tell(
             AttemptStarted(
-                generation=self.generation, parent=parent, checkpoint=self.latest[0], manifest_sha256=self.latest[1],
-                nodes=nodes, buffer=buffer, world_size=2, config_sha256="c0ffee" * 10 + "beef", git_commit="713bb44",
-                packages={"torch": "2.13.0", "opt-train": "0.1.0"}, **how,
+                generation=self.generation,
+                parent=parent,
+                checkpoint=self.latest[0],
+                manifest_sha256=self.latest[1],
+                nodes=nodes,
+                buffer=buffer,
+                world_size=2,
+                config_sha256="c0ffee" * 10 + "beef",
+                git_commit="713bb44",
+                packages={"torch": "2.13.0", "opt-train": "0.1.0"},
+                **how,
             ),
-            step, seconds=0.3,
-        )  # fmt: skip
-        self.tell(InForceReported({"lr": 2e-3, "beta1": 0.9, "clip": 1.0, "cursor": step * 16}), step, seconds=0.9)
+            step,
+            seconds=0.3,
+        )
+        self.tell(
+            InForceReported({"lr": 2e-3, "beta1": 0.9, "clip": 1.0, "cursor": step * 16}),
+            step,
+            seconds=0.9,
+        )
         self.now += 0.9
         self.metrics.append(self.attempt, metrics_line(step + 1, self.now), str(self.journal.head))
         self.tell(TrainingBegan(self.generation, 1.8), step + 1)
@@ -103,7 +129,11 @@ class DemoRun:
                 self.save(step)
             if step % validate_every == 0:
                 loss = loss_at(step) + 0.12
-                self.tell(ValidationMeasured("validation", loss, math.exp(loss), 81_920), step, seconds=0.8)
+                self.tell(
+                    ValidationMeasured("validation", loss, math.exp(loss), 81_920),
+                    step,
+                    seconds=0.8,
+                )
 
     def save(self, step: int) -> None:
         folder = self.run.checkpoint(self.attempt, step)
@@ -112,48 +142,86 @@ class DemoRun:
         (folder / "manifest.json").write_bytes(text)
         path, sha256 = str(folder.relative_to(self.run.path)), hashlib.sha256(text).hexdigest()
         self.latest = (path, sha256)
-        self.tell(CheckpointCommitted(path, sha256, 44_300_000, 5, 0.41, healthy=True), step, seconds=0.4)
+        self.tell(
+            CheckpointCommitted(path, sha256, 44_300_000, 5, 0.41, healthy=True), step, seconds=0.4
+        )
 
     def lose_node(self) -> None:
         """node-2, agent and ranks, is gone after step 60."""
-        self.tell(FailureSeen(1, 1, "node-2", 1, "node-2 went silent: its agent's connection closed"), 60, seconds=0.7)
+        self.tell(
+            FailureSeen(1, 1, "node-2", 1, "node-2 went silent: its agent's connection closed"),
+            60,
+            seconds=0.7,
+        )
         self.tell(GenerationKilled(1, 1, 1), 60, seconds=1.0)
         evidence = (
             Evidence("", 0, "the cluster says node-2 is down: its agent's process is gone"),
             Evidence("", 0, "no word from node-2 for 1.0 s"),
             Evidence(
-                "logs/1.00/node-1/rank0.log", 41,
-                "[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41873",
+                "logs/1.00/node-1/rank0.log",
+                41,
+                "[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by "
+                "peer [127.0.0.1]:41873",
             ),
-        )  # fmt: skip
+        )
         self.tell(
             IncidentDiagnosed(
-                1, "node_failure", "hardware", "the whole node went down, its agent included", 0.95, "node-2", 1,
-                evidence, "node-3 takes the place of node-2; restart from the last good checkpoint",
-            ), 60, seconds=0.1,
-        )  # fmt: skip
+                1,
+                "node_failure",
+                "hardware",
+                "the whole node went down, its agent included",
+                0.95,
+                "node-2",
+                1,
+                evidence,
+                "node-3 takes the place of node-2; restart from the last good checkpoint",
+            ),
+            60,
+            seconds=0.1,
+        )
         self.tell(NodeFailed("node-2", 1, "node_failure"), 60)
         self.tell(NodePromoted("node-3", "node-2", 1), 60)
         self.tell(AttemptEnded(1, "failed"), 60)
-        self.start("1.01", 50, ("node-1", "node-3"), (), reason="node_failure on node-2", incident=1)
+        self.start(
+            "1.01", 50, ("node-1", "node-3"), (), reason="node_failure on node-2", incident=1
+        )
         self.tell(IncidentClosed(1, "recovered", 10, 4.5 + 10 * STEP_SECONDS, 4.5), 51)
 
     def lose_rank(self) -> None:
         """Somebody kills rank 0 after step 120."""
-        self.tell(FailureSeen(2, 2, "node-1", 0, "rank 0 was ended by SIGKILL in phase step"), 120, seconds=0.6)
+        self.tell(
+            FailureSeen(2, 2, "node-1", 0, "rank 0 was ended by SIGKILL in phase step"),
+            120,
+            seconds=0.6,
+        )
         self.tell(GenerationKilled(2, 2, 1), 120, seconds=1.0)
         evidence = (
             Evidence("", 0, "rank 0 on node-1 ended by signal 9; its agent did not send it"),
-            Evidence("logs/1.01/node-3/rank1.log", 57, "RuntimeError: Connection closed by peer [127.0.0.1]:52110"),
+            Evidence(
+                "logs/1.01/node-3/rank1.log",
+                57,
+                "RuntimeError: Connection closed by peer [127.0.0.1]:52110",
+            ),
         )
         self.tell(
             IncidentDiagnosed(
-                2, "killed", "unknown", "SIGKILL that nobody owns up to; no sign of an out-of-memory kill", 0.8,
-                "node-1", 0, evidence, "restart on the same nodes from the last good checkpoint",
-            ), 120, seconds=0.1,
-        )  # fmt: skip
+                2,
+                "killed",
+                "unknown",
+                "SIGKILL that nobody owns up to; no sign of an out-of-memory kill",
+                0.8,
+                "node-1",
+                0,
+                evidence,
+                "restart on the same nodes from the last good checkpoint",
+            ),
+            120,
+            seconds=0.1,
+        )
         self.tell(AttemptEnded(2, "failed"), 120)
-        self.start("1.02", 100, ("node-1", "node-3"), (), reason="killed: rank 0 on node-1", incident=2)
+        self.start(
+            "1.02", 100, ("node-1", "node-3"), (), reason="killed: rank 0 on node-1", incident=2
+        )
         self.tell(IncidentClosed(2, "recovered", 20, 4.4 + 20 * STEP_SECONDS, 4.4), 101)
         self.tell(Note("maria", "Rank 0 was me, sorry: wrong terminal."), 101, seconds=1.0)
 
@@ -163,7 +231,9 @@ class DemoRun:
         self.tell(CheckpointRetired("checkpoints/1.00/step-00000050"), 200)
         loss = loss_at(200) + 0.12
         self.tell(AttemptEnded(3, "finished"), 200)
-        self.tell(RunFinished(loss_at(200), math.exp(loss), 200 * TOKENS_PER_STEP, self.now - START), 200)
+        self.tell(
+            RunFinished(loss_at(200), math.exp(loss), 200 * TOKENS_PER_STEP, self.now - START), 200
+        )
 
     def close(self) -> RunDirectory:
         self.metrics.close()

@@ -1,4 +1,5 @@
-"""The command says one clear sentence for bad input, and its exit code tells a script the answer."""
+"""The command says one clear sentence for bad input, and its exit code tells a script the
+answer."""
 
 import json
 import subprocess
@@ -7,20 +8,24 @@ from pathlib import Path
 
 import pytest
 from opt_logbook.cli import main
-from opt_logbook.events import Entry, JournalMended, Note
-from opt_logbook.inbox import take
-from opt_logbook.journal import Journal, read
-from opt_logbook.lock import Lock
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.events import Entry, JournalMended, Note
+from opt_logbook.record.inbox import take
+from opt_logbook.record.journal import Journal, read
+from opt_logbook.record.lock import Lock
+from opt_logbook.record.run_directory import RunDirectory
 
 
-def test_verify_of_a_whole_run_exits_0_and_names_its_head(demo: RunDirectory, capsys: pytest.CaptureFixture) -> None:
+def test_verify_of_a_whole_run_exits_0_and_names_its_head(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["verify", str(demo.path)]) == 0
     reading = read(demo.journal)
     assert capsys.readouterr().out == f"verified: {reading.line_count} lines, head {reading.head}\n"
 
 
-def test_verify_of_a_spoilt_run_exits_1_and_names_the_line(demo: RunDirectory, capsys: pytest.CaptureFixture) -> None:
+def test_verify_of_a_spoilt_run_exits_1_and_names_the_line(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
     demo.journal.write_bytes(demo.journal.read_bytes().replace(b"node_failure", b"node_Failure", 1))
     assert main(["verify", str(demo.path)]) == 1
     assert capsys.readouterr().out.startswith("journal.jsonl:14: ")
@@ -29,7 +34,9 @@ def test_verify_of_a_spoilt_run_exits_1_and_names_the_line(demo: RunDirectory, c
 @pytest.mark.parametrize(
     "words", [[], ["rendr", "run"], ["tail"], ["tail", "run", "-n", "x"], ["note", "--who", "run"]]
 )
-def test_a_mistyped_command_is_one_sentence_and_exit_2(words: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_mistyped_command_is_one_sentence_and_exit_2(
+    words: list[str], capsys: pytest.CaptureFixture
+) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("logbook: ")
@@ -38,7 +45,9 @@ def test_a_mistyped_command_is_one_sentence_and_exit_2(words: list[str], capsys:
 
 
 @pytest.mark.parametrize("verb", ["render", "verify", "note", "tail"])
-def test_a_missing_run_is_one_sentence_and_exit_2(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_run_is_one_sentence_and_exit_2(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     words = ["hello"] if verb == "note" else []
     for path in (tmp_path / "nothing", tmp_path):
         assert main([verb, str(path), *words]) == 2
@@ -57,7 +66,9 @@ def test_render_says_where_the_page_is(demo: RunDirectory, capsys: pytest.Captur
     assert Path(page).exists()
 
 
-def test_a_chronicle_that_cannot_be_written_is_one_sentence(demo: RunDirectory, capsys: pytest.CaptureFixture) -> None:
+def test_a_chronicle_that_cannot_be_written_is_one_sentence(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
     demo.chronicle.write_text("a file where the folder should be")
     assert main(["render", str(demo.path)]) == 2
     error = capsys.readouterr().err
@@ -103,7 +114,8 @@ def test_a_note_does_not_hide_damage_from_the_person_whom_the_supervisor_must_as
     demo.journal.write_bytes(spoilt)
     assert main(["note", str(demo.path), "hello"]) == 2
     assert capsys.readouterr().err == (
-        f"logbook: {demo.journal} is damaged (line 14); restore it from a copy, or start the run, which asks what to "
+        f"logbook: {demo.journal} is damaged (line 14); restore it from a copy, or start the run, "
+        "which asks what to "
         "do, and note it then\n"
     )
     assert demo.journal.read_bytes() == spoilt, "nothing was written or cut"
@@ -140,8 +152,20 @@ def test_tail_prints_the_newest_lines_for_people_and_for_programs(
 
 
 def test_tail_follows_a_living_journal_and_ends_quietly(demo: RunDirectory) -> None:
-    command = [sys.executable, "-m", "opt_logbook.cli", "tail", str(demo.path), "-n", "1", "--follow", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tail:
+    command = [
+        sys.executable,
+        "-m",
+        "opt_logbook.cli",
+        "tail",
+        str(demo.path),
+        "-n",
+        "1",
+        "--follow",
+        "--json",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as tail:
         try:
             assert tail.stdout is not None
             # Once it has shown the newest line, the note is new to it.
@@ -156,11 +180,15 @@ def test_tail_follows_a_living_journal_and_ends_quietly(demo: RunDirectory) -> N
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(demo: RunDirectory) -> None:
     command = f"{sys.executable} -m opt_logbook.cli tail {demo.path} -n 999 --json"
-    answer = subprocess.run(["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, check=True
+    )
     assert answer.stderr == ""
 
 
-def test_terminal_codes_in_a_note_do_not_reach_the_terminal(demo: RunDirectory, capsys: pytest.CaptureFixture) -> None:
+def test_terminal_codes_in_a_note_do_not_reach_the_terminal(
+    demo: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
     main(["note", str(demo.path), "\x1b[2J\x1b]0;owned\x07 gone \u202e"])
     capsys.readouterr()
     for extra in ([], ["--json"]):

@@ -9,7 +9,9 @@ from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
 
-TINY = ModelConfig(name="tiny", layers=2, heads=4, d_model=64, ffn=160, vocab_size=512, positions=64, dropout=0.0)
+TINY = ModelConfig(
+    name="tiny", layers=2, heads=4, d_model=64, ffn=160, vocab_size=512, positions=64, dropout=0.0
+)
 
 VARIANTS = {
     "pre": TINY,
@@ -18,7 +20,9 @@ VARIANTS = {
     "projected": replace(TINY, embed_dim=32),
     "post and projected": replace(TINY, layer_norm="post", embed_dim=96),
     "wide": replace(TINY, d_model=256, heads=8, ffn=1024),
-    "wide, post and projected": replace(TINY, d_model=256, heads=16, ffn=1024, layer_norm="post", embed_dim=128),
+    "wide, post and projected": replace(
+        TINY, d_model=256, heads=16, ffn=1024, layer_norm="post", embed_dim=128
+    ),
 }
 
 

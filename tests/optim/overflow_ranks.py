@@ -1,7 +1,8 @@
-"""One rank of `test_overflow_anywhere.py`: an inf or NaN in one element of one rank's gradient, on each rank in turn.
+"""One rank of `test_overflow_anywhere.py`: an inf or NaN in one element of one rank's gradient, on
+each rank in turn.
 
-`overflow_ranks.py RANK WORLD STORE CASES`; CASES is JSON, `[[replicate, shard, tensor], precision changes]` each.
-Prints what the rank saw, by case.
+`overflow_ranks.py RANK WORLD STORE CASES`; CASES is JSON, `[[replicate, shard, tensor], precision
+changes]` each. Prints what the rank saw, by case.
 """
 
 import hashlib
@@ -31,7 +32,15 @@ from tests.train.leave import leave_with
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(
-    name="tiny", layers=1, heads=4, d_model=32, ffn=64, vocab_size=64, positions=16, dropout=0.0, init_std=0.05
+    name="tiny",
+    layers=1,
+    heads=4,
+    d_model=32,
+    ffn=64,
+    vocab_size=64,
+    positions=16,
+    dropout=0.0,
+    init_std=0.05,
 )
 VALUES = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -41,9 +50,13 @@ class Trainer:
 
     def __init__(self, layout: Layout, precision: PrecisionConfig, rank: int) -> None:
         self.layout, self.rank = layout, rank
-        self.engine = make_engine(TINY, precision, ParallelConfig(), layout, CPU, values=VALUES, seed=3)
+        self.engine = make_engine(
+            TINY, precision, ParallelConfig(), layout, CPU, values=VALUES, seed=3
+        )
         self.scale = LossScale(policy_of(precision), CPU)
-        self.predivision = predivision(precision.predivide and precision.compute == "fp16", layout.data_world)
+        self.predivision = predivision(
+            precision.predivide and precision.compute == "fp16", layout.data_world
+        )
         self.step = 0
 
     def backward(self) -> None:
@@ -65,13 +78,25 @@ class Trainer:
 
     def norm_by_hand(self) -> float:
         """Of the whole gradient, gathered, averaged over the 8 x 16 tokens."""
-        wholes = [whole(p.grad).double() for p in self.engine.model.parameters() if p.grad is not None]
-        return math.sqrt(sum(float(grad.square().sum()) for grad in wholes)) / 128 / float(self.grad_scale)
+        wholes = [
+            whole(p.grad).double() for p in self.engine.model.parameters() if p.grad is not None
+        ]
+        return (
+            math.sqrt(sum(float(grad.square().sum()) for grad in wholes))
+            / 128
+            / float(self.grad_scale)
+        )
 
     def digest(self) -> str:
         """Of all that training carries on this rank."""
-        tensors = [t for p in self.engine.model.parameters() for t in (p, *self.engine.optimizer.state[p].values())]
-        return hashlib.sha256(b"".join(local(t).detach().numpy().tobytes() for t in tensors)).hexdigest()
+        tensors = [
+            t
+            for p in self.engine.model.parameters()
+            for t in (p, *self.engine.optimizer.state[p].values())
+        ]
+        return hashlib.sha256(
+            b"".join(local(t).detach().numpy().tobytes() for t in tensors)
+        ).hexdigest()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -114,7 +139,11 @@ def record(layout: Layout, precision: PrecisionConfig, rank: int) -> dict[str, A
         "skips": skips,
         "scales": scales,
         "untouched": untouched,
-        "then": {"skip": float(last.skip), "changed": trainer.digest() != before, "norm": float(last.norm)},
+        "then": {
+            "skip": float(last.skip),
+            "changed": trainer.digest() != before,
+            "norm": float(last.norm),
+        },
     }
 
 
@@ -123,10 +152,15 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
     records = [
-        record(Layout(*degrees), PrecisionConfig(**changes), rank) for degrees, changes in json.loads(sys.argv[4])
+        record(Layout(*degrees), PrecisionConfig(**changes), rank)
+        for degrees, changes in json.loads(sys.argv[4])
     ]
     leave_with(records)
 

@@ -1,4 +1,5 @@
-"""What the optimizer says is in force is read from all of it: one group or parameter apart must not go unseen."""
+"""What the optimizer says is in force is read from all of it: one group or parameter apart must not
+go unseen."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +52,9 @@ def one_parameter_that_was_not_restored(optimizer: torch.optim.AdamW) -> None:
         (one_parameter_that_was_not_restored, "updates"),
     ],
 )
-def test_one_part_that_differs_equals_nothing(plant: Callable[[torch.optim.AdamW], None], name: str) -> None:
+def test_one_part_that_differs_equals_nothing(
+    plant: Callable[[torch.optim.AdamW], None], name: str
+) -> None:
     optimizer = made()
     plant(optimizer)
     reported = really_in_force(optimizer)

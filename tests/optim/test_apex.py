@@ -1,5 +1,6 @@
-"""NVIDIA's apex, with a stand-in for it (`stand_ins/`): a stranger of its name must not be taken for it, and its
-optimizer must keep our contract. What NVIDIA's own kernels compute is not tested here."""
+"""NVIDIA's apex, with a stand-in for it (`stand_ins/`): a stranger of its name must not be taken
+for it, and its optimizer must keep our contract. What NVIDIA's own kernels compute is not tested
+here."""
 
 import functools
 import importlib
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from opt_train.checkpoint.tensors import put_back, tensors_of
-from opt_train.config import compose, kind_of
+from opt_train.config.compose import compose
+from opt_train.config.difference import kind_of
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Loss
 from opt_train.model.init import initialise
@@ -39,7 +41,9 @@ def forgetful() -> Iterator[None]:
     def forget() -> None:
         find.cache_clear()
         apex._tell_once.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", *apex.EXTENSIONS)]:
+        for name in [
+            name for name in sys.modules if name.partition(".")[0] in ("apex", *apex.EXTENSIONS)
+        ]:
             del sys.modules[name]
         importlib.invalidate_caches()
 
@@ -57,7 +61,7 @@ def nvidias(monkeypatch: pytest.MonkeyPatch) -> Apex:
     return found
 
 
-# Which apex it is ---------------------------------------------------------------------------------------------
+# Which apex it is ---------------------------------------------------------------------------------
 
 
 def copied(folder: Path, source: str, *without: str) -> Path:
@@ -83,7 +87,8 @@ def test_none_at_all_is_no_surprise(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BadInput) as refused:
         choose("apex", CUDA)
     assert str(refused.value) == (
-        "optim.fused=apex, but NVIDIA's apex is not installed; build NVIDIA's from github.com/NVIDIA/apex with its "
+        "optim.fused=apex, but NVIDIA's apex is not installed; build NVIDIA's from "
+        "github.com/NVIDIA/apex with its "
         "CUDA extensions (PyPI's apex is another package), or use optim.fused=auto"
     )
 
@@ -96,12 +101,14 @@ def test_pypis_apex_is_told_once_and_neither_used_nor_imported(
         assert choose("auto", CUDA) is None
         assert choose("auto", CUDA) is None
     assert caplog.messages == [
-        "apex is not used, but torch's fused AdamW and LayerNorm: the installed apex is not NVIDIA's but another "
+        "apex is not used, but torch's fused AdamW and LayerNorm: the installed apex is not "
+        "NVIDIA's but another "
         "package of that name"
     ]
     assert "apex" not in sys.modules
     with pytest.raises(
-        BadInput, match=r"^optim.fused=apex, but the installed apex is not NVIDIA's but another package"
+        BadInput,
+        match=r"^optim.fused=apex, but the installed apex is not NVIDIA's but another package",
     ):
         choose("apex", CUDA)
 
@@ -111,7 +118,9 @@ def adam_lacks(folder: Path) -> None:
 
 
 def other_torch(folder: Path) -> None:
-    (folder / "apex" / "normalization" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    (folder / "apex" / "normalization" / "__init__.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c10')\n"
+    )
 
 
 def nothing(_: Path) -> None:
@@ -122,17 +131,33 @@ def nothing(_: Path) -> None:
     ("without", "damage", "why"),
     [
         (("amp_C.py",), nothing, "the installed apex was built without amp_C"),
-        (("amp_C.py", "fused_layer_norm_cuda.py"), nothing,
-         "the installed apex was built without amp_C and fused_layer_norm_cuda"),
-        ((), adam_lacks, "the installed apex cannot be imported (AttributeError: module 'apex.optimizers' has no "
-                         "attribute 'FusedAdam')"),
-        ((), other_torch, "the installed apex cannot be imported (ImportError: undefined symbol: _ZN3c10)"),
+        (
+            ("amp_C.py", "fused_layer_norm_cuda.py"),
+            nothing,
+            "the installed apex was built without amp_C and fused_layer_norm_cuda",
+        ),
+        (
+            (),
+            adam_lacks,
+            "the installed apex cannot be imported (AttributeError: module 'apex.optimizers' has "
+            "no "
+            "attribute 'FusedAdam')",
+        ),
+        (
+            (),
+            other_torch,
+            "the installed apex cannot be imported (ImportError: undefined symbol: _ZN3c10)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_half_an_apex_is_told_and_not_used(
-    without: tuple[str, ...], damage: Callable[[Path], None], why: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    without: tuple[str, ...],
+    damage: Callable[[Path], None],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     damage(copied(tmp_path, "nvidia", *without))
     monkeypatch.syspath_prepend(tmp_path)
     assert choose("auto", CUDA) is None
@@ -143,7 +168,8 @@ def test_on_a_cpu_nobody_looks_for_it(nvidias: Apex, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(apex, "find", lambda: pytest.fail("looked"))
     assert choose("auto", CPU) is choose("torch", CPU) is choose("torch", CUDA) is None
     with pytest.raises(
-        BadInput, match=r"^optim.fused=apex works on a GPU alone, and this is a cpu; use optim.fused=auto"
+        BadInput,
+        match=r"^optim.fused=apex works on a GPU alone, and this is a cpu; use optim.fused=auto",
     ):
         choose("apex", CPU)
     assert isinstance(make_optimizer(layers(), VALUES, "auto"), torch.optim.AdamW)
@@ -151,13 +177,18 @@ def test_on_a_cpu_nobody_looks_for_it(nvidias: Apex, monkeypatch: pytest.MonkeyP
 
 def test_the_key_may_change_at_any_restart_and_takes_nothing_else() -> None:
     assert kind_of("optim.fused") == "operational"
-    with pytest.raises(BadInput, match=r"^optim.fused=nvidia is not possible; use auto or torch or apex$"):
+    with pytest.raises(
+        BadInput, match=r"^optim.fused=nvidia is not possible; use auto or torch or apex$"
+    ):
         compose(["optim.fused=nvidia"])
-    with pytest.raises(BadInput, match=r"^optim.fused=apex updates fp32 weights, not those of precision.weights=fp16"):
+    with pytest.raises(
+        BadInput,
+        match=r"^optim.fused=apex updates fp32 weights, not those of precision.weights=fp16",
+    ):
         compose(["optim.fused=apex", "precision=fp16-memory-efficient"])
 
 
-# AdamW --------------------------------------------------------------------------------------------------------
+# AdamW --------------------------------------------------------------------------------------------
 
 
 def layers() -> nn.Module:
@@ -168,7 +199,9 @@ def layers() -> nn.Module:
 def gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * 10.0 ** (step % 4 - 3) * scale
+        parameter.grad = (
+            torch.randn(parameter.shape, generator=generator) * 10.0 ** (step % 4 - 3) * scale
+        )
 
 
 def made(nvidias: Apex, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> ApexAdamW:
@@ -189,7 +222,9 @@ Make = Callable[[nn.Module], ApexAdamW]
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [t.detach().clone() for p in model.parameters() for t in (p, *optimizer.state[p].values())]
+    return [
+        t.detach().clone() for p in model.parameters() for t in (p, *optimizer.state[p].values())
+    ]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -206,9 +241,15 @@ def test_it_updates_as_torchs_adamw_does(make: Make) -> None:
         apply(reference, NO)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
-        assert optimizer.state[one].keys() == reference.state[other].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert (
+            optimizer.state[one].keys()
+            == reference.state[other].keys()
+            == {"step", "exp_avg", "exp_avg_sq"}
+        )
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(optimizer.state[one][name], reference.state[other][name], rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(
+                optimizer.state[one][name], reference.state[other][name], rtol=2e-6, atol=1e-7
+            )
         assert optimizer.state[one]["step"] == reference.state[other]["step"] == 50
     assert all(parameter.grad is None for parameter in ours.parameters())
 
@@ -266,7 +307,8 @@ def test_the_host_waits_for_nothing(make: Make) -> None:
 
 
 def test_the_factor_is_the_gradients(make: Make) -> None:
-    """Average, clipping and loss scale arrive as one factor, which the kernel applies: to the bit for powers of two."""
+    """Average, clipping and loss scale arrive as one factor, which the kernel applies: to the bit
+    for powers of two."""
     scaled, plain = layers(), layers()
     one, other = make(scaled), make(plain)
     for step in range(5):
@@ -315,7 +357,9 @@ def test_parts_without_elements_are_counted_and_not_handed_over(make: Make, vect
         gradients(model, 1)
         apply(optimizer, skip)
     assert really_in_force(optimizer)["updates"] == 2
-    assert len(optimizer._fused.state) == sum(bool(p.numel()) for p in model.parameters()), "it grows step by step"
+    assert len(optimizer._fused.state) == sum(bool(p.numel()) for p in model.parameters()), (
+        "it grows step by step"
+    )
     assert all(not torch.equal(p, torch.ones_like(p)) for p in model.parameters() if p.numel())
 
 
@@ -327,13 +371,15 @@ def test_a_rank_that_holds_nothing_still_counts(make: Make) -> None:
     assert really_in_force(optimizer)["updates"] == 1
 
 
-# Sharded, and saved --------------------------------------------------------------------------------------------
+# Sharded, and saved -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -361,7 +407,9 @@ def test_sharded_parameters_are_updated_where_they_lie(make: Make) -> None:
     train(ours, optimizer, range(6))
     train(theirs, reference, range(6))
     for name, tensor in tensors_of(ours, optimizer).items():
-        torch.testing.assert_close(tensor, tensors_of(theirs, reference)[name], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(
+            tensor, tensors_of(theirs, reference)[name], rtol=2e-5, atol=2e-6
+        )
 
 
 @pytest.mark.usefixtures("world")
@@ -391,9 +439,11 @@ def test_a_checkpoint_of_one_is_gone_on_with_by_the_other(make: Make, saved_by: 
         torch.testing.assert_close(tensor, tensors_of(model, optimizer)[name], rtol=2e-5, atol=2e-6)
 
 
-# LayerNorm ----------------------------------------------------------------------------------------------------
+# LayerNorm ----------------------------------------------------------------------------------------
 
-SMALL = ModelConfig(name="small", layers=2, heads=2, d_model=16, ffn=32, vocab_size=64, positions=16, dropout=0.0)
+SMALL = ModelConfig(
+    name="small", layers=2, heads=2, d_model=16, ffn=32, vocab_size=64, positions=16, dropout=0.0
+)
 
 
 @pytest.mark.parametrize("layer_norm", ["pre", "post"])
@@ -405,7 +455,9 @@ def test_layer_norms_are_exchanged_under_their_names(nvidias: Apex, layer_norm: 
     parameters = dict(fused.named_parameters())
     fuse_layer_norms(fused, nvidias)
     assert dict(fused.named_parameters()) == parameters, "the very same tensors, in the same order"
-    exchanged = [module for module in fused.modules() if isinstance(module, nvidias.fused_layer_norm)]
+    exchanged = [
+        module for module in fused.modules() if isinstance(module, nvidias.fused_layer_norm)
+    ]
     assert len(exchanged) == 2 * config.layers + (layer_norm == "pre")
     assert not any(isinstance(module, nn.LayerNorm) for module in fused.modules())
     tokens = torch.arange(16)[None] % 64
@@ -421,8 +473,11 @@ def test_layer_norms_of_a_model_without_contents_stay_without(nvidias: Apex) -> 
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("layer_norm", ["pre", "post"])
-def test_every_layer_norm_gets_one_type_under_mixed_precision(nvidias: Apex, layer_norm: str) -> None:
-    """The kernels take input and parameters of one type alone: what FSDP gathers and what the embedding gives."""
+def test_every_layer_norm_gets_one_type_under_mixed_precision(
+    nvidias: Apex, layer_norm: str
+) -> None:
+    """The kernels take input and parameters of one type alone: what FSDP gathers and what the
+    embedding gives."""
     config = replace(SMALL, layer_norm=layer_norm)
     with torch.device("meta"):
         model = OPT(config)

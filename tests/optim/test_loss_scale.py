@@ -1,4 +1,5 @@
-"""The loss scale against arithmetic done by hand, over sequences long enough for every rule to meet every other."""
+"""The loss scale against arithmetic done by hand, over sequences long enough for every rule to meet
+every other."""
 
 import json
 import random
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opt_train.config import compose
+from opt_train.config.compose import compose
 from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import CEILING, LossScale, expected_scale
 from opt_train.optim.loss_scale_policy import MEGATRON, METASEQ, LossScalePolicy, policy_of
@@ -30,7 +31,9 @@ def after(scale: LossScale, *overflows: bool) -> list[float]:
 def changes(scale: LossScale, steps: int, overflows: set[int]) -> dict[int, float]:
     """The scale by the step (from 1) that moved it."""
     found, previous = {}, scale.scale.item()
-    for step, now in enumerate(after(scale, *(step in overflows for step in range(1, steps + 1))), start=1):
+    for step, now in enumerate(
+        after(scale, *(step in overflows for step in range(1, steps + 1))), start=1
+    ):
         if now != previous:
             found[step] = now
         previous = now
@@ -38,35 +41,56 @@ def changes(scale: LossScale, steps: int, overflows: set[int]) -> dict[int, floa
 
 
 def test_metaseqs_window_grows_with_the_scale() -> None:
-    """256 good steps, then 512 counted from the same place, then 1024: as the window doubles at each doubling."""
-    assert changes(LossScale(METASEQ, CPU), 5000, set()) == {256: 8, 512: 16, 1024: 32, 2048: 64, 4096: 128}
+    """256 good steps, then 512 counted from the same place, then 1024: as the window doubles at
+    each doubling."""
+    assert changes(LossScale(METASEQ, CPU), 5000, set()) == {
+        256: 8,
+        512: 16,
+        1024: 32,
+        2048: 64,
+        4096: 128,
+    }
 
 
 def test_metaseqs_overflow_halves_scale_and_window_and_starts_the_count_again() -> None:
-    # Overflow at 300: the window was 512 since step 256, becomes 256. From 301 on, the 256th good step is 556.
+    # Overflow at 300: the window was 512 since step 256, becomes 256. From 301 on, the 256th good
+    # step is 556.
     assert changes(LossScale(METASEQ, CPU), 1100, {300}) == {256: 8, 300: 4, 556: 8, 812: 16}
 
 
 def test_metaseqs_scale_stays_at_its_floor() -> None:
     scale = LossScale(METASEQ, CPU)
     assert after(scale, *[True] * 9) == [2, 1, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125, 0.03125]
-    # The window halved with every one: 256 / 2**9 is 0, and a window has a step at least. So it comes back fast.
+    # The window halved with every one: 256 / 2**9 is 0, and a window has a step at least. So it
+    # comes back fast.
     assert after(scale, False, False, False, False) == [0.0625, 0.125, 0.125, 0.25]
 
 
 def test_megatrons_scale_forgives_one_overflow_a_window() -> None:
     scale = LossScale(replace(MEGATRON, window_steps=10), CPU)
-    # 3 is forgiven, 5 and 6 are not. From 7 on ten good steps double it at 16, and forgive one again: 20 but not 21.
-    assert changes(scale, 40, {3, 5, 6, 20, 21}) == {5: 2.0**31, 6: 2.0**30, 16: 2.0**31, 21: 2.0**30, 31: 2.0**31}
+    # 3 is forgiven, 5 and 6 are not. From 7 on ten good steps double it at 16, and forgive one
+    # again: 20 but not 21.
+    assert changes(scale, 40, {3, 5, 6, 20, 21}) == {
+        5: 2.0**31,
+        6: 2.0**30,
+        16: 2.0**31,
+        21: 2.0**30,
+        31: 2.0**31,
+    }
 
 
 def test_megatrons_window_does_not_adapt() -> None:
-    assert changes(LossScale(MEGATRON, CPU), 3500, set()) == {1000: 2.0**33, 2000: 2.0**34, 3000: 2.0**35}
+    assert changes(LossScale(MEGATRON, CPU), 3500, set()) == {
+        1000: 2.0**33,
+        2000: 2.0**34,
+        3000: 2.0**35,
+    }
     assert after(LossScale(MEGATRON, CPU), *[True] * 40)[-1] == 1.0
 
 
 def by_hand(policy: LossScalePolicy, overflows: list[bool]) -> list[float]:
-    """The rules in plain numbers, told from the last overflow and the last doubling rather than by counters."""
+    """The rules in plain numbers, told from the last overflow and the last doubling rather than by
+    counters."""
     scale, window, last_overflow, strikes, scales = policy.initial, policy.window_steps, 0, 0, []
     for step, overflow in enumerate(overflows, start=1):
         if overflow:
@@ -81,9 +105,13 @@ def by_hand(policy: LossScalePolicy, overflows: list[bool]) -> list[float]:
     return scales
 
 
-@pytest.mark.parametrize("policy", [METASEQ, replace(METASEQ, window_steps=5), replace(MEGATRON, window_steps=7)])
+@pytest.mark.parametrize(
+    "policy", [METASEQ, replace(METASEQ, window_steps=5), replace(MEGATRON, window_steps=7)]
+)
 @pytest.mark.parametrize("often", [0.002, 0.05, 0.4])
-def test_thousands_of_steps_equal_the_rules_in_plain_numbers(policy: LossScalePolicy, often: float) -> None:
+def test_thousands_of_steps_equal_the_rules_in_plain_numbers(
+    policy: LossScalePolicy, often: float
+) -> None:
     draw = random.Random(often)
     overflows = [draw.random() < often for _ in range(3000)]
     assert after(LossScale(policy, CPU), *overflows) == by_hand(policy, overflows)
@@ -96,10 +124,14 @@ def test_scale_never_grows_to_an_infinity_it_cannot_leave() -> None:
 
 
 def test_fixed_scale_does_not_move() -> None:
-    fixed = policy_of(PrecisionConfig(compute="fp16", loss_scale="fixed", loss_scale_initial=1024.0))
+    fixed = policy_of(
+        PrecisionConfig(compute="fp16", loss_scale="fixed", loss_scale_initial=1024.0)
+    )
     assert set(after(LossScale(fixed, CPU), True, False, True)) == {1024.0}
     assert fixed.floor == 1024.0
-    assert set(after(LossScale(policy_of(PrecisionConfig(compute="bf16")), CPU), True, False)) == {1.0}
+    assert set(after(LossScale(policy_of(PrecisionConfig(compute="bf16")), CPU), True, False)) == {
+        1.0
+    }
 
 
 def test_update_never_waits_for_the_device() -> None:
@@ -126,7 +158,8 @@ def test_saved_and_restored_goes_on_as_if_nothing_had_been(policy: LossScalePoli
 
 
 def test_changed_policy_is_in_force_and_not_the_checkpoints() -> None:
-    """metaseq's restore silently brought back old settings; what a person asks for must be what happens."""
+    """metaseq's restore silently brought back old settings; what a person asks for must be what
+    happens."""
     old = LossScale(METASEQ, CPU)
     after(old, True, True)
     changed = replace(METASEQ, initial=64.0)
@@ -142,23 +175,38 @@ def test_what_is_no_state_is_refused() -> None:
 
 def test_in_force_knows_a_fixed_scale_and_leaves_a_moving_one_to_the_checkpoint() -> None:
     assert in_force(compose(["precision=bf16"]), (), 3)["loss_scale"] == 1.0
-    fixed = compose(["precision=fp16", "precision.loss_scale=fixed", "precision.loss_scale_initial=8"])
+    fixed = compose(
+        ["precision=fp16", "precision.loss_scale=fixed", "precision.loss_scale_initial=8"]
+    )
     assert in_force(fixed, (), 3)["loss_scale"] == 8.0
     assert "loss_scale" not in in_force(compose(["precision=fp16"]), (), 3)
 
 
 def test_keys_change_the_policy() -> None:
     assert policy_of(compose(["precision=fp16"]).precision) == METASEQ
-    keys = ["loss_scale=megatron", "loss_scale_initial=65536", "loss_scale_window_steps=50", "loss_scale_floor=0.25"]
-    changed = policy_of(compose(["precision=fp16", *(f"precision.{key}" for key in keys)]).precision)
+    keys = [
+        "loss_scale=megatron",
+        "loss_scale_initial=65536",
+        "loss_scale_window_steps=50",
+        "loss_scale_floor=0.25",
+    ]
+    changed = policy_of(
+        compose(["precision=fp16", *(f"precision.{key}" for key in keys)]).precision
+    )
     assert changed == replace(MEGATRON, initial=65536.0, window_steps=50, floor=0.25)
 
 
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("loss_scale_initial=3", "precision.loss_scale_initial=3 is no power of two, so scaling would round; use 2 or"),
-        ("loss_scale_initial=1.2676506002282294e+30", "is no scale that moves in fp32; use one between"),
+        (
+            "loss_scale_initial=3",
+            "precision.loss_scale_initial=3 is no power of two, so scaling would round; use 2 or",
+        ),
+        (
+            "loss_scale_initial=1.2676506002282294e+30",
+            "is no scale that moves in fp32; use one between",
+        ),
         ("loss_scale_floor=8", "precision.loss_scale_floor=8 is above the first step's scale, 4"),
         ("weights=fp16", "precision.weights=fp16 goes with precision.compute=fp16, not bf16"),
     ],

@@ -1,4 +1,5 @@
-"""AdamW over fp16 weights against torch's over fp32 ones, which is all it may differ from by rounding."""
+"""AdamW over fp16 weights against torch's over fp32 ones, which is all it may differ from by
+rounding."""
 
 import hashlib
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ YES, NO = torch.tensor(1.0), torch.tensor(0.0)
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -53,11 +56,17 @@ def test_in_fp32_it_is_torchs_adamw() -> None:
     reference = make_optimizer(theirs, VALUES)
     assert isinstance(reference, torch.optim.AdamW)
     matrices, vectors = (group["params"] for group in reference.param_groups)
-    own = [[p for p in ours.parameters() if p.ndim >= 2], [p for p in ours.parameters() if p.ndim < 2]]
+    own = [
+        [p for p in ours.parameters() if p.ndim >= 2],
+        [p for p in ours.parameters() if p.ndim < 2],
+    ]
     assert [len(own[0]), len(own[1])] == [len(matrices), len(vectors)]
     settings = {"betas": (0.9, 0.95), "eps": 1e-8}
     optimizer = MemoryEfficientAdamW(
-        [{"params": own[0], "weight_decay": 0.1, **settings}, {"params": own[1], "weight_decay": 0.0, **settings}],
+        [
+            {"params": own[0], "weight_decay": 0.1, **settings},
+            {"params": own[1], "weight_decay": 0.0, **settings},
+        ],
         lr=1e-2,
     )
     for step in range(50):
@@ -68,12 +77,15 @@ def test_in_fp32_it_is_torchs_adamw() -> None:
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(optimizer.state[one][name], reference.state[other][name], rtol=2e-6, atol=1e-9)
+            torch.testing.assert_close(
+                optimizer.state[one][name], reference.state[other][name], rtol=2e-6, atol=1e-9
+            )
         assert optimizer.state[one]["step"] == reference.state[other]["step"] == 50
 
 
 def test_update_is_computed_in_fp32_and_rounded_once() -> None:
-    """Each fp16 weight is the nearest to what torch computes in fp32 from the same weight, gradient and moments."""
+    """Each fp16 weight is the nearest to what torch computes in fp32 from the same weight, gradient
+    and moments."""
     narrow, wide = layers(torch.float16), layers(torch.float32)
     optimizer, reference = make_optimizer(narrow, VALUES), make_optimizer(wide, VALUES)
     assert isinstance(optimizer, MemoryEfficientAdamW)
@@ -87,14 +99,16 @@ def test_update_is_computed_in_fp32_and_rounded_once() -> None:
         apply(optimizer, NO)
         apply(reference, NO)
         for one, other in zip(narrow.parameters(), wide.parameters(), strict=True):
-            # Where fp32 rounding lies across the middle between two fp16 numbers they may differ by the last bit.
+            # Where fp32 rounding lies across the middle between two fp16 numbers they may differ by
+            # the last bit.
             assert (one != other.half()).float().mean() < 0.01
             torch.testing.assert_close(one, other.half(), rtol=2e-3, atol=1e-6)
             assert optimizer.state[one]["exp_avg_sq"].dtype == torch.float32
 
 
 def test_gradients_are_unscaled_in_fp32_and_not_before() -> None:
-    """Averaged over half a million tokens a gradient is below fp16's smallest number; its scaled sum is not."""
+    """Averaged over half a million tokens a gradient is below fp16's smallest number; its scaled
+    sum is not."""
     tokens = 500_000.0
     plain, scaled = layers(torch.float16), layers(torch.float16)
     one, other = make_optimizer(plain, VALUES), make_optimizer(scaled, VALUES)
@@ -174,7 +188,9 @@ def test_bytes_a_parameter_are_those_of_the_documentation(
     count = sum(parameter.numel() for parameter in parameters)
     assert sum(local(p).nbytes for p in parameters) == weight * count
     assert sum(local(p.grad).nbytes for p in parameters) == gradient * count
-    state = [local(t) for p in parameters for name, t in optimizer.state[p].items() if name != "step"]
+    state = [
+        local(t) for p in parameters for name, t in optimizer.state[p].items() if name != "step"
+    ]
     assert sum(tensor.nbytes for tensor in state) == moments * count
     page = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
     row = f"| {precision.compute} | {precision.weights} | {weight} | {gradient} | {moments} "
@@ -183,7 +199,8 @@ def test_bytes_a_parameter_are_those_of_the_documentation(
 
 @pytest.mark.usefixtures("world")
 def test_checkpoint_brings_moments_back_in_fp32(tmp_path: Path) -> None:
-    """torch's `load_state_dict` casts state to the weights' type: moments of 1e-10 would come back as zeros."""
+    """torch's `load_state_dict` casts state to the weights' type: moments of 1e-10 would come back
+    as zeros."""
     precision = PrecisionConfig(compute="fp16", weights="fp16")
     model, optimizer = sharded(precision)
     trained_gradients(model)
@@ -192,12 +209,22 @@ def test_checkpoint_brings_moments_back_in_fp32(tmp_path: Path) -> None:
     files = save(tensors_of(model, optimizer), {}, folder)
     named = {file.path: (file.bytes, file.sha256) for file in files}
     manifest.commit(folder, manifest.build(folder, "1.00", 1, named))
-    expected = {name: local(tensor).clone() for name, tensor in tensors_of(model, optimizer).items()}
-    assert any(0 < tensor[tensor != 0].abs().min() < 1e-8 for tensor in expected.values() if (tensor != 0).any())
+    expected = {
+        name: local(tensor).clone() for name, tensor in tensors_of(model, optimizer).items()
+    }
+    assert any(
+        0 < tensor[tensor != 0].abs().min() < 1e-8
+        for tensor in expected.values()
+        if (tensor != 0).any()
+    )
 
     other, into = sharded(precision)
     content = (folder / manifest.MANIFEST).read_bytes()
-    restore(ModelAndOptimizer(other, into), folder, manifest.read(folder, hashlib.sha256(content).hexdigest()))
+    restore(
+        ModelAndOptimizer(other, into),
+        folder,
+        manifest.read(folder, hashlib.sha256(content).hexdigest()),
+    )
     found = tensors_of(other, into)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name

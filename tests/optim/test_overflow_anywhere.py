@@ -1,4 +1,5 @@
-"""An overflow on any one rank is everybody's: the trap is torch.amp.GradScaler's, whose tensor-parallel ranks disagree.
+"""An overflow on any one rank is everybody's: the trap is torch.amp.GradScaler's, whose
+tensor-parallel ranks disagree.
 
 Real ranks; `overflow_ranks.py` plants an inf and a NaN on each of them in turn.
 """
@@ -30,15 +31,22 @@ def expected_scales(name: str, overflows: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Layout, str], list[dict[str, Any]]]:
+def told(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[Layout, str], list[dict[str, Any]]]:
     """What each rank of each case saw; one set of processes for each world size."""
     found: dict[tuple[Layout, str], list[dict[str, Any]]] = {}
     for world_size in sorted({layout.world_size for layout in LAYOUTS}):
         layouts = [layout for layout in LAYOUTS if layout.world_size == world_size]
         cases = [(layout, name) for layout in layouts for name in PRECISIONS]
-        sent = [([layout.replicate, layout.shard, layout.tensor], PRECISIONS[name]) for layout, name in cases]
+        sent = [
+            ([layout.replicate, layout.shard, layout.tensor], PRECISIONS[name])
+            for layout, name in cases
+        ]
         script = Path(ROOT / "tests/optim/overflow_ranks.py")
-        answers: list[Any] = run_script(script, world_size, json.dumps(sent), folder=tmp_path_factory.mktemp("ranks"))
+        answers: list[Any] = run_script(
+            script, world_size, json.dumps(sent), folder=tmp_path_factory.mktemp("ranks")
+        )
         for number, case in enumerate(cases):
             found[case] = [answer[number] for answer in answers]
     return found

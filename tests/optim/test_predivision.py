@@ -1,4 +1,5 @@
-"""The division by the number of ranks, half before the sum and half behind it (arXiv 2205.01068, section 2.2)."""
+"""The division by the number of ranks, half before the sum and half behind it (arXiv 2205.01068,
+section 2.2)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,16 @@ from opt_train.optim.clip import Verdict, clip, global_norm, predivision
 @pytest.fixture(autouse=True)
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
 
-def judged(gradients: list[torch.Tensor], tokens: float, max_norm: float, grad_scale: torch.Tensor | None) -> Verdict:
+def judged(
+    gradients: list[torch.Tensor], tokens: float, max_norm: float, grad_scale: torch.Tensor | None
+) -> Verdict:
     counted = torch.tensor(tokens, dtype=torch.float64)
     return clip(global_norm(gradients, [1] * len(gradients), counted, grad_scale), max_norm)
 
@@ -70,11 +75,14 @@ def test_optimizer_moves_by_the_averaged_and_clipped_gradient() -> None:
         verdict = judged([ours.grad], 16.0, 0.5, torch.tensor(1024.0))
         apply(one, verdict.skip, verdict.factor)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(one.state[ours]["exp_avg"], other.state[theirs]["exp_avg"], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            one.state[ours]["exp_avg"], other.state[theirs]["exp_avg"], rtol=1e-6, atol=1e-8
+        )
 
 
 def test_norm_of_fp16_gradients_overflows_only_where_they_do() -> None:
-    """Four numbers of 60,000 have a norm of 120,000, which fp16 has not: no reason to skip a step."""
+    """Four numbers of 60,000 have a norm of 120,000, which fp16 has not: no reason to skip a
+    step."""
     gradient = torch.full((4,), 60_000.0, dtype=torch.float16)
     verdict = judged([gradient], 1.0, 1.0, None)
     assert (verdict.norm.item(), verdict.skip.item()) == (120_000.0, 0.0)

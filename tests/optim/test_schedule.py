@@ -2,7 +2,7 @@
 
 import pytest
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.optim.in_force import differences, in_force
 from opt_train.optim.schedule import learning_rate
@@ -20,7 +20,9 @@ def test_warm_up_starts_above_zero_and_reaches_the_peak_once() -> None:
 
 
 def test_decay_is_linear_to_the_floor_and_stays() -> None:
-    assert learning_rate(OPTIM, 59, 200) == pytest.approx(0.55)  # half way between batches 9 and 109
+    assert learning_rate(OPTIM, 59, 200) == pytest.approx(
+        0.55
+    )  # half way between batches 9 and 109
     falls = [learning_rate(OPTIM, s, 200) - learning_rate(OPTIM, s + 1, 200) for s in range(9, 108)]
     assert min(falls) == pytest.approx(max(falls))
     assert learning_rate(OPTIM, 109, 200) == pytest.approx(0.1)
@@ -38,9 +40,15 @@ def test_short_runs_divide_by_nothing(warmup: int) -> None:
 def test_in_force_is_what_the_configuration_says() -> None:
     config = RunConfig(optim=OPTIM, train=TrainConfig(steps=200, global_batch=8))
     assert in_force(config, [], 3) == {
-        "lr": pytest.approx(0.4), "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
-        "loss_scale": 1.0, "samples": 24,
-    }  # fmt: skip
+        "lr": pytest.approx(0.4),
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "clip": 1.0,
+        "loss_scale": 1.0,
+        "samples": 24,
+    }
 
 
 def test_unknown_intervention_is_not_silently_ignored() -> None:
@@ -51,8 +59,11 @@ def test_unknown_intervention_is_not_silently_ignored() -> None:
 def test_each_difference_is_named() -> None:
     expected = in_force(RunConfig(), [], 3)
     assert differences(expected, {**expected, "updates": 3}) == []
-    # What spoiled OPT-175B's runs 12.35 to 12.37: the checkpoint's old betas, silently back in force.
-    assert differences(expected, {**expected, "beta1": 0.0}) == ["beta1: expected 0.9, in force 0.0"]
+    # What spoiled OPT-175B's runs 12.35 to 12.37: the checkpoint's old betas, silently back in
+    # force.
+    assert differences(expected, {**expected, "beta1": 0.0}) == [
+        "beta1: expected 0.9, in force 0.0"
+    ]
     missing = {k: v for k, v in expected.items() if k != "clip"}
     assert differences(expected, missing) == ["clip: expected 1.0, in force None"]
     assert differences(expected, {**expected, "lr": "NaN"}) != []

@@ -1,4 +1,5 @@
-"""The real rank without what DeepSpeed compiles on a CPU: `cluster.rank_module=tests.parallel.deepspeed_rank`."""
+"""The real rank without what DeepSpeed compiles on a CPU:
+`cluster.rank_module=tests.parallel.deepspeed_rank`."""
 
 from opt_train.train import warm
 from tests.parallel import deepspeed_on_cpu

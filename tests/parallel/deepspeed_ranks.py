@@ -1,7 +1,9 @@
-"""One rank of `test_deepspeed.py`: `deepspeed_ranks.py RANK WORLD STORE CASE FOLDER`; prints what it found.
+"""One rank of `test_deepspeed.py`: `deepspeed_ranks.py RANK WORLD STORE CASE FOLDER`; prints what
+it found.
 
-CASE is JSON: `{"engine", "stage", "compute", "ways", "zero", "parts"}`; with `from` and `as` for checkpoints in FOLDER,
-which other processes read. There is one engine a process: the parts, functions of this file, use it in turn.
+CASE is JSON: `{"engine", "stage", "compute", "ways", "zero", "parts"}`; with `from` and `as` for
+checkpoints in FOLDER, which other processes read. There is one engine a process: the parts,
+functions of this file, use it in turn.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force, really_in_force
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine, TellsLayers
+from opt_train.parallel.engine import Engine, MeasuresLayers
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
@@ -56,14 +58,18 @@ class Trainer:
         parallel = ParallelConfig(engine=case["engine"], zero_stage=case["stage"], **case["ways"])
         layout = Layout.of(parallel, self.world)
         precision = PrecisionConfig(compute=case["compute"])
-        self.engine: Engine = make_engine(MODEL, precision, parallel, layout, CPU, values=VALUES, seed=3)
+        self.engine: Engine = make_engine(
+            MODEL, precision, parallel, layout, CPU, values=VALUES, seed=3
+        )
 
     def backward(self, step: int) -> float:
-        """Compute the gradients of the batch of `step`; its loss. Every other step has one micro-batch of all rows."""
+        """Compute the gradients of the batch of `step`; its loss. Every other step has one
+        micro-batch of all rows."""
         batches = share(step, self.rank, self.world)
         if step % 2:
             tokens, targets, weights = (
-                torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "targets", "weights")
+                torch.cat([getattr(batch, name) for batch in batches])
+                for name in ("tokens", "targets", "weights")
             )
             batches = [MicroBatch(tokens, targets, weights)]
         loss_sum, _ = self.engine.forward_backward(batches)
@@ -72,7 +78,9 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """Apply the gradients or skip them."""
-        verdict = clip(self.engine.grad_norm(torch.tensor(self.tokens, dtype=torch.float64)), VALUES["clip"])
+        verdict = clip(
+            self.engine.grad_norm(torch.tensor(self.tokens, dtype=torch.float64)), VALUES["clip"]
+        )
         put_in_force(self.engine.optimizer, VALUES)
         self.engine.apply(verdict)
         return {"norm": float(verdict.norm), "skip": float(verdict.skip)}
@@ -87,7 +95,9 @@ class Trainer:
     def evaluate(self) -> float:
         """The loss over one global batch, without gradients."""
         self.engine.model.eval()
-        loss_sum, tokens = loss_over(self.engine.model, share(99, self.rank, self.world), CPU, lambda done: None)
+        loss_sum, tokens = loss_over(
+            self.engine.model, share(99, self.rank, self.world), CPU, lambda done: None
+        )
         self.engine.model.train()
         return world_sum(loss_sum) / world_sum(tokens)
 
@@ -96,14 +106,22 @@ class Trainer:
         return {name: described(tensor) for name, tensor in self.engine.tensors().items()}
 
     def own_state(self) -> str:
-        """Hash of all that this rank's training carries: fp32 weights, moments and steps, and what it computes with."""
+        """Hash of all that this rank's training carries: fp32 weights, moments and steps, and what
+        it computes with."""
         state = self.engine.optimizer.state
         parameters = list(self.engine.model.parameters())
         # In stage 3 the partitions, and what of it is kept whole.
         compute = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
-        compute += [parameter for parameter in parameters if getattr(parameter, "ds_persist", False)]
-        tensors = [*compute, *(tensor for master, values in state.items() for tensor in (master, *values.values()))]
-        return hashlib.sha256(b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)).hexdigest()
+        compute += [
+            parameter for parameter in parameters if getattr(parameter, "ds_persist", False)
+        ]
+        tensors = [
+            *compute,
+            *(tensor for master, values in state.items() for tensor in (master, *values.values())),
+        ]
+        return hashlib.sha256(
+            b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)
+        ).hexdigest()
 
     def save(self, folder: Path) -> None:
         save_together(self.engine, folder)
@@ -135,7 +153,7 @@ def layers(trainer: Trainer) -> dict[str, Any]:
     """The world's squares of the layers' norms."""
     trainer.backward(50)
     grad_norm = trainer.engine.grad_norm(torch.tensor(trainer.tokens, dtype=torch.float64))
-    assert isinstance(trainer.engine, TellsLayers)
+    assert isinstance(trainer.engine, MeasuresLayers)
     squares = trainer.engine.layer_squares(grad_norm.divisor)
     dist.all_reduce(squares)
     trainer.update()
@@ -143,8 +161,12 @@ def layers(trainer: Trainer) -> dict[str, Any]:
 
 
 def waits(trainer: Trainer) -> dict[str, Any]:
-    """What of a step the host waits for, and how long each of torch's groups waits for its ranks."""
-    batches, tokens = share(51, trainer.rank, trainer.world), torch.tensor(256.0, dtype=torch.float64)
+    """What of a step the host waits for, and how long each of torch's groups waits for its
+    ranks."""
+    batches, tokens = (
+        share(51, trainer.rank, trainer.world),
+        torch.tensor(256.0, dtype=torch.float64),
+    )
     with Syncs() as syncs:
         trainer.engine.forward_backward(batches)
         trainer.engine.apply(clip(trainer.engine.grad_norm(tokens), VALUES["clip"]))
@@ -154,11 +176,14 @@ def waits(trainer: Trainer) -> dict[str, Any]:
 
 
 def overflow(trainer: Trainer) -> dict[str, Any]:
-    """An inf and a NaN in one element of one rank's reduced gradient, on each rank in turn; then a step that counts."""
+    """An inf and a NaN in one element of one rank's reduced gradient, on each rank in turn; then a
+    step that counts."""
     zero = getattr(trainer.engine, "_zero")  # noqa: B009  the tests' hand between gradient and norm
     parameters = list(trainer.engine.model.parameters())
     skips, untouched, updates = [], [], []
-    for turn, (victim, value) in enumerate((v, x) for v in range(trainer.world) for x in ("inf", "nan")):
+    for turn, (victim, value) in enumerate(
+        (v, x) for v in range(trainer.world) for x in ("inf", "nan")
+    ):
         trainer.backward(60 + turn)
         before = trainer.own_state()
         if trainer.rank == victim:
@@ -179,7 +204,8 @@ def overflow(trainer: Trainer) -> dict[str, Any]:
 
 
 def overflow_in_forward(trainer: Trainer) -> dict[str, Any]:
-    """A weight of this rank's tokens that is infinite, so that DeepSpeed's own reduction carries what is not finite."""
+    """A weight of this rank's tokens that is infinite, so that DeepSpeed's own reduction carries
+    what is not finite."""
     found = []
     for victim in range(trainer.world):
         batches = share(90, trainer.rank, trainer.world)
@@ -201,7 +227,8 @@ def first_of_exchange(trainer: Trainer) -> dict[str, Any]:
 
 
 def exchange(trainer: Trainer) -> dict[str, Any]:
-    """Restore what each of `from` saved, over whatever was trained before; save it again `as`; train on."""
+    """Restore what each of `from` saved, over whatever was trained before; save it again `as`;
+    train on."""
     found = {}
     for source in trainer.case["from"]:
         trainer.restore(trainer.folder / source)
@@ -213,7 +240,8 @@ def exchange(trainer: Trainer) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Trainer], dict[str, Any]]] = {
-    part.__name__: part for part in (curve, layers, waits, overflow, overflow_in_forward, first_of_exchange, exchange)
+    part.__name__: part
+    for part in (curve, layers, waits, overflow, overflow_in_forward, first_of_exchange, exchange)
 }
 
 
@@ -241,7 +269,11 @@ def main() -> None:
         deepspeed_on_cpu.apply()
         change_settings(case["zero"])
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
     )
     trainer = Trainer(case, Path(sys.argv[5]))
     leave_with({part: PARTS[part](trainer) for part in case["parts"]})

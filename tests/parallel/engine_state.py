@@ -1,4 +1,5 @@
-"""State of an engine for the rank scripts of `test_fairscale.py` and `test_deepspeed.py`: hashed, saved together."""
+"""State of an engine for the rank scripts of `test_fairscale.py` and `test_deepspeed.py`: hashed,
+saved together."""
 
 import hashlib
 from pathlib import Path
@@ -28,7 +29,11 @@ def save_together(engine: Engine, folder: Path) -> None:
 def described(tensor: Tensor) -> tuple[list[int], str, str]:
     """Shape, type and hash of the whole tensor."""
     whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
-    return list(whole.shape), str(whole.dtype), hashlib.sha256(whole.view(-1).numpy().tobytes()).hexdigest()
+    return (
+        list(whole.shape),
+        str(whole.dtype),
+        hashlib.sha256(whole.view(-1).numpy().tobytes()).hexdigest(),
+    )
 
 
 def world_sum(value: float) -> float:

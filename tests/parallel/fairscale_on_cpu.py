@@ -1,4 +1,5 @@
-"""What fairscale takes for granted on a GPU, for tests without one: streams that do nothing, gloo's reduce-scatter.
+"""What fairscale takes for granted on a GPU, for tests without one: streams that do nothing, gloo's
+reduce-scatter.
 
 The engine itself knows nothing of this.
 """
@@ -25,7 +26,8 @@ STREAM = Stream()
 
 
 def apply() -> None:
-    """Let fairscale run on CPU and gloo. Once in a process, before the engine is built; with a GPU, nothing."""
+    """Let fairscale run on CPU and gloo. Once in a process, before the engine is built; with a GPU,
+    nothing."""
     if torch.cuda.is_available():
         return
     replace: Any = setattr

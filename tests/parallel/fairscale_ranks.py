@@ -1,4 +1,5 @@
-"""One rank of `test_fairscale.py`: `fairscale_ranks.py RANK WORLD STORE PARTS FOLDER`; prints what it found, by part.
+"""One rank of `test_fairscale.py`: `fairscale_ranks.py RANK WORLD STORE PARTS FOLDER`; prints what
+it found, by part.
 
 A part is a function of this file. `FOLDER` is for checkpoints, which another world size may read.
 """
@@ -24,7 +25,7 @@ from opt_train.optim.clip import clip, predivision
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine, TellsLayers
+from opt_train.parallel.engine import Engine, MeasuresLayers
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
@@ -32,7 +33,16 @@ from tests.optim.overflow_ranks import plant
 from tests.optim.syncs import Syncs
 from tests.parallel import fairscale_on_cpu
 from tests.parallel.engine_state import described, save_together, world_sum
-from tests.parallel.layout_ranks import CPU, GLOBAL_BATCH, MODEL, SEQUENCE, VALUES, global_batch, share, train
+from tests.parallel.layout_ranks import (
+    CPU,
+    GLOBAL_BATCH,
+    MODEL,
+    SEQUENCE,
+    VALUES,
+    global_batch,
+    share,
+    train,
+)
 from tests.train.leave import leave_with
 
 PRECISIONS = {
@@ -41,7 +51,9 @@ PRECISIONS = {
     "fp16": PrecisionConfig(compute="fp16", loss_scale_initial=64.0),
     # Where it begins, gradients overflow: the scale must find its place in the same steps.
     "overflowing fp16": PrecisionConfig(compute="fp16", loss_scale_initial=2.0**20),
-    "memory-efficient fp16": PrecisionConfig(compute="fp16", weights="fp16", loss_scale_initial=64.0),
+    "memory-efficient fp16": PrecisionConfig(
+        compute="fp16", weights="fp16", loss_scale_initial=64.0
+    ),
 }
 NARROW = [name for name in PRECISIONS if name != "fp32"]
 STEPS = 10
@@ -50,13 +62,19 @@ STEPS = 10
 class Trainer:
     """The trainer's own parts around an engine, a step at a time."""
 
-    def __init__(self, engine: str, precision: PrecisionConfig, seed: int | None = 3, **ways: Any) -> None:
+    def __init__(
+        self, engine: str, precision: PrecisionConfig, seed: int | None = 3, **ways: Any
+    ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         parallel = ParallelConfig(engine=engine, **ways)
         layout = Layout.of(parallel, self.world)
-        self.engine: Engine = make_engine(MODEL, precision, parallel, layout, CPU, values=VALUES, seed=seed)
+        self.engine: Engine = make_engine(
+            MODEL, precision, parallel, layout, CPU, values=VALUES, seed=seed
+        )
         self.scale = LossScale(policy_of(precision), CPU)
-        self.predivision = predivision(precision.predivide and precision.compute == "fp16", self.world)
+        self.predivision = predivision(
+            precision.predivide and precision.compute == "fp16", self.world
+        )
 
     def backward(self, step: int) -> float:
         """Compute the gradients of the batch of `step`; its loss."""
@@ -68,7 +86,9 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """Apply the gradients or skip them."""
-        grad_norm = self.engine.grad_norm(torch.tensor(self.tokens, dtype=torch.float64), self.grad_scale)
+        grad_norm = self.engine.grad_norm(
+            torch.tensor(self.tokens, dtype=torch.float64), self.grad_scale
+        )
         verdict = clip(grad_norm, VALUES["clip"])
         put_in_force(self.engine.optimizer, VALUES)
         self.engine.apply(verdict)
@@ -103,8 +123,12 @@ class Trainer:
     def own_state(self) -> str:
         """Hash of all that this rank's training carries."""
         model, state = self.engine.model, self.engine.optimizer.state
-        tensors = [tensor for shard in model.parameters() for tensor in (shard, *state[shard].values())]
-        return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+        tensors = [
+            tensor for shard in model.parameters() for tensor in (shard, *state[shard].values())
+        ]
+        return hashlib.sha256(
+            b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)
+        ).hexdigest()
 
     def save(self, folder: Path) -> None:
         save_together(self.engine, folder)
@@ -117,7 +141,12 @@ def textbook(folder: Path) -> dict[str, Any]:
     """fp32 over twenty steps, gradients added up in both ways."""
     layout = Layout(1, dist.get_world_size(), 1)
     return {
-        accumulate: train(layout, ParallelConfig(engine="fairscale", accumulate=accumulate), MODEL, dist.get_rank())
+        accumulate: train(
+            layout,
+            ParallelConfig(engine="fairscale", accumulate=accumulate),
+            MODEL,
+            dist.get_rank(),
+        )
         for accumulate in ("shards", "whole")
     }
 
@@ -133,22 +162,31 @@ def beside_fsdp2(folder: Path) -> dict[str, Any]:
 
 def beside_fsdp2_unevenly(folder: Path) -> dict[str, Any]:
     """The same on ranks that nothing divides by, where sums over ranks may round otherwise."""
-    return {f"{name} shards": with_both(name, "shards") for name in ("bf16", "memory-efficient fp16")}
+    return {
+        f"{name} shards": with_both(name, "shards") for name in ("bf16", "memory-efficient fp16")
+    }
 
 
 def with_both(name: str, accumulate: str) -> dict[str, Any]:
     engines = ("fsdp2", "fairscale")
-    return {engine: Trainer(engine, PRECISIONS[name], accumulate=accumulate).steps(0, STEPS) for engine in engines}
+    return {
+        engine: Trainer(engine, PRECISIONS[name], accumulate=accumulate).steps(0, STEPS)
+        for engine in engines
+    }
 
 
 def recomputed(folder: Path) -> dict[str, Any]:
     """bf16 with all that is kept, all computed again, attention alone, and compiled."""
     found = {"none": Trainer("fairscale", PRECISIONS["bf16"]).steps(0, 4)}
     for mode in ("full", "selective"):
-        found[mode] = Trainer("fairscale", PRECISIONS["bf16"], activation_checkpointing=mode).steps(0, 4)
+        found[mode] = Trainer("fairscale", PRECISIONS["bf16"], activation_checkpointing=mode).steps(
+            0, 4
+        )
     for mode in ("none", "full", "selective"):
         torch.compiler.reset()
-        trainer = Trainer("fairscale", PRECISIONS["bf16"], activation_checkpointing=mode, compile=True)
+        trainer = Trainer(
+            "fairscale", PRECISIONS["bf16"], activation_checkpointing=mode, compile=True
+        )
         found[f"{mode} compiled"] = trainer.steps(0, 4)
     return found
 
@@ -159,9 +197,13 @@ def overflow(folder: Path) -> dict[str, Any]:
     for name in ("fp32", "fp16", "memory-efficient fp16"):
         trainer = Trainer("fairscale", PRECISIONS[name])
         trainer.backward(0)
-        gradients = [shard.grad for shard in trainer.engine.model.parameters() if shard.grad is not None]
+        gradients = [
+            shard.grad for shard in trainer.engine.model.parameters() if shard.grad is not None
+        ]
         squares = float(sum(gradient.double().square().sum() for gradient in gradients))
-        by_hand = math.sqrt(world_sum(squares)) / world_sum(trainer.tokens) / float(trainer.grad_scale)
+        by_hand = (
+            math.sqrt(world_sum(squares)) / world_sum(trainer.tokens) / float(trainer.grad_scale)
+        )
         first = trainer.update()
         told, untouched = [], []
         turns = [(victim, value) for victim in range(trainer.world) for value in ("inf", "nan")]
@@ -186,7 +228,8 @@ def overflow(folder: Path) -> dict[str, Any]:
 
 
 def exchange(folder: Path) -> dict[str, Any]:
-    """fsdp2 saves; fairscale restores after other steps and an evaluation, saves; fsdp2 restores that."""
+    """fsdp2 saves; fairscale restores after other steps and an evaluation, saves; fsdp2 restores
+    that."""
     found = {}
     for name in ("fp32", "memory-efficient fp16"):
         precision, root = PRECISIONS[name], folder / name
@@ -228,7 +271,11 @@ def evaluated(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("fp32", "bf16"):
         undisturbed, disturbed = (Trainer("fairscale", PRECISIONS[name]) for _ in range(2))
-        found[name] = {"undisturbed": undisturbed.steps(0, 6)["losses"], "disturbed": [], "evaluations": []}
+        found[name] = {
+            "undisturbed": undisturbed.steps(0, 6)["losses"],
+            "disturbed": [],
+            "evaluations": [],
+        }
         for step in range(0, 6, 2):
             found[name]["disturbed"] += disturbed.steps(step, 2)["losses"]
             found[name]["evaluations"].append(disturbed.evaluate())
@@ -266,10 +313,15 @@ def waits(folder: Path) -> dict[str, Any]:
     for name in ("bf16", "memory-efficient fp16"):
         trainer = Trainer("fairscale", PRECISIONS[name], accumulate="whole")
         trainer.steps(0, 1)
-        batches, tokens = share(1, trainer.rank, trainer.world), torch.tensor(trainer.tokens, dtype=torch.float64)
+        batches, tokens = (
+            share(1, trainer.rank, trainer.world),
+            torch.tensor(trainer.tokens, dtype=torch.float64),
+        )
         with Syncs() as syncs:
             trainer.engine.forward_backward(batches, trainer.grad_scale)
-            trainer.engine.apply(clip(trainer.engine.grad_norm(tokens, trainer.grad_scale), VALUES["clip"]))
+            trainer.engine.apply(
+                clip(trainer.engine.grad_norm(tokens, trainer.grad_scale), VALUES["clip"])
+            )
         found[name] = syncs.seen
     return found
 
@@ -280,7 +332,7 @@ def layer_norms(folder: Path) -> dict[str, Any]:
     for engine in ("fsdp2", "fairscale"):
         trainer = Trainer(engine, PRECISIONS["fp32"])
         trainer.backward(0)
-        assert isinstance(trainer.engine, TellsLayers)
+        assert isinstance(trainer.engine, MeasuresLayers)
         squares = trainer.engine.layer_squares(torch.tensor(1.0, dtype=torch.float64))
         dist.all_reduce(squares)
         found[engine] = squares.tolist()
@@ -290,10 +342,19 @@ def layer_norms(folder: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     part.__name__: part
     for part in (
-        textbook, beside_fsdp2, beside_fsdp2_unevenly, recomputed, overflow, exchange, exchanged_elsewhere, evaluated,
-        hooks, waits, layer_norms,
+        textbook,
+        beside_fsdp2,
+        beside_fsdp2_unevenly,
+        recomputed,
+        overflow,
+        exchange,
+        exchanged_elsewhere,
+        evaluated,
+        hooks,
+        waits,
+        layer_norms,
     )
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -302,7 +363,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     fairscale_on_cpu.apply()
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
     )
     found = {part: PARTS[part](Path(sys.argv[5])) for part in sys.argv[4].split()}
     leave_with(found)

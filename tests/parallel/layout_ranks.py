@@ -1,7 +1,8 @@
-"""One rank of the layout suite: `layout_ranks.py RANK WORLD STORE CASES`; prints one JSON object, the curves by case.
+"""One rank of the layout suite: `layout_ranks.py RANK WORLD STORE CASES`; prints one JSON object,
+the curves by case.
 
-A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every case trains the
-same model on the same global batches with the trainer's own parts.
+A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every
+case trains the same model on the same global batches with the trainer's own parts.
 """
 
 import json
@@ -29,7 +30,15 @@ from tests.train.leave import leave_with
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
-    name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=520, positions=34, dropout=0.0, init_std=0.02
+    name="tiny",
+    layers=2,
+    heads=4,
+    d_model=64,
+    ffn=128,
+    vocab_size=520,
+    positions=34,
+    dropout=0.0,
+    init_std=0.02,
 )
 STEPS, GLOBAL_BATCH, SEQUENCE = 20, 8, 32
 TIMEOUT_SECONDS = 120.0
@@ -44,7 +53,8 @@ def global_batch(step: int) -> torch.Tensor:
 
 
 def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
-    """A data rank's share in two micro-batches, padded with sequences of weight 0 where others have more."""
+    """A data rank's share in two micro-batches, padded with sequences of weight 0 where others have
+    more."""
     blocks = global_batch(step)
     mine = list(share_of(GLOBAL_BATCH, data_rank, data_world))
     largest = len(share_of(GLOBAL_BATCH, 0, data_world))
@@ -58,9 +68,14 @@ def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
     return batches
 
 
-def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int) -> dict[str, Any]:
-    """Losses and gradient norms of `STEPS` steps, sums that tell initial weights apart, and groups' timeouts."""
-    engine = make_engine(config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, values=VALUES, seed=3)
+def train(
+    layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int
+) -> dict[str, Any]:
+    """Losses and gradient norms of `STEPS` steps, sums that tell initial weights apart, and groups'
+    timeouts."""
+    engine = make_engine(
+        config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, values=VALUES, seed=3
+    )
     initial = {
         name.removeprefix(MODEL_PREFIX): digest(tensor)
         for name, tensor in engine.tensors().items()
@@ -83,7 +98,13 @@ def train(layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: i
         engine.apply(verdict)
     groups = dist.distributed_c10d._world.pg_map
     timeouts = [group._get_backend(CPU).options._timeout.total_seconds() for group in groups]
-    return {"losses": losses, "norms": norms, "activations": activations, "initial": initial, "timeouts": timeouts}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "activations": activations,
+        "initial": initial,
+        "timeouts": timeouts,
+    }
 
 
 def digest(parameter: torch.Tensor) -> list[float]:
@@ -108,7 +129,9 @@ def main() -> None:
     for name, degrees, ways, changes in json.loads(sys.argv[4]):
         began = time.monotonic()
         torch.compiler.reset()
-        curves[name] = train(Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes), rank)
+        curves[name] = train(
+            Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes), rank
+        )
         curves[name]["seconds"] = time.monotonic() - began
     leave_with(curves if rank == 0 else {})
 

@@ -1,4 +1,5 @@
-"""The engine on DeepSpeed's ZeRO trains as the textbook and FSDP2 do, skips as one, and shares its checkpoints.
+"""The engine on DeepSpeed's ZeRO trains as the textbook and FSDP2 do, skips as one, and shares its
+checkpoints.
 
 Real ranks over gloo. Each case is one set of processes, because DeepSpeed has one engine a process.
 """
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from opt_train import config_checks
 from opt_train.checkpoint.config import CheckpointConfig
-from opt_train.config import compose
+from opt_train.config import checks as config_checks
+from opt_train.config.compose import compose
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Validation
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.timeout(600)
 
 SCRIPT = ROOT / "tests/parallel/deepspeed_ranks.py"
 TOLERANCE = {"fp32": 5e-6, "bf16": 3e-4}
-"""Of losses of engines that sum in other orders. In bf16 stage 3 also rounds a product before it adds the bias."""
+"""Of losses of engines that sum in other orders. In bf16 stage 3 also rounds a product before it
+adds the bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,20 @@ SPARING = {
     "stage3_param_persistence_threshold": 0,
     "sub_group_size": 20_000,
 }
-"""Nothing is kept whole that need not be, and AdamW's partitions are several, as they are of a model that is large."""
+"""Nothing is kept whole that need not be, and AdamW's partitions are several, as they are of a
+model that is large."""
 CASES = {
-    "stage 1": Case(stage=1, world=2, ways={"activation_checkpointing": "selective", "accumulate": "whole"}),
+    "stage 1": Case(
+        stage=1, world=2, ways={"activation_checkpointing": "selective", "accumulate": "whole"}
+    ),
     "stage 2 on three": Case(stage=2, world=3, ways={"activation_checkpointing": "full"}),
     "stage 3": Case(stage=3, world=2),
-    "stage 3 sparing": Case(stage=3, world=2, ways={"activation_checkpointing": "full"}, zero=SPARING),
-    "stage 3 on three": Case(stage=3, world=3, ways={"activation_checkpointing": "selective"}, zero=SPARING),
+    "stage 3 sparing": Case(
+        stage=3, world=2, ways={"activation_checkpointing": "full"}, zero=SPARING
+    ),
+    "stage 3 on three": Case(
+        stage=3, world=3, ways={"activation_checkpointing": "selective"}, zero=SPARING
+    ),
     "stage 1 bf16": Case(stage=1, world=2, compute="bf16"),
     "stage 2 bf16": Case(stage=2, world=2, compute="bf16"),
     "stage 3 bf16": Case(stage=3, world=2, compute="bf16"),
@@ -71,7 +80,8 @@ def run(folder: Path, engine: str, case: Case, parts: str, **named: Any) -> list
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What each rank of each case found; FSDP2's by its precision. Checkpoints go from FSDP2 to each case and back."""
+    """What each rank of each case found; FSDP2's by its precision. Checkpoints go from FSDP2 to
+    each case and back."""
     folder = tmp_path_factory.mktemp("deepspeed")
     found = {"fp32": run(folder, "fsdp2", Case(stage=3, world=2), "curve layers first_of_exchange")}
     bf16 = Case(stage=3, world=2, compute="bf16")
@@ -79,7 +89,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     for name, case in CASES.items():
         parts = "curve layers waits overflow overflow_in_forward exchange"
         found[name] = run(folder, "deepspeed", case, parts, **{"from": ["first"], "as": name})
-    found["back"] = run(folder, "fsdp2", Case(stage=3, world=2), "exchange", **{"from": list(CASES)})
+    found["back"] = run(
+        folder, "fsdp2", Case(stage=3, world=2), "exchange", **{"from": list(CASES)}
+    )
     return found
 
 
@@ -102,15 +114,21 @@ def test_is_near_fsdp2_in_its_precision(told: Told, name: str) -> None:
     for parameter, sums in expected["initial"].items():
         assert found["initial"][parameter] == pytest.approx(sums, rel=1e-12, abs=1e-12), parameter
     assert found["losses"] == pytest.approx(expected["losses"], rel=0, abs=TOLERANCE[compute])
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5 if compute == "fp32" else 2e-3)
-    assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=0, abs=TOLERANCE[compute])
+    assert found["norms"] == pytest.approx(
+        expected["norms"], rel=1e-5 if compute == "fp32" else 2e-3
+    )
+    assert found["evaluation"] == pytest.approx(
+        expected["evaluation"], rel=0, abs=TOLERANCE[compute]
+    )
     assert found["evaluation"] < found["losses"][0]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_in_force_is_read_back(told: Told, name: str) -> None:
     in_force = told[name][0]["curve"]["in_force"]
-    assert in_force == {key: value for key, value in VALUES.items() if key != "clip"} | {"updates": STEPS}
+    assert in_force == {key: value for key, value in VALUES.items() if key != "clip"} | {
+        "updates": STEPS
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,7 +142,8 @@ def test_norms_of_layers_are_fsdp2s(told: Told, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_for_nothing(told: Told, name: str) -> None:
-    """But in stage 3 for a number that it has itself, and for collectives no longer than the trainer says."""
+    """But in stage 3 for a number that it has itself, and for collectives no longer than the
+    trainer says."""
     for answer in (rank["waits"] for rank in told[name]):
         assert len(answer["seen"]) == (1 if CASES[name].stage == 3 else 0)
         assert answer["timeouts"] == [TIMEOUT]
@@ -154,26 +173,38 @@ def test_checkpoints_go_from_fsdp2_and_back(told: Told, name: str) -> None:
     """To the bit, between two ranks and three."""
     first = told["fp32"][0]["first_of_exchange"]
     state, compute = first["state"], CASES[name].compute
-    assert [shape for shape, _, _ in state.values()].count([]) == sum(".step" in key for key in state) > 10
+    assert (
+        [shape for shape, _, _ in state.values()].count([])
+        == sum(".step" in key for key in state)
+        > 10
+    )
     there, back = told[name][0]["exchange"]["first"], told["back"][0]["exchange"][name]
     assert there["state"] == back["state"] == state
     assert there["updates"] == back["updates"]
     assert back["curve"] == first["curve"]
-    expected = first["curve"] if compute == "fp32" else told["bf16"][0]["exchange"]["first"]["curve"]
-    assert there["curve"]["losses"] == pytest.approx(expected["losses"], rel=0, abs=TOLERANCE[compute])
+    expected = (
+        first["curve"] if compute == "fp32" else told["bf16"][0]["exchange"]["first"]["curve"]
+    )
+    assert there["curve"]["losses"] == pytest.approx(
+        expected["losses"], rel=0, abs=TOLERANCE[compute]
+    )
 
 
 @pytest.mark.slow
 def test_compiled_blocks_follow_the_textbook(tmp_path: Path, reference: dict[str, Any]) -> None:
     check_same(
-        run(tmp_path, "deepspeed", Case(stage=2, world=2, ways={"compile": True}), "curve")[0]["curve"], reference
+        run(tmp_path, "deepspeed", Case(stage=2, world=2, ways={"compile": True}), "curve")[0][
+            "curve"
+        ],
+        reference,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
-    """The real trainer: it validates and saves, is started anew from there, and goes on to the bit."""
+    """The real trainer: it validates and saves, is started anew from there, and goes on to the
+    bit."""
     config = replace(
         tiny_config(tmp_path, steps=6, validate_every=2),
         parallel=ParallelConfig(engine="deepspeed", zero_stage=stage),
@@ -187,7 +218,10 @@ def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
         with World(folder, config, module="tests.parallel.deepspeed_rank") as world:
             world.begin(checkpoint=checkpoint)
             assert [leaving.code for leaving in world.finish()] == [0, 0], world.logs()
-            metrics = {step: (line["loss"], line["grad_norm"]) for step, line in world.ranks[0].metrics.items()}
+            metrics = {
+                step: (line["loss"], line["grad_norm"])
+                for step, line in world.ranks[0].metrics.items()
+            }
             validations = [fact.loss for fact in world.ranks[0].told(Validation)]
             told.append((metrics, validations[-2:], tensors_in(world.commit(6))))
             checkpoint = checkpoint or world.commit(3)
@@ -202,23 +236,38 @@ def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["parallel.tensor=2", "cluster.nodes=2"],
-         "parallel.engine=deepspeed shards over all ranks and knows no parallel.tensor=2; use parallel.tensor=1, or "
-         "parallel.engine=fsdp2"),
+        (
+            ["parallel.tensor=2", "cluster.nodes=2"],
+            "parallel.engine=deepspeed shards over all ranks and knows no parallel.tensor=2; use "
+            "parallel.tensor=1, or "
+            "parallel.engine=fsdp2",
+        ),
         (["parallel.zero_stage=4"], "parallel.zero_stage=4 is not possible; use 1, 2 or 3"),
-        (["precision.compute=fp16"],
-         "parallel.engine=deepspeed computes in fp32 or bf16, not in precision.compute=fp16; use "
-         "parallel.engine=fsdp2 or fairscale"),
-        (["optim.fused=apex"],
-         "parallel.engine=deepspeed updates with torch's AdamW, not optim.fused=apex; use optim.fused=auto"),
-        (["parallel.compile=true"],
-         "parallel.compile=true cannot look through the hooks that parallel.zero_stage=3 puts into each layer; use "
-         "parallel.compile=false or parallel.zero_stage=2"),
-        (["parallel.zero_stage=2", "parallel.accumulate=whole"],
-         "parallel.accumulate=whole goes with parallel.zero_stage=1, because stage 2 sums over ranks after each "
-         "micro-batch; use parallel.accumulate=shards"),
+        (
+            ["precision.compute=fp16"],
+            "parallel.engine=deepspeed computes in fp32 or bf16, not in precision.compute=fp16; "
+            "use "
+            "parallel.engine=fsdp2 or fairscale",
+        ),
+        (
+            ["optim.fused=apex"],
+            "parallel.engine=deepspeed updates with torch's AdamW, not optim.fused=apex; use "
+            "optim.fused=auto",
+        ),
+        (
+            ["parallel.compile=true"],
+            "parallel.compile=true cannot look through the hooks that parallel.zero_stage=3 puts "
+            "into each layer; use "
+            "parallel.compile=false or parallel.zero_stage=2",
+        ),
+        (
+            ["parallel.zero_stage=2", "parallel.accumulate=whole"],
+            "parallel.accumulate=whole goes with parallel.zero_stage=1, because stage 2 sums over "
+            "ranks after each "
+            "micro-batch; use parallel.accumulate=shards",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_it_cannot_do_is_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(BadInput) as refused:
         compose(["parallel.engine=deepspeed", *overrides])
@@ -228,9 +277,12 @@ def test_what_it_cannot_do_is_refused(overrides: list[str], expected: str) -> No
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = config_checks.importlib.util.find_spec
     monkeypatch.setattr(
-        config_checks.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name)
+        config_checks.importlib.util,
+        "find_spec",
+        lambda name: None if name == "deepspeed" else find_spec(name),
     )
     with pytest.raises(
-        BadInput, match=r"parallel.engine=deepspeed is not installed; pip install 'opt-train\[deepspeed\]'"
+        BadInput,
+        match=r"parallel.engine=deepspeed is not installed; pip install 'opt-train\[deepspeed\]'",
     ):
         compose(["parallel.engine=deepspeed"])

@@ -1,4 +1,5 @@
-"""The engine on fairscale trains as the textbook and FSDP2 do, skips as one, and shares its checkpoints.
+"""The engine on fairscale trains as the textbook and FSDP2 do, skips as one, and shares its
+checkpoints.
 
 Real ranks over gloo; `fairscale_on_cpu.py` stands in for the streams of a GPU.
 """
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from opt_train import config_checks
 from opt_train.checkpoint.config import CheckpointConfig
-from opt_train.config import compose
+from opt_train.config import checks as config_checks
+from opt_train.config.compose import compose
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Validation
@@ -23,7 +24,16 @@ from tests.train.rig import ROOT, World, run_script, tensors_in, tiny_config
 pytestmark = pytest.mark.timeout(400)
 
 SCRIPT = ROOT / "tests/parallel/fairscale_ranks.py"
-ON_TWO = ("textbook", "beside_fsdp2", "overflow", "exchange", "evaluated", "hooks", "waits", "layer_norms")
+ON_TWO = (
+    "textbook",
+    "beside_fsdp2",
+    "overflow",
+    "exchange",
+    "evaluated",
+    "hooks",
+    "waits",
+    "layer_norms",
+)
 ON_THREE = ("textbook", "beside_fsdp2_unevenly", "overflow", "exchanged_elsewhere", "layer_norms")
 """Three ranks divide neither batch nor parameters evenly."""
 EXCHANGED = ("fp32", "memory-efficient fp16")
@@ -48,14 +58,17 @@ def reference() -> dict[str, Any]:
 
 @pytest.mark.parametrize("accumulate", ["shards", "whole"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_follows_the_textbook(told: Told, reference: dict[str, Any], world: int, accumulate: str) -> None:
+def test_follows_the_textbook(
+    told: Told, reference: dict[str, Any], world: int, accumulate: str
+) -> None:
     check_same(told[world][0]["textbook"][accumulate], reference)
 
 
 @pytest.mark.parametrize("accumulate", ["shards", "whole"])
 @pytest.mark.parametrize("precision", NARROW)
 def test_is_fsdp2_in_every_precision(told: Told, precision: str, accumulate: str) -> None:
-    """To the bit on two ranks, but for micro-batches that fairscale adds up in fp16 where FSDP2 does in fp32."""
+    """To the bit on two ranks, but for micro-batches that fairscale adds up in fp16 where FSDP2
+    does in fp32."""
     both = told[2][0]["beside_fsdp2"][f"{precision} {accumulate}"]
     if (precision, accumulate) == ("memory-efficient fp16", "whole"):
         assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=1e-4)
@@ -68,8 +81,12 @@ def test_is_fsdp2_in_every_precision(told: Told, precision: str, accumulate: str
     assert both["fairscale"]["losses"][-1] < both["fairscale"]["losses"][0] - 0.03 or overflows
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-4), ("memory-efficient fp16", 2e-4)])
-def test_is_near_fsdp2_where_sums_round_otherwise(told: Told, precision: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("bf16", 2e-4), ("memory-efficient fp16", 2e-4)]
+)
+def test_is_near_fsdp2_where_sums_round_otherwise(
+    told: Told, precision: str, tolerance: float
+) -> None:
     both = told[3][0]["beside_fsdp2_unevenly"][f"{precision} shards"]
     assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=tolerance)
     assert both["fairscale"]["norms"] == pytest.approx(both["fsdp2"]["norms"], rel=1e-3)
@@ -92,10 +109,15 @@ def test_overflow_on_any_rank_skips_on_all(told: Told, world: int, precision: st
 
 @pytest.mark.parametrize("precision", EXCHANGED)
 def test_checkpoints_go_to_fsdp2_and_back(told: Told, precision: str) -> None:
-    """And what fairscale has gathered for an evaluation is no longer what it trains with after a restore."""
+    """And what fairscale has gathered for an evaluation is no longer what it trains with after a
+    restore."""
     first, second, third = told[2][0]["exchange"][precision].values()
     state, losses = first
-    assert [shape for shape, _, _ in state.values()].count([]) == sum(".step" in name for name in state) > 10
+    assert (
+        [shape for shape, _, _ in state.values()].count([])
+        == sum(".step" in name for name in state)
+        > 10
+    )
     assert second == [state, losses]
     assert third == [state, losses]
 
@@ -105,7 +127,9 @@ def test_checkpoints_go_to_another_number_of_ranks(told: Told, precision: str) -
     state, curve = told[2][0]["exchange"][precision]["fsdp2"]
     for its_state, its_curve in told[3][0]["exchanged_elsewhere"][precision].values():
         assert its_state == state
-        assert its_curve["losses"] == pytest.approx(curve["losses"], abs=5e-6 if precision == "fp32" else 2e-4)
+        assert its_curve["losses"] == pytest.approx(
+            curve["losses"], abs=5e-6 if precision == "fp32" else 2e-4
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -116,7 +140,8 @@ def test_an_evaluation_changes_nothing(told: Told, precision: str) -> None:
 
 
 def test_hooks_do_not_pile_up(told: Told) -> None:
-    """fairscale alone runs one more of its hooks for each parameter after every forward pass, for ever."""
+    """fairscale alone runs one more of its hooks for each parameter after every forward pass, for
+    ever."""
     micro_batches, parameters = GLOBAL_BATCH // 2 // 2, 2 * 16 + 4
     for calls in told[2][0]["hooks"].values():
         assert calls == [micro_batches * parameters] * 4
@@ -135,7 +160,9 @@ def test_norms_of_layers_are_fsdp2s(told: Told, world: int) -> None:
 
 @pytest.mark.slow
 def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
-    curves = run_script(SCRIPT, 2, "recomputed", str(tmp_path), folder=tmp_path, seconds=380)[0]["recomputed"]
+    curves = run_script(SCRIPT, 2, "recomputed", str(tmp_path), folder=tmp_path, seconds=380)[0][
+        "recomputed"
+    ]
     kept = curves.pop("none")
     assert len(curves) == 5
     for name, curve in curves.items():
@@ -149,7 +176,8 @@ def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
-    """The real trainer: it validates and saves, is killed, goes on from there to the bit, and with FSDP2 nearly so."""
+    """The real trainer: it validates and saves, is killed, goes on from there to the bit, and with
+    FSDP2 nearly so."""
     config = replace(
         tiny_config(tmp_path, steps=8, validate_every=2),
         parallel=ParallelConfig(engine="fairscale"),
@@ -164,7 +192,10 @@ def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
         with World(folder, config, module="tests.parallel.fairscale_rank") as world:
             world.begin(checkpoint=checkpoint)
             assert [leaving.code for leaving in world.finish()] == [0, 0], world.logs()
-            metrics = {step: (line["loss"], line["grad_norm"]) for step, line in world.ranks[0].metrics.items()}
+            metrics = {
+                step: (line["loss"], line["grad_norm"])
+                for step, line in world.ranks[0].metrics.items()
+            }
             validations = [fact.loss for fact in world.ranks[0].told(Validation)]
             told.append((metrics, validations[-2:], tensors_in(world.commit(8))))
             checkpoint = checkpoint or world.commit(4)
@@ -181,18 +212,30 @@ def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["parallel.tensor=2", "cluster.nodes=2"],
-         "parallel.engine=fairscale shards over all ranks and knows no parallel.tensor=2; use parallel.tensor=1, or "
-         "parallel.engine=fsdp2"),
-        (["parallel.replicate=2", "cluster.nodes=2"],
-         "parallel.engine=fairscale shards over all ranks and knows no parallel.replicate=2; use parallel.replicate=1, "
-         "or parallel.engine=fsdp2"),
-        (["optim.fused=apex"],
-         "parallel.engine=fairscale updates with torch's AdamW, not optim.fused=apex; use optim.fused=auto"),
-        (["train.device=cpu"],
-         "parallel.engine=fairscale needs GPUs, and train.device=cpu has none; use parallel.engine=fsdp2"),
+        (
+            ["parallel.tensor=2", "cluster.nodes=2"],
+            "parallel.engine=fairscale shards over all ranks and knows no parallel.tensor=2; use "
+            "parallel.tensor=1, or "
+            "parallel.engine=fsdp2",
+        ),
+        (
+            ["parallel.replicate=2", "cluster.nodes=2"],
+            "parallel.engine=fairscale shards over all ranks and knows no parallel.replicate=2; "
+            "use parallel.replicate=1, "
+            "or parallel.engine=fsdp2",
+        ),
+        (
+            ["optim.fused=apex"],
+            "parallel.engine=fairscale updates with torch's AdamW, not optim.fused=apex; use "
+            "optim.fused=auto",
+        ),
+        (
+            ["train.device=cpu"],
+            "parallel.engine=fairscale needs GPUs, and train.device=cpu has none; use "
+            "parallel.engine=fsdp2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_it_cannot_do_is_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(BadInput) as refused:
         compose(["parallel.engine=fairscale", *overrides])
@@ -202,9 +245,12 @@ def test_what_it_cannot_do_is_refused(overrides: list[str], expected: str) -> No
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = config_checks.importlib.util.find_spec
     monkeypatch.setattr(
-        config_checks.importlib.util, "find_spec", lambda name: None if name == "fairscale" else find_spec(name)
+        config_checks.importlib.util,
+        "find_spec",
+        lambda name: None if name == "fairscale" else find_spec(name),
     )
     with pytest.raises(
-        BadInput, match=r"parallel.engine=fairscale is not installed; pip install 'opt-train\[fairscale\]'"
+        BadInput,
+        match=r"parallel.engine=fairscale is not installed; pip install 'opt-train\[fairscale\]'",
     ):
         compose(["parallel.engine=fairscale"])

@@ -1,4 +1,5 @@
-"""Sharded training against a plain PyTorch loop that knows nothing of it: the same data, seeds and recipe."""
+"""Sharded training against a plain PyTorch loop that knows nothing of it: the same data, seeds and
+recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import Batches, open_split
 from opt_train.data.order import Cursor
 from opt_train.model.decoder import OPT
@@ -37,7 +38,9 @@ def plain_losses(config: RunConfig) -> list[float]:
     losses = []
     for step in range(STEPS):
         cursor = Cursor(step * config.train.global_batch)
-        (batch,) = batches.at(cursor, data_rank=0, data_world=1, micro_batch=config.train.global_batch)
+        (batch,) = batches.at(
+            cursor, data_rank=0, data_world=1, micro_batch=config.train.global_batch
+        )
         loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -65,13 +68,15 @@ def test_two_shards_train_like_one_plain_process(tmp_path: Path) -> None:
 
 
 def test_unequal_shares_weigh_by_tokens(tmp_path: Path) -> None:
-    """7 sequences on 2 ranks, in micro-batches of 3: an average of the ranks' averages would be wrong."""
+    """7 sequences on 2 ranks, in micro-batches of 3: an average of the ranks' averages would be
+    wrong."""
     config = without_dropout(tmp_path, global_batch=7, micro_batch=3)
     assert real_losses(tmp_path, config, 2) == pytest.approx(plain_losses(config), rel=1e-6)
 
 
 def test_replicas_of_shards_train_the_same(tmp_path: Path) -> None:
-    """Hybrid sharding counts each gradient shard once in the norm, however many replicas hold it."""
+    """Hybrid sharding counts each gradient shard once in the norm, however many replicas hold
+    it."""
     config = replace(without_dropout(tmp_path), parallel=ParallelConfig(replicate=2))
     assert real_losses(tmp_path, config, 4) == pytest.approx(plain_losses(config), rel=1e-6)
 

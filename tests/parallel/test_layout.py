@@ -15,7 +15,12 @@ def test_shard_takes_what_the_others_leave() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [ParallelConfig(replicate=3), ParallelConfig(shard=3), ParallelConfig(tensor=3), ParallelConfig(replicate=16)],
+    [
+        ParallelConfig(replicate=3),
+        ParallelConfig(shard=3),
+        ParallelConfig(tensor=3),
+        ParallelConfig(replicate=16),
+    ],
 )
 def test_degrees_that_do_not_fit_the_world_are_named(config: ParallelConfig) -> None:
     with pytest.raises(BadInput, match=r"parallel\.replicate.* but the cluster has 8"):

@@ -1,4 +1,5 @@
-"""Every way to spread the work trains the same model: the curve, the gradients' norm and the initial weights."""
+"""Every way to spread the work trains the same model: the curve, the gradients' norm and the
+initial weights."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ CASES = [
     for row, shape in enumerate(SHAPES)
     for column, mode in enumerate(CHECKPOINTING)
 ]
-"""Every shape with every mode; each shape and each mode also compiled, and with both ways to accumulate gradients."""
+"""Every shape with every mode; each shape and each mode also compiled, and with both ways to
+accumulate gradients."""
 RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
 
 pytestmark = pytest.mark.timeout(400)
@@ -38,7 +40,9 @@ def name_of(shape: Sequence[int], mode: str, accumulate: str, compiled: bool) ->
     return f"{'x'.join(map(str, shape))} {mode} {accumulate}{' compiled' if compiled else ''}"
 
 
-def run(folder: Path, world: int, cases: Sequence[Case], changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(
+    folder: Path, world: int, cases: Sequence[Case], changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The curves of each case by its name."""
     named = [
         (
@@ -53,16 +57,22 @@ def run(folder: Path, world: int, cases: Sequence[Case], changes: dict[str, Any]
 
 
 def textbook(changes: dict[str, Any]) -> dict[str, Any]:
-    """Plain PyTorch in one process: the whole batch, the mean of its cross entropies, torch's clipping and AdamW."""
+    """Plain PyTorch in one process: the whole batch, the mean of its cross entropies, torch's
+    clipping and AdamW."""
     config = replace(MODEL, **changes)
     model = OPT(config)
     initialise(model, config, 3)
     initial = {name: digest(parameter) for name, parameter in model.named_parameters()}
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": VALUES["weight_decay"]},
+        {
+            "params": [p for p in model.parameters() if p.ndim > 1],
+            "weight_decay": VALUES["weight_decay"],
+        },
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"])
+    optimizer = torch.optim.AdamW(
+        groups, lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"]
+    )
     losses, norms = [], []
     for step in range(STEPS):
         blocks = global_batch(step)
@@ -100,7 +110,9 @@ def four_ranks_compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", [name_of(*case) for case in CASES if not case[-1]])
-def test_layout_follows_the_textbook(name: str, four_ranks: dict[str, Any], reference: dict[str, Any]) -> None:
+def test_layout_follows_the_textbook(
+    name: str, four_ranks: dict[str, Any], reference: dict[str, Any]
+) -> None:
     check_same(four_ranks[name], reference)
 
 
@@ -112,14 +124,18 @@ def test_compiled_layout_follows_the_textbook(
 
 
 def test_every_group_waits_as_long_as_the_world(four_ranks: dict[str, Any]) -> None:
-    """torch's own half an hour would leave ranks waiting within a tensor group for one that hangs."""
+    """torch's own half an hour would leave ranks waiting within a tensor group for one that
+    hangs."""
     for curves in four_ranks.values():
         assert set(curves["timeouts"]) == {TIMEOUT_SECONDS}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_same_global_batch_on_fewer_ranks(world: int, tmp_path: Path, reference: dict[str, Any]) -> None:
-    """Eight sequences do not divide by three: two ranks get three, one gets two and padding that weighs nothing."""
+def test_same_global_batch_on_fewer_ranks(
+    world: int, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    """Eight sequences do not divide by three: two ranks get three, one gets two and padding that
+    weighs nothing."""
     (curves,) = run(tmp_path, world, [((1, world, 1), "none", "shards", False)]).values()
     check_same(curves, reference)
 

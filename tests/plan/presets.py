@@ -1,4 +1,5 @@
-"""The recipes of the nine sizes as a plan reads them, and their rehearsals in one process of their own."""
+"""The recipes of the nine sizes as a plan reads them, and their rehearsals in one process of their
+own."""
 
 import json
 import subprocess
@@ -7,8 +8,9 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from opt_train.cli_plan import UNREAD
-from opt_train.config import RunConfig, compose
+from opt_train.cli.plan import UNREAD
+from opt_train.config.compose import compose
+from opt_train.config.run_config import RunConfig
 from opt_train.plan.plan import Plan, plan_of
 from opt_train.plan.throughput import GPUS, OPT_MFU
 from tests.train.rig import environment
@@ -23,7 +25,8 @@ def recipe(size: str, *overrides: str) -> RunConfig:
 
 
 def with_layers(config: RunConfig, layers: int) -> RunConfig:
-    """The same with fewer layers: all of a step grows by the layer, so a few rehearse as well as all."""
+    """The same with fewer layers: all of a step grows by the layer, so a few rehearse as well as
+    all."""
     return replace(config, model=replace(config.model, layers=layers))
 
 
@@ -33,11 +36,17 @@ def planned(config: RunConfig) -> Plan:
 
 
 def rehearsed(configs: list[RunConfig], seconds: float) -> list[dict[str, Any]]:
-    """What `opt_train.train.rehearsal` says of each of `configs`."""
-    command = [sys.executable, "-P", "-m", "opt_train.train.rehearsal"]
+    """What `opt_train.rehearsal.rehearse` says of each of `configs`."""
+    command = [sys.executable, "-P", "-m", "opt_train.rehearsal.rehearse"]
     text = json.dumps([asdict(config) for config in configs])
     done = subprocess.run(
-        command, input=text, text=True, capture_output=True, env=environment(), timeout=seconds, check=False
+        command,
+        input=text,
+        text=True,
+        capture_output=True,
+        env=environment(),
+        timeout=seconds,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,7 +1,7 @@
 """The plan's arithmetic must not drift from what the code allocates and sends.
 
-Three layers stand for all here. `opt-train plan --multirun 'experiment=glob(opt-*)' --rehearse` compares every size in
-full, in some five minutes of a free core.
+Three layers stand for all here. `opt-train plan --multirun 'experiment=glob(opt-*)' --rehearse`
+compares every size in full, in some five minutes of a free core.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.plan.comparison import Row, collective_rows, memory_rows, reason
 from opt_train.plan.memory import MODES
 from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
@@ -21,7 +21,9 @@ ALONE = ("cluster.nodes=1", "cluster.slots_per_node=1")
 VARIANTS = {
     **{size: recipe(size) for size in SIZES},
     "gradients of many micro-batches added in shards": recipe("175b", "train.micro_batch=2"),
-    "gradients of many micro-batches added whole": recipe("175b", "train.micro_batch=2", "parallel.accumulate=whole"),
+    "gradients of many micro-batches added whole": recipe(
+        "175b", "train.micro_batch=2", "parallel.accumulate=whole"
+    ),
     "replicas in fp16": recipe(
         "6.7b", "parallel.replicate=4", "train.micro_batch=4", "precision=fp16-memory-efficient"
     ),
@@ -33,12 +35,20 @@ VARIANTS = {
     "alone, many micro-batches": recipe("125m", "precision=fp32", *ALONE),
     "alone in fp16": recipe("350m", "precision=fp16-memory-efficient", *ALONE),
     "alone with fp32 weights": recipe("125m", *ALONE),
-    "fp32 over tensor groups": recipe("1.3b", "precision=fp32", "train.micro_batch=4", "parallel.tensor=4"),
+    "fp32 over tensor groups": recipe(
+        "1.3b", "precision=fp32", "train.micro_batch=4", "parallel.tensor=4"
+    ),
     "eager blocks": recipe("125m", "parallel.compile=false"),
     "no dropout": recipe("66b", "model.dropout=0"),
-    "no dropout, norms behind": recipe("6.7b", "model.dropout=0", "model.layer_norm=post", "parallel.tensor=4"),
+    "no dropout, norms behind": recipe(
+        "6.7b", "model.dropout=0", "model.layer_norm=post", "parallel.tensor=4"
+    ),
     "little but embeddings": recipe(
-        "125m", "precision=fp32", "data.sequence_length=256", "train.global_batch=16", "train.micro_batch=1"
+        "125m",
+        "precision=fp32",
+        "data.sequence_length=256",
+        "train.global_batch=16",
+        "train.micro_batch=1",
     ),
     "an embedding of another width, split": recipe("350m", "parallel.tensor=2"),
 }
@@ -51,7 +61,9 @@ def in_mode(config: RunConfig, mode: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def rehearsals() -> dict[tuple[str, str], dict[str, Any]]:
     keys = [(name, mode) for name in VARIANTS for mode in MODES]
-    answers = rehearsed([with_layers(in_mode(VARIANTS[name], mode), 3) for name, mode in keys], seconds=580)
+    answers = rehearsed(
+        [with_layers(in_mode(VARIANTS[name], mode), 3) for name, mode in keys], seconds=580
+    )
     return dict(zip(keys, answers, strict=True))
 
 
@@ -73,7 +85,10 @@ def test_what_a_cpu_does_in_another_way_is_told_with_its_reason(mode: str, rehea
     name = "an embedding of another width, split"
     config = VARIANTS[name]
     differing = [row for row in rows(name, mode, rehearsals[name, mode]) if not row.agrees]
-    assert {row.what.partition(",")[0] for row in differing} == {"all_gather over 2", "all_to_all over 2"}
+    assert {row.what.partition(",")[0] for row in differing} == {
+        "all_gather over 2",
+        "all_to_all over 2",
+    }
     assert all("all_to_all" in reason(row, config) for row in differing)
     assert all(row.rehearsed == 0 for row in differing if row.what.startswith("all_to_all"))
 
@@ -83,7 +98,9 @@ def test_a_difference_without_a_known_reason_is_not_explained_away() -> None:
     assert not row.agrees
     assert "report" in reason(row, recipe("175b"))
     assert "report" in reason(row, recipe("350m", "parallel.tensor=2"))
-    assert "report" in reason(Row("all_gather over 8, bytes", planned=2, rehearsed=1), recipe("175b"))
+    assert "report" in reason(
+        Row("all_gather over 8, bytes", planned=2, rehearsed=1), recipe("175b")
+    )
 
 
 def test_parameters_are_those_of_the_model_that_is_built(rehearsals: Any) -> None:

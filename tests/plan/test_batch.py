@@ -1,4 +1,5 @@
-"""What a plan says of padding must be what ranks read, and losing a node must cost what the design says."""
+"""What a plan says of padding must be what ranks read, and losing a node must cost what the design
+says."""
 
 import numpy as np
 import pytest
@@ -15,12 +16,17 @@ STREAM = TokenStream([np.zeros(400, dtype=np.uint16)])
 
 
 @given(sequences=st.integers(1, 99), ranks=st.integers(1, 40), micro_batch=st.integers(1, 12))
-def test_the_padding_is_what_ranks_really_read(sequences: int, ranks: int, micro_batch: int) -> None:
+def test_the_padding_is_what_ranks_really_read(
+    sequences: int, ranks: int, micro_batch: int
+) -> None:
     if sequences < ranks:  # refused by the configuration
         return
     batches = Batches(STREAM, 4, sequences, seed=0)
     cursor = Cursor()
-    read = [batches.at(cursor, data_rank=r, data_world=ranks, micro_batch=micro_batch) for r in range(ranks)]
+    read = [
+        batches.at(cursor, data_rank=r, data_world=ranks, micro_batch=micro_batch)
+        for r in range(ranks)
+    ]
     planned_batch = Batch.split(sequences, ranks, micro_batch)
     assert {len(own) for own in read} == {planned_batch.micro_batches}
     assert {tuple(one.tokens.shape) for own in read for one in own} == {(planned_batch.rows, 4)}
@@ -34,9 +40,12 @@ def test_the_run_as_it_was_idles_nowhere() -> None:
     assert planned(recipe("175b")).batch.idle_share == 0.0
 
 
-@pytest.mark.parametrize(("micro_batch", "computed"), [(9, 123 * 9), (3, 123 * 9), (1, 123 * 9), (8, 123 * 9)])
+@pytest.mark.parametrize(
+    ("micro_batch", "computed"), [(9, 123 * 9), (3, 123 * 9), (1, 123 * 9), (8, 123 * 9)]
+)
 def test_a_node_lost_of_124_costs_a_tenth(micro_batch: int, computed: int) -> None:
-    """992 sequences on 123 groups are 8 or 9 each; in micro-batches of 8 at most, 9 are three of 3."""
+    """992 sequences on 123 groups are 8 or 9 each; in micro-batches of 8 at most, 9 are three of
+    3."""
     batch = Batch.split(992, 123, micro_batch)
     assert batch.computed == computed
     assert batch.idle_share == pytest.approx(1 - 992 / computed)
@@ -55,7 +64,8 @@ def test_a_layout_that_pads_a_tenth_is_refused_with_what_would_not() -> None:
 
 
 def test_a_micro_batch_that_mends_it_is_named() -> None:
-    """5 sequences on each group in micro-batches of 4 at most are 3 and 3, and 1 by 1 they are 5."""
+    """5 sequences on each group in micro-batches of 4 at most are 3 and 3, and 1 by 1 they are
+    5."""
     five = ("train.global_batch=620", "train.micro_batch=4")
     (sentence,) = refusals(planned(recipe("175b", *five)), allow_idle=False)
     assert "use train.micro_batch=1 (0.0%)" in sentence
@@ -63,8 +73,11 @@ def test_a_micro_batch_that_mends_it_is_named() -> None:
 
 
 def test_a_smaller_batch_that_is_named_is_not_refused_for_its_micro_batches() -> None:
-    """256 sequences on 248 GPUs are 2 on some; with 248 there is 1 on each, and micro-batches of 2 are refused."""
-    (sentence,) = refusals(planned(recipe("125m", "cluster.nodes=31", "train.micro_batch=2")), allow_idle=False)
+    """256 sequences on 248 GPUs are 2 on some; with 248 there is 1 on each, and micro-batches of 2
+    are refused."""
+    (sentence,) = refusals(
+        planned(recipe("125m", "cluster.nodes=31", "train.micro_batch=2")), allow_idle=False
+    )
     mend = ("train.global_batch=248", "train.micro_batch=1")
     assert f"use {' '.join(mend)} or train.global_batch=496" in sentence
     assert planned(recipe("125m", "cluster.nodes=31", *mend)).batch.idle_share == 0.0

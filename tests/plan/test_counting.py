@@ -14,7 +14,9 @@ from tests.train.rig import environment
 SCRIPT = Path(__file__).with_name("torchs_tracker.py")
 
 CONFIGS = [
-    with_layers(recipe(size, f"parallel.activation_checkpointing={mode}", f"train.micro_batch={rows}"), 3)
+    with_layers(
+        recipe(size, f"parallel.activation_checkpointing={mode}", f"train.micro_batch={rows}"), 3
+    )
     for size, rows in (("125m", 32), ("6.7b", 8), ("175b", 8))
     for mode in ("none", "selective", "full")
 ]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import parameter_count
 from opt_train.parallel.layout import Layout
 from opt_train.plan.memory import memory_of, shards_of
@@ -35,8 +35,12 @@ def test_rank_0_has_the_rows_that_are_left_over() -> None:
     assert padded(queries, 124) == 124 * 13 * 12288
 
 
-@pytest.mark.parametrize(("precision", "weight", "gradient"), [("bf16", 4, 4), ("fp16-memory-efficient", 2, 2)])
-def test_shards_are_the_bytes_a_parameter_of_the_page_on_precision(precision: str, weight: int, gradient: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "weight", "gradient"), [("bf16", 4, 4), ("fp16-memory-efficient", 2, 2)]
+)
+def test_shards_are_the_bytes_a_parameter_of_the_page_on_precision(
+    precision: str, weight: int, gradient: int
+) -> None:
     config = recipe("1.3b", f"precision={precision}")
     shards, count = shards_of(config, layout_of(config)), 1_315_758_080 / 32
     assert shards.parameters == pytest.approx(weight * count, rel=0.002)
@@ -51,10 +55,12 @@ def test_full_recomputation_keeps_one_hidden_state_a_block() -> None:
 
 
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 22), (True, 26)])
-def test_what_nothing_recomputed_keeps_of_a_value_of_the_hidden_state(compiled: bool, kept: int) -> None:
-    """Korthikanti et al. 2022 (arXiv 2205.05198, equation 1) count 34, 8 of them GELU's input; ReLU needs its output
-    alone, and 4 LayerNorms' outputs, which a compiler may keep. Flash attention keeps no scores, but the log sums of
-    each head's rows.
+def test_what_nothing_recomputed_keeps_of_a_value_of_the_hidden_state(
+    compiled: bool, kept: int
+) -> None:
+    """Korthikanti et al. 2022 (arXiv 2205.05198, equation 1) count 34, 8 of them GELU's input; ReLU
+    needs its output alone, and 4 LayerNorms' outputs, which a compiler may keep. Flash attention
+    keeps no scores, but the log sums of each head's rows.
     """
     config = recipe("1.3b", "train.micro_batch=1", f"parallel.compile={compiled}")
     values = 2048 * 2048
@@ -72,7 +78,10 @@ def test_more_recomputation_never_needs_more(size: str) -> None:
 def test_a_peak_is_the_sum_of_what_it_is_made_of() -> None:
     for memory in planned(recipe("175b")).memory:
         peak = memory.peak
-        assert peak.total == peak.shards + peak.gathered + peak.unsummed + peak.activations + peak.temporary
+        assert (
+            peak.total
+            == peak.shards + peak.gathered + peak.unsummed + peak.activations + peak.temporary
+        )
         assert peak.shards >= memory.shards.parameters + memory.shards.optimizer
 
 
@@ -87,8 +96,15 @@ def test_whole_gradients_of_175b_do_not_fit_beside_everything_else() -> None:
 
 
 def test_where_embeddings_are_most_of_it_three_of_their_gradients_meet() -> None:
-    """By hand, fp32 on 8 GPUs: the table's gradients, its weights gathered, all of the shards but the root's."""
-    config = recipe("125m", "precision=fp32", "data.sequence_length=256", "train.global_batch=8", "train.micro_batch=1")
+    """By hand, fp32 on 8 GPUs: the table's gradients, its weights gathered, all of the shards but
+    the root's."""
+    config = recipe(
+        "125m",
+        "precision=fp32",
+        "data.sequence_length=256",
+        "train.global_batch=8",
+        "train.micro_batch=1",
+    )
     peak = planned(config).configured.peak
     table, positions = 4 * 50272 * 768, 4 * 2050 * 768
     block = 4 * (12 * 768**2 + 13 * 768)
@@ -99,7 +115,10 @@ def test_where_embeddings_are_most_of_it_three_of_their_gradients_meet() -> None
 
 
 def test_one_micro_batch_adds_up_nothing() -> None:
-    assert planned(recipe("175b")).memory == planned(recipe("175b", "parallel.accumulate=whole")).memory
+    assert (
+        planned(recipe("175b")).memory
+        == planned(recipe("175b", "parallel.accumulate=whole")).memory
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from opt_train import cli
+from opt_train.cli import main as cli
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

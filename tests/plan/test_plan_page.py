@@ -20,13 +20,24 @@ def test_a_long_step_is_told_in_seconds_without_an_exponent() -> None:
 
 
 def test_bytes_are_told_in_a_unit_that_a_person_can_compare() -> None:
-    assert [in_units(size) for size in (0, 16, 1_500, 60_063_748, 88_883_551_168, 1_746 * 10**9, 25_780 * 10**12)] == [
-        "0 B", "16 B", "1.5 kB", "60.06 MB", "88.88 GB", "1.746 TB", "25.78 PB",
-    ]  # fmt: skip
+    assert [
+        in_units(size)
+        for size in (0, 16, 1_500, 60_063_748, 88_883_551_168, 1_746 * 10**9, 25_780 * 10**12)
+    ] == [
+        "0 B",
+        "16 B",
+        "1.5 kB",
+        "60.06 MB",
+        "88.88 GB",
+        "1.746 TB",
+        "25.78 PB",
+    ]
 
 
 def test_columns_stand_under_their_heads() -> None:
-    lines = table("things", ["one", "two"], [("a", ["1", "22"]), ("b", ["333,333,333,333", "4"])]).splitlines()
+    lines = table(
+        "things", ["one", "two"], [("a", ["1", "22"]), ("b", ["333,333,333,333", "4"])]
+    ).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
@@ -45,11 +56,18 @@ def test_the_last_node_is_not_promised_a_run_without_it() -> None:
     [
         (("parallel.shard=124",), ("parallel.shard=0",)),
         (("parallel.replicate=4",), ("parallel.replicate=1",)),
-        (("parallel.replicate=4", "parallel.shard=31"), ("parallel.replicate=1", "parallel.shard=0")),
+        (
+            ("parallel.replicate=4", "parallel.shard=31"),
+            ("parallel.replicate=1", "parallel.shard=0"),
+        ),
     ],
 )
-def test_what_goes_on_one_node_fewer_is_what_is_named(layout: tuple[str, ...], mend: tuple[str, ...]) -> None:
-    assert f"does not go on 123 nodes; {' '.join(mend)} would" in page(planned(recipe("175b", *layout)))
+def test_what_goes_on_one_node_fewer_is_what_is_named(
+    layout: tuple[str, ...], mend: tuple[str, ...]
+) -> None:
+    assert f"does not go on 123 nodes; {' '.join(mend)} would" in page(
+        planned(recipe("175b", *layout))
+    )
     assert planned(recipe("175b", *layout, *mend)).without_a_node is not None
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.plan.plan import Plan, plan_of
 from opt_train.plan.refusals import refusals
 from opt_train.plan.throughput import GPUS, OPT_MFU
@@ -27,13 +27,21 @@ def named(sentence: str) -> list[list[str]]:
         ("6.7b", ("parallel.activation_checkpointing=none", "parallel.replicate=128"), 12),
         ("30b", ("cluster.nodes=63", "train.micro_batch=5", "parallel.accumulate=whole"), 40),
     ],
-    ids=["copies given up and blocks computed again", "no nodes over which 2,048 sequences pad more than a tenth"],
+    ids=[
+        "copies given up and blocks computed again",
+        "no nodes over which 2,048 sequences pad more than a tenth",
+    ],
 )
-def test_a_mend_fits_and_does_not_idle(size: str, overrides: tuple[str, ...], memory_gb: float) -> None:
+def test_a_mend_fits_and_does_not_idle(
+    size: str, overrides: tuple[str, ...], memory_gb: float
+) -> None:
     (sentence,) = refusals(with_memory(recipe(size, *overrides), memory_gb), allow_idle=False)
     assert named(sentence), sentence
     for mend in named(sentence):
-        assert refusals(with_memory(recipe(size, *overrides, *mend), memory_gb), allow_idle=False) == [], mend
+        assert (
+            refusals(with_memory(recipe(size, *overrides, *mend), memory_gb), allow_idle=False)
+            == []
+        ), mend
 
 
 @pytest.mark.parametrize(("tensor", "mend"), [(4, "a larger one, or GPUs"), (8, "use GPUs")])

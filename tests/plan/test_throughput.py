@@ -27,7 +27,9 @@ def test_hardware_and_model_utilisation_are_147_of_312() -> None:
 
 def test_only_what_is_computed_again_is_added() -> None:
     assert recomputed_flops_per_token(recipe("1.3b", "parallel.activation_checkpointing=none")) == 0
-    selective = recomputed_flops_per_token(recipe("1.3b", "parallel.activation_checkpointing=selective"))
+    selective = recomputed_flops_per_token(
+        recipe("1.3b", "parallel.activation_checkpointing=selective")
+    )
     full = recomputed_flops_per_token(recipe("1.3b", "parallel.activation_checkpointing=full"))
     attention = 24 * (8 * 2048**2 + 4 * 2048 * 2048)
     assert selective == attention

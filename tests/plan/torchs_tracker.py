@@ -1,6 +1,8 @@
-"""Prints the peak of a step that torch's own tracker counts, beside `MemoryCount`'s. Configurations come on stdin.
+"""Prints the peak of a step that torch's own tracker counts, beside `MemoryCount`'s. Configurations
+come on stdin.
 
-torch's knows neither several micro-batches nor an optimizer's DTensors, so there is one micro-batch and no update.
+torch's knows neither several micro-batches nor an optimizer's DTensors, so there is one micro-batch
+and no update.
 """
 
 import json
@@ -12,12 +14,13 @@ import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from opt_train.config import RunConfig, build
+from opt_train.config.builder import build
+from opt_train.config.run_config import RunConfig
 from opt_train.optim.in_force import in_force
 from opt_train.parallel.fsdp import Fsdp2
 from opt_train.parallel.layout import Layout
-from opt_train.train.counting import MemoryCount
-from opt_train.train.rehearsal import CPU, empty_model, micro_batches, moments_of, rehearsing
+from opt_train.rehearsal.counting import MemoryCount
+from opt_train.rehearsal.rehearse import CPU, empty_model, micro_batches, moments_of, rehearsing
 
 
 def peaks(config: RunConfig) -> dict[str, int]:
@@ -27,9 +30,15 @@ def peaks(config: RunConfig) -> dict[str, int]:
         with rehearsing() as fake:
             batches = micro_batches(config, layout)
             assert len(batches) == 1
-            # The first step is not counted: in it DTensor tries operations on whole tensors, which torch's would see.
+            # The first step is not counted: in it DTensor tries operations on whole tensors, which
+            # torch's would see.
             engines = [
-                Fsdp2(empty_model(config, layout, fake), CPU, in_force(config, (), 0), config.parallel.accumulate)
+                Fsdp2(
+                    empty_model(config, layout, fake),
+                    CPU,
+                    in_force(config, (), 0),
+                    config.parallel.accumulate,
+                )
                 for _ in range(3)
             ]
             engines[0].forward_backward(batches)

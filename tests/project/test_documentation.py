@@ -8,8 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from opt_train import cli
-from opt_train.config import RunConfig, compose, flatten
+from opt_train.cli import main as cli
+from opt_train.config.compose import compose
+from opt_train.config.difference import flatten
+from opt_train.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
     """docs/generate.py, which is no part of a package."""
-    specification = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    specification = importlib.util.spec_from_file_location(
+        "generate", ROOT / "docs" / "generate.py"
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -42,7 +46,10 @@ def test_every_key_is_on_the_page_of_keys() -> None:
 
 def test_the_table_of_sizes_is_table_1(generator: ModuleType) -> None:
     """By hand from arXiv 2205.01068, but for the 992 sequences of the 175B run."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in generator.sizes().splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in generator.sizes().splitlines()[2:]
+    ]
     assert [row[:5] + row[6:8] for row in rows] == [
         ["`opt-125m`", "12", "12", "768", "3072", "6e-4", "256 (0.5M)"],
         ["`opt-350m`", "24", "16", "1024", "4096", "3e-4", "256 (0.5M)"],
@@ -57,7 +64,8 @@ def test_the_table_of_sizes_is_table_1(generator: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/running.md", "docs/configuration.md", "docs/plan.md", "launch/README.md"]
+    "page",
+    ["README.md", "docs/running.md", "docs/configuration.md", "docs/plan.md", "launch/README.md"],
 )
 def test_every_override_on_a_page_exists(page: str, generator: ModuleType) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")
@@ -65,7 +73,9 @@ def test_every_override_on_a_page_exists(page: str, generator: ModuleType) -> No
     commands = re.findall(verbs + r" ((?:'[^'\n]*'|[^`#\n('])*)", text)
     given = []
     for verb, words in commands:
-        overrides = [word for word in shlex.split(words) if "=" in word and not word.startswith("-")]
+        overrides = [
+            word for word in shlex.split(words) if "=" in word and not word.startswith("-")
+        ]
         # A plan reads neither text nor tokenizer, and so needs no file of a recipe's user.
         files = generator.GIVEN if verb.endswith("plan") else ()
         given.append([*files, *(word for word in overrides if "glob(" not in word)])
@@ -75,12 +85,22 @@ def test_every_override_on_a_page_exists(page: str, generator: ModuleType) -> No
 
 
 def test_every_example_in_the_help_composes(generator: ModuleType) -> None:
-    examples = [example for verb in cli.VERBS.values() if verb.configured for example in verb.examples]
+    examples = [
+        example for verb in cli.VERBS.values() if verb.configured for example in verb.examples
+    ]
     for example in examples:
-        overrides = [word for word in shlex.split(example) if "=" in word and not word.startswith("-")]
+        overrides = [
+            word for word in shlex.split(example) if "=" in word and not word.startswith("-")
+        ]
         # Some verbs read neither text nor tokenizer, and so need no file of a recipe's user.
-        files = generator.GIVEN if "experiment=opt-" in example and "data.corpus=" not in example else ()
-        assert compose([*files, *(word for word in overrides if "," not in word and "glob(" not in word)])
+        files = (
+            generator.GIVEN
+            if "experiment=opt-" in example and "data.corpus=" not in example
+            else ()
+        )
+        assert compose(
+            [*files, *(word for word in overrides if "," not in word and "glob(" not in word)]
+        )
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -1,4 +1,5 @@
-"""What is installed must work without the checkout: presets and launch scripts travel in the wheel."""
+"""What is installed must work without the checkout: presets and launch scripts travel in the
+wheel."""
 
 import os
 import subprocess
@@ -15,7 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", folder, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--quiet",
+            "-w",
+            folder,
+            ROOT,
+        ],
         check=True,
     )
     [path] = folder.glob("opt_train-*.whl")
@@ -27,7 +39,18 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel alone in a folder; what it depends on comes from this environment."""
     target = tmp_path_factory.mktemp("installed")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", target, wheel],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--quiet",
+            "--target",
+            target,
+            wheel,
+        ],
         check=True,
     )
     return target
@@ -37,14 +60,23 @@ def run_installed(installed: Path, folder: Path, *words: str) -> subprocess.Comp
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     return subprocess.run(
         [sys.executable, installed / "bin" / "opt-train", *words],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_wheel_carries_presets_and_launch_scripts_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("opt_train/configs/config.yaml", "opt_train/configs/experiment/demo.yaml", "opt_train/cli.py",
-                 "opt_train/launch/one-node.sbatch", "opt_logbook/events.py"):  # fmt: skip
+    for name in (
+        "opt_train/configs/config.yaml",
+        "opt_train/configs/experiment/demo.yaml",
+        "opt_train/cli/main.py",
+        "opt_train/launch/one-node.sbatch",
+        "opt_logbook/record/events.py",
+    ):
         assert name in names
     assert not [name for name in names if name.startswith(("tests", "docs", "runs"))]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
@@ -52,9 +84,17 @@ def test_the_wheel_carries_presets_and_launch_scripts_and_no_tests(wheel: Path) 
 
 def test_the_installed_wheel_composes_its_own_presets(installed: Path, tmp_path: Path) -> None:
     where = subprocess.run(
-        [sys.executable, "-c", "from opt_train.config import configs_directory; print(configs_directory())"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "from opt_train.config.compose import configs_directory; print(configs_directory())",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert Path(where.stdout.strip()) == installed / "opt_train" / "configs"
     said = run_installed(installed, tmp_path, "run", "--cfg", "job", "experiment=demo")
     assert said.returncode == 0, said.stderr
@@ -72,7 +112,11 @@ def test_the_checkout_composes_the_same_as_the_wheel(installed: Path, tmp_path: 
     from_wheel = run_installed(installed, tmp_path, "run", "--cfg", "job", "experiment=demo")
     command = Path(sys.executable).with_name("opt-train")
     from_checkout = subprocess.run(
-        [command, "run", "--cfg", "job", "experiment=demo"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [command, "run", "--cfg", "job", "experiment=demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert from_checkout.returncode == 0, from_checkout.stderr
     assert from_checkout.stdout == from_wheel.stdout

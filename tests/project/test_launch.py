@@ -1,4 +1,5 @@
-"""The launch script must hand a signal on, wait for the state to be saved, and tell the right exit code."""
+"""The launch script must hand a signal on, wait for the state to be saved, and tell the right exit
+code."""
 
 import os
 import signal
@@ -15,9 +16,11 @@ SCRIPT = ROOT / "launch" / "one-node.sbatch"
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with stand-ins: an `opt-train` that saves slowly when asked to stop, `squeue` and `scontrol`.
+    """A folder with stand-ins: an `opt-train` that saves slowly when asked to stop, `squeue` and
+    `scontrol`.
 
-    `squeue` answers with what the file `state` says, `scontrol` fails as often as there are lines in `refusals`.
+    `squeue` answers with what the file `state` says, `scontrol` fails as often as there are lines
+    in `refusals`.
     """
     program = tmp_path / "opt-train"
     program.write_text(
@@ -37,7 +40,8 @@ sys.exit(next((int(word[5:]) for word in sys.argv if word.startswith("code=")), 
     program.chmod(0o755)
     stand_ins = {
         "squeue": f"cat {tmp_path}/state",
-        "scontrol": f"if [ -s {tmp_path}/refusals ]; then sed -i 1d {tmp_path}/refusals; exit 1; fi\n"
+        "scontrol": f"if [ -s {tmp_path}/refusals ]; then sed -i 1d {tmp_path}/refusals; exit 1; "
+        "fi\n"
         f'echo "$@" >> {tmp_path}/scontrol.log',
     }
     for name, script in stand_ins.items():
@@ -52,7 +56,9 @@ def start(place: Path, *words: str, job: str = "") -> subprocess.Popen[str]:
     environment["PATH"] = f"{place}:{environment['PATH']}"
     if job:
         environment["SLURM_JOB_ID"] = job
-    return subprocess.Popen(["bash", SCRIPT, *words], env=environment, stdout=subprocess.PIPE, text=True, cwd=place)
+    return subprocess.Popen(
+        ["bash", SCRIPT, *words], env=environment, stdout=subprocess.PIPE, text=True, cwd=place
+    )
 
 
 def signalled(process: subprocess.Popen[str], place: Path) -> str:
@@ -68,7 +74,10 @@ def signalled(process: subprocess.Popen[str], place: Path) -> str:
 def test_without_slurm_it_is_the_command_itself(place: Path, code: int) -> None:
     process = start(place, "experiment=demo", f"code={code}")
     output, _ = process.communicate(timeout=20)
-    assert (process.returncode, output) == (code, f"run cluster=local experiment=demo code={code}\n")
+    assert (process.returncode, output) == (
+        code,
+        f"run cluster=local experiment=demo code={code}\n",
+    )
     assert not (place / "scontrol.log").exists()
 
 
@@ -116,7 +125,9 @@ def test_a_run_that_a_person_stopped_is_not_queued_again(place: Path) -> None:
 
 def test_a_missing_command_is_one_sentence(place: Path) -> None:
     environment = {**os.environ, "OPT_TRAIN": "/nowhere/opt-train"}
-    done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
@@ -125,7 +136,11 @@ def test_the_script_finds_the_real_command(tmp_path: Path) -> None:
     environment = {**os.environ, "OPT_TRAIN": str(Path(sys.executable).with_name("opt-train"))}
     done = subprocess.run(
         ["bash", SCRIPT, "experiment=demo", "--cfg", "job"],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "kind: local" in done.stdout

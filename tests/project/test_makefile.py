@@ -1,4 +1,5 @@
-"""`make` is the first thing a newcomer types: what is missing must be one sentence with the mend."""
+"""`make` is the first thing a newcomer types: what is missing must be one sentence with the
+mend."""
 
 import os
 import shutil
@@ -21,7 +22,13 @@ def checkout(tmp_path: Path) -> Path:
 def make(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
-        ["make", *words], cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=60
+        ["make", *words],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
@@ -37,7 +44,8 @@ def test_an_old_python_is_one_sentence(checkout: Path) -> None:
     done = make(checkout, "demo", f"PYTHON={old}")
     assert done.returncode != 0
     assert done.stdout == (
-        f"opt-train needs Python 3.11 or newer, and {old} is not; name one: make PYTHON=python3.11 demo\n"
+        f"opt-train needs Python 3.11 or newer, and {old} is not; name one: make "
+        "PYTHON=python3.11 demo\n"
     )
     assert not (checkout / ".venv").exists()
 
@@ -48,13 +56,17 @@ def test_a_missing_venv_module_is_one_sentence_with_the_command(checkout: Path, 
     python = stand_in(checkout / name, script)
     done = make(checkout, "demo", f"PYTHON={python}")
     assert done.returncode != 0
-    assert done.stdout == f"Python's venv module is missing; install it with: apt-get install {name}-venv\n"
+    assert (
+        done.stdout
+        == f"Python's venv module is missing; install it with: apt-get install {name}-venv\n"
+    )
     assert not (checkout / ".venv").exists()
 
 
 @pytest.fixture
 def installed(checkout: Path) -> Path:
-    """A checkout whose environment is there, with a stand-in that leaves with the code in `code`."""
+    """A checkout whose environment is there, with a stand-in that leaves with the code in
+    `code`."""
     stand_in(checkout / ".venv/bin/opt-train", '#!/bin/sh\necho "opt-train $*"\nexit $(cat code)\n')
     (checkout / ".venv" / "installed").touch()
     return checkout
@@ -65,7 +77,8 @@ def test_a_stopped_demo_is_no_error(installed: Path) -> None:
     done = make(installed, "demo")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "opt-train run experiment=demo\nstopped with its state saved; make demo goes on from there\n"
+        "opt-train run experiment=demo\nstopped with its state saved; make demo goes on from "
+        "there\n"
     )
 
 

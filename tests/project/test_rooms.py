@@ -1,4 +1,5 @@
-"""A room's configuration must stay free of everything but the standard library: supervisor and ranks all read it."""
+"""A room's configuration must stay free of everything but the standard library: supervisor and
+ranks all read it."""
 
 import ast
 import sys
@@ -33,7 +34,11 @@ def test_packages_have_empty_beginnings() -> None:
 
 
 def test_the_constraints_pin_exactly_and_name_no_local_build() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert lines
     for line in lines:
         name, _, version = line.partition("==")

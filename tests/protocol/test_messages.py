@@ -1,5 +1,5 @@
-"""Every message arrives as it was sent, and a line that is none of ours is a `ProtocolError`: never another exception,
-which would end the agent or the supervisor that reads it."""
+"""Every message arrives as it was sent, and a line that is none of ours is a `ProtocolError`: never
+another exception, which would end the agent or the supervisor that reads it."""
 
 import dataclasses
 import json
@@ -12,19 +12,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.optim.in_force import in_force
 from opt_train.protocol import commands, facts, orders
-from opt_train.protocol.facts import FACTS_OF_A_RANK, InForce, Leaving, Metrics, RankFact, SavedFile, ShardsSaved, Told
-from opt_train.protocol.framing import MAX_DEPTH, MAX_FACT_BYTES, Message, ProtocolError, from_line, parse, to_line
+from opt_train.protocol.facts import (
+    FACTS_OF_A_RANK,
+    ExitNotice,
+    InForce,
+    Metrics,
+    NumberedFact,
+    RankFact,
+    SavedFile,
+    ShardsSaved,
+)
+from opt_train.protocol.framing import (
+    MAX_DEPTH,
+    MAX_FACT_BYTES,
+    Message,
+    ProtocolError,
+    from_line,
+    parse,
+    to_line,
+)
 from opt_train.train.config import TrainConfig
 
-CLASSES = [kind for kind in Message.registry.values() if kind.__module__.startswith("opt_train.protocol.")]
+CLASSES = [
+    kind for kind in Message.registry.values() if kind.__module__.startswith("opt_train.protocol.")
+]
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
@@ -53,13 +76,17 @@ def values_of(hint: Any, depth: int = 0) -> st.SearchStrategy[Any]:
 
 def messages(kind: Any, depth: int = 0) -> st.SearchStrategy[Any]:
     hints = get_type_hints(kind)
-    return st.builds(kind, **{f.name: values_of(hints[f.name], depth) for f in dataclasses.fields(kind)})
+    return st.builds(
+        kind, **{f.name: values_of(hints[f.name], depth) for f in dataclasses.fields(kind)}
+    )
 
 
 def test_the_table_of_contents_is_complete() -> None:
     """A class that is not in the registry can be sent and never be read."""
     for module in (facts, commands, orders):
-        written = {c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Message)} - {Message}
+        written = {
+            c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Message)
+        } - {Message}
         assert written <= set(CLASSES)
     assert {Message.registry[c.kind] for c in CLASSES} == set(CLASSES)
     assert set(FACTS_OF_A_RANK) < set(CLASSES)
@@ -83,7 +110,9 @@ def test_every_message_arrives_as_it_was_sent(kind: type[Message], data: st.Data
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.kind)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
-def test_a_message_cannot_be_changed_nor_carry_more_than_its_fields(kind: type[Message], data: st.DataObject) -> None:
+def test_a_message_cannot_be_changed_nor_carry_more_than_its_fields(
+    kind: type[Message], data: st.DataObject
+) -> None:
     message = data.draw(messages(kind))
     assert not hasattr(message, "__dict__")
     for field in dataclasses.fields(kind):
@@ -91,11 +120,12 @@ def test_a_message_cannot_be_changed_nor_carry_more_than_its_fields(kind: type[M
             setattr(message, field.name, getattr(message, field.name))
 
 
-# What is not a number, a line, or a character -----------------------------------------------------------------
+# What is not a number, a line, or a character -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [(math.nan, b'"NaN"'), (math.inf, b'"Infinity"'), (-math.inf, b'"-Infinity"')]
+    ("value", "word"),
+    [(math.nan, b'"NaN"'), (math.inf, b'"Infinity"'), (-math.inf, b'"-Infinity"')],
 )
 def test_a_number_that_is_not_finite_travels_as_a_word(value: float, word: bytes) -> None:
     """A loss of NaN is the very step that must not get lost on the way."""
@@ -111,15 +141,30 @@ def test_a_number_that_is_not_finite_travels_as_a_word(value: float, word: bytes
 
 
 @pytest.mark.parametrize(
-    "text", ["a\nb", "\r\n", "\u2028\u2029\x85\x0b\x0c\x1c", "\0", "\ud800", "x\udfff\ud800y", "é\U0001f4a5"]
+    "text",
+    [
+        "a\nb",
+        "\r\n",
+        "\u2028\u2029\x85\x0b\x0c\x1c",
+        "\0",
+        "\ud800",
+        "x\udfff\ud800y",
+        "é\U0001f4a5",
+    ],
 )
 def test_any_text_stays_on_one_line(text: str) -> None:
-    """A log line with a stray byte is evidence; it must neither tear the line nor stop the agent."""
-    told = Told(1, facts.RankExited(1, 0, 0, 9, 1, None, False, None, "step", 3, (facts.LogLine("log", 1, text),)))
+    """A log line with a stray byte is evidence; it must neither tear the line nor stop the
+    agent."""
+    told = NumberedFact(
+        1,
+        facts.RankExited(
+            1, 0, 0, 9, 1, None, False, None, "step", 3, (facts.LogLine("log", 1, text),)
+        ),
+    )
     line = to_line(told)
     assert line.index(b"\n") == len(line) - 1
     arrived = from_line(line)
-    assert isinstance(arrived, Told)
+    assert isinstance(arrived, NumberedFact)
     assert isinstance(arrived.fact, facts.RankExited)
     assert arrived.fact.log_tail[0].text == text.encode("utf-8", "replace").decode()
 
@@ -130,13 +175,23 @@ def test_a_surrogate_from_outside_is_told_on() -> None:
     assert from_line(to_line(arrived)) == commands.Leave("?")
 
 
-# What is no message -------------------------------------------------------------------------------------------
+# What is no message -------------------------------------------------------------------------------
 
 PHASE = {"kind": "phase", "phase": "step", "step": 3}
 EXITED = {
-    "kind": "rank_exited", "generation": 1, "rank": 0, "slot": 0, "pid": 5, "code": 1, "signal": None,
-    "killed_by_agent": False, "leaving": None, "phase": "step", "step": 3, "log_tail": [],
-}  # fmt: skip
+    "kind": "rank_exited",
+    "generation": 1,
+    "rank": 0,
+    "slot": 0,
+    "pid": 5,
+    "code": 1,
+    "signal": None,
+    "killed_by_agent": False,
+    "leaving": None,
+    "phase": "step",
+    "step": 3,
+    "log_tail": [],
+}
 HUGE = "9" * 400
 
 NO_MESSAGES: dict[str, Any] = {
@@ -180,7 +235,8 @@ NO_MESSAGES: dict[str, Any] = {
     "a number for a list": EXITED | {"log_tail": 3},
     "numbers in a list of lines": EXITED | {"log_tail": [3]},
     "a line without its text": EXITED | {"log_tail": [{"file": "log", "line": 1}]},
-    "a line with too much": EXITED | {"log_tail": [{"file": "log", "line": 1, "text": "", "color": "red"}]},
+    "a line with too much": EXITED
+    | {"log_tail": [{"file": "log", "line": 1, "text": "", "color": "red"}]},
     "a line number as text": EXITED | {"log_tail": [{"file": "log", "line": "1", "text": ""}]},
     "a text for what may be null": EXITED | {"code": "1"},
     "another message for a last word": EXITED | {"leaving": PHASE},
@@ -189,10 +245,17 @@ NO_MESSAGES: dict[str, Any] = {
     "null for a message": {"kind": "relay", "generation": 1, "order": None},
     "a message that is none within": {"kind": "told", "number": 1, "fact": PHASE | {"step": "3"}},
     "none two levels within": {
-        "kind": "told", "number": 1,
-        "fact": {"kind": "rank_fact", "generation": 1, "attempt": "1.00", "rank": 0, "fact": {"kind": "?"}},
+        "kind": "told",
+        "number": 1,
+        "fact": {
+            "kind": "rank_fact",
+            "generation": 1,
+            "attempt": "1.00",
+            "rank": 0,
+            "fact": {"kind": "?"},
+        },
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NO_MESSAGES)
@@ -211,7 +274,10 @@ def test_the_samples_above_are_wrong_in_one_thing_only() -> None:
     last = {"kind": "leaving", "code": 0, "step": 1, "reason": ""}
     arrived = from_line(json.dumps(EXITED | {"log_tail": [line], "leaving": last}).encode())
     assert isinstance(arrived, facts.RankExited)
-    assert (arrived.log_tail, arrived.leaving) == ((facts.LogLine("log", 1, ""),), Leaving(0, 1, ""))
+    assert (arrived.log_tail, arrived.leaving) == (
+        (facts.LogLine("log", 1, ""),),
+        ExitNotice(0, 1, ""),
+    )
     assert from_line(b'{"kind":"warm","pid":1,"import_seconds":2}') == facts.Warm(1, 2.0)
 
 
@@ -219,7 +285,9 @@ def nested_lines(depth: int) -> Iterator[bytes]:
     """Lines that nest `depth` deep, each in another way."""
     yield b'{"kind":"in_force","values":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
     yield b'{"kind":"metrics","line":{"a":' + b"[" * depth + b"]" * depth + b"}}"
-    yield b'{"kind":"told","number":1,"fact":' * depth + b'{"kind":"lead","leader":1}' + b"}" * depth
+    yield (
+        b'{"kind":"told","number":1,"fact":' * depth + b'{"kind":"lead","leader":1}' + b"}" * depth
+    )
     yield b'{"kind":"relay","generation":1,"order":' * depth + b"3" + b"}" * depth
     yield b"[" * depth
     yield b'{"kind":' * depth
@@ -227,7 +295,8 @@ def nested_lines(depth: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH, 100, 300, 600, 950, 2000, 100_000])
 def test_no_depth_exhausts_the_interpreter(depth: int) -> None:
-    """Some depths can be parsed but not handled, and they fit a rank's line: they would end its agent."""
+    """Some depths can be parsed but not handled, and they fit a rank's line: they would end its
+    agent."""
     for line in nested_lines(depth):
         with pytest.raises(ProtocolError):
             from_line(line)
@@ -239,7 +308,7 @@ def test_what_is_deep_enough_to_be_read_can_be_told_on() -> None:
     fact = from_line(b'{"kind":"in_force","values":{"a":' + b"[" * levels + b"]" * levels + b"}}")
     try:
         sys.setrecursionlimit(_frames() + 200)
-        assert b"[" * levels in to_line(Told(1, RankFact(1, "1.00", 0, fact)))
+        assert b"[" * levels in to_line(NumberedFact(1, RankFact(1, "1.00", 0, fact)))
     finally:
         sys.setrecursionlimit(limit)
 
@@ -261,7 +330,8 @@ def test_no_bytes_are_worse_than_refused(line: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_message_with_one_value_changed_is_refused_or_read(data: st.DataObject) -> None:
-    """A damaged or forged field at any depth: a `ProtocolError` or a message that can be told on."""
+    """A damaged or forged field at any depth: a `ProtocolError` or a message that can be told
+    on."""
     payload = parse(to_line(data.draw(st.sampled_from(CLASSES).flatmap(messages))))
     target = payload
     while inner := [v for v in target.values() if isinstance(v, dict)]:
@@ -277,20 +347,37 @@ def test_a_message_with_one_value_changed_is_refused_or_read(data: st.DataObject
     assert from_line(to_line(arrived)) is not None
 
 
-# What a pipe takes at once ------------------------------------------------------------------------------------
+# What a pipe takes at once ------------------------------------------------------------------------
 
 
 CONFIG = RunConfig(
-    optim=OptimConfig(lr=0.1 + 0.2, eps=1.2345678901234567e-08), train=TrainConfig(steps=10**7, global_batch=2048)
+    optim=OptimConfig(lr=0.1 + 0.2, eps=1.2345678901234567e-08),
+    train=TrainConfig(steps=10**7, global_batch=2048),
 )
 WIDEST = -1.2345678901234567e-300
 FOLDER = f"/{'lustre/project-0123/' * 12}runs/opt-175b/checkpoints/12.43/step-00140000"
 LINE = {
-    "attempt": "12.143", "step": 10**9, "updates": 10**9, "samples": 10**12, "tokens": 10**15, "time": 1767225600.123,
-    "loss": WIDEST, "lr": WIDEST, "grad_norm": WIDEST, "grad_norm_clipped": WIDEST, "activation_norm": WIDEST,
-    "loss_scale": WIDEST, "overflow": False, "skipped": False, "tokens_per_second": WIDEST, "mfu": WIDEST,
-    "step_seconds": WIDEST, "data_seconds": WIDEST, "memory_bytes": 10**12, "journal_head": "ab" * 32,
-} | {f"plugin/metric_number_{k}": WIDEST for k in range(40)}  # fmt: skip
+    "attempt": "12.143",
+    "step": 10**9,
+    "updates": 10**9,
+    "samples": 10**12,
+    "tokens": 10**15,
+    "time": 1767225600.123,
+    "loss": WIDEST,
+    "lr": WIDEST,
+    "grad_norm": WIDEST,
+    "grad_norm_clipped": WIDEST,
+    "activation_norm": WIDEST,
+    "loss_scale": WIDEST,
+    "overflow": False,
+    "skipped": False,
+    "tokens_per_second": WIDEST,
+    "mfu": WIDEST,
+    "step_seconds": WIDEST,
+    "data_seconds": WIDEST,
+    "memory_bytes": 10**12,
+    "journal_head": "ab" * 32,
+} | {f"plugin/metric_number_{k}": WIDEST for k in range(40)}
 FILES = [f"shard-{k:05d}-model-00001-of-00001.safetensors" for k in range(20)]
 USUAL: tuple[Message, ...] = (
     facts.Warm(4_000_000, WIDEST),
@@ -304,8 +391,8 @@ USUAL: tuple[Message, ...] = (
     facts.SnapshotTaken(10**9, (facts.MemoryFile(FILES[0], 10**12, "ab" * 32, 10**6),) * 2, WIDEST),
     facts.SaveFailed(10**9, "No space left on device: " + FOLDER * 3),
     facts.OrderObeyed(10**6, 10**9),
-    Leaving(81, 10**9, "x" * 2000, 10**6, "corrupt_checkpoint"),
-)  # fmt: skip
+    ExitNotice(81, 10**9, "x" * 2000, 10**6, "corrupt_checkpoint"),
+)
 
 
 def test_every_fact_of_a_rank_fits_a_write_that_cannot_tear() -> None:
@@ -313,4 +400,6 @@ def test_every_fact_of_a_rank_fits_a_write_that_cannot_tear() -> None:
     lengths = {fact.kind: len(to_line(fact)) for fact in USUAL}
     assert {kind: length for kind, length in lengths.items() if length > MAX_FACT_BYTES} == {}
     # The long ones are long: the table would otherwise say nothing.
-    assert min(lengths[kind] for kind in ("metrics", "shards_saved", "leaving", "save_failed")) > 800
+    assert (
+        min(lengths[kind] for kind in ("metrics", "shards_saved", "leaving", "save_failed")) > 800
+    )

@@ -1,10 +1,12 @@
 """Seeded kills of a run that trains, and the proof that they change nothing: `make test-resume`.
 
-For each precision the same small run, dropout on, is trained twice by `opt-train train` with two ranks: once in peace,
-and once with its ranks killed again and again, at moments that the seed chooses (`struck_rank.draw`). Weights,
-optimizer state, counters, loss scale and every step's metrics, repeated steps included, must be the same to the bit.
+For each precision the same small run, dropout on, is trained twice by `opt-train train` with two
+ranks: once in peace, and once with its ranks killed again and again, at moments that the seed
+chooses (`struck_rank.draw`). Weights, optimizer state, counters, loss scale and every step's
+metrics, repeated steps included, must be the same to the bit.
 
-Leave opt_train/ as it is meanwhile: a run does not go on with other code, and the ranks would say so and leave.
+Leave opt_train/ as it is meanwhile: a run does not go on with other code, and the ranks would say
+so and leave.
 """
 
 import argparse
@@ -22,15 +24,24 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.end_to_end import driving
-from tests.resume.struck_rank import IN_PEACE, Generation, Strike, Struck, draw, record_of, strikes_in
+from tests.resume.struck_rank import (
+    IN_PEACE,
+    Generation,
+    Strike,
+    Struck,
+    draw,
+    record_of,
+    strikes_in,
+)
 from tests.train.rig import ROOT, environment, tensors_in
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp16-memory-efficient")
 EVERY_STEPS = 4
 STEPS_PER_KILL = 10
 STEPS_AT_LAST = 16
-"""Together more than attempts get through until their strikes: the run must not end first. An attempt is struck at its
-second save at the latest, so it leaves a checkpoint that is two saves further at most."""
+"""Together more than attempts get through until their strikes: the run must not end first. An
+attempt is struck at its second save at the latest, so it leaves a checkpoint that is two saves
+further at most."""
 WORLD_SIZE = 2
 
 OVERRIDES = (
@@ -44,18 +55,34 @@ OVERRIDES = (
 )
 MOVING_SCALE = {
     "fp16": (
-        "precision.loss_scale=megatron", "precision.loss_scale_initial=16384", "precision.loss_scale_window_steps=6",
+        "precision.loss_scale=megatron",
+        "precision.loss_scale_initial=16384",
+        "precision.loss_scale_window_steps=6",
     ),
-    "fp16-memory-efficient": ("precision.loss_scale_initial=4096", "precision.loss_scale_window_steps=8"),
-}  # fmt: skip
-"""Near where gradients overflow, and quick to grow: a restore that forgot some of its state would show soon."""
+    "fp16-memory-efficient": (
+        "precision.loss_scale_initial=4096",
+        "precision.loss_scale_window_steps=8",
+    ),
+}
+"""Near where gradients overflow, and quick to grow: a restore that forgot some of its state would
+show soon."""
 
 OF_THE_ATTEMPT = {"attempt", "generation", "configuration_sha256", "journal_head"}
 """What a checkpoint's state says of who saved it, which is not training's."""
 SAME = (
-    "step", "updates", "samples", "tokens", "loss", "lr", "grad_norm", "grad_norm_clipped", "activation_norm",
-    "loss_scale", "overflow", "skipped",
-)  # fmt: skip
+    "step",
+    "updates",
+    "samples",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "grad_norm_clipped",
+    "activation_norm",
+    "loss_scale",
+    "overflow",
+    "skipped",
+)
 """What a metrics line says of training, as opposed to the machine."""
 
 
@@ -78,9 +105,15 @@ class Kill:
 
     def __str__(self) -> str:
         who = "both ranks" if self.strike.takes_all else f"rank {self.strike.rank}"
-        came = f"{self.struck.moment} + {1000 * self.strike.delay_seconds:.1f} ms, in {self.struck.phase}"
+        came = (
+            f"{self.struck.moment} + {1000 * self.strike.delay_seconds:.1f} ms, in "
+            f"{self.struck.phase}"
+        )
         at = f"at step {self.struck.step}" if self.struck.step >= 0 else "before its first step"
-        return f"{self.seed:<28} {who:<10} {came:<34} {at:<21} resumed from {self.resumed_step}, lost {self.steps_lost}"
+        return (
+            f"{self.seed:<28} {who:<10} {came:<34} {at:<21} resumed from {self.resumed_step}, "
+            f"lost {self.steps_lost}"
+        )
 
 
 class Starter:
@@ -105,7 +138,8 @@ class Starter:
         self._process.communicate()
 
     def start(self, generation: Generation) -> list[int]:
-        """Start the ranks and wait for their end; their exit codes, of a killed one minus the signal."""
+        """Start the ranks and wait for their end; their exit codes, of a killed one minus the
+        signal."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(generation)) + "\n")
@@ -117,7 +151,12 @@ class Starter:
 
 
 def kill_and_compare(
-    starter: Starter, folder: Path, precision: str, seed: int, kills: int, say: Callable[[str], None] = print
+    starter: Starter,
+    folder: Path,
+    precision: str,
+    seed: int,
+    kills: int,
+    say: Callable[[str], None] = print,
 ) -> list[Kill]:
     """Train twice in `folder`, once with `kills` kills.
 
@@ -128,7 +167,12 @@ def kill_and_compare(
     seeds = [f"{seed}/{precision}/{number}" for number in range(kills)]
     strikes = [draw(each) for each in seeds]
     whole, killed = folder / "whole", folder / "killed"
-    words = ("train", *OVERRIDES, f"data.directory={folder.parent / 'data'}", f"train.steps={steps}")
+    words = (
+        "train",
+        *OVERRIDES,
+        f"data.directory={folder.parent / 'data'}",
+        f"train.steps={steps}",
+    )
     words = (*words, f"precision={precision}", *MOVING_SCALE.get(precision, ()))
     for each in (whole, killed):
         each.mkdir(parents=True)
@@ -143,7 +187,9 @@ def kill_and_compare(
         train(starter, killed, words, number)
         attempts = driving.of_kind(run, "attempt_started")
         if struck is not None:
-            found.append(Kill(seeds[len(found)], strikes[len(found)], struck, attempts[-1].step or 0))
+            found.append(
+                Kill(seeds[len(found)], strikes[len(found)], struck, attempts[-1].step or 0)
+            )
             say(str(found[-1]))
         if number != IN_PEACE:
             struck = Struck(**json.loads(record_of(killed, number).read_text()))
@@ -153,24 +199,29 @@ def kill_and_compare(
     return found
 
 
-def train(starter: Starter, folder: Path, words: Sequence[str], number: int, world_size: int = WORLD_SIZE) -> None:
+def train(
+    starter: Starter, folder: Path, words: Sequence[str], number: int, world_size: int = WORLD_SIZE
+) -> None:
     """One generation of ranks: to the end of the run, or to strike `number`.
 
     Raises:
         Difference: it ended in another way.
     """
     words = (*words, f"runs={folder / 'runs'}")
-    codes = starter.start(Generation(words=words, world_size=world_size, folder=str(folder), number=number))
+    codes = starter.start(
+        Generation(words=words, world_size=world_size, folder=str(folder), number=number)
+    )
     if number == IN_PEACE and any(codes):
         raise Difference(f"{folder.name}: the ranks ended with {codes}:\n{driving.tail(folder)}")
     if number != IN_PEACE and not record_of(folder, number).exists():
         strike = strikes_in(folder)[number]
         raise Difference(
-            f"kill {number} did not come ({strike}); the ranks ended with {codes}:\n{driving.tail(folder)}"
+            f"kill {number} did not come ({strike}); the ranks ended with "
+            f"{codes}:\n{driving.tail(folder)}"
         )
 
 
-# What must be the same ----------------------------------------------------------------------------------------
+# What must be the same ----------------------------------------------------------------------------
 
 
 def compare(whole: driving.RunDirectory, killed: driving.RunDirectory, steps: int) -> None:
@@ -179,7 +230,9 @@ def compare(whole: driving.RunDirectory, killed: driving.RunDirectory, steps: in
     Raises:
         Difference: the first one found.
     """
-    expected = {step: line for lines in driving.metrics(whole).values() for step, line in lines.items()}
+    expected = {
+        step: line for lines in driving.metrics(whole).values() for step, line in lines.items()
+    }
     if sorted(expected) != list(range(1, steps + 1)):
         raise Difference(f"the undisturbed run has {len(expected)} metrics lines for {steps} steps")
     seen = set()
@@ -213,20 +266,31 @@ def compare_checkpoints(whole: Path, killed: Path) -> None:
     expected, found = tensors_in(whole), tensors_in(killed)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise Difference(f"tensor {name[1]} in {name[0]} has other bits, or is in one of the two alone")
+            raise Difference(
+                f"tensor {name[1]} in {name[0]} has other bits, or is in one of the two alone"
+            )
     if len(expected) < 50:
         raise Difference(f"only {len(expected)} tensors were compared")
-    states = [without_attempt(json.loads((folder / "state.json").read_text())) for folder in (whole, killed)]
+    states = [
+        without_attempt(json.loads((folder / "state.json").read_text()))
+        for folder in (whole, killed)
+    ]
     for name in sorted(states[0].keys() | states[1].keys()):
         if states[0].get(name) != states[1].get(name):
-            raise Difference(f"state.json: {name} is {states[1].get(name)}, undisturbed {states[0].get(name)}")
+            raise Difference(
+                f"state.json: {name} is {states[1].get(name)}, undisturbed {states[0].get(name)}"
+            )
 
 
 def without_attempt(state: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(value, sort_keys=True) for name, value in state.items() if name not in OF_THE_ATTEMPT}
+    return {
+        name: json.dumps(value, sort_keys=True)
+        for name, value in state.items()
+        if name not in OF_THE_ATTEMPT
+    }
 
 
-# The command --------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def summary(kills: Sequence[Kill], seconds: float) -> str:
@@ -236,7 +300,8 @@ def summary(kills: Sequence[Kill], seconds: float) -> str:
     alone = sum(not kill.strike.takes_all for kill in kills)
     return (
         f"{len(kills)} kills in {seconds / 60:.1f} min, all bits the same; steps lost: median "
-        f"{statistics.median(lost):g}, max {max(lost)}, in all {sum(lost)}\nhit: {hit}; one rank of two {alone}, "
+        f"{statistics.median(lost):g}, max {max(lost)}, in all {sum(lost)}\nhit: {hit}; one rank "
+        f"of two {alone}, "
         f"both {len(kills) - alone}"
     )
 
@@ -245,7 +310,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.resume.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="in all (default: 50)")
     parser.add_argument("--seed", type=int, help="default: another one each time")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: all in turn, the kills divided among them")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: all in turn, the kills divided among them"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.kills < 1:
         parser.error(f"--kills={chosen.kills} must be 1 or more")
@@ -261,9 +328,14 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             part = time.monotonic()
             try:
-                kills += kill_and_compare(starter, Path(folder, precision), precision, seed, share, say)
+                kills += kill_and_compare(
+                    starter, Path(folder, precision), precision, seed, share, say
+                )
             except Difference as error:
-                again = f"python -m tests.resume.kills --seed {seed} --precision {precision} --kills {share}"
+                again = (
+                    f"python -m tests.resume.kills --seed {seed} --precision {precision} "
+                    f"--kills {share}"
+                )
                 say(f"DIFFERENT: {precision}: {error}\nagain with: {again}")
                 return 1
             say(f"{precision}: {share} kills, the same bits ({time.monotonic() - part:.0f} s)")

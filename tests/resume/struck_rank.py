@@ -1,10 +1,12 @@
-"""Ranks of `opt-train train`, killed at chosen moments. `python -m tests.resume.struck_rank` starts them for others.
+"""Ranks of `opt-train train`, killed at chosen moments. `python -m tests.resume.struck_rank` starts
+them for others.
 
-That process imports everything once and forks each rank from there, so that a start costs a second and fifty kills a
-few minutes. It reads one `Generation` a line from standard input and answers each with the exit codes of its ranks.
+That process imports everything once and forks each rank from there, so that a start costs a second
+and fifty kills a few minutes. It reads one `Generation` a line from standard input and answers each
+with the exit codes of its ranks.
 
-Moments are seen from outside the product where that is possible: a save has begun when a file under `checkpoints/` is
-opened to be written, however and in whatever thread the rank saves.
+Moments are seen from outside the product where that is possible: a save has begun when a file under
+`checkpoints/` is opened to be written, however and in whatever thread the rank saves.
 """
 
 import contextlib
@@ -47,7 +49,8 @@ class Strike:
     rank: int
     """Who watches, and dies."""
     takes_all: bool
-    """Its process group, which is all ranks, dies in the same instant; else the others are left to notice."""
+    """Its process group, which is all ranks, dies in the same instant; else the others are left to
+    notice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +144,34 @@ def draw(seed: str) -> Strike:
     """The strike that `seed` stands for."""
     chance = random.Random(seed)
     moments = {
-        "start": 1, "restore": 3, "restored": 1, "data": 2, "step": 3, "waiting": 1,
-        "save": 6, "saved": 2, "committed": 2,
-    }  # fmt: skip
+        "start": 1,
+        "restore": 3,
+        "restored": 1,
+        "data": 2,
+        "step": 3,
+        "waiting": 1,
+        "save": 6,
+        "saved": 2,
+        "committed": 2,
+    }
     moment = chance.choices(list(moments), weights=list(moments.values()))[0]
-    after = {"restore": 1, "save": 1, "saved": 1, "committed": 1, "data": 7, "step": 7, "waiting": 7}.get(moment, 0)
-    delay = {"start": 0.4, "restore": 0.1, "restored": 0.02, "data": 0.002, "committed": 0.02, "saved": 0.01}
+    after = {
+        "restore": 1,
+        "save": 1,
+        "saved": 1,
+        "committed": 1,
+        "data": 7,
+        "step": 7,
+        "waiting": 7,
+    }.get(moment, 0)
+    delay = {
+        "start": 0.4,
+        "restore": 0.1,
+        "restored": 0.02,
+        "data": 0.002,
+        "committed": 0.02,
+        "saved": 0.01,
+    }
     return Strike(
         moment=moment,
         after=chance.randint(0, after),
@@ -191,12 +216,13 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
         STRIKER[0].touched(os.fspath(path), writes)
 
 
-# Starting ranks -----------------------------------------------------------------------------------------------
+# Starting ranks -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What is to be started: the words after `opt-train`, by so many ranks, under strike `number`."""
+    """What is to be started: the words after `opt-train`, by so many ranks, under strike
+    `number`."""
 
     words: tuple[str, ...]
     world_size: int
@@ -219,9 +245,9 @@ def serve() -> None:
 def import_everything() -> None:
     """What ranks need, single-threaded: a process with threads cannot be forked."""
     import hydra  # noqa: F401
-    import opt_logbook.render  # noqa: F401
+    import opt_logbook.render.render  # noqa: F401
 
-    import opt_train.cli_train  # noqa: F401
+    import opt_train.cli.train  # noqa: F401
     from opt_train.train import warm
 
     warm.import_everything()
@@ -229,10 +255,11 @@ def import_everything() -> None:
 
 
 def be_started(generation: Generation) -> list[int]:
-    """Fork the ranks as one process group and wait for all; their exit codes, of a killed one minus the signal.
+    """Fork the ranks as one process group and wait for all; their exit codes, of a killed one minus
+    the signal.
 
-    Once one has been killed the others have a moment to notice, as gloo lets them, and are killed then: ranks die
-    together.
+    Once one has been killed the others have a moment to notice, as gloo lets them, and are killed
+    then: ranks die together.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -270,7 +297,9 @@ def be_rank(generation: Generation, rank: int, port: int, group: int) -> NoRetur
         from opt_train.train.warm import die_with_the_agent
 
         die_with_the_agent()
-        output = os.open(Path(generation.folder, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        output = os.open(
+            Path(generation.folder, "output"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+        )
         for descriptor, of in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
             os.dup2(descriptor, of)
         if generation.world_size > 1:
@@ -282,8 +311,8 @@ def be_rank(generation: Generation, rank: int, port: int, group: int) -> NoRetur
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        from opt_train import cli
-        from opt_train.train import alone
+        from opt_train.cli import main as cli
+        from opt_train.train import standalone as alone
 
         if generation.notes_samples:
             note_samples(Path(generation.folder, f"read-{generation.number}-{rank}"))
@@ -299,7 +328,8 @@ def be_rank(generation: Generation, rank: int, port: int, group: int) -> NoRetur
 
 
 def note_samples(path: Path) -> None:
-    """From now on every batch that this process reads leaves a line: its cursor, and a hash of each sequence."""
+    """From now on every batch that this process reads leaves a line: its cursor, and a hash of each
+    sequence."""
     from opt_train.data.batches import Batches
 
     at = Batches.at

@@ -1,4 +1,5 @@
-"""A kill that comes in the wrong moment must not change a bit. `make test-resume` is the same with fifty kills."""
+"""A kill that comes in the wrong moment must not change a bit. `make test-resume` is the same with
+fifty kills."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from tests.resume.kills import PRECISIONS, Starter, bits, kill_and_compare
 from tests.resume.struck_rank import draw
 
 SEEDS = {"fp32": 8, "bf16": 1, "fp16": 7, "fp16-memory-efficient": 9}
-"""One rank and both within the second save, and right after a commit: each time there is something to restore."""
+"""One rank and both within the second save, and right after a commit: each time there is something
+to restore."""
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_killed_run_comes_to_the_same_bits(precision: str, starter: Starter, folder: Path) -> None:
-    [kill] = kill_and_compare(starter, folder / precision, precision, seed=SEEDS[precision], kills=1)
+def test_a_killed_run_comes_to_the_same_bits(
+    precision: str, starter: Starter, folder: Path
+) -> None:
+    [kill] = kill_and_compare(
+        starter, folder / precision, precision, seed=SEEDS[precision], kills=1
+    )
     assert kill.resumed_step > 0
     assert kill.steps_lost <= 3 * kills.EVERY_STEPS
 
@@ -41,6 +47,16 @@ def test_a_loss_that_differs_in_its_last_bit_is_seen() -> None:
 def test_seeds_hit_every_moment_and_every_victim() -> None:
     strikes = [draw(f"1/{number}") for number in range(200)]
     assert {strike.moment for strike in strikes} == {
-        "start", "restore", "restored", "data", "step", "waiting", "save", "saved", "committed",
-    }  # fmt: skip
-    assert {(strike.takes_all, strike.rank) for strike in strikes} == {(a, r) for a in (True, False) for r in (0, 1)}
+        "start",
+        "restore",
+        "restored",
+        "data",
+        "step",
+        "waiting",
+        "save",
+        "saved",
+        "committed",
+    }
+    assert {(strike.takes_all, strike.rank) for strike in strikes} == {
+        (a, r) for a in (True, False) for r in (0, 1)
+    }

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.sinks import start
 from opt_train.sinks.config import SinksConfig
@@ -17,7 +17,7 @@ from opt_train.sinks.start import SinkProcesses
 STARTER = """
 import sys, time
 from pathlib import Path
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 from opt_train.sinks.config import SinksConfig
 from opt_train.sinks.start import SinkProcesses
 sinks = SinkProcesses(RunDirectory(Path(sys.argv[1])), SinksConfig(wandb=True), print)
@@ -33,7 +33,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "packages" / "wandb").mkdir(parents=True)
-    source = f"import os, signal\nopen({str(tmp_path / 'stops')!r}, 'w')\nos.kill(os.getpid(), signal.SIGSTOP)"
+    source = (
+        f"import os, signal\nopen({str(tmp_path / 'stops')!r}, 'w')\nos.kill(os.getpid(), "
+        "signal.SIGSTOP)"
+    )
     (tmp_path / "packages" / "wandb" / "__init__.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     return RunDirectory(tmp_path / "run")
@@ -54,7 +57,9 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def test_a_stopped_sink_dies_with_a_starter_that_was_killed(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_stopped_sink_dies_with_a_starter_that_was_killed(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", STARTER, str(run.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None
@@ -68,7 +73,9 @@ def test_a_stopped_sink_dies_with_a_starter_that_was_killed(run: RunDirectory, t
         time.sleep(0.02)
 
 
-def test_a_stopped_sink_keeps_its_starter_no_longer_than_it_may(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_stopped_sink_keeps_its_starter_no_longer_than_it_may(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     said: list[str] = []
     sinks = SinkProcesses(run, SinksConfig(wandb=True, flush_seconds=0.5), said.append)
     sinks.start()
@@ -80,7 +87,9 @@ def test_a_stopped_sink_keeps_its_starter_no_longer_than_it_may(run: RunDirector
     sinks.close()
 
 
-def test_a_sink_that_is_not_installed_is_a_sentence(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_is_not_installed_is_a_sentence(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda _name: None)
     said: list[str] = []
     sinks = SinkProcesses(run, SinksConfig(wandb=True), said.append)
@@ -98,4 +107,6 @@ def test_a_log_that_cannot_be_written_is_a_sentence(run: RunDirectory) -> None:
     sinks = SinkProcesses(run, SinksConfig(wandb=True), said.append)
     sinks.start()
     sinks.close()
-    assert said == ["the wandb sink could not be started (File exists); training goes on without it"]
+    assert said == [
+        "the wandb sink could not be started (File exists); training goes on without it"
+    ]

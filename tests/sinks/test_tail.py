@@ -1,12 +1,13 @@
-"""A tail that trusts what it reads would lose lines, tell them twice, or stop at the first torn one."""
+"""A tail that trusts what it reads would lose lines, tell them twice, or stop at the first torn
+one."""
 
 import json
 import math
 from pathlib import Path
 
 import pytest
-from opt_logbook.metrics import MetricsWriter
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.metrics import MetricsWriter
+from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.sinks.tail import Position, Tail, parsed
 
@@ -60,8 +61,12 @@ def test_a_restart_begins_behind_what_was_forwarded(run: RunDirectory, tmp_path:
     assert tail.position.sent == 3
 
 
-@pytest.mark.parametrize("state", ["", "{", "[]", '{"attempt": "x", "step": 1, "sent": 1}', '{"attempt": "1.00"}'])
-def test_a_state_that_does_not_read_sends_all_again(run: RunDirectory, tmp_path: Path, state: str) -> None:
+@pytest.mark.parametrize(
+    "state", ["", "{", "[]", '{"attempt": "x", "step": 1, "sent": 1}', '{"attempt": "1.00"}']
+)
+def test_a_state_that_does_not_read_sends_all_again(
+    run: RunDirectory, tmp_path: Path, state: str
+) -> None:
     (tmp_path / "state.json").write_text(state)
     assert Position.read(tmp_path / "state.json") == Position()
 
@@ -107,7 +112,12 @@ def test_words_for_numbers_that_are_not_finite_are_numbers_again() -> None:
 def test_lists_are_numbers_by_place_and_those_by_layer_have_its_name() -> None:
     """A sink that takes numbers alone would not show them, or stop at the first."""
     layers = [float(place) for place in range(12)]
-    payload = {"step": 3, "time": 5.5, "layer_grad_norms": ["Infinity", *layers, "NaN"], "x": [7, None, 8]}
+    payload = {
+        "step": 3,
+        "time": 5.5,
+        "layer_grad_norms": ["Infinity", *layers, "NaN"],
+        "x": [7, None, 8],
+    }
     line = parsed(json.dumps(payload).encode(), "1.00")
     assert line is not None
     assert math.isnan(line.values["layer_grad_norms/final"])

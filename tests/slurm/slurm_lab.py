@@ -1,8 +1,10 @@
-"""A real Slurm of a few nodes on this machine, inside namespaces: nothing of the machine's own is touched.
+"""A real Slurm of a few nodes on this machine, inside namespaces: nothing of the machine's own is
+touched.
 
-Each host (the controller, which is the login node too, and the nodes `n1` to `nN`) is a set of network, host name,
-mount and process namespaces; `slurm_lab.sh` is what runs inside. Ending the one process that was started from here ends
-everything: the kernel kills a process namespace with its first process, and that one dies with its starter.
+Each host (the controller, which is the login node too, and the nodes `n1` to `nN`) is a set of
+network, host name, mount and process namespaces; `slurm_lab.sh` is what runs inside. Ending the one
+process that was started from here ends everything: the kernel kills a process namespace with its
+first process, and that one dies with its starter.
 """
 
 import contextlib
@@ -60,17 +62,26 @@ def missing() -> str:
         return f"Slurm's tests need {', '.join(absent)}: apt-get install {PACKAGES}"
     if os.geteuid() != 0:
         return "Slurm's tests need root, for namespaces of their own"
-    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"], capture_output=True, check=False)
-    return "" if tried.returncode == 0 else f"Slurm's tests need namespaces: {tried.stderr.decode().strip()}"
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"], capture_output=True, check=False
+    )
+    return (
+        ""
+        if tried.returncode == 0
+        else f"Slurm's tests need namespaces: {tried.stderr.decode().strip()}"
+    )
 
 
 class SlurmLab:
-    """Use as ``with SlurmLab(folder, nodes=1) as slurm:``; `folder` takes its configuration, state and logs."""
+    """Use as ``with SlurmLab(folder, nodes=1) as slurm:``; `folder` takes its configuration, state
+    and logs."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
         self._nodes = nodes
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))} | {
+        self._environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))
+        } | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
@@ -78,16 +89,29 @@ class SlurmLab:
     def __enter__(self) -> "SlurmLab":
         for part in ("state", *(f"n{number}.spool" for number in range(1, self._nodes + 1))):
             (self.folder / part).mkdir(parents=True)
-        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, nodes=self._nodes))
+        (self.folder / "slurm.conf").write_text(
+            CONFIGURATION.format(folder=self.folder, nodes=self._nodes)
+        )
         # Without this slurmd wants systemd, to make itself a control group of version 2.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = self.folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
         hosts = [f"10.77.0.{number} n{number}" for number in range(1, self._nodes + 1)]
-        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "10.77.0.254 controller", *hosts, ""]))
+        (self.folder / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost", "10.77.0.254 controller", *hosts, ""])
+        )
         # Should the tests be killed, Slurm dies too.
-        starter = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        starter = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *NAMESPACES,
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         with (self.folder / "controller.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*starter, str(SCRIPT), "controller", str(self.folder), str(self._nodes)],
@@ -106,27 +130,48 @@ class SlurmLab:
     def __exit__(self, *error: object) -> None:
         self._end()
 
-    def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    def run(
+        self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None
+    ) -> str:
         """Standard output of `command`, which must not fail, on the login node."""
-        inside = ["nsenter", "-t", str(self._first()), *NAMESPACES, f"--wdns={cwd or self.folder}", "--", *command]
+        inside = [
+            "nsenter",
+            "-t",
+            str(self._first()),
+            *NAMESPACES,
+            f"--wdns={cwd or self.folder}",
+            "--",
+            *command,
+        ]
         done = subprocess.run(
-            inside, capture_output=True, text=True, check=False, env=self._environment | (environment or {})
+            inside,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self._environment | (environment or {}),
         )
-        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}: {done.stderr}"
+        assert done.returncode == 0, (
+            f"{' '.join(command)} ended with {done.returncode}: {done.stderr}"
+        )
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says, as JobState=COMPLETED, Restarts=1, ExitCode=0:0 and so on."""
+        """What `scontrol show job` says, as JobState=COMPLETED, Restarts=1, ExitCode=0:0 and so
+        on."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def said(self) -> str:
         """The ends of the daemons' logs, for a failed test."""
-        return "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"{log.name}:\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log"))
+        )
 
     def _first(self) -> int:
         """PID 1 of the login node, as this process sees it."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        )
         return int(children[0])
 
     def _wait_until_idle(self) -> None:
@@ -142,7 +187,8 @@ class SlurmLab:
                 continue
 
     def _end(self) -> None:
-        # The first process inside, not its starter: that one then reaps it, and returns when all is over.
+        # The first process inside, not its starter: that one then reaps it, and returns when all is
+        # over.
         with contextlib.suppress(OSError, IndexError):
             os.kill(self._first(), signal.SIGKILL)
         try:

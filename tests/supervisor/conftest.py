@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from opt_logbook.run_directory import RunDirectory
+from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.supervisor.processes import NODE_MARK, kill_marked
-from tests.supervisor.harness import make_run
+from opt_train.host.processes import NODE_MARK, kill_marked
+from tests.agent.harness import make_run
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail if a process of a node of this test lives on, and end it; fail if a socket's folder is still there."""
+    """Fail if a process of a node of this test lives on, and end it; fail if a socket's folder is
+    still there."""
     # A short path, and one of this test alone: a supervisor makes its socket's folder here.
     with tempfile.TemporaryDirectory(prefix="ot-", dir="/tmp") as sockets:
         monkeypatch.setenv("XDG_RUNTIME_DIR", sockets)
@@ -49,5 +50,7 @@ def processes_of(folder: Path) -> dict[int, str]:
             continue
         start = f"{NODE_MARK}={folder.resolve()}".encode()
         if state not in "ZX":
-            found |= {int(name): v.decode().partition("=")[2] for v in variables if v.startswith(start)}
+            found |= {
+                int(name): v.decode().partition("=")[2] for v in variables if v.startswith(start)
+            }
     return found

@@ -9,10 +9,12 @@ import torch.distributed as dist
 
 
 def leave_with(answer: object) -> Never:
-    """Wait for the others, print `answer` as one line of JSON, and end as a real rank does, without exit handlers.
+    """Wait for the others, print `answer` as one line of JSON, and end as a real rank does, without
+    exit handlers.
 
-    Gloo's threads may outlive their groups, and the process aborts if the interpreter ends meanwhile: seen once in some
-    forty exits of ranks with several groups. A rank that left first would also reset what the others still wait in.
+    Gloo's threads may outlive their groups, and the process aborts if the interpreter ends
+    meanwhile: seen once in some forty exits of ranks with several groups. A rank that left first
+    would also reset what the others still wait in.
     """
     dist.barrier()
     print(json.dumps(answer), flush=True)

@@ -1,7 +1,8 @@
-"""One rank of `test_probes.py`: `probe_ranks.py RANK WORLD STORE CASES`; prints one JSON object, what each case saw.
+"""One rank of `test_probes.py`: `probe_ranks.py RANK WORLD STORE CASES`; prints one JSON object,
+what each case saw.
 
-A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every case trains twice,
-with probes and without, with the trainer's own parts and its word.
+A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every
+case trains twice, with probes and without, with the trainer's own parts and its word.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes
-from opt_train.train.word import Agreement, Own, Readback
+from opt_train.train.step_stats import RankStats, Readback, StatsReducer
 from tests.parallel.layout_ranks import MODEL, VALUES, share
 from tests.train.leave import leave_with
 
@@ -45,7 +46,7 @@ def train(
 ) -> dict[str, Any]:
     """Losses to the bit, weights to the bit, and what the words said of the probes."""
     engine = make_engine(model, precision, parallel, layout, CPU, values=VALUES, seed=3)
-    agreement = Agreement(dist.new_group(backend="gloo"), rank, dist.get_world_size())
+    agreement = StatsReducer(dist.new_group(backend="gloo"), rank, dist.get_world_size())
     losses = []
     scale = torch.tensor(SCALE)
     for step in range(1, STEPS + 1):
@@ -55,7 +56,10 @@ def train(
         probes.time_product()
         with probes.watching_attention(batches):
             sums = engine.forward_backward(batches, scale)
-        tokens = sum(float(batch.weights.sum()) * batch.tokens.shape[1] for batch in batches) / layout.tensor
+        tokens = (
+            sum(float(batch.weights.sum()) * batch.tokens.shape[1] for batch in batches)
+            / layout.tensor
+        )
         norm = engine.grad_norm(torch.tensor(tokens, dtype=torch.float64), scale)
         verdict = clip(norm, VALUES["clip"])
         probes.measure_layers(norm.divisor)
@@ -63,9 +67,13 @@ def train(
         losses.append(loss)
         put_in_force(engine.optimizer, VALUES)
         engine.apply(verdict)
-        agreement.start(step, Own(grad_norm=grad_norm, tokens=tokens, probed=probes.results(values)), 0)
+        agreement.start(
+            step, RankStats(grad_norm=grad_norm, tokens=tokens, probed=probes.results(values)), 0
+        )
     local = [local_part(parameter) for parameter in engine.model.parameters()]
-    weights = hashlib.sha256(b"".join(part.detach().float().numpy().tobytes() for part in local)).hexdigest()
+    weights = hashlib.sha256(
+        b"".join(part.detach().float().numpy().tobytes() for part in local)
+    ).hexdigest()
     words = agreement.heard(before=STEPS + 1)
     return {
         "trained": {"losses": [repr(loss) for loss in losses], "weights": weights},
@@ -78,14 +86,21 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
     )
     seen = {}
     for name, degrees, ways, changes, precision in json.loads(sys.argv[4]):
         what = (
-            rank, Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes),
+            rank,
+            Layout(*degrees),
+            ParallelConfig(**ways),
+            replace(MODEL, **changes),
             PrecisionConfig(**{"compute": "fp32"} | precision),
-        )  # fmt: skip
+        )
         torch.compiler.reset()
         probed = train(PROBED, *what)
         torch.compiler.reset()

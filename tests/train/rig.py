@@ -19,14 +19,14 @@ from safetensors import safe_open
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.config import CheckpointConfig
-from opt_train.config import RunConfig, to_json
+from opt_train.config.run_config import RunConfig, to_json
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.prepare import prepare
 from opt_train.model.config import ModelConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.commands import Begin
-from opt_train.protocol.facts import InForce, Leaving, Metrics, ShardsSaved, Store, Warm
+from opt_train.protocol.facts import ExitNotice, InForce, Metrics, ShardsSaved, Store, Warm
 from opt_train.protocol.framing import Message, from_line, to_line
 from opt_train.train.config import TrainConfig
 
@@ -36,12 +36,19 @@ SCRIPT_SECONDS = 180.0
 PIPE_BYTES = 1 << 20
 """More than a rank of a test tells: a test that is slow to read loses no metrics."""
 
-TINY = ModelConfig(name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=512, positions=64, dropout=0.1)
+TINY = ModelConfig(
+    name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=512, positions=64, dropout=0.1
+)
 
 
 def environment() -> dict[str, str]:
     """What a rank of a test runs under: one thread, the loopback interface."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def tiny_config(folder: Path, **train: Any) -> RunConfig:
@@ -78,20 +85,34 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
 
 
 def begin_alone(folder: Path, config: RunConfig) -> Begin:
-    """`config` written into `folder`, and what a rank is told that trains it with nobody beside it."""
+    """`config` written into `folder`, and what a rank is told that trains it with nobody beside
+    it."""
     path = folder / "config.json"
     path.write_text(to_json(config))
     return Begin(
-        generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="",
-        store_port=0, config_path=str(path), config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        run_directory=str(folder), checkpoint=None, manifest_sha256=None, order_number=0,
-    )  # fmt: skip
+        generation=1,
+        attempt="1.00",
+        node="n0",
+        slot=0,
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        store_host="",
+        store_port=0,
+        config_path=str(path),
+        config_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        run_directory=str(folder),
+        checkpoint=None,
+        manifest_sha256=None,
+        order_number=0,
+    )
 
 
 def run_script(
     script: Path, world_size: int, *arguments: str, folder: Path, seconds: float = SCRIPT_SECONDS
 ) -> list[dict[str, Any]]:
-    """Run `script rank world_size store arguments...` as `world_size` processes; each prints one JSON object, last."""
+    """Run `script rank world_size store arguments...` as `world_size` processes; each prints one
+    JSON object, last."""
     store = folder / f"store-{time.monotonic_ns()}"
     children = [
         subprocess.Popen(
@@ -115,7 +136,8 @@ def run_script(
 
 @dataclass
 class Rank:
-    """One `opt_train.train.warm` process, or a module that wraps it, with the agent's ends of its pipes."""
+    """One `opt_train.train.warm` process, or a module that wraps it, with the agent's ends of its
+    pipes."""
 
     log: Path
     process: subprocess.Popen[bytes]
@@ -133,7 +155,13 @@ class Rank:
         log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, f"--facts-fd={facts_write}", f"--control-fd={control_read}"],
+                [
+                    sys.executable,
+                    "-m",
+                    module,
+                    f"--facts-fd={facts_write}",
+                    f"--control-fd={control_read}",
+                ],
                 pass_fds=(facts_write, control_read),
                 env=environment(),
                 stdin=subprocess.DEVNULL,
@@ -161,10 +189,10 @@ class Rank:
         return [fact for fact in self.facts if isinstance(fact, kind)]
 
     @property
-    def leaving(self) -> Leaving | None:
+    def leaving(self) -> ExitNotice | None:
         """Its last words, which must be the last fact."""
         self.read()
-        return self.facts[-1] if self.facts and isinstance(self.facts[-1], Leaving) else None
+        return self.facts[-1] if self.facts and isinstance(self.facts[-1], ExitNotice) else None
 
     @property
     def metrics(self) -> dict[int, dict[str, Any]]:
@@ -176,7 +204,11 @@ class World:
     """The ranks of one generation, as agents would start them."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, world_size: int = 2, module: str = "opt_train.train.warm"
+        self,
+        folder: Path,
+        config: RunConfig,
+        world_size: int = 2,
+        module: str = "opt_train.train.warm",
     ) -> None:
         self.folder, self.config = folder, config
         self.ranks = [Rank.start(folder, rank, module) for rank in range(world_size)]
@@ -219,7 +251,9 @@ class World:
             config_sha256=hashlib.sha256(config_path.read_bytes()).hexdigest(),
             run_directory=str(run_directory),
             checkpoint=None if checkpoint is None else str(checkpoint),
-            manifest_sha256=None if checkpoint is None else sha256_of(checkpoint / manifest.MANIFEST),
+            manifest_sha256=None
+            if checkpoint is None
+            else sha256_of(checkpoint / manifest.MANIFEST),
             order_number=0,
             journal_head="ab" * 32,
         )
@@ -235,8 +269,11 @@ class World:
         for number, rank in enumerate(self.ranks[1:], start=1):
             rank.send(replace(begin, rank=number, slot=number, store_port=port))
 
-    def wait(self, until: Callable[[], bool], what: str, reading: Sequence[Rank] | None = None) -> None:
-        """Read facts until `until()`; fail with the logs' ends after a minute, or if a rank dies unexpectedly."""
+    def wait(
+        self, until: Callable[[], bool], what: str, reading: Sequence[Rank] | None = None
+    ) -> None:
+        """Read facts until `until()`; fail with the logs' ends after a minute, or if a rank dies
+        unexpectedly."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         readers = self.ranks if reading is None else reading
         while not until():
@@ -254,7 +291,7 @@ class World:
         """Until rank 0 has told the metrics of `step`."""
         self.wait(lambda: max(self.ranks[0].metrics, default=0) >= step, f"step {step}")
 
-    def finish(self) -> list[Leaving]:
+    def finish(self) -> list[ExitNotice]:
         """Wait for the end of all ranks; their last words."""
         self.wait(lambda: all(rank.process.poll() is not None for rank in self.ranks), "the end")
         leavings = []
@@ -266,9 +303,14 @@ class World:
         return leavings
 
     def commit(self, step: int) -> Path:
-        """Do the supervisor's part: commit the manifest of the checkpoint at `step` from what the ranks reported."""
-        reports = [fact for rank in self.ranks for fact in rank.told(ShardsSaved) if fact.step == step]
-        assert len(reports) == len(self.ranks), f"{len(reports)} ranks saved step {step}:\n{self.logs()}"
+        """Do the supervisor's part: commit the manifest of the checkpoint at `step` from what the
+        ranks reported."""
+        reports = [
+            fact for rank in self.ranks for fact in rank.told(ShardsSaved) if fact.step == step
+        ]
+        assert len(reports) == len(self.ranks), (
+            f"{len(reports)} ranks saved step {step}:\n{self.logs()}"
+        )
         folder = Path(reports[0].folder)
         files = {file.path: (file.bytes, file.sha256) for fact in reports for file in fact.files}
         manifest.commit(folder, manifest.build(folder, folder.parent.name, step, files))
@@ -283,7 +325,9 @@ class World:
         return dict(self.ranks[rank].told(InForce)[-1].values)
 
     def logs(self) -> str:
-        return "\n".join(f"--- {rank.log.name}\n{rank.log.read_text()[-3000:]}" for rank in self.ranks)
+        return "\n".join(
+            f"--- {rank.log.name}\n{rank.log.read_text()[-3000:]}" for rank in self.ranks
+        )
 
     def kill(self) -> None:
         """SIGKILL all ranks at once, as a lost machine would."""
@@ -296,12 +340,15 @@ def sha256_of(path: Path) -> str:
 
 
 def tensors_in(folder: Path) -> dict[tuple[str, str], str]:
-    """Hash of each tensor in a checkpoint's shards, by file and name. (A file's header has no fixed order.)"""
+    """Hash of each tensor in a checkpoint's shards, by file and name. (A file's header has no fixed
+    order.)"""
     hashes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "numpy") as shard:
             for name in shard.keys():  # noqa: SIM118  it is no dictionary
-                hashes[path.name, name] = hashlib.sha256(shard.get_tensor(name).tobytes()).hexdigest()
+                hashes[path.name, name] = hashlib.sha256(
+                    shard.get_tensor(name).tobytes()
+                ).hexdigest()
     return hashes
 
 

@@ -1,4 +1,5 @@
-"""`train.deterministic` is really in effect, and an operation that cannot do it is named in a sentence."""
+"""`train.deterministic` is really in effect, and an operation that cannot do it is named in a
+sentence."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from opt_train.protocol.exits import RANK_BAD_CONFIG
-from opt_train.protocol.facts import Leaving
+from opt_train.protocol.facts import ExitNotice
 from opt_train.protocol.framing import Message
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.orders import NoOrders, StopSignals
@@ -43,7 +44,9 @@ def test_all_switches_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.backends.cudnn.benchmark
 
 
-def test_setting_that_cublas_is_deterministic_under_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_that_cublas_is_deterministic_under_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     be_deterministic()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -55,7 +58,8 @@ def test_only_torchs_complaint_is_explained() -> None:
     with pytest.raises(RuntimeError) as caught:
         planted()
     assert explain(caught.value) == (
-        "train.deterministic=true, but put_ has no deterministic kernel here; set train.deterministic=false"
+        "train.deterministic=true, but put_ has no deterministic kernel here; set "
+        "train.deterministic=false"
     )
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     torch.use_deterministic_algorithms(False)
@@ -74,7 +78,7 @@ def test_rank_that_meets_such_an_operation_says_so_and_leaves(tmp_path: Path) ->
 
     assert run_rank(begin, facts.append, NoOrders(), StopSignals(), joins) == RANK_BAD_CONFIG
     leaving = facts[-1]
-    assert isinstance(leaving, Leaving)
+    assert isinstance(leaving, ExitNotice)
     assert (leaving.cause, leaving.reason.split(",")[0]) == ("config", "train.deterministic=true")
 
 

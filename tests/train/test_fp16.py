@@ -1,4 +1,5 @@
-"""fp16 in the trainer: it follows fp32, its scale grows, and a resumed run is the uninterrupted one, to the bit."""
+"""fp16 in the trainer: it follows fp32, its scale grows, and a resumed run is the uninterrupted
+one, to the bit."""
 
 import json
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import nn
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.checkpoint.manifest import Manifest
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.optim.adamw import make_optimizer
 from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import LossScale
@@ -47,14 +48,19 @@ def trained(
 
 @pytest.mark.timeout(200)
 def test_fp16_follows_fp32_while_its_scale_grows(tmp_path: Path) -> None:
-    _, expected = trained(tmp_path / "fp32", small(tmp_path / "fp32", PrecisionConfig(compute="fp32")), 1)
+    _, expected = trained(
+        tmp_path / "fp32", small(tmp_path / "fp32", PrecisionConfig(compute="fp32")), 1
+    )
     assert expected[STEPS] < expected[1] - 1.0
     for name, precision in (("fp16", FP16), ("efficient", EFFICIENT)):
         world, losses = trained(tmp_path / name, small(tmp_path / name, precision), 1)
         assert losses == pytest.approx(expected, rel=2e-3)
         scales = {step: line["loss_scale"] for step, line in world.ranks[0].metrics.items()}
-        # 4 good steps double it and the window, which counts on: 8, then 16. Each shows in the step behind.
-        assert scales == {s: 4.0 if s <= 4 else 8.0 if s <= 8 else 16.0 if s <= 16 else 32.0 for s in range(1, 25)}
+        # 4 good steps double it and the window, which counts on: 8, then 16. Each shows in the step
+        # behind.
+        assert scales == {
+            s: 4.0 if s <= 4 else 8.0 if s <= 8 else 16.0 if s <= 16 else 32.0 for s in range(1, 25)
+        }
 
 
 @pytest.mark.timeout(200)
@@ -97,9 +103,13 @@ def test_loss_scale_that_is_not_the_checkpoints_stops_the_run() -> None:
     config = RunConfig(precision=FP16)
     optimizer = make_optimizer(nn.Linear(2, 2), in_force(config, (), 0))
     scale = LossScale(policy_of(FP16), torch.device("cpu"))
-    manifest = Manifest("1.00", 0, {}, {"loss_scale": {**scale.to_json(), "scale": 32.0}}, "", "", {})
+    manifest = Manifest(
+        "1.00", 0, {}, {"loss_scale": {**scale.to_json(), "scale": 32.0}}, "", "", {}
+    )
     dataset: Any = SimpleNamespace(fingerprint="ab")
     with pytest.raises(CannotStart, match=r"loss_scale: expected 32\.0, in force 4\.0"):
-        report_in_force(config, optimizer, scale, TrainState(), manifest, dataset, lambda fact: None)
+        report_in_force(
+            config, optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
+        )
     load_loss_scale(scale, manifest)
     report_in_force(config, optimizer, scale, TrainState(), manifest, dataset, lambda fact: None)

@@ -1,4 +1,5 @@
-"""A metrics line that says something else than docs/metrics.md, or does not fit the pipe, which would end the rank."""
+"""A metrics line that says something else than docs/metrics.md, or does not fit the pipe, which
+would end the rank."""
 
 import json
 import math
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from opt_train.config import RunConfig, compose
+from opt_train.config.compose import compose
+from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DatasetManifest
 from opt_train.data.order import SampleOrder
 from opt_train.model.decoder import OPT
@@ -21,11 +23,11 @@ from opt_train.model.init import initialise
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES
+from opt_train.train.fact_pipe import fitting_line
 from opt_train.train.metrics import metrics_line
-from opt_train.train.probed import OwnProbed, WorldProbed
+from opt_train.train.probe_results import RankProbes, WorldProbes
 from opt_train.train.state import TrainState
-from opt_train.train.telling import fitting_line
-from opt_train.train.word import StepWord
+from opt_train.train.step_stats import StepStats
 from tests.model.twins import hugging_face
 from tests.train.rig import World, tiny_config
 
@@ -40,16 +42,31 @@ def opt_175b() -> RunConfig:
 
 
 def told(config: RunConfig, norms: list[float]) -> bytes:
-    """The longest line of a run with all there is: of an attempt's first step, every number of full length."""
-    probed = WorldProbed(
-        layer_grad_norms=tuple(norms), layer_weight_norms=tuple(norms), attention_logit_max=123.456789,
+    """The longest line of a run with all there is: of an attempt's first step, every number of full
+    length."""
+    probed = WorldProbes(
+        layer_grad_norms=tuple(norms),
+        layer_weight_norms=tuple(norms),
+        attention_logit_max=123.456789,
         gemm_tflops=(123.456789,) * 992,
-    )  # fmt: skip
-    word = StepWord(
-        step=299_999, loss=LONG, tokens=2_031_616, activation_norm=LONG, grad_norm=LONG, clipped_norm=LONG,
-        loss_scale=2.0**-5, skipped=False, stop_votes=0, saving_ranks=0, order_number=0, step_seconds=LONG,
-        data_seconds=LONG, memory_bytes=80 << 30, probed=probed,
-    )  # fmt: skip
+    )
+    word = StepStats(
+        step=299_999,
+        loss=LONG,
+        tokens=2_031_616,
+        activation_norm=LONG,
+        grad_norm=LONG,
+        clipped_norm=LONG,
+        loss_scale=2.0**-5,
+        skipped=False,
+        stop_votes=0,
+        saving_ranks=0,
+        order_number=0,
+        step_seconds=LONG,
+        data_seconds=LONG,
+        memory_bytes=80 << 30,
+        probed=probed,
+    )
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
     state = TrainState(updates=299_000, tokens=180_000_000_000)
     line = metrics_line(config, begin, state, word, LONG, torch.device("cpu"))
@@ -64,7 +81,9 @@ def told(config: RunConfig, norms: list[float]) -> bytes:
         pytest.param([float("inf"), float("-inf")] * 49, 3100, id="not finite"),
     ],
 )
-def test_opt_175bs_line_with_every_probe_fits_the_pipe(opt_175b: RunConfig, norms: list[float], most: int) -> None:
+def test_opt_175bs_line_with_every_probe_fits_the_pipe(
+    opt_175b: RunConfig, norms: list[float], most: int
+) -> None:
     assert opt_175b.model.layers + 2 == 98
     line = told(opt_175b, norms)
     assert len(line) <= most < MAX_FACT_BYTES
@@ -72,10 +91,16 @@ def test_opt_175bs_line_with_every_probe_fits_the_pipe(opt_175b: RunConfig, norm
     assert len(read["layer_grad_norms"]) == len(read["layer_weight_norms"]) == 98
     if norms[0] < 1:
         assert read["layer_grad_norms"][0] == 1.2346e-05
-    assert (read["attention_logit_max"], read["gemm_tflops_min"], read["gemm_slowest_rank"]) == (123.46, 123.46, 0)
+    assert (read["attention_logit_max"], read["gemm_tflops_min"], read["gemm_slowest_rank"]) == (
+        123.46,
+        123.46,
+        0,
+    )
 
 
-def test_a_model_too_deep_for_the_line_loses_its_lists_and_nothing_else(opt_175b: RunConfig) -> None:
+def test_a_model_too_deep_for_the_line_loses_its_lists_and_nothing_else(
+    opt_175b: RunConfig,
+) -> None:
     deep = replace(opt_175b, model=replace(opt_175b.model, layers=300))
     line = told(deep, [LONG] * 302)
     assert len(line) <= MAX_FACT_BYTES
@@ -87,10 +112,17 @@ def test_a_model_too_deep_for_the_line_loses_its_lists_and_nothing_else(opt_175b
 
 def test_the_slowest_rank_has_a_name() -> None:
     speeds = [4.0, 3.9, 1.23456789, 4.1]
-    owns = [OwnProbed(layer_squares=(1.0, 3.0), gemm_tflops=speed) for speed in speeds]
-    summed = [sum(each) for each in zip(*(own.sums(rank, 4) for rank, own in enumerate(owns)), strict=True)]
+    owns = [RankProbes(layer_squares=(1.0, 3.0), gemm_tflops=speed) for speed in speeds]
+    summed = [
+        sum(each)
+        for each in zip(*(own.sums(rank, 4) for rank, own in enumerate(owns)), strict=True)
+    ]
     told = owns[0].of_world(summed, []).metrics()
-    assert (told["gemm_tflops_min"], told["gemm_tflops_median"], told["gemm_slowest_rank"]) == (1.2346, 3.95, 2)
+    assert (told["gemm_tflops_min"], told["gemm_tflops_median"], told["gemm_slowest_rank"]) == (
+        1.2346,
+        3.95,
+        2,
+    )
     assert (told["layer_grad_norms"], told["layer_weight_norms"]) == ([2.0], [3.4641])
 
 
@@ -113,11 +145,22 @@ def test_mfu_is_that_of_the_formula_and_null_for_another_peak(
     """N of the formula is the paper's 175B within a part in a hundred."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device)
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
-    word = StepWord(
-        step=9, loss=2.0, tokens=992 * 2048, activation_norm=1.0, grad_norm=1.0, clipped_norm=1.0, loss_scale=1.0,
-        skipped=False, stop_votes=0, saving_ranks=0, order_number=0, step_seconds=16.0, data_seconds=0.1,
+    word = StepStats(
+        step=9,
+        loss=2.0,
+        tokens=992 * 2048,
+        activation_norm=1.0,
+        grad_norm=1.0,
+        clipped_norm=1.0,
+        loss_scale=1.0,
+        skipped=False,
+        stop_votes=0,
+        saving_ranks=0,
+        order_number=0,
+        step_seconds=16.0,
+        data_seconds=0.1,
         memory_bytes=1,
-    )  # fmt: skip
+    )
     line = metrics_line(opt_175b, begin, TrainState(), word, 1e-4, torch.device("cuda", 0))
     assert line["tokens_per_second"] == 992 * 2048 / 16.0
     if peak is None:
@@ -140,7 +183,9 @@ def test_a_worlds_lines_are_those_of_hugging_face_and_torch(tmp_path: Path) -> N
     seconds = time.time() - began
     assert list(lines) == [1, 2, 3, 4, 5]
     assert lines[5].keys() == lines[1].keys() - {"journal_head"}
-    for step, (line, expected) in enumerate(zip(lines.values(), by_hand(config), strict=True), start=1):
+    for step, (line, expected) in enumerate(
+        zip(lines.values(), by_hand(config), strict=True), start=1
+    ):
         for key, value in expected.items():
             assert line[key] == pytest.approx(value, rel=2e-5), f"{key} of step {step}"
         assert (line["attempt"], line["updates"], line["samples"], line["tokens"]) == (
@@ -149,12 +194,19 @@ def test_a_worlds_lines_are_those_of_hugging_face_and_torch(tmp_path: Path) -> N
             8 * step,
             512 * step,
         )
-        assert (line["loss_scale"], line["overflow"], line["skipped"], line["mfu"]) == (1.0, False, False, None)
+        assert (line["loss_scale"], line["overflow"], line["skipped"], line["mfu"]) == (
+            1.0,
+            False,
+            False,
+            None,
+        )
         assert line["tokens_per_second"] == pytest.approx(512 / line["step_seconds"])
         assert 0 < line["data_seconds"] < line["step_seconds"] < seconds
         assert began < line["time"] < began + seconds
         assert 50e6 < line["memory_bytes"] < 5e9, "bytes, of a process that has torch"
-    assert lines[1]["grad_norm_clipped"] < lines[1]["grad_norm"], "nothing was clipped: the test shows less"
+    assert lines[1]["grad_norm_clipped"] < lines[1]["grad_norm"], (
+        "nothing was clipped: the test shows less"
+    )
 
 
 def by_hand(config: RunConfig) -> Iterator[dict[str, float]]:
@@ -165,7 +217,9 @@ def by_hand(config: RunConfig) -> Iterator[dict[str, float]]:
     model.tie_weights()
     outputs: list[Tensor] = []
     model.model.decoder.layers[-1].register_forward_hook(
-        lambda _layer, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+        lambda _layer, _inputs, output: outputs.append(
+            output[0] if isinstance(output, tuple) else output
+        )
     )
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
@@ -175,26 +229,37 @@ def by_hand(config: RunConfig) -> Iterator[dict[str, float]]:
     length, batch = config.data.sequence_length, config.train.global_batch
     directory = Path(config.data.directory)
     shards = DatasetManifest.read(directory).shards_of("train")
-    tokens = np.concatenate([np.fromfile(directory / shard.path, dtype="<u2") for shard in shards]).astype(np.int64)
+    tokens = np.concatenate(
+        [np.fromfile(directory / shard.path, dtype="<u2") for shard in shards]
+    ).astype(np.int64)
     order = SampleOrder((len(tokens) - 1) // length, config.seed)
-    # Warm-up over 4 batches, then from the peak at batch 3 down to a tenth at batch 5, where the run ends.
+    # Warm-up over 4 batches, then from the peak at batch 3 down to a tenth at batch 5, where the
+    # run ends.
     rates = [0.75e-3, 1.5e-3, 2.25e-3, 3e-3, 3e-3 - 0.5 * 2.7e-3]
     for step, rate in enumerate(rates):
         starts = [order.index(step * batch + row) * length for row in range(batch)]
-        blocks = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]))
+        blocks = torch.from_numpy(
+            np.stack([tokens[start : start + length + 1] for start in starts])
+        )
         outputs.clear()
         loss = cross_entropy(model(blocks[:, :-1]).logits.flatten(0, 1), blocks[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad.flatten()
+            for parameter in model.parameters()
+            if parameter.grad is not None
+        ]
         yield {
             "step": step + 1,
             "loss": loss.item(),
             "lr": rate,
             "grad_norm": norm,
             "grad_norm_clipped": float(torch.cat(gradients).norm()),
-            "activation_norm": math.sqrt(float(outputs[0].detach().square().sum()) / (batch * length)),
+            "activation_norm": math.sqrt(
+                float(outputs[0].detach().square().sum()) / (batch * length)
+            ),
         }
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -1,4 +1,5 @@
-"""The control pipe: commands and orders in pieces, rubbish, an agent that dies; signals that only vote."""
+"""The control pipe: commands and orders in pieces, rubbish, an agent that dies; signals that only
+vote."""
 
 import os
 import signal
@@ -12,10 +13,22 @@ from opt_train.protocol.orders import Save, SaveAndStop
 from opt_train.train.orders import AgentGone, ControlPipe, StopSignals
 
 BEGIN = Begin(
-    generation=1, attempt="1.00", node="n0", slot=0, rank=0, world_size=1, local_rank=0, store_host="", store_port=0,
-    config_path="", config_sha256="", run_directory="", checkpoint=None, manifest_sha256=None,
+    generation=1,
+    attempt="1.00",
+    node="n0",
+    slot=0,
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    store_host="",
+    store_port=0,
+    config_path="",
+    config_sha256="",
+    run_directory="",
+    checkpoint=None,
+    manifest_sha256=None,
     order_number=0,
-)  # fmt: skip
+)
 
 
 def test_orders_behind_begin_in_one_piece_are_kept() -> None:

@@ -1,4 +1,5 @@
-"""Probes that are wrong, or that change what they look at: against plain PyTorch in one process, on every layout."""
+"""Probes that are wrong, or that change what they look at: against plain PyTorch in one process, on
+every layout."""
 
 import functools
 import json
@@ -18,11 +19,11 @@ from opt_train.data.batches import MicroBatch
 from opt_train.model.attention_logit import note_largest_logits
 from opt_train.model.decoder import OPT, Attention
 from opt_train.model.init import initialise
-from opt_train.optim.layer_norms import LayerSquares
+from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.train.config import TrainConfig
-from opt_train.train.probed import OwnProbed
+from opt_train.train.probe_results import RankProbes
 from opt_train.train.probes import Probes, noting_logits
 from tests.parallel.layout_ranks import MODEL, VALUES, global_batch, share
 from tests.train.probe_ranks import STEPS
@@ -71,16 +72,22 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 
 def norm(tensors: list[Tensor]) -> float:
-    return float(torch.linalg.norm(torch.cat([tensor.detach().double().flatten() for tensor in tensors])))
+    return float(
+        torch.linalg.norm(torch.cat([tensor.detach().double().flatten() for tensor in tensors]))
+    )
 
 
 def by_layer(model: OPT, of_gradients: bool) -> list[float]:
-    """L2 norms of gradients or weights: of what the forward pass meets before, in and behind the layers."""
+    """L2 norms of gradients or weights: of what the forward pass meets before, in and behind the
+    layers."""
     decoder = model.model.decoder
     before = [decoder.embed_tokens, decoder.embed_positions, decoder.project_in]
     behind = [decoder.project_out, decoder.final_layer_norm]
     groups = [before, *([layer] for layer in decoder.layers), behind]
-    parameters = [[p for module in group if module is not None for p in module.parameters()] for group in groups]
+    parameters = [
+        [p for module in group if module is not None for p in module.parameters()]
+        for group in groups
+    ]
     chosen = [[p.grad if of_gradients else p for p in group] for group in parameters]
     return [norm(group) if group else 0.0 for group in chosen]
 
@@ -91,7 +98,9 @@ def largest_logit(model: OPT, tokens: Tensor) -> float:
 
     def look(attention: Attention, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         query, key = (
-            F.linear(inputs[0], projection.weight, projection.bias).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            F.linear(inputs[0], projection.weight, projection.bias)
+            .unflatten(-1, (attention.heads, -1))
+            .transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj)
         )
         logits = query @ key.transpose(-1, -2) / math.sqrt(key.shape[-1])
@@ -108,14 +117,20 @@ def largest_logit(model: OPT, tokens: Tensor) -> float:
 
 @functools.cache
 def textbook(released_350m: bool, data_world: int) -> list[dict[str, Any]]:
-    """Plain PyTorch in one process: the mean loss of the whole batch, torch's autograd, clipping and AdamW."""
+    """Plain PyTorch in one process: the mean loss of the whole batch, torch's autograd, clipping
+    and AdamW."""
     model = OPT(replace(MODEL, **(RELEASED_350M if released_350m else {})))
     initialise(model, model.config, 3)
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": VALUES["weight_decay"]},
+        {
+            "params": [p for p in model.parameters() if p.ndim > 1],
+            "weight_decay": VALUES["weight_decay"],
+        },
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"])
+    optimizer = torch.optim.AdamW(
+        groups, lr=VALUES["lr"], betas=(VALUES["beta1"], VALUES["beta2"]), eps=VALUES["eps"]
+    )
     steps = []
     for step in range(STEPS):
         blocks = global_batch(step)
@@ -137,7 +152,9 @@ def textbook(released_350m: bool, data_world: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("world", "case"), CASES)
-def test_probes_change_no_bit_of_training(world: int, case: Any, seen: dict[str, list[dict[str, Any]]]) -> None:
+def test_probes_change_no_bit_of_training(
+    world: int, case: Any, seen: dict[str, list[dict[str, Any]]]
+) -> None:
     ranks = seen[case[0]]
     assert len(ranks) == world
     for rank in ranks:
@@ -145,7 +162,9 @@ def test_probes_change_no_bit_of_training(world: int, case: Any, seen: dict[str,
 
 
 @pytest.mark.parametrize(("world", "case"), CASES)
-def test_probes_agree_with_plain_pytorch(world: int, case: Any, seen: dict[str, list[dict[str, Any]]]) -> None:
+def test_probes_agree_with_plain_pytorch(
+    world: int, case: Any, seen: dict[str, list[dict[str, Any]]]
+) -> None:
     name, degrees, _, changes, precision = case
     if changes.get("dropout"):
         pytest.skip("another draw of dropout in plain PyTorch")
@@ -158,9 +177,15 @@ def test_probes_agree_with_plain_pytorch(world: int, case: Any, seen: dict[str, 
         if number not in (1, 3):
             assert all(word[kind] is None for kind in KINDS)
             continue
-        assert word["layer_grad_norms"] == pytest.approx(expected["layer_grad_norms"], rel=tolerance, abs=1e-9)
-        assert word["layer_weight_norms"] == pytest.approx(expected["layer_weight_norms"], rel=tolerance, abs=1e-9)
-        assert word["attention_logit_max"] == pytest.approx(expected["attention_logit_max"], rel=tolerance)
+        assert word["layer_grad_norms"] == pytest.approx(
+            expected["layer_grad_norms"], rel=tolerance, abs=1e-9
+        )
+        assert word["layer_weight_norms"] == pytest.approx(
+            expected["layer_weight_norms"], rel=tolerance, abs=1e-9
+        )
+        assert word["attention_logit_max"] == pytest.approx(
+            expected["attention_logit_max"], rel=tolerance
+        )
         assert math.hypot(*word["layer_grad_norms"]) == pytest.approx(word["grad_norm"], rel=1e-6)
         assert len(word["gemm_tflops"]) == world
         assert all(0 < speed < 1000 for speed in word["gemm_tflops"])
@@ -168,8 +193,13 @@ def test_probes_agree_with_plain_pytorch(world: int, case: Any, seen: dict[str, 
 
 def test_an_overflow_is_told_of_the_layer_that_has_it() -> None:
     """Sums by a product with ones and zeros would make every layer's norm NaN."""
-    names = [f"model.decoder.{name}" for name in ("embed_tokens.weight", "layers.0.fc1.bias", "layers.1.fc1.bias")]
-    squares = LayerSquares([*names, "model.decoder.layers.1.fc2.bias"], [4, 1, 2, 1], 2, torch.device("cpu"))
+    names = [
+        f"model.decoder.{name}"
+        for name in ("embed_tokens.weight", "layers.0.fc1.bias", "layers.1.fc1.bias")
+    ]
+    squares = LayerSquares(
+        [*names, "model.decoder.layers.1.fc2.bias"], [4, 1, 2, 1], 2, torch.device("cpu")
+    )
     infinite, empty = torch.tensor([1.0, math.inf]), torch.empty(0, 3)
     found = squares.of([torch.tensor([2.0, 4.0]), infinite, torch.tensor([2.0]), empty])
     assert found.tolist() == pytest.approx([5.0, math.inf, 2.0, 0.0])
@@ -177,13 +207,14 @@ def test_an_overflow_is_told_of_the_layer_that_has_it() -> None:
 
 def test_a_logit_that_is_no_number_reaches_every_rank_as_infinity() -> None:
     """A maximum over ranks may lose a NaN."""
-    own = OwnProbed(attention_logit=math.nan)
+    own = RankProbes(attention_logit=math.nan)
     assert own.maxima() == [math.inf]
     assert own.of_world([], own.maxima()).metrics()["attention_logit_max"] == math.inf
 
 
 def test_logits_in_slices_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices that do not divide the sequence; a largest logit that the causal mask hides; one that it does not."""
+    """Slices that do not divide the sequence; a largest logit that the causal mask hides; one that
+    it does not."""
     monkeypatch.setattr("opt_train.model.attention_logit.LOGITS_AT_ONCE", 2 * 3 * 10 * 4)
     query, key = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
     key[0, 1, 9] = 50 * query[0, 1, 3]  # of the future
@@ -211,7 +242,9 @@ def test_only_the_first_micro_batch_is_looked_at_and_nothing_is_left_behind() ->
     with noting_logits(model, 4, torch.device("cpu")) as largest:
         model(blocks[:4, :-1])
         first = largest.clone()
-        assert all(layer.self_attn.largest_logits is largest for layer in model.model.decoder.layers)
+        assert all(
+            layer.self_attn.largest_logits is largest for layer in model.model.decoder.layers
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3)
@@ -230,8 +263,11 @@ def test_padding_does_not_count_and_an_engine_that_knows_no_layers_tells_none() 
     batch = MicroBatch(tokens[last], tokens[last], torch.tensor([0.0, 1.0]))
     probes = Probes(
         TrainConfig(layer_norms_every=1, attention_logit_every=1, speed_probe_every=0),
-        step=1, first=True, engine=cast(Engine, SimpleNamespace(model=model)), device=torch.device("cpu"),
-    )  # fmt: skip
+        step=1,
+        first=True,
+        engine=cast(Engine, SimpleNamespace(model=model)),
+        device=torch.device("cpu"),
+    )
     with probes.watching_attention([batch]):
         model(batch.tokens)
     probes.measure_layers(torch.ones((), dtype=torch.float64))
@@ -242,12 +278,18 @@ def test_padding_does_not_count_and_an_engine_that_knows_no_layers_tells_none() 
 
 
 KEYS = (
-    "layer_grad_norms", "layer_weight_norms", "attention_logit_max", "gemm_tflops_min", "gemm_tflops_median",
+    "layer_grad_norms",
+    "layer_weight_norms",
+    "attention_logit_max",
+    "gemm_tflops_min",
+    "gemm_tflops_median",
     "gemm_slowest_rank",
-)  # fmt: skip
+)
 
 
-def test_the_trainer_tells_them_on_their_steps_and_after_a_start_and_trains_the_same(tmp_path: Path) -> None:
+def test_the_trainer_tells_them_on_their_steps_and_after_a_start_and_trains_the_same(
+    tmp_path: Path,
+) -> None:
     steps = {"steps": 6, "layer_norms_every": 3, "attention_logit_every": 4, "speed_probe_every": 0}
     config = replace(tiny_config(tmp_path, **steps), checkpoint=CheckpointConfig(every_steps=4))
     with World(tmp_path, config, world_size=1) as world:
@@ -255,11 +297,15 @@ def test_the_trainer_tells_them_on_their_steps_and_after_a_start_and_trains_the_
         world.finish()
         lines = world.ranks[0].metrics
         probed, checkpoint = tensors_in(world.commit(6)), world.commit(4)
-    measured = {step: [key for key in KEYS if line[key] is not None] for step, line in lines.items()}
+    measured = {
+        step: [key for key in KEYS if line[key] is not None] for step, line in lines.items()
+    }
     norms, logit = list(KEYS[:2]), [KEYS[2]]
     assert measured == {1: norms + logit, 2: [], 3: norms, 4: logit, 5: [], 6: norms}
     assert len(lines[3]["layer_grad_norms"]) == config.model.layers + 2
-    assert math.hypot(*lines[3]["layer_grad_norms"]) == pytest.approx(lines[3]["grad_norm"], rel=1e-4)
+    assert math.hypot(*lines[3]["layer_grad_norms"]) == pytest.approx(
+        lines[3]["grad_norm"], rel=1e-4
+    )
 
     every = replace(config, train=replace(config.train, speed_probe_every=50))
     with World(tmp_path, every, world_size=1) as world:
@@ -267,9 +313,14 @@ def test_the_trainer_tells_them_on_their_steps_and_after_a_start_and_trains_the_
         world.finish()
         resumed = world.ranks[0].metrics
         assert [key for key in KEYS if resumed[5][key] is not None] == list(KEYS)
-        assert (resumed[6]["loss"], resumed[6]["grad_norm"]) == (lines[6]["loss"], lines[6]["grad_norm"])
+        assert (resumed[6]["loss"], resumed[6]["grad_norm"]) == (
+            lines[6]["loss"],
+            lines[6]["grad_norm"],
+        )
 
-    never = replace(config, train=replace(config.train, layer_norms_every=0, attention_logit_every=0))
+    never = replace(
+        config, train=replace(config.train, layer_norms_every=0, attention_logit_every=0)
+    )
     with World(tmp_path, never, world_size=1) as world:
         world.begin(attempt="1.02", generation=3)
         world.finish()

@@ -10,7 +10,7 @@ SCRIPT = """
 import json
 import torch
 import torch.distributed as dist
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.protocol.commands import Begin
 from opt_train.train.rendezvous import join
 
@@ -31,7 +31,9 @@ print(json.dumps([told[0].host, listening]))
 @pytest.mark.timeout(120)
 def test_the_store_of_a_local_run_is_not_open_to_the_network() -> None:
     """torch's own store listens on every interface, and takes keys from whoever connects."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     host, listening = json.loads(done.stdout.splitlines()[-1])
     assert host == "127.0.0.1"

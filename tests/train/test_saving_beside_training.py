@@ -1,4 +1,5 @@
-"""A checkpoint written while training goes on holds the step at which it was begun, and training does not wait."""
+"""A checkpoint written while training goes on holds the step at which it was begun, and training
+does not wait."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from opt_train.checkpoint import background
 from opt_train.checkpoint.background import BackgroundSave, Staging
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.protocol.facts import Phase, SaveFailed, ShardsSaved
 from opt_train.protocol.framing import Message
 from opt_train.train.loop import train
@@ -31,7 +32,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -39,13 +42,17 @@ def world(tmp_path: Path) -> Iterator[None]:
 def lone(folder: Path, config: RunConfig) -> tuple[Training, list[Message]]:
     facts: list[Message] = []
     begin = begin_alone(folder, config)
-    run = start(begin, facts.append, NoOrders(), StopSignals(), lambda *_: dist.new_group(backend="gloo"))
+    run = start(
+        begin, facts.append, NoOrders(), StopSignals(), lambda *_: dist.new_group(backend="gloo")
+    )
     return run, facts
 
 
 def saving_config(folder: Path, *, asynchronous: bool) -> RunConfig:
     config = tiny_config(folder, steps=6)
-    return replace(config, checkpoint=replace(config.checkpoint, every_steps=2, asynchronous=asynchronous))
+    return replace(
+        config, checkpoint=replace(config.checkpoint, every_steps=2, asynchronous=asynchronous)
+    )
 
 
 def test_the_same_bytes_as_a_save_that_training_waits_for(tmp_path: Path) -> None:
@@ -55,7 +62,13 @@ def test_the_same_bytes_as_a_save_that_training_waits_for(tmp_path: Path) -> Non
         folder.mkdir()
         run, facts = lone(folder, saving_config(folder, asynchronous=asynchronous))
         assert train(run).code == 0
-        saved.append({fact.step: tensors_in(Path(fact.folder)) for fact in facts if isinstance(fact, ShardsSaved)})
+        saved.append(
+            {
+                fact.step: tensors_in(Path(fact.folder))
+                for fact in facts
+                if isinstance(fact, ShardsSaved)
+            }
+        )
     assert list(saved[0]) == [2, 4, 6]
     assert saved[0] == saved[1]
 
@@ -107,7 +120,9 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run.saved_step == 1
 
 
-def test_training_goes_on_while_a_file_system_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_a_file_system_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the next save waits, and says so with its phase."""
     goes_on = Event()
     written = background.save
@@ -125,7 +140,10 @@ def test_training_goes_on_while_a_file_system_stands_still(tmp_path: Path, monke
         if run.state.step == 1:
             run.begin_save()
     assert run.is_writing
-    assert not any(isinstance(fact, ShardsSaved) or fact == Phase("checkpoint", run.state.step) for fact in facts)
+    assert not any(
+        isinstance(fact, ShardsSaved) or fact == Phase("checkpoint", run.state.step)
+        for fact in facts
+    )
     goes_on.set()
     assert run.save()
     assert [fact.step for fact in facts if isinstance(fact, ShardsSaved)] == [1, 4]
@@ -170,8 +188,12 @@ def test_a_state_that_cannot_be_copied_fails_the_save_and_not_the_run(tmp_path: 
             return failed
 
     folder = tmp_path / "run" / "1.00" / "step-00000001"
-    begun = BackgroundSave(1, Full(CPU), {"model.a": torch.zeros(2)}, {}, folder, dist.new_group(backend="gloo"))
+    begun = BackgroundSave(
+        1, Full(CPU), {"model.a": torch.zeros(2)}, {}, folder, dist.new_group(backend="gloo")
+    )
     begun.wait_copied()
-    with pytest.raises(CheckpointError, match=r"step-00000001 was not saved: the state was not copied: no room"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001 was not saved: the state was not copied: no room"
+    ):
         begun.files()
     assert not folder.exists()

@@ -1,4 +1,5 @@
-"""Snapshots beside training: the state of their step to the bit, told once, and training neither waits nor changes."""
+"""Snapshots beside training: the state of their step to the bit, told once, and training neither
+waits nor changes."""
 
 import dataclasses
 import hashlib
@@ -18,7 +19,7 @@ from safetensors.torch import load
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import Manifest
 from opt_train.checkpoint.snapshot import Snapshot, Snapshots
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import MemoryFile, Phase, ShardsSaved, SnapshotTaken
 from opt_train.protocol.framing import Message, to_line
@@ -34,19 +35,24 @@ from tests.train.rig import World, begin_alone, sha256_of, tensors_in, tiny_conf
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
 
 def with_snapshots(config: RunConfig, every: int, saves: int = 0, keep: int = 2) -> RunConfig:
-    changed = replace(config.checkpoint, memory_every_steps=every, every_steps=saves, memory_keep=keep)
+    changed = replace(
+        config.checkpoint, memory_every_steps=every, every_steps=saves, memory_keep=keep
+    )
     return replace(config, checkpoint=changed)
 
 
 @dataclasses.dataclass
 class Agent:
-    """One rank in this process, with an agent's ends of its pipes; it holds what it is told of, at once."""
+    """One rank in this process, with an agent's ends of its pipes; it holds what it is told of, at
+    once."""
 
     run: Training
     orders_fd: int
@@ -55,7 +61,11 @@ class Agent:
 
     @classmethod
     def of(
-        cls, folder: Path, config: RunConfig, orders: OrderSource | None = None, checkpoint: Path | None = None
+        cls,
+        folder: Path,
+        config: RunConfig,
+        orders: OrderSource | None = None,
+        checkpoint: Path | None = None,
     ) -> "Agent":
         folder.mkdir(exist_ok=True)
         read_end, write_end = os.pipe()
@@ -107,7 +117,9 @@ def test_snapshots_hold_what_a_save_of_their_step_holds_and_change_nothing(tmp_p
     assert set(agent.held) >= {2, 4, 6}
     assert not without.held
     saved = {fact.step: Path(fact.folder) for fact in agent.facts if isinstance(fact, ShardsSaved)}
-    plain = {fact.step: Path(fact.folder) for fact in without.facts if isinstance(fact, ShardsSaved)}
+    plain = {
+        fact.step: Path(fact.folder) for fact in without.facts if isinstance(fact, ShardsSaved)
+    }
     for step, files in agent.held.items():
         assert tensors_in(saved[step]) == tensors_in(plain[step])
         ours, theirs = load(files["shard-00000.safetensors"]), shard_in(saved[step])
@@ -126,7 +138,9 @@ def shard_in(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("world")
 def test_a_lone_rank_takes_none(tmp_path: Path) -> None:
-    agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path, steps=2), 1), NoOrders())
+    agent = Agent.of(
+        tmp_path / "run", with_snapshots(tiny_config(tmp_path, steps=2), 1), NoOrders()
+    )
     assert train(agent.run).code == 0
     assert not agent.held
 
@@ -239,7 +253,9 @@ def commit(files: Mapping[str, bytes], step: int, folder: Path, config_sha256: s
     for name, found in files.items():
         (folder / name).write_bytes(found)
     named = {name: (len(found), hashlib.sha256(found).hexdigest()) for name, found in files.items()}
-    manifest.commit(folder, manifest.build(folder, "1.00", step, named, config_sha256=config_sha256))
+    manifest.commit(
+        folder, manifest.build(folder, "1.00", step, named, config_sha256=config_sha256)
+    )
     return folder
 
 
@@ -262,7 +278,8 @@ def test_what_was_restored_from_memory_is_not_yet_saved(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("world")
 def test_a_run_that_goes_on_from_memory_saves_that_first(tmp_path: Path) -> None:
-    """The save of that step, or of one shortly before, may have been lost with the ranks; the next is far away."""
+    """The save of that step, or of one shortly before, may have been lost with the ranks; the next
+    is far away."""
     config = with_snapshots(tiny_config(tmp_path, steps=10), 4, saves=4)
     first = Agent.of(tmp_path / "first", config)
     assert train(first.run).code == 0
@@ -282,7 +299,9 @@ def test_a_run_that_goes_on_from_memory_saves_that_first(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("world")
 def test_its_own_file_is_for_a_rank_that_is_spread_as_the_one_that_wrote_it(tmp_path: Path) -> None:
-    begin = replace(begin_alone(tmp_path, tiny_config(tmp_path)), checkpoint="/there", world_size=4, rank=2)
+    begin = replace(
+        begin_alone(tmp_path, tiny_config(tmp_path)), checkpoint="/there", world_size=4, rank=2
+    )
     state = {"parts": "own", "world_size": 4}
     own = Manifest("1.00", 1, {}, state, config_sha256=begin.config_sha256)
     assert own_file(begin, own) == Path("/there/shard-00002.safetensors")
@@ -324,7 +343,9 @@ def test_two_ranks_go_on_from_memory_bit_for_bit(tmp_path: Path) -> None:
         losses = {step: line["loss"] for step, line in first.ranks[0].metrics.items()}
         reference = tensors_in(Path(first.ranks[0].told(ShardsSaved)[-1].folder))
     config_sha256 = sha256_of(tmp_path / "run" / "config.json")
-    folder = commit(held.files[4], 4, tmp_path / "run" / "memory" / "1.00" / "step-00000004", config_sha256)
+    folder = commit(
+        held.files[4], 4, tmp_path / "run" / "memory" / "1.00" / "step-00000004", config_sha256
+    )
     with World(tmp_path, config) as second:
         second.begin(attempt="1.01", generation=2, checkpoint=folder)
         second.finish()

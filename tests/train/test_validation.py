@@ -1,4 +1,5 @@
-"""Named validation sets in real ranks: each measured whole, on its own schedule, and told under its own name."""
+"""Named validation sets in real ranks: each measured whole, on its own schedule, and told under its
+own name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from opt_train.config import RunConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DatasetManifest
 from opt_train.data.prepare import prepare
 from opt_train.evaluate.load import load_model
@@ -22,8 +23,12 @@ from tests.train.rig import World, sha256_of, tiny_config
 @pytest.fixture
 def sets(tmp_path: Path) -> str:
     """Two further texts, the second of a single sequence."""
-    (tmp_path / "web.txt").write_text(" ".join(f"w{number % 89} y{number % 11}" for number in range(1500)))
-    (tmp_path / "few.txt").write_text(" ".join(f"x{number % 13} z{number % 7}" for number in range(22)))
+    (tmp_path / "web.txt").write_text(
+        " ".join(f"w{number % 89} y{number % 11}" for number in range(1500))
+    )
+    (tmp_path / "few.txt").write_text(
+        " ".join(f"x{number % 13} z{number % 7}" for number in range(22))
+    )
     return f"web={tmp_path / 'web.txt'},few={tmp_path / 'few.txt'}"
 
 
@@ -45,7 +50,8 @@ def told(world: World) -> dict[tuple[int, str], Validation]:
 
 
 def measured_by_hand(config: RunConfig, folder: Path, split: str) -> tuple[float, int]:
-    """Mean loss and tokens of a split by Hugging Face's OPT, one sequence at a time, straight from the shards."""
+    """Mean loss and tokens of a split by Hugging Face's OPT, one sequence at a time, straight from
+    the shards."""
     manifest_sha256 = sha256_of(folder / "manifest.json")
     ours = load_model(config, folder, manifest_sha256, torch.device("cpu"))
     theirs = hugging_face(config.model).eval()
@@ -53,7 +59,9 @@ def measured_by_hand(config: RunConfig, folder: Path, split: str) -> tuple[float
     theirs.tie_weights()
     directory, length = Path(config.data.directory), config.data.sequence_length
     shards = DatasetManifest.read(directory).shards_of(split)
-    tokens = np.concatenate([np.fromfile(directory / shard.path, dtype="<u2") for shard in shards]).astype(np.int64)
+    tokens = np.concatenate(
+        [np.fromfile(directory / shard.path, dtype="<u2") for shard in shards]
+    ).astype(np.int64)
     losses = []
     for first in range(0, len(tokens) - length, length):
         text = torch.from_numpy(tokens[first : first + length + 1])
@@ -66,7 +74,9 @@ def measured_by_hand(config: RunConfig, folder: Path, split: str) -> tuple[float
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_each_set_s_loss_is_the_one_of_its_own_text(tmp_path: Path, sets: str, tensor: int) -> None:
     """Whether the two ranks share the sequences or compute each of them together."""
-    config = replace(prepared(tmp_path, sets, steps=6, validate_every=6), parallel=ParallelConfig(tensor=tensor))
+    config = replace(
+        prepared(tmp_path, sets, steps=6, validate_every=6), parallel=ParallelConfig(tensor=tensor)
+    )
     with World(tmp_path, config) as world:
         world.begin()
         assert {leaving.code for leaving in world.finish()} == {DONE}
@@ -95,7 +105,9 @@ def test_sets_keep_to_their_own_schedule(
     tmp_path: Path, sets: str, every: int, sets_every: int, expected: dict[str, list[int]]
 ) -> None:
     only_web = sets.partition(",")[0]
-    config = prepared(tmp_path, only_web, steps=5, validate_every=every, validate_sets_every=sets_every)
+    config = prepared(
+        tmp_path, only_web, steps=5, validate_every=every, validate_sets_every=sets_every
+    )
     with World(tmp_path, config, world_size=1) as world:
         world.begin()
         world.finish()
@@ -106,37 +118,49 @@ def test_sets_keep_to_their_own_schedule(
 
 
 def test_a_run_that_goes_on_at_its_last_step_measures_all_sets(tmp_path: Path, sets: str) -> None:
-    """One that is due after that step, but was added to the run after it had been taken, was never measured."""
+    """One that is due after that step, but was added to the run after it had been taken, was never
+    measured."""
     config = tiny_config(tmp_path, steps=4, validate_every=4)
     with World(tmp_path, config, world_size=1) as world:
         world.begin()
         world.finish()
         checkpoint = world.commit(4)
-    with World(tmp_path, prepared(tmp_path, sets, steps=4, validate_every=4), world_size=1) as world:
+    with World(
+        tmp_path, prepared(tmp_path, sets, steps=4, validate_every=4), world_size=1
+    ) as world:
         world.begin(attempt="1.01", generation=2, checkpoint=checkpoint)
         assert [leaving.code for leaving in world.finish()] == [DONE]
         assert told(world).keys() == {(4, "validation"), (4, "web"), (4, "few")}
 
 
 def test_a_set_changes_no_step(tmp_path: Path, sets: str) -> None:
-    """Measuring must leave no trace: dropout's numbers, the weights and the optimizer go on as if it had not been."""
+    """Measuring must leave no trace: dropout's numbers, the weights and the optimizer go on as if
+    it had not been."""
     plain = tiny_config(tmp_path, steps=6)
     with World(tmp_path, plain) as world:
         world.begin()
         world.finish()
-        expected = {step: (line["loss"], line["grad_norm"]) for step, line in world.ranks[0].metrics.items()}
+        expected = {
+            step: (line["loss"], line["grad_norm"]) for step, line in world.ranks[0].metrics.items()
+        }
     config = prepared(tmp_path, sets, steps=6, validate_sets_every=1)
     with World(tmp_path, config) as world:
         world.begin()
         world.finish()
-        assert {s: (line["loss"], line["grad_norm"]) for s, line in world.ranks[0].metrics.items()} == expected
+        assert {
+            s: (line["loss"], line["grad_norm"]) for s, line in world.ranks[0].metrics.items()
+        } == expected
         assert len(told(world)) == 13
 
 
-def test_a_rank_whose_data_lacks_a_set_says_so_and_trains_nothing(tmp_path: Path, sets: str) -> None:
+def test_a_rank_whose_data_lacks_a_set_says_so_and_trains_nothing(
+    tmp_path: Path, sets: str
+) -> None:
     config = with_sets(tiny_config(tmp_path), sets)
     with World(tmp_path, config, world_size=1) as world:
         world.begin()
         [leaving] = world.finish()
     assert (leaving.code, leaving.cause) == (RANK_BAD_CONFIG, "data")
-    assert "holds no validation set 'web'; name it in data.validation_sets and run" in leaving.reason
+    assert (
+        "holds no validation set 'web'; name it in data.validation_sets and run" in leaving.reason
+    )

@@ -24,7 +24,8 @@ def wait_for_exit(rank: Rank) -> int:
 
 
 def test_stray_signals_before_begin_neither_kill_nor_stop(tmp_path: Path) -> None:
-    """Slurm's SIGTERM and SIGUSR1 reach every process of a step, spares included; Ctrl-C the whole terminal."""
+    """Slurm's SIGTERM and SIGUSR1 reach every process of a step, spares included; Ctrl-C the whole
+    terminal."""
     with World(tmp_path, tiny_config(tmp_path, steps=3), world_size=1) as world:
         rank = world.ranks[0]
         world.wait(lambda: bool(rank.told(Warm)), "warm")
@@ -48,11 +49,17 @@ def test_a_begin_into_a_removed_run_fails_and_does_not_bring_it_back(tmp_path: P
 
 def test_a_warm_rank_imports_nothing_of_torch_at_its_first_step(tmp_path: Path) -> None:
     """What is imported later than that makes every restart wait."""
-    with World(tmp_path, tiny_config(tmp_path, steps=2), module="tests.train.importing_rank") as world:
+    with World(
+        tmp_path, tiny_config(tmp_path, steps=2), module="tests.train.importing_rank"
+    ) as world:
         world.begin()
         world.finish()
         for rank in world.ranks:
-            [said] = [line for line in rank.log.read_text().splitlines() if line.startswith("imported late: ")]
+            [said] = [
+                line
+                for line in rank.log.read_text().splitlines()
+                if line.startswith("imported late: ")
+            ]
             late = json.loads(said.removeprefix("imported late: "))
             assert [name for name in late if name.split(".")[0] == "torch"] == []
 
@@ -82,18 +89,24 @@ def test_closed_control_pipe_ends_a_spare_and_a_training_rank(tmp_path: Path) ->
 
 
 def test_killed_agent_takes_its_rank_along(tmp_path: Path) -> None:
-    """A rank whose agent is SIGKILLed would otherwise train on, and write, with nobody to stop it."""
+    """A rank whose agent is SIGKILLed would otherwise train on, and write, with nobody to stop
+    it."""
     code = (
         "import subprocess, sys, os, time\n"
         "r, w = os.pipe(); c, d = os.pipe()\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'opt_train.train.warm', '--facts-fd', str(w),"
+        "child = subprocess.Popen([sys.executable, '-m', 'opt_train.train.warm', '--facts-fd', "
+        "str(w),"
         " '--control-fd', str(c)], pass_fds=(w, c))\n"
         "os.read(r, 4096)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     agent = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment(), cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         assert agent.stdout is not None
@@ -129,7 +142,9 @@ def test_save_order_saves_and_save_and_stop_leaves(tmp_path: Path) -> None:
         assert {(leaving.code, leaving.cause) for leaving in leavings} == {(STOPPED, "stopped")}
         assert "enough" in leavings[1].reason  # rank 1 never saw the order's pipe
         world.commit(leavings[0].step)
-        obeyed = [(fact.number, fact.step) for fact in world.ranks[0].facts if fact.kind == "order_obeyed"]
+        obeyed = [
+            (fact.number, fact.step) for fact in world.ranks[0].facts if fact.kind == "order_obeyed"
+        ]
         assert obeyed == [(1, step), (2, leavings[0].step)]
 
 
@@ -164,9 +179,15 @@ def test_phases_are_told_and_validation_covers_the_set(tmp_path: Path) -> None:
         assert not world.ranks[1].told(Validation)
         assert (first.step, last.step) == (3, 6)
         assert first.loss > last.loss > 1.0
-        validation = ValidationSet(open_split(Path(config.data.directory), "validation", verify=False), 64)
-        assert validation.sequences % (2 * config.train.micro_batch), "some of what the ranks read is padding"
-        assert first.tokens == last.tokens == 64 * validation.sequences, "padding counts for nothing"
+        validation = ValidationSet(
+            open_split(Path(config.data.directory), "validation", verify=False), 64
+        )
+        assert validation.sequences % (2 * config.train.micro_batch), (
+            "some of what the ranks read is padding"
+        )
+        assert first.tokens == last.tokens == 64 * validation.sequences, (
+            "padding counts for nothing"
+        )
         assert any(rank.told(Progress) for rank in world.ranks)
 
 

@@ -1,7 +1,9 @@
-"""A real rank with one fault planted inside; prints its metrics, orders and last words. Run by tests, as a script.
+"""A real rank with one fault planted inside; prints its metrics, orders and last words. Run by
+tests, as a script.
 
-The specification is a JSON file: `config`, `run_directory`, and optionally `poison` [rank, step], `terminate`
-[rank, step], `orders` [[step, number], ...]: the orders that reach rank 0 in the middle of that step.
+The specification is a JSON file: `config`, `run_directory`, and optionally `poison` [rank, step],
+`terminate` [rank, step], `orders` [[step, number], ...]: the orders that reach rank 0 in the middle
+of that step.
 """
 
 import hashlib
@@ -28,8 +30,11 @@ from opt_train.train.training import Training
 from tests.train.leave import leave_with
 
 
-def plant(run: Training, poison_step: int, terminate_step: int, orders: list[list[int]], orders_fd: int) -> None:
-    """At one step the rank's loss becomes infinite; at another somebody sends it SIGTERM; at some, orders."""
+def plant(
+    run: Training, poison_step: int, terminate_step: int, orders: list[list[int]], orders_fd: int
+) -> None:
+    """At one step the rank's loss becomes infinite; at another somebody sends it SIGTERM; at some,
+    orders."""
     model = run.engine.model
     forward = model.forward
     orders = list(orders)
@@ -43,7 +48,11 @@ def plant(run: Training, poison_step: int, terminate_step: int, orders: list[lis
         while orders and orders[0][0] <= run.state.step:
             os.write(orders_fd, to_line(Save(orders.pop(0)[1], "a test wants it")))
         assert isinstance(loss, Loss)
-        return loss._replace(loss_sum=loss.loss_sum * math.inf) if run.state.step == poison_step else loss
+        return (
+            loss._replace(loss_sum=loss.loss_sum * math.inf)
+            if run.state.step == poison_step
+            else loss
+        )
 
     model.forward = faulty  # type: ignore[method-assign]  # planted in this one instance
 
@@ -56,13 +65,27 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
     facts: list[Message] = []
     content = Path(given["config"]).read_bytes()
     begin = Begin(
-        generation=1, attempt="1.00", node="n0", slot=rank, rank=rank, world_size=world_size, local_rank=0,
-        store_host="", store_port=0, config_path=given["config"], config_sha256=hashlib.sha256(content).hexdigest(),
-        run_directory=given["run_directory"], checkpoint=None, manifest_sha256=None, order_number=0,
-    )  # fmt: skip
+        generation=1,
+        attempt="1.00",
+        node="n0",
+        slot=rank,
+        rank=rank,
+        world_size=world_size,
+        local_rank=0,
+        store_host="",
+        store_port=0,
+        config_path=given["config"],
+        config_sha256=hashlib.sha256(content).hexdigest(),
+        run_directory=given["run_directory"],
+        checkpoint=None,
+        manifest_sha256=None,
+        order_number=0,
+    )
 
     def joins(*_: object) -> dist.ProcessGroup:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+        )
         return dist.new_group(backend="gloo")
 
     run = start(begin, facts.append, control, signals, joins)
@@ -82,9 +105,14 @@ def main(rank: int, world_size: int, store: str, specification: str) -> None:
         "state": to_payload(state.to_json()),
         "words": {"losses": [repr(loss) for loss in state.losses], "updates": state.updates},
         "weights": hashlib.sha256(
-            b"".join(local_part(parameter.detach()).numpy().tobytes() for parameter in run.engine.model.parameters())
+            b"".join(
+                local_part(parameter.detach()).numpy().tobytes()
+                for parameter in run.engine.model.parameters()
+            )
         ).hexdigest(),
-        "optimizer_steps": sorted({float(each["step"]) for each in run.engine.optimizer.state.values()}),
+        "optimizer_steps": sorted(
+            {float(each["step"]) for each in run.engine.optimizer.state.values()}
+        ),
     }
     leave_with(summary)
 

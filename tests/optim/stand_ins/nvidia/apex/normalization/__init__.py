@@ -19,7 +19,11 @@ class FusedLayerNorm(nn.Module):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         self.normalized_shape = torch.Size(shape)
-        self.eps, self.elementwise_affine, self.memory_efficient = eps, elementwise_affine, memory_efficient
+        self.eps, self.elementwise_affine, self.memory_efficient = (
+            eps,
+            elementwise_affine,
+            memory_efficient,
+        )
         assert elementwise_affine
         self.weight = nn.Parameter(torch.empty(*shape))
         self.bias = nn.Parameter(torch.empty(*shape))

@@ -29,13 +29,27 @@ class FusedAdam(Optimizer):
         assert adam_w_mode, "L2 regularisation is not decoupled weight decay"
         assert not amsgrad
         assert not master_weights
-        defaults = {"lr": torch.tensor(lr), "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        defaults = {
+            "lr": torch.tensor(lr),
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+        }
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
 
-    def step(self, closure: Any = None, grads: Any = None, output_params: Any = None, scale: Any = None,
-             grad_norms: Any = None, grad_scaler: Any = None) -> None:  # fmt: skip
-        assert (closure, grads, output_params, scale, grad_norms) == (None,) * 5, "no longer supported"
+    def step(
+        self,
+        closure: Any = None,
+        grads: Any = None,
+        output_params: Any = None,
+        scale: Any = None,
+        grad_norms: Any = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        assert (closure, grads, output_params, scale, grad_norms) == (None,) * 5, (
+            "no longer supported"
+        )
         for group in self.param_groups:
             device = group["params"][0].device
             # It goes by the flag that lies there, which is the last one it was told.
@@ -63,20 +77,29 @@ class FusedAdam(Optimizer):
             _kernel(self._dummy_overflow_buf, lists, group, inverse_scale)
 
 
-def _kernel(flag: Tensor, lists: list[tuple[Tensor, ...]], group: dict[str, Any], inverse_scale: Tensor) -> None:
-    """What the capturable kernel computes, selected and not branched on, since a host must not ask."""
+def _kernel(
+    flag: Tensor, lists: list[tuple[Tensor, ...]], group: dict[str, Any], inverse_scale: Tensor
+) -> None:
+    """What the capturable kernel computes, selected and not branched on, since a host must not
+    ask."""
     lr, step = group["lr"], group["step"]
-    assert (lr.dtype, lr.numel(), step.dtype, step.numel()) == (torch.float32, 1, torch.int32, 1), "data_ptr<...>()"
+    assert (lr.dtype, lr.numel(), step.dtype, step.numel()) == (torch.float32, 1, torch.int32, 1), (
+        "data_ptr<...>()"
+    )
     assert inverse_scale.dtype == torch.float32
     beta1, beta2 = group["betas"]
     assert group["bias_correction"]
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for number, tensors in enumerate(lists):
-        assert not any(isinstance(tensor, DTensor) for tensor in tensors), "a DTensor has no memory of its own"
+        assert not any(isinstance(tensor, DTensor) for tensor in tensors), (
+            "a DTensor has no memory of its own"
+        )
         assert all(tensor.is_contiguous() for tensor in tensors), "A tensor was not contiguous."
         assert len({tensor.numel() for tensor in tensors}) == 1, "Size mismatch"
         assert {tensor.dtype for tensor in tensors} == {torch.float32}, "one type for all four"
-        assert tensors[0].numel(), f"an empty tensor, number {number}: behind it nothing would be launched"
+        assert tensors[0].numel(), (
+            f"an empty tensor, number {number}: behind it nothing would be launched"
+        )
         gradient, weight, average, square = tensors
         scaled = gradient * inverse_scale
         new_average = beta1 * average + (1 - beta1) * scaled

@@ -1,0 +1,166 @@
+"""The chain of hashes through a journal's lines: which verify, which are damaged, and what is torn
+off the end.
+
+Pure functions over bytes. One damaged line must not condemn those behind it, so after a line that
+does not verify the next may follow either from the hash it states or from the one its bytes have.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from opt_logbook.record.codec import GENESIS, CodecError, decode, digest, parse, split
+from opt_logbook.record.events import Entry
+
+_CANDIDATES_MAX = 12
+"""Hashes a line may follow from, after damage. A flipped bit needs 4 at most; the rest is rubbish
+anyway."""
+
+
+class Damage(NamedTuple):
+    """A line (counted from 1) that does not verify, and why."""
+
+    line: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest line: its number and its hash. As text `seq hash`."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq} {self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Head":
+        """The head that `text` names.
+
+        Raises:
+            ValueError: `text` is not a number and a hash.
+        """
+        seq, hash_ = text.split()
+        if len(hash_) != len(GENESIS):
+            raise ValueError(f"{text!r} does not end in a hash")
+        return cls(int(seq), hash_)
+
+
+NO_LINE = Head(0, GENESIS)
+"""The head of an empty journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What verifying the bytes of a journal found. Lines count from 1."""
+
+    good: tuple[int, ...]
+    """Numbers of the lines that verify."""
+    damaged: tuple[Damage, ...]
+    lines: tuple[bytes, ...]
+    """All whole lines, without newlines, damaged ones included."""
+    torn_bytes: int
+    """Length of the torn last line, 0 where there is none."""
+    follow: str
+    """The hash that the next line to be appended follows from."""
+
+
+def check(data: bytes) -> Chain:
+    """Verify every line's hash. A last line that is unterminated or no JSON is torn; any other
+    failure is damage."""
+    end = data.rfind(b"\n") + 1
+    lines = data[:end].split(b"\n")[:-1]
+    torn_bytes = len(data) - end
+    if not torn_bytes and lines and _is_torn(lines[-1]):
+        torn_bytes = len(lines.pop()) + 1
+    good: list[int] = []
+    damaged: list[Damage] = []
+    candidates = [GENESIS]
+    for number, line in enumerate(lines, 1):
+        parts = split(line)
+        if parts is not None and any(digest(c, parts[0]) == parts[1] for c in candidates):
+            good.append(number)
+            candidates = [parts[1]]
+        else:
+            why = (
+                "its hash does not fit its content and the line before"
+                if parts
+                else "it does not end in a hash"
+            )
+            damaged.append(Damage(number, why))
+            candidates = _after_damage(line, candidates)
+    return Chain(tuple(good), tuple(damaged), tuple(lines), torn_bytes, candidates[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A journal as read."""
+
+    entries: tuple[Entry, ...]
+    """Those that verify, in order."""
+    lines: tuple[int, ...]
+    """The line number of each entry. It is the entry's `seq` too, unless damage split or merged
+    lines."""
+    damaged: tuple[Damage, ...]
+    torn_bytes: int
+    line_count: int
+    """Whole lines, damaged ones included; a torn one would be the next."""
+    good_bytes: int
+    """Length of the file without the torn line."""
+    head: Head
+    """What the next line follows from."""
+    hashes: frozenset[str]
+    """What the lines say their hashes are, damaged ones included."""
+
+
+def read_bytes(data: bytes) -> Reading:
+    """Verify and decode a journal."""
+    chain = check(data)
+    entries: list[Entry] = []
+    lines: list[int] = []
+    damaged = list(chain.damaged)
+    for number in chain.good:
+        try:
+            entries.append(decode(chain.lines[number - 1]))
+            lines.append(number)
+        except CodecError as error:
+            damaged.append(Damage(number, f"it verifies but cannot be read: {error}"))
+    trailing = len(chain.lines) - (lines[-1] if lines else 0)
+    return Reading(
+        entries=tuple(entries),
+        lines=tuple(lines),
+        damaged=tuple(sorted(damaged)),
+        torn_bytes=chain.torn_bytes,
+        line_count=len(chain.lines),
+        good_bytes=len(data) - chain.torn_bytes,
+        head=Head((entries[-1].seq if entries else 0) + trailing, chain.follow),
+        hashes=frozenset(parts[1] for parts in map(split, chain.lines) if parts),
+    )
+
+
+def _is_torn(line: bytes) -> bool:
+    try:
+        parse(line)
+    except CodecError:
+        return True
+    return False
+
+
+def _after_damage(line: bytes, candidates: list[str]) -> list[str]:
+    """Hashes the line behind a damaged one may follow from, likeliest first.
+
+    The stated one, if a field was damaged; the computed one, if the hash was; and those before, if
+    the line is foreign or a piece of a line that a damaged byte split in two.
+    """
+    parts = split(line)
+    stated = line[-66:-2].decode("ascii", "replace")
+    bodies = {line[:-75], line[: line.rfind(b',"hash":')]} if parts is None else {parts[0]}
+    computed = [digest(c, b) for c in candidates[:3] for b in sorted(bodies)]
+    plausible = (
+        [stated] if len(stated) == len(GENESIS) and set(stated) <= set("0123456789abcdef") else []
+    )
+    return (
+        (plausible + candidates[:4] + computed)[:_CANDIDATES_MAX]
+        if plausible
+        else (computed + candidates)[:12]
+    )

@@ -1,0 +1,120 @@
+"""Letters to whoever holds the journal: a note, a request to stop. Dropped by rename, read in
+order, never trusted."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opt_logbook.record.run_directory import RunDirectory
+
+MESSAGE_BYTES_MAX = 1 << 16
+REFUSED = "refused"
+"""Folder inside the inbox for files that are no message; they lie there for a person to look at."""
+
+_NO_LETTER = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
+"""What opening says of a link, a socket, a device or a file that is not for us; any other error may
+pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A message that waits. Remove it once what it asks for is durable."""
+
+    path: Path
+    message: dict[str, Any]
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def drop(run: RunDirectory, message: Mapping[str, Any]) -> Path:
+    """Leave `message` for the holder of the journal; it is whole or not there.
+
+    Raises:
+        ValueError: the message is longer than `MESSAGE_BYTES_MAX`, or no JSON.
+    """
+    text = json.dumps(dict(message), allow_nan=False, ensure_ascii=False).encode("utf-8", "replace")
+    if len(text) > MESSAGE_BYTES_MAX:
+        raise ValueError(
+            f"a message of {len(text)} bytes is too long; {MESSAGE_BYTES_MAX} are the most"
+        )
+    run.inbox.mkdir(exist_ok=True)
+    name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.json"
+    hidden = run.inbox / f".{name}"
+    with hidden.open("wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return hidden.rename(run.inbox / name)
+
+
+def waiting(run: RunDirectory) -> list[Dropped]:
+    """The messages that wait, oldest first; they stay until removed. What is no message is set
+    aside."""
+    messages: list[Dropped] = []
+    try:
+        names = sorted(os.listdir(run.inbox))
+    except (FileNotFoundError, NotADirectoryError):
+        return messages
+    for name in names:
+        path = run.inbox / name
+        if name.startswith(".") or name == REFUSED:
+            continue
+        try:
+            messages.append(Dropped(path, _read(path)))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            # A sick disk or too many open files say nothing about the letter: it waits for the next
+            # time.
+            if error.errno in _NO_LETTER:
+                _refuse(run, path)
+        except (ValueError, RecursionError):
+            _refuse(run, path)
+    return messages
+
+
+def take(run: RunDirectory) -> list[dict[str, Any]]:
+    """The messages that wait, oldest first, removed from the inbox."""
+    messages = waiting(run)
+    for dropped in messages:
+        dropped.remove()
+    return [dropped.message for dropped in messages]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The message in the file.
+
+    Raises:
+        ValueError: it is no regular file, too long, or not a JSON object with a `kind`.
+    """
+    # No links followed, and a FIFO must not make the supervisor wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        text = os.read(descriptor, MESSAGE_BYTES_MAX + 1)
+    finally:
+        os.close(descriptor)
+    if len(text) > MESSAGE_BYTES_MAX:
+        raise ValueError("too long")
+    payload = json.loads(text)
+    if not isinstance(payload, dict) or not isinstance(payload.get("kind"), str):
+        raise ValueError("not a message")
+    return payload
+
+
+def _refuse(run: RunDirectory, path: Path) -> None:
+    # If even this fails the file stays, and is refused again the next time: the supervisor must
+    # live.
+    with contextlib.suppress(OSError):
+        (run.inbox / REFUSED).mkdir(exist_ok=True)
+        path.rename(run.inbox / REFUSED / path.name)

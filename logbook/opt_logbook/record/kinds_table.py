@@ -1,0 +1,44 @@
+"""The table of kinds in docs/journal.md, made from the dataclasses so that it cannot lie."""
+
+import inspect
+import re
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from opt_logbook.record.events import Event
+
+
+def kinds_table() -> str:
+    """Markdown: every kind of journal line with its fields, in the order of `events.py`."""
+    parts = []
+    for kind, cls in Event.registry.items():
+        hints = get_type_hints(cls)
+        items = []
+        for field in fields(cls):  # type: ignore[arg-type]  # every registered kind is a dataclass
+            optional = field.default is not MISSING or field.default_factory is not MISSING
+            items.append(
+                f"| `{field.name}` | {_type_name(hints[field.name])} | "
+                f"{'optional' if optional else ''} |"
+            )
+        table = "\n".join(["| field | type | |", "|---|---|---|", *items])
+        parts.append(f"### `{kind}`\n\n{_words(cls)}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _words(cls: type) -> str:
+    """The docstring on one line, in Markdown's code marks."""
+    text = re.sub(r"\s+", " ", inspect.getdoc(cls) or "").strip()
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"list of {_type_name(get_args(hint)[0])}"
+    if get_origin(hint) is not None:
+        return "object"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    return names.get(hint, f"`{hint.__name__}`: file, line, text")
+
+
+if __name__ == "__main__":
+    print(kinds_table(), end="")

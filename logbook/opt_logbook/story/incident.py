@@ -1,0 +1,244 @@
+"""One incident as the chronicle tells it: seen, cause and evidence, done, cost, outcome."""
+
+from dataclasses import dataclass
+
+from opt_logbook.record.events import IncidentClosed, RunHalted
+from opt_logbook.record.run_directory import tier_of
+from opt_logbook.story.format import CAUSES, TIERS, clock, duration, listed, many, moment, sentence
+from opt_logbook.story.incidents import Attempt, Incident, Recorded, Story
+from opt_logbook.story.sentences import Sentence
+
+QUOTES_MAX = 12
+"""Evidence shown for one incident; the journal has all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A line of evidence. `file` is empty where the supervisor itself observed it."""
+
+    file: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    said: tuple[Sentence, ...]
+    quotes: tuple[Quote, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentStory:
+    number: int
+    heading: str
+    sections: tuple[Section, ...]
+
+
+def place_of(incident: Incident, attempts: list[Attempt]) -> int | None:
+    """Index of the attempt whose entry tells the incident: the one it led to; None: none has
+    followed yet."""
+    for index, attempt in enumerate(attempts):
+        if attempt.started and attempt.started.event.incident == incident.number:
+            return index
+    first = min(incident.lines, default=0)
+    for index, attempt in enumerate(attempts):
+        if attempt.first_line > first:
+            return index
+    return None
+
+
+def incident_sentences(incident: Incident, story: Story) -> IncidentStory:
+    """The incident in five parts. What the journal does not tell is said to be missing."""
+    return IncidentStory(
+        incident.number,
+        _heading(incident),
+        (
+            Section("What was seen", _seen(incident)),
+            _cause(incident),
+            Section("What was done", _done(incident)),
+            Section("What it cost", _cost(incident, story)),
+            Section("Outcome", _outcome(incident, story)),
+        ),
+    )
+
+
+def _heading(incident: Incident) -> str:
+    heading = f"Incident {incident.number}"
+    if incident.diagnosed:
+        event = incident.diagnosed.event
+        where = (
+            f"rank {event.rank} on {event.node}"
+            if event.rank >= 0 and event.cause != "node_failure"
+            else event.node
+        )
+        joint = "," if where.startswith("rank") else " on"
+        heading += f" · {event.cause}" + (f"{joint} {where}" if where else "")
+    if incident.seen:
+        heading += f" · {moment(incident.seen[0].time)}"
+        if incident.seen[0].step is not None:
+            heading += f", after step {incident.seen[0].step:,}"
+    return heading
+
+
+def _seen(incident: Incident) -> tuple[Sentence, ...]:
+    if not incident.seen:
+        return (Sentence("The line of the journal that told the first sign is missing."),)
+    said = []
+    shown = incident.seen[0].time
+    for told in incident.seen:
+        event = told.event
+        named = event.rank < 0 or f"rank {event.rank} " in event.what.lower()
+        where = event.node if named else f"rank {event.rank} on {event.node}"
+        of = f", {where}" if where and where not in event.what else ""
+        step = (
+            f", after step {told.step:,} of attempt {told.entry.attempt}"
+            if told.step is not None
+            else ""
+        )
+        said.append(
+            Sentence(f"{clock(told.time, shown)}{of}{step}: {sentence(event.what)}", (told.line,))
+        )
+        shown = told.time
+    return tuple(said)
+
+
+def _cause(incident: Incident) -> Section:
+    title = "Cause and evidence"
+    if incident.diagnosed is None:
+        return Section(title, (Sentence("It has not been diagnosed."),))
+    event, line = incident.diagnosed.event, (incident.diagnosed.line,)
+    words = CAUSES.get(event.cause)
+    said = [Sentence(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)]
+    if event.detail:
+        said.append(Sentence(sentence(event.detail), line))
+    most = (
+        f" (the first {QUOTES_MAX} of {len(event.evidence)})"
+        if len(event.evidence) > QUOTES_MAX
+        else ""
+    )
+    words = (
+        f"Confidence {event.confidence:.0%}, on this evidence{most}:"
+        if event.evidence
+        else "No evidence."
+    )
+    said.append(Sentence(words, line))
+    quotes = [
+        Quote(evidence.file, evidence.line, evidence.text)
+        for evidence in event.evidence[:QUOTES_MAX]
+    ]
+    return Section(title, tuple(said), tuple(quotes))
+
+
+def _done(incident: Incident) -> tuple[Sentence, ...]:
+    said: list[Sentence] = []
+    shown = incident.seen[-1].time if incident.seen else None
+    if incident.diagnosed and incident.diagnosed.event.action:
+        said.append(
+            Sentence(
+                f"Decided: {incident.diagnosed.event.action.rstrip('.')}.",
+                (incident.diagnosed.line,),
+            )
+        )
+    if incident.killed:
+        count = incident.killed.event.killed
+        alive = f"; {many(count, 'rank')} still alive had to be killed" if count else ""
+        said.append(
+            Sentence(f"All ranks of the generation were ended{alive}.", (incident.killed.line,))
+        )
+    for failed in incident.failed_nodes:
+        said.append(
+            Sentence(f"{failed.event.node} was taken out and is not used again.", (failed.line,))
+        )
+    for promoted in incident.promoted:
+        said.append(
+            Sentence(
+                f"{promoted.event.node} took the place of {promoted.event.replaces}.",
+                (promoted.line,),
+            )
+        )
+    for rejected in incident.rejected:
+        text = (
+            f"The {TIERS[tier_of(rejected.event.path)]} {rejected.event.path} did not verify "
+            f"({rejected.event.why}); "
+            "an older one was looked for."
+        )
+        said.append(Sentence(text, (rejected.line,)))
+    for restart in incident.restarts:
+        event = restart.event
+        source = (
+            f"the {TIERS[tier_of(event.checkpoint)]} of step {restart.step or 0:,} "
+            f"({event.checkpoint})"
+            if event.checkpoint
+            else "the initial weights"
+        )
+        said.append(
+            Sentence(
+                f"{clock(restart.time, shown)}: attempt {restart.entry.attempt} was started on "
+                f"{listed(event.nodes)} "
+                f"from {source}.",
+                (restart.line,),
+            )
+        )
+        shown = restart.time
+    return tuple(said) or (Sentence("Nothing yet."),)
+
+
+def _cost(incident: Incident, story: Story) -> tuple[Sentence, ...]:
+    if incident.closed is None:
+        return (Sentence("Not known yet: it was not over when the journal was last written."),)
+    event, line = incident.closed.event, (incident.closed.line,)
+    tokens = event.steps_lost * (story.created.event.tokens_per_step if story.created else 0)
+    lost = f"{many(event.steps_lost, 'step')}{f' ({tokens:,} tokens)' if tokens else ''}"
+    if event.outcome != "recovered":
+        work = (Sentence(f"The work of {lost} was lost.", line),) if event.steps_lost else ()
+        return (*work, Sentence(_time_until_the_end(incident.closed), line))
+    return (
+        Sentence(
+            f"{lost} had to be done again."
+            if event.steps_lost
+            else "No step had to be done again.",
+            line,
+        ),
+        Sentence(
+            f"{duration(event.seconds_lost)} from the failure until training was back where it "
+            "had been; "
+            f"{duration(event.down_seconds)} of them without any training.",
+            line,
+        ),
+    )
+
+
+def _time_until_the_end(closed: Recorded[IncidentClosed]) -> str:
+    event = closed.event
+    end = f"the run {event.outcome if event.outcome in ('stopped', 'halted') else 'ended'}"
+    if event.down_seconds < event.seconds_lost:
+        return (
+            f"Training went on after {duration(event.down_seconds)}, but was not yet back where "
+            "it had been "
+            f"{duration(event.seconds_lost)} after the failure, when {end}."
+        )
+    return f"Training did not go on; {duration(event.seconds_lost)} until {end}."
+
+
+def _outcome(incident: Incident, story: Story) -> tuple[Sentence, ...]:
+    if incident.closed is None:
+        return (Sentence("Open when the journal was last written."),)
+    line = (incident.closed.line,)
+    outcome = incident.closed.event.outcome
+    if outcome == "recovered":
+        attempt = incident.closed.entry.attempt
+        place = f" in attempt {attempt}" if attempt else ""
+        return (Sentence(f"Recovered: training went on{place}.", line),)
+    if outcome == "halted":
+        for entry in story.reading.entries:
+            # A run may halt more than once: the halt that closed this incident is the first behind
+            # it.
+            if entry.seq > incident.closed.line and isinstance(entry.event, RunHalted):
+                question = sentence(entry.event.question)
+                return (Sentence(f"Halted; a person must decide: {question}", (*line, entry.seq)),)
+    return (
+        Sentence(
+            f"The run {outcome}." if outcome in ("stopped", "halted") else sentence(outcome), line
+        ),
+    )

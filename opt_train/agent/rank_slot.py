@@ -1,0 +1,340 @@
+"""A rank slot of a node: the rank that runs in it, and the warm spare that waits beside it.
+
+Importing torch is most of a restart, so each slot keeps one process that has done so and waits for
+`Begin`. The next spare is started only when the running rank has done its first step, so that
+imports never compete with a start.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.agent.rank_log import LogCopies
+from opt_train.agent.rank_process import RankProcess
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.facts import (
+    ExitNotice,
+    Metrics,
+    Phase,
+    Progress,
+    RankExited,
+    RankFact,
+    SlotState,
+    SnapshotTaken,
+    Stacks,
+    Warm,
+)
+from opt_train.protocol.framing import Message, to_line
+
+STACKS_SECONDS = 2.0
+"""Time for a rank to write its stacks before it is killed."""
+SPARE_ATTEMPTS = 3
+"""Spares that may die one after another before a rank that waits for one is reported as dead."""
+_BACKOFF_SECONDS_MAX = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Rank:
+    """The rank that runs in a slot, as far as its agent has heard."""
+
+    process: RankProcess
+    begin: Begin
+    phase: str = "start"
+    step: int = -1
+    since: float = field(default_factory=time.monotonic)
+    """Monotonic seconds at the start of the phase or its last `Progress`."""
+    first_step: int = -1
+    has_stepped: bool = False
+    leaving: ExitNotice | None = None
+    ending: bool = False
+
+
+class RankSlot:
+    """One slot. `tell` takes facts that must arrive, `relay` metrics lines, which may be lost;
+    `snapshot` holds what a rank, with its pid and the command that began it, has taken."""
+
+    def __init__(
+        self,
+        slot: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        run: RunDirectory,
+        warm_logs: Path,
+        logs: LogCopies,
+        tell: Callable[[Message], None],
+        relay: Callable[[RankFact], None],
+        snapshot: Callable[[int, Begin, SnapshotTaken], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.slot = slot
+        self._command, self._environment = command, environment
+        self._run, self._warm_logs, self._logs = run, warm_logs, logs
+        self._tell, self._relay, self._snapshot, self._changed = tell, relay, snapshot, changed
+        self._spare: RankProcess | None = None
+        self._spare_is_warm = False
+        self._spares_started = 0
+        self._spares_lost = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._running: _Rank | None = None
+        self._pending: Begin | None = None
+        self._pending_since = 0.0
+        self._killed_up_to = 0
+        self._closed = False
+
+    # What the agent asks --------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Start warming the first spare."""
+        self._ensure_spare()
+
+    def begin(self, command: Begin) -> None:
+        """Make the spare the rank of `command`, as soon as one is warm. Safe to receive twice."""
+        newest = self._pending or (self._running.begin if self._running else None)
+        if command.generation <= self._killed_up_to or (
+            newest and command.generation <= newest.generation
+        ):
+            log.info("slot %d: generation %d is not begun (again)", self.slot, command.generation)
+            return
+        self._pending, self._pending_since = command, time.monotonic()
+        if self._running is not None:  # no two generations train at once
+            self._running.process.kill()
+        self._ensure_spare()
+        self._begin_pending()
+
+    def forget_pending(self) -> None:
+        """Drop a begin that waits for a spare: what does not run when a link opens will not, unless
+        begun again."""
+        self._pending = None
+
+    def relay_order(self, generation: int, order: Message) -> None:
+        """Pass an order on to the running rank, if it is of that generation."""
+        if self._running is None or self._running.begin.generation != generation:
+            log.info("slot %d: no rank of generation %d to order anything", self.slot, generation)
+        elif not self._running.process.tell(to_line(order)):
+            log.warning("slot %d: the rank does not read its control pipe", self.slot)
+
+    async def end(self, generation: int, stacks: bool) -> None:
+        """Kill the rank if its generation is at most `generation`; returns when none lives any
+        more."""
+        self._killed_up_to = max(self._killed_up_to, generation)
+        if self._pending is not None and self._pending.generation <= generation:
+            self._pending = None
+        rank = self._running
+        if rank is None or rank.begin.generation > generation:
+            return
+        if stacks and not rank.ending:
+            rank.ending = True
+            await self._collect_stacks(rank)
+        rank.process.kill()
+        await rank.process.ended.wait()
+
+    async def close(self) -> None:
+        """Kill rank and spare; returns when both are gone. Nothing is started any more."""
+        self._closed = True
+        self._pending = None
+        if self._retry is not None:
+            self._retry.cancel()
+        running = self._running.process if self._running else None
+        processes = [p for p in (running, self._spare) if p is not None]
+        for process in processes:
+            process.kill()
+        for process in processes:
+            await process.ended.wait()
+
+    def state(self) -> SlotState:
+        """The slot now."""
+        process = self._running.process if self._running else self._spare
+        begin, phase, step, since = self._pending, "start", -1, self._pending_since
+        if self._running is not None:
+            rank = self._running
+            begin, phase, step, since = rank.begin, rank.phase, rank.step, rank.since
+            stage = "running"
+        elif self._spare is not None:
+            stage = "warm" if self._spare_is_warm else "warming"
+        else:
+            stage = "empty"
+        return SlotState(
+            slot=self.slot,
+            stage=stage,
+            spare=self._spare is not None and self._spare_is_warm,
+            pid=process.pid if process else 0,
+            generation=begin.generation if begin else 0,
+            attempt=begin.attempt if begin else "",
+            rank=begin.rank if begin else -1,
+            phase=phase if begin else "",
+            step=step if begin else -1,
+            phase_seconds=round(time.monotonic() - since, 3) if begin else 0.0,
+            process_state=process.process_state if process else "",
+        )
+
+    def runs(self, generation: int, rank: int) -> bool:
+        """Whether `rank` of `generation` runs here."""
+        begun = self._running.begin if self._running else None
+        return begun is not None and (begun.generation, begun.rank) == (generation, rank)
+
+    # The spare ------------------------------------------------------------------------------------
+
+    def _ensure_spare(self) -> None:
+        busy_starting = (
+            self._running is not None and not self._running.has_stepped and self._pending is None
+        )
+        if self._closed or self._spare is not None or self._retry is not None or busy_starting:
+            return
+        self._spares_started += 1
+        self._spare_is_warm = False
+        try:
+            self._spare = RankProcess(self._command, self._environment, self._heard, self._gone)
+        except OSError as error:
+            log.error("slot %d: a spare cannot be started: %s", self.slot, error)
+            self._spare_lost()
+        self._changed()
+
+    def _spare_lost(self) -> None:
+        self._spares_lost += 1
+        # Bounded before it is a power: after a night of lost spares that is no number any more.
+        delay = min(0.25 * 2 ** min(self._spares_lost, 10), _BACKOFF_SECONDS_MAX)
+        self._retry = asyncio.get_running_loop().call_later(delay, self._retry_spare)
+
+    def _retry_spare(self) -> None:
+        self._retry = None
+        self._ensure_spare()
+
+    def _begin_pending(self) -> None:
+        if (
+            self._pending is None
+            or self._running is not None
+            or self._spare is None
+            or not self._spare_is_warm
+        ):
+            return
+        rank = self._running = _Rank(self._spare, self._pending)
+        self._spare, self._spare_is_warm, self._pending = None, False, None
+        self._logs.begin(rank.process.log, self._log_of(rank.begin))
+        if not rank.process.tell(to_line(rank.begin)):
+            log.warning("slot %d: the spare did not take its begin", self.slot)
+            rank.process.kill()
+        self._changed()
+
+    # What processes do ----------------------------------------------------------------------------
+
+    def _heard(self, process: RankProcess, fact: Message) -> None:
+        if process is self._spare:
+            if isinstance(fact, Warm) and not self._spare_is_warm:
+                self._spare_is_warm = True
+                self._spares_lost = 0
+                self._begin_pending()
+                self._changed()
+            return
+        rank = self._running
+        if rank is None or process is not rank.process:
+            return
+        match fact:
+            case Phase(phase=phase, step=step):
+                if phase == "step" and rank.first_step < 0:
+                    rank.first_step = step
+                rank.phase, rank.step, rank.since = phase, step, time.monotonic()
+                if rank.first_step >= 0 and (
+                    step > rank.first_step or phase in ("checkpoint", "evaluation")
+                ):
+                    self._has_stepped(rank)
+            case Progress():
+                rank.since = time.monotonic()
+            case Metrics():
+                self._relay(_relayed(rank, fact))
+                self._has_stepped(rank)
+            case SnapshotTaken():
+                self._snapshot(process.pid, rank.begin, fact)
+            case Warm():
+                pass
+            case _:
+                if isinstance(fact, ExitNotice):
+                    rank.leaving = fact
+                self._tell(_relayed(rank, fact))
+
+    def _has_stepped(self, rank: _Rank) -> None:
+        if not rank.has_stepped:
+            rank.has_stepped = True
+            self._ensure_spare()
+
+    def _gone(self, process: RankProcess) -> None:
+        if process is self._spare:
+            self._spare, self._spare_is_warm = None, False
+            path = self._warm_logs / f"slot{self.slot}-{self._spares_started - 1:04d}.log"
+            if process.log.size:
+                self._logs.begin(process.log, path)
+            if not self._closed:
+                log.warning(
+                    "slot %d: the spare died (%s); see %s", self.slot, process.returncode, path
+                )
+                self._spare_lost()
+            if self._pending is not None and self._spares_lost >= SPARE_ATTEMPTS:
+                self._tell_exit(_Rank(process, self._pending), path)
+                self._pending = None
+        elif self._running is not None and process is self._running.process:
+            rank, self._running = self._running, None
+            self._tell_exit(rank, self._log_of(rank.begin))
+            self._begin_pending()
+            self._ensure_spare()
+        self._logs.end(process.log)
+        self._changed()
+
+    def _tell_exit(self, rank: _Rank, log_path: Path) -> None:
+        process = rank.process
+        code = process.returncode if process.returncode is not None else 0
+        self._tell(
+            RankExited(
+                generation=rank.begin.generation,
+                rank=rank.begin.rank,
+                slot=self.slot,
+                pid=process.pid,
+                code=code if code >= 0 else None,
+                signal=-code if code < 0 else None,
+                killed_by_agent=process.killed_by_agent,
+                leaving=rank.leaving,
+                phase=rank.phase,
+                step=rank.step,
+                log_tail=process.log.tail(self._name(log_path)),
+            )
+        )
+
+    async def _collect_stacks(self, rank: _Rank) -> None:
+        written = rank.process.log
+        state, before = rank.process.process_state, written.size
+        rank.process.ask_stacks()
+        size, deadline = before, time.monotonic() + STACKS_SECONDS
+        while state != "T" and not rank.process.ended.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+            grown = written.size
+            if size > before and grown == size:
+                break  # it wrote, and has finished
+            size = grown
+        lines = written.tail(self._name(self._log_of(rank.begin)), after_byte=before)
+        self._tell(Stacks(rank.begin.generation, rank.begin.rank, bool(lines), state, lines))
+
+    def _log_of(self, begin: Begin) -> Path:
+        return self._run.rank_log(begin.attempt, begin.node, begin.rank)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._run.path).as_posix()
+
+
+def _relayed(rank: _Rank, fact: Message) -> RankFact:
+    return RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact)
+
+
+def rank_environment(mark: Mapping[str, str], threads: int, interface: str) -> dict[str, str]:
+    """The environment of a node's ranks: this process's, with `mark`, threads of a rank and the
+    network interface."""
+    environment = {**os.environ, **mark, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+        environment["NCCL_SOCKET_IFNAME"] = interface
+    return environment

@@ -1,0 +1,309 @@
+"""What an agent does to hold checkpoints: it takes its ranks' snapshots, fetches what it is told,
+gives to others.
+
+Nothing here decides what is held or where: commands do. Nothing here waits for a disk or a peer in
+the event loop.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.agent.snapshots import transfer
+from opt_train.agent.snapshots.store import (
+    NotHeld,
+    SnapshotStore,
+    check_words,
+    directory_of,
+    place_of,
+)
+from opt_train.agent.snapshots.transfer import TransferServer, Unreachable
+from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.manifest import (
+    LATE_SECONDS,
+    LOOK_AGAIN_SECONDS,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    may_be_late,
+)
+from opt_train.host.worker_thread import WorkerThread
+from opt_train.link.secret import SecretUnusable, read_secret
+from opt_train.protocol.commands import Begin, Drop, Fetch
+from opt_train.protocol.facts import (
+    Fetched,
+    HeldFiles,
+    NumberedFact,
+    SavedFile,
+    SnapshotHeld,
+    SnapshotTaken,
+)
+from opt_train.protocol.framing import Message, ProtocolError, parse, to_line
+from opt_train.run.records import MEMORY, path_of_save
+
+STATE_BYTES_MAX = 256 << 10
+"""A rank's `state.json` is a few KB; a larger one is none."""
+FETCHES = 2
+"""Worked on at a time; each goes through its files one by one."""
+OPEN_SECONDS = 30.0
+"""Longest wait for the node's disk and the host's name before the agent goes on without what it
+cannot have."""
+
+log = logging.getLogger(__name__)
+
+
+class SnapshotService:
+    """The checkpoints that one agent holds."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        node: str,
+        node_directory: str,
+        tell: Callable[[Message], None],
+        start: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
+    ) -> None:
+        """`tell` takes facts that must arrive; `start` runs a task, and sees to it that its failure
+        is noticed."""
+        self._run, self._tell, self._start = run, tell, start
+        self._helper = WorkerThread()
+        self.shelf = SnapshotStore(
+            directory_of(node_directory), place_of(run.path, node), self._helper
+        )
+        self._server = TransferServer(self.shelf, self._secret)
+        self._known_secret = b""
+        self._slots = asyncio.Semaphore(FETCHES)
+        self._under_way: dict[str, list[tuple[Fetch, asyncio.Task[None]]]] = {}
+        self.address = ""
+        """``host:port`` at which others get what is held; empty: nothing can be had."""
+
+    async def open(self, serve: bool, interface: str) -> None:
+        """Find what an earlier agent left on the node's disk; with `serve`, listen for other agents
+        at `interface`.
+
+        What fails is logged, and the agent goes on without.
+        """
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                await self.shelf.open()
+        except (OSError, TimeoutError) as trouble:
+            log.error(
+                "what lies in %s is not held: %s",
+                self.shelf.folder,
+                str(trouble) or "its disk does not answer",
+            )
+        if not serve:
+            return
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                self.address = await self._server.start(
+                    await self._helper.do(transfer.host_of, interface)
+                )
+        except (OSError, TimeoutError) as trouble:
+            log.error(
+                "other nodes can get nothing from this one: %s",
+                str(trouble) or "the host's name is not found",
+            )
+            return
+        if self.address.startswith("127.") and interface != "lo":
+            log.warning("only this host reaches %s: set cluster.interface", self.address)
+
+    async def close(self) -> None:
+        """Let everything go, but what is on the node's disk."""
+        await self._server.stop()
+        tasks = [task for waiting in self._under_way.values() for _, task in waiting]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.shelf.close()
+        self._helper.close()
+
+    def held(self) -> tuple[HeldFiles, ...]:
+        """All files by checkpoint."""
+        return self.shelf.held()
+
+    # A rank's snapshot ----------------------------------------------------------------------------
+
+    def snapshot(self, pid: int, begin: Begin, taken: SnapshotTaken) -> None:
+        """Hold what the rank of `begin`, process `pid`, says it has taken, and tell it; a log line
+        if that fails."""
+        path = path_of_save(begin.attempt, taken.step, MEMORY)
+        try:
+            for file in taken.files:
+                self.shelf.take(path, file.path, pid, file.fd, file.bytes, file.sha256)
+            held = SnapshotHeld(
+                generation=begin.generation,
+                attempt=begin.attempt,
+                rank=begin.rank,
+                step=taken.step,
+                files=tuple(SavedFile(file.path, file.bytes, file.sha256) for file in taken.files),
+                seconds=taken.seconds,
+                state=self._state(path, taken) if begin.rank == 0 else None,
+            )
+            parse(
+                to_line(NumberedFact(0, held))
+            )  # a state that the supervisor could not read would cost the link
+        except (NotHeld, OSError, ProtocolError, ValueError, RecursionError) as trouble:
+            log.warning(
+                "the snapshot of rank %d at step %d is not held: %s",
+                begin.rank,
+                taken.step,
+                trouble,
+            )
+            self.shelf.let_go(path, [file.path for file in taken.files])
+            return
+        self._tell(held)
+
+    def _state(self, path: str, taken: SnapshotTaken) -> dict[str, Any]:
+        content = self.shelf.small_file(path, STATE, STATE_BYTES_MAX)
+        said = next((file.sha256 for file in taken.files if file.path == STATE), "")
+        if hashlib.sha256(content).hexdigest() != said:
+            raise NotHeld(f"{STATE} of {path} has another hash than the rank said")
+        state = json.loads(content)
+        if not isinstance(state, dict):
+            raise NotHeld(f"{STATE} of {path} is not a JSON object")
+        return state
+
+    # Commands -------------------------------------------------------------------------------------
+
+    def fetch(self, command: Fetch) -> None:
+        """Begin to carry `command` out, after others of the same checkpoint; it is not begun
+        twice."""
+        waiting = self._under_way.setdefault(command.path, [])
+        if any(other == command for other, _ in waiting):
+            return
+        task = self._start(self._fetch(command, waiting[-1][1] if waiting else None))
+        waiting.append((command, task))
+
+    def drop(self, command: Drop) -> None:
+        """Hold nothing of the checkpoint any more, and fetch nothing of it."""
+        for _, task in self._under_way.pop(command.path, []):
+            task.cancel()
+        try:
+            self.shelf.drop(command.path)
+        except NotHeld as trouble:
+            log.error("nothing is dropped: %s", trouble)
+
+    async def _fetch(self, command: Fetch, before: "asyncio.Task[None] | None") -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        async with self._slots:
+            folder, why = "", ""
+            try:
+                manifest, content = await self._manifest(command)
+                await self._hold_all(command, manifest)
+                folder = await self.shelf.link(command.path, command.names, content)
+            except (CheckpointError, NotHeld) as trouble:
+                why = str(trouble)
+            except OSError as trouble:
+                why = f"{self.shelf.folder} cannot be used: {trouble.strerror or trouble}"
+        if why:
+            log.warning("%s could not be fetched: %s", command.path, why)
+        # Done before it is told: the same command is news from now on.
+        waiting = [item for item in self._under_way.pop(command.path, []) if item[0] != command]
+        if waiting:
+            self._under_way[command.path] = waiting
+        self._tell(Fetched(command.path, command.names, why, folder))
+
+    async def _manifest(self, command: Fetch) -> tuple[Manifest, bytes]:
+        """As `manifests.patiently`, with the helper free meanwhile. Raises `CheckpointError` or
+        `NotHeld`."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LATE_SECONDS
+        while True:
+            try:
+                return await self._helper.do(_read_manifest, self._run.path, command)
+            except CheckpointError as error:
+                folder = self._run.path / command.path
+                if loop.time() >= end or not await self._helper.do(may_be_late, folder, error):
+                    raise
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    async def _hold_all(self, command: Fetch, manifest: Manifest) -> None:
+        """Hold every file that can be had. Raises `NotHeld` if that is not all of them."""
+        failed = []
+        unreachable: dict[str, Unreachable] = {}
+        # Each node begins at its own part, so that not all of them ask the first one at once.
+        own = next(
+            (k for k, name in enumerate(command.names) if self.shelf.holds(command.path, name)), 0
+        )
+        for name in (*command.names[own:], *command.names[:own]):
+            source = command.sources.get(name, "")
+            try:
+                if name not in manifest.files:
+                    raise NotHeld(f"the manifest of {command.path} names no file {name!r}")
+                if not await self._is_here(command, name, manifest.files[name]):
+                    if source in unreachable:
+                        raise unreachable[source]
+                    await self._get(command, name, manifest.files[name], source)
+            except NotHeld as trouble:
+                failed.append(str(trouble))
+                if isinstance(trouble, Unreachable):
+                    unreachable[source] = trouble
+            except OSError as trouble:
+                failed.append(
+                    f"{name} of {command.path} cannot be written: {trouble.strerror or trouble}"
+                )
+        if failed:
+            more = f" ({len(failed) - 1} more files are missing)" if len(failed) > 1 else ""
+            raise NotHeld(failed[0] + more)
+
+    async def _is_here(self, command: Fetch, name: str, entry: FileEntry) -> bool:
+        """Whether the file is held and good, after copying what is held under the origin's path."""
+        if await self.shelf.is_good(command.path, name, entry):
+            return True
+        if command.origin in ("", command.path):
+            return False
+        try:
+            async with self.shelf.reading(command.origin, name) as file:
+                if not file.may_be(entry):
+                    return False
+                async with self.shelf.draft(command.path, name, entry) as draft:
+                    await draft.copy(file)
+                    await draft.shelve()
+        except NotHeld:
+            # A rank has written over it. Whether it did is found out by reading it once more, and
+            # then it goes.
+            await self.shelf.is_good(command.origin, name, entry)
+            return False
+        return True
+
+    async def _get(self, command: Fetch, name: str, entry: FileEntry, source: str) -> None:
+        if not source:
+            raise NotHeld(
+                f"{name} of {command.path} is not held here, and nobody was named who holds it"
+            )
+        try:
+            secret = await self._secret()
+        except SecretUnusable as trouble:
+            raise NotHeld(str(trouble)) from None
+        async with self.shelf.draft(command.path, name, entry) as draft:
+            await transfer.get(source, secret, command.origin or command.path, name, entry, draft)
+            await draft.shelve()
+
+    async def _secret(self) -> bytes:
+        # Read once: it lies on the shared file system.
+        self._known_secret = self._known_secret or await self._helper.do(
+            read_secret, self._run.secret
+        )
+        return self._known_secret
+
+
+def _read_manifest(run_directory: Path, command: Fetch) -> tuple[Manifest, bytes]:
+    """The checkpoint's manifest, and its bytes. Raises `CheckpointError` or `NotHeld`."""
+    for name in command.names or (STATE,):
+        check_words(command.path, name)
+    folder = run_directory / command.path
+    manifest = manifests.read(folder, command.manifest_sha256)
+    content = (folder / MANIFEST).read_bytes()
+    if hashlib.sha256(content).hexdigest() != command.manifest_sha256:
+        raise NotHeld(f"{folder / MANIFEST} has changed while it was read")
+    return manifest, content

@@ -1,0 +1,73 @@
+"""The configuration of a run: every room's dataclass in one, and its resolved form on disk.
+
+Neither torch nor Hydra is imported here: a rank and an agent read the resolved JSON and pay for
+neither.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from opt_train.checkpoint.config import CheckpointConfig
+from opt_train.clusters.config import ClusterConfig
+from opt_train.config.builder import build
+from opt_train.data.config import DataConfig, TokenizerConfig
+from opt_train.faults.config import FaultsConfig
+from opt_train.model.config import ModelConfig
+from opt_train.optim.config import OptimConfig
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.sinks.config import SinksConfig
+from opt_train.supervisor.config import SupervisorConfig
+from opt_train.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run. Changing a *training* key opens a lineage; *operational* keys may change at any
+    restart."""
+
+    name: str = "opt"
+    """The run's folder under `runs`: letters, digits, dots, dashes and underscores."""
+    runs: str = "runs"
+    """Folder of run directories."""
+    seed: int = 0
+    """Of the initial weights, the sample order and dropout."""
+    lineage: str = ""
+    """``new``: go on from the newest checkpoint under changed training keys."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.nodes * self.cluster.slots_per_node
+
+
+def to_json(config: RunConfig) -> str:
+    """The resolved configuration as JSON, the same bytes for the same values."""
+    return json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+def sha256_of(config: RunConfig) -> str:
+    """Hash of `to_json`: what `Begin.config_sha256` carries."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def from_json(path: Path) -> RunConfig:
+    """The configuration that `to_json` wrote to `path`.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is no JSON.
+        BadInput: a key is unknown or its value of another type.
+    """
+    return build(RunConfig, json.loads(path.read_text()))

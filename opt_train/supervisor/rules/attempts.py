@@ -1,0 +1,309 @@
+"""Rules of an attempt's life: which checkpoint, when to begin, ranks in their places, what is in
+force, the end."""
+
+import math
+from pathlib import Path
+
+from opt_logbook.record.events import (
+    AgentsAdopted,
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointRejected,
+    IncidentClosed,
+    InForceReported,
+    MetricsDropped,
+    OrderEnded,
+    RunFinished,
+    TrainingBegan,
+    ValidationMeasured,
+)
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import STOPPED
+from opt_train.protocol.facts import Store
+from opt_train.run.records import Attempt, Checkpoint
+from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
+from opt_train.supervisor.rules import snapshots as held
+from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
+from opt_train.supervisor.rules.context import Context, Decision, Record, number_in
+from opt_train.supervisor.rules.nodes import close_incidents, halt, is_warm
+
+BUFFER_SECONDS = 5.0
+"""How long the first attempt waits for nodes that only stand by."""
+BEGIN_AGAIN_SECONDS = 5.0
+VERIFY_AGAIN_SECONDS = 600.0
+
+
+# Before it ----------------------------------------------------------------------------------------
+
+
+def verify(s: Context) -> list[Decision]:
+    """The newest good checkpoint of the live chain is read again before it is used; a bad one is
+    passed over."""
+    wanted = s.state.newest_good()
+    if wanted is None:
+        # Snapshots come and go: a run that has lost them all, and has saved nothing, begins again.
+        rejected = [c for c in s.state.chain() if c.rejected and not c.is_held]
+        if not rejected:
+            return []
+        question = (
+            f"no checkpoint of this run verifies any more, {rejected[-1].path} last, and it never "
+            "starts from scratch "
+            f"by itself; mend the storage, or begin another run with name=<other>."
+        )
+        return halt(s, question, "corrupt_checkpoint")
+    if wanted.is_held:
+        return held.bring_together(s, wanted)
+    answer = s.seen.verified.get(wanted.path)
+    if answer is not None:
+        rejection = CheckpointRejected(wanted.path, answer.why)
+        return [Record(rejection, wanted.step, wanted.attempt)] if answer.why else []
+    if s.seen.was_sent("verify", wanted.path, within=VERIFY_AGAIN_SECONDS):
+        return []
+    return [VerifyCheckpoint(wanted.path, wanted.manifest_sha256)]
+
+
+def start(s: Context) -> list[Decision]:
+    """Begin an attempt once its nodes are warm and its checkpoint is known to be good."""
+    wanted = s.state.newest_good()
+    if wanted is not None and not _is_ready(s, wanted):
+        return []
+    places = s.places()
+    if not all(s.seen.view(n).connected and is_warm(s, n) for n in places) or _old_ranks_live(s):
+        return []
+    buffers = [n for n in s.identity.nodes if n not in places and s.is_usable(n)]
+    ready = [n for n in buffers if s.seen.view(n).connected]
+    first = s.state.attempt is None
+    if first and len(ready) < len(buffers) and s.seen.age(s.seen.began) < BUFFER_SECONDS:
+        return []
+    incident = s.state.incident
+    last = s.state.attempt
+    news = last is None or last.leader != s.state.leader
+    started = AttemptStarted(
+        generation=max(s.state.generation, s.seen.highest_generation) + 1,
+        parent=wanted.attempt if wanted else "",
+        checkpoint=wanted.path if wanted else "",
+        manifest_sha256=wanted.manifest_sha256 if wanted else "",
+        nodes=places,
+        buffer=tuple(ready),
+        world_size=len(places) * s.config.cluster.slots_per_node,
+        reason=_reason(s),
+        incident=incident.number if incident else 0,
+        config_sha256=s.identity.config_sha256,
+        git_commit=s.identity.git_commit,
+        git_dirty=s.identity.git_dirty,
+        packages=s.identity.packages,
+        difference=s.identity.operational_difference if news else (),
+    )
+    kept = frozenset({c.path for c in s.state.checkpoints} | s.seen.committing.keys())
+    return [
+        ClearUncommitted(tuple(s.state.history), kept),
+        Record(
+            started,
+            step=wanted.step if wanted else 0,
+            attempt=s.state.next_attempt(max(1, s.state.lineage)),
+        ),
+    ]
+
+
+def _is_ready(s: Context, wanted: Checkpoint) -> bool:
+    return held.is_together(s, wanted) if wanted.is_held else wanted.path in s.seen.verified
+
+
+def _old_ranks_live(s: Context) -> bool:
+    return any(
+        slot.stage == "running"
+        for view in s.seen.nodes.values()
+        if view.connected
+        for slot in view.slots.values()
+    )
+
+
+def _reason(s: Context) -> str:
+    incident = s.state.incident
+    if incident is not None:
+        return f"recovery from incident {incident.number}: {incident.cause or incident.what}"
+    return "first start" if s.state.attempt is None else "resumed"
+
+
+# Its ranks ----------------------------------------------------------------------------------------
+
+
+def begin_ranks(s: Context) -> list[Decision]:
+    """Rank 0 first; when it has told where its store listens, all others."""
+    attempt = s.attempt
+    if attempt.began or attempt.leader != s.state.leader:
+        return []
+    store = s.seen.stores.get(attempt.generation)
+    ended = s.seen.exits.get(attempt.generation, {})
+    decisions: list[Decision] = []
+    for rank in range(attempt.world_size if store is not None else 1):
+        node, slot = attempt.place_of(rank)
+        view = s.seen.view(node)
+        if not view.connected or rank in ended or (attempt.generation, rank) in s.seen.seen_running:
+            continue
+        if (attempt.generation, rank) in s.seen.begun and not view.caught_up:
+            continue  # it may have run and ended while its agent was out of reach
+        begin = _begin(s, attempt, rank, node, slot, store)
+        if not s.seen.was_sent(*s.seen.key_of(node, begin), within=BEGIN_AGAIN_SECONDS):
+            decisions.append(Send(node, begin))
+    return decisions
+
+
+def _begin(
+    s: Context, attempt: Attempt, rank: int, node: str, slot: int, store: Store | None
+) -> Begin:
+    run = RunDirectory(Path(s.identity.run_directory))
+    known = store if rank > 0 else None
+    saved = next((c for c in s.state.checkpoints if c.path == attempt.checkpoint), None)
+    checkpoint = str(run.path / attempt.checkpoint) if attempt.checkpoint else None
+    if saved is not None and saved.is_held:
+        checkpoint = held.folder_on(s, saved, node)
+    return Begin(
+        generation=attempt.generation,
+        attempt=attempt.name,
+        node=node,
+        slot=slot,
+        rank=rank,
+        world_size=attempt.world_size,
+        local_rank=slot,
+        store_host=known.host if known else "",
+        store_port=known.port if known else 0,
+        config_path=s.identity.config_path,
+        config_sha256=s.identity.config_sha256,
+        run_directory=s.identity.run_directory,
+        checkpoint=checkpoint,
+        manifest_sha256=attempt.manifest_sha256 or None,
+        order_number=s.state.orders,
+    )
+
+
+def adopt(s: Context) -> list[Decision]:
+    """A new supervisor finds every rank of the generation training, or ended and accounted for, and
+    lets them be."""
+    attempt = s.attempt
+    if attempt.leader == s.state.leader or attempt.lineage != s.state.lineage:
+        return []
+    ended = s.seen.exits.get(attempt.generation, {})
+    running = {
+        slot.rank for node, slot in s.running(attempt.generation) if s.seen.view(node).connected
+    }
+    if any(rank not in running and rank not in ended for rank in range(attempt.world_size)):
+        return []
+    return [Record(AgentsAdopted(attempt.generation, attempt.nodes))]
+
+
+def report_in_force(s: Context) -> list[Decision]:
+    """Every rank has read back what is in force; differences were a failure before it came to
+    this."""
+    attempt = s.attempt
+    told = s.seen.in_force.get(attempt.generation, {})
+    if attempt.in_force or len(told) < attempt.world_size:
+        return []
+    return [Record(InForceReported(told[0]), step=attempt.start_step)]
+
+
+def begin_training(s: Context) -> list[Decision]:
+    attempt = s.attempt
+    if attempt.began or s.seen.step <= attempt.start_step:
+        return []
+    seconds = max(0.0, s.seen.now.wall - attempt.started)
+    return [Record(TrainingBegan(attempt.generation, round(seconds, 3)), step=s.seen.step)]
+
+
+def close_recovered(s: Context) -> list[Decision]:
+    """An incident is over when training is again where it was when it failed."""
+    decisions: list[Decision] = []
+    for incident in s.state.open_incidents:
+        if not incident.first_step or s.seen.step < incident.step:
+            continue
+        closed = IncidentClosed(
+            incident.number,
+            "recovered",
+            steps_lost=max(0, incident.step - incident.restored_step),
+            seconds_lost=round(max(0.0, s.seen.now.wall - incident.opened), 3),
+            down_seconds=round(max(0.0, incident.first_step - incident.opened), 3),
+        )
+        decisions.append(Record(closed, step=s.seen.step))
+    return decisions
+
+
+def report_validation(s: Context) -> list[Decision]:
+    attempt = s.attempt
+    return [
+        Record(ValidationMeasured(v.name, v.loss, perplexity(v.loss), v.tokens), step=v.step)
+        for (generation, name, step), v in s.seen.validations.items()
+        if generation == attempt.generation and (name, step) not in s.state.validations
+    ]
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss in nats a token; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+# Its end ------------------------------------------------------------------------------------------
+
+
+def end_by_itself(s: Context) -> list[Decision]:
+    """All ranks left as they said they would: done, or stopped with the state saved."""
+    attempt = s.attempt
+    exits = s.seen.exits.get(attempt.generation, {})
+    if (
+        len(exits) < attempt.world_size
+        or s.seen.deaths.get(attempt.generation)
+        or saves_in_flight(s)
+    ):
+        return []
+    stopped = any(exited.code == STOPPED for _, exited in exits.values())
+    decisions = [
+        *abandon_unfinished(s, "the ranks left before it was complete"),
+        *report_dropped(s),
+    ]
+    order = s.state.order
+    if order is not None and not order.outcome:
+        decisions.append(
+            Record(OrderEnded(order.number, "obeyed" if stopped else "withdrawn"), step=s.step)
+        )
+    ended = AttemptEnded(attempt.generation, "stopped" if stopped else "finished")
+    return [
+        *decisions,
+        Record(ended, step=max([s.step, *(_last_step(e.leaving) for _, e in exits.values())])),
+    ]
+
+
+def _last_step(leaving: object) -> int:
+    return int(getattr(leaving, "step", -1))
+
+
+def report_dropped(s: Context) -> list[Decision]:
+    """Metrics that ranks dropped over their lives, once a rank."""
+    told = s.seen.leavings.get(s.attempt.generation, {})
+    return [
+        Record(MetricsDropped(rank, leaving.dropped_metrics))
+        for rank, leaving in sorted(told.items())
+        if leaving.dropped_metrics and rank not in s.state.dropped_metrics
+    ]
+
+
+def finish(s: Context) -> list[Decision]:
+    """All steps are done."""
+    measured = s.state.validation
+    loss = number_in(s.seen.last_line, "loss")
+    if loss is None:
+        loss = measured.loss if measured else math.nan
+    train = s.config.train
+    tokens = s.seen.last_line.get(
+        "tokens", train.steps * train.global_batch * s.config.data.sequence_length
+    )
+    finished = RunFinished(
+        loss=loss,
+        validation_perplexity=measured.perplexity if measured else math.nan,
+        tokens=int(tokens),
+        seconds=round(max(0.0, s.seen.now.wall - s.state.created_time), 3),
+    )
+    return [*close_incidents(s, "recovered"), Record(finished, step=train.steps)]

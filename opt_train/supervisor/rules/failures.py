@@ -1,0 +1,242 @@
+"""Rules of failure: what counts as one, how ranks die together, and what follows from the
+diagnosis."""
+
+from dataclasses import replace
+
+from opt_logbook.record.events import (
+    AttemptEnded,
+    CheckpointRejected,
+    FailureSeen,
+    GenerationKilled,
+    IncidentDiagnosed,
+    NodeFailed,
+)
+
+from opt_train.diagnosis.verdict import Case, Diagnosis, diagnose
+from opt_train.optim.in_force import differences, in_force
+from opt_train.protocol.exits import DONE
+from opt_train.run.records import Incident
+from opt_train.supervisor.effects import FenceNode
+from opt_train.supervisor.rules.attempts import report_dropped
+from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
+from opt_train.supervisor.rules.context import Context, Decision, Record
+from opt_train.supervisor.rules.nodes import halt
+from opt_train.supervisor.rules.responses import HALT, REPLACE, Verdict, respond
+
+
+def failure(s: Context, node: str, rank: int, what: str, sign: str) -> list[Decision]:
+    """The first confirmed sign of an incident. Killing follows from the stage."""
+    seen = FailureSeen(s.state.incidents + 1, s.attempt.generation, node, rank, what, sign)
+    return [Record(seen, step=s.step)]
+
+
+# Signs --------------------------------------------------------------------------------------------
+
+
+def detect_rank_exit(s: Context) -> list[Decision]:
+    """A rank is gone that had not said it would go."""
+    for rank, (node, exited) in s.seen.deaths.get(s.attempt.generation, {}).items():
+        how = f"signal {exited.signal}" if exited.signal is not None else f"exit code {exited.code}"
+        where = f" in phase {exited.phase}" if exited.phase else ""
+        return failure(s, node, rank, f"rank {rank} on {node} ended with {how}{where}", "exit")
+    return []
+
+
+def see_node_down(s: Context) -> list[Decision]:
+    """The cluster says that a node is gone whose ranks had not all left."""
+    attempt = s.attempt
+    ended = s.seen.exits.get(attempt.generation, {})
+    for place, node in enumerate(attempt.nodes):
+        if not s.seen.is_down(node):
+            continue
+        slots = attempt.slots_per_node
+        if all(rank in ended for rank in range(place * slots, (place + 1) * slots)):
+            continue
+        reason = s.seen.view(node).cluster_reason
+        return failure(s, node, -1, f"{node} is down{': ' + reason if reason else ''}", "down")
+    return []
+
+
+def see_unsaved_end(s: Context) -> list[Decision]:
+    """All ranks are done, and what they trained is in no checkpoint: finished it would be lost for
+    good."""
+    attempt = s.attempt
+    exits = s.seen.exits.get(attempt.generation, {})
+    deaths = s.seen.deaths.get(attempt.generation)
+    if len(exits) < attempt.world_size or deaths or saves_in_flight(s):
+        return []
+    last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
+    done = all(exited.code == DONE for _, exited in exits.values())
+    if not done or any(saved.step == last for saved in s.state.chain() if not saved.is_held):
+        return []
+    return failure(
+        s, "", -1, f"all steps are done, but there is no checkpoint of step {last}", "unsaved"
+    )
+
+
+def see_difference(s: Context) -> list[Decision]:
+    """What a rank reports to be in force is not what the configuration says (invariant 3)."""
+    attempt = s.attempt
+    told = s.seen.in_force.get(attempt.generation, {})
+    if attempt.in_force or not told:
+        return []
+    expected = in_force(s.config, (), attempt.start_step)
+    for rank, values in sorted(told.items()):
+        wrong = differences(expected, values)
+        if wrong:
+            return failure(
+                s,
+                attempt.place_of(rank)[0],
+                rank,
+                f"rank {rank} is not in force what it should: {wrong[0]}",
+                "in_force",
+            )
+    return []
+
+
+def see_other_lineage(s: Context) -> list[Decision]:
+    """Ranks of an older configuration are not adopted."""
+    if s.attempt.lineage == s.state.lineage:
+        return []
+    return failure(
+        s, "", -1, "the configuration changed while ranks of the old one ran", "takeover"
+    )
+
+
+# Dying together -----------------------------------------------------------------------------------
+
+
+def kill(s: Context) -> list[Decision]:
+    return s.end_of(s.attempt.generation, s.attempt.nodes)
+
+
+def conclude_kill(s: Context) -> list[Decision]:
+    """All ranks are gone from every node, and the last words have had time to arrive."""
+    attempt = s.attempt
+    failing = s.state.stage == "failing"
+    if attempt.killed or (
+        failing and s.seen.age(s.seen.stage_since) < s.config.supervisor.settle_seconds
+    ):
+        return []
+    if not all(s.is_gone(node, attempt.generation) for node in attempt.nodes):
+        return []
+    exits = s.seen.exits.get(attempt.generation, {}).values()
+    killed = sum(exited.killed_by_agent for _, exited in exits)
+    number = s.state.incident.number if failing and s.state.incident else 0
+    return [Record(GenerationKilled(attempt.generation, number, killed), step=s.step)]
+
+
+def identify(s: Context) -> list[Decision]:
+    """Name the cause, and say what will be done about it."""
+    incident = s.state.incident
+    if not s.attempt.killed or incident is None or incident.cause:
+        return []
+    found = diagnosis_of(s, incident)
+    strikes = s.state.restarts.get(found.cause, 0) + 1
+    told = replace(
+        incident,
+        cause=found.cause,
+        detail=found.detail,
+        culprit=found.node,
+        strikes=strikes,
+        strikes_in_all=sum(s.state.restarts.values()) + 1,
+    )
+    diagnosed = IncidentDiagnosed(
+        incident.number,
+        found.cause,
+        found.blame,
+        found.detail,
+        found.confidence,
+        found.node,
+        found.rank,
+        found.evidence,
+        verdict_on(s, told).action,
+    )
+    return [Record(diagnosed, step=incident.step)]
+
+
+def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
+    """The root cause by what is known of the generation now."""
+    generation, nodes = s.attempt.generation, s.attempt.nodes
+    fenced = tuple(n for n in nodes if s.seen.view(n).fenced_unreached)
+    down = {
+        n: s.seen.view(n).cluster_reason for n in nodes if s.seen.is_down(n) and n not in fenced
+    }
+    if incident.sign == "down" and incident.node not in down:
+        # It went down, and by now its agent may be back: what was seen was seen.
+        down[incident.node] = incident.what
+    case = Case(
+        sign=incident.sign,
+        what=incident.what,
+        node=incident.node,
+        rank=incident.rank,
+        exits=s.seen.exits.get(generation, {}),
+        leavings=s.seen.leavings.get(generation, {}),
+        stacks=s.seen.stacks.get(generation, {}),
+        down=down,
+        fenced=fenced,
+    )
+    return diagnose(case)
+
+
+def end_failed(s: Context) -> list[Decision]:
+    """The cause is known: the attempt is over. A manifest that is being written is waited for, it
+    may be the newest."""
+    incident = s.state.incident
+    if not s.attempt.killed or incident is None or not incident.cause or saves_in_flight(s):
+        return []
+    return [
+        *abandon_unfinished(s, "its ranks were gone before it was complete"),
+        *report_dropped(s),
+        Record(AttemptEnded(s.attempt.generation, "failed"), step=max(s.step, incident.step)),
+    ]
+
+
+# What follows -------------------------------------------------------------------------------------
+
+
+def verdict_on(s: Context, incident: Incident) -> Verdict:
+    """What the table of responses says about a diagnosed incident."""
+    return respond(
+        incident.cause,
+        incident.detail,
+        incident.culprit,
+        incident.strikes,
+        incident.strikes_in_all,
+        spare=bool(s.buffer_nodes()),
+        config=s.config.supervisor,
+    )
+
+
+def follow(s: Context) -> list[Decision]:
+    """Carry out the response to the newest incident, unless an attempt has been made since."""
+    incident = s.state.incident
+    if incident is None or incident.restored_step >= 0:
+        return []
+    verdict = verdict_on(s, incident)
+    if verdict.kind == HALT:
+        return halt(s, question_of(incident, verdict), incident.cause)
+    last = s.state.attempt
+    if (
+        incident.cause == "corrupt_checkpoint"
+        and last is not None
+        and last.checkpoint
+        and not last.began
+    ):
+        suspect = [c for c in s.state.checkpoints if c.path == last.checkpoint and not c.rejected]
+        if suspect:
+            why = f"a rank could not restore it: {incident.detail}"
+            return [
+                Record(
+                    CheckpointRejected(suspect[0].path, why), suspect[0].step, suspect[0].attempt
+                )
+            ]
+    culprit = incident.culprit
+    if verdict.kind == REPLACE and culprit and not s.state.has_failed(culprit):
+        return [Record(NodeFailed(culprit, incident.number, incident.cause)), FenceNode(culprit)]
+    return []
+
+
+def question_of(incident: Incident, verdict: Verdict) -> str:
+    """What a person must decide, with what was seen."""
+    return f"{verdict.question} Seen: {incident.what}."

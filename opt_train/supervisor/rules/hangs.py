@@ -1,0 +1,146 @@
+"""Rules that look for what does not happen: ranks that do not move, nodes that are silent, ranks
+that are not there.
+
+Silence is unknown, not dead: it counts only together with training that does not move.
+"""
+
+from opt_train.protocol.facts import SlotState
+from opt_train.supervisor.cluster_view import is_first
+from opt_train.supervisor.rules.context import (
+    LEASE_MARGIN,
+    UNREACHABLE_SECONDS,
+    Context,
+    Decision,
+)
+from opt_train.supervisor.rules.failures import failure
+
+FRESH_SECONDS = 5.0
+"""A pulse comes every second; what is older than this tells nothing of now."""
+MISSING_SECONDS = 5.0
+"""An agent tells of a rank's end at once; a rank that is not there for this long has ended
+unseen."""
+BEHIND = {"start": 0, "data": 1, "checkpoint": 1, "evaluation": 1, "step": 2, "waiting": 3}
+"""Within a step, who is in an earlier phase is behind; those in later ones wait for it."""
+
+
+def watch_hang(s: Context) -> list[Decision]:
+    """A rank does not move, and it is the one the others wait for.
+
+    Ranks behind a stopped peer exceed their limits too, in `waiting` or in a collective. So the one
+    that counts is the one that is stopped or behind, by its own phase's limit: while that one
+    moves, nobody hangs, and while a stopped one is within its limit, nobody else is named in its
+    place.
+    """
+    if not s.seen.watching or s.seen.age(s.seen.moved_at) < s.config.supervisor.minimum_seconds:
+        return []
+    attempt = s.attempt
+    ended = s.seen.exits.get(attempt.generation, {})
+    ranks = [(node, slot) for node, slot in s.running(attempt.generation) if slot.rank not in ended]
+    fresh = [(node, rank) for node, rank in ranks if _is_fresh(s, node)]
+    if not fresh:
+        return []
+    stopped = [(n, r) for n, r in fresh if r.process_state == "T"]
+    silent = [(n, r) for n, r in ranks if (n, r) not in fresh]
+    if not stopped and silent:
+        return _silent_peer(s, fresh, silent)
+    node, rank = min(
+        stopped or fresh,
+        key=lambda item: (item[1].step, BEHIND.get(item[1].phase, 2), item[1].rank),
+    )
+    if not is_over(s, node, rank):
+        return []
+    state = "; its process is stopped" if rank.process_state == "T" else ""
+    what = (
+        f"rank {rank.rank} on {node} has not moved for {_seconds(s, node, rank):.0f} s in phase "
+        f"{rank.phase} "
+        f"of step {rank.step}{state}"
+    )
+    return failure(s, node, rank.rank, what, "hang")
+
+
+def _silent_peer(
+    s: Context, fresh: list[tuple[str, SlotState]], silent: list[tuple[str, SlotState]]
+) -> list[Decision]:
+    """All that can be seen wait beyond their limits, and a node is out of reach: two signs that
+    agree."""
+    if not all(is_over(s, n, r) for n, r in fresh):
+        return []
+    node, rank = silent[0]
+    if not is_over(s, node, rank):
+        return []
+    silence = s.seen.age(s.seen.view(node).slots_at)
+    return failure(
+        s,
+        node,
+        -1,
+        f"no word from {node} for {silence:.0f} s, and its peers wait for it",
+        "silence",
+    )
+
+
+def _is_fresh(s: Context, node: str) -> bool:
+    view = s.seen.view(node)
+    return view.connected and s.seen.age(view.slots_at) <= FRESH_SECONDS
+
+
+def is_over(s: Context, node: str, rank: SlotState) -> bool:
+    return _seconds(s, node, rank) > s.seen.timeouts.limit(rank.phase, is_first(rank.step, s.state))
+
+
+def _seconds(s: Context, node: str, rank: SlotState) -> float:
+    """Seconds in the phase by now: the agent's clock, and the time since it spoke."""
+    return rank.phase_seconds + s.seen.age(s.seen.view(node).slots_at)
+
+
+def watch_silence(s: Context) -> list[Decision]:
+    """A node is out of reach for longer than its agent's lease, and nothing moves."""
+    if not s.seen.watching:
+        return []
+    attempt = s.attempt
+    patience = LEASE_MARGIN * s.config.supervisor.orphan_seconds + UNREACHABLE_SECONDS
+    if attempt.leader != s.state.leader:
+        patience = max(patience, s.config.supervisor.join_seconds)
+    if s.seen.age(s.seen.moved_at) <= patience:
+        return []
+    for node in attempt.nodes:
+        view = s.seen.view(node)
+        silence = s.seen.age(view.silent_since)
+        if not view.connected and silence > patience:
+            return failure(
+                s,
+                node,
+                -1,
+                f"no word from {node} for {silence:.0f} s, and training does not move",
+                "silence",
+            )
+    return []
+
+
+def watch_missing(s: Context) -> list[Decision]:
+    """A rank should run where its agent shows none, and nobody told of its end."""
+    if not s.seen.watching:
+        return []
+    attempt = s.attempt
+    generation = attempt.generation
+    ended = s.seen.exits.get(generation, {})
+    taking_over = attempt.leader != s.state.leader
+    for rank in range(attempt.world_size):
+        node, slot = attempt.place_of(rank)
+        view = s.seen.view(node)
+        absent = view.absent_since.get(slot)
+        if rank in ended or not (view.connected and view.caught_up) or absent is None:
+            continue
+        seen_before = attempt.began or taking_over or (generation, rank) in s.seen.seen_running
+        replaced = view.lost_generation >= generation and seen_before
+        since = absent if seen_before else s.seen.stage_since
+        limit = MISSING_SECONDS if seen_before else s.config.supervisor.start_seconds
+        if (
+            not replaced
+            and s.seen.age(max(since, view.connected_at if seen_before else since)) < limit
+        ):
+            continue
+        what = f"rank {rank} is not on {node}" + (", whose agent is a new one" if replaced else "")
+        return failure(
+            s, node, rank, what, "takeover" if taking_over and not attempt.began else "missing"
+        )
+    return []

@@ -1,0 +1,219 @@
+"""Rules about nodes and the facts they hold: who joins, who is out, who is told to leave, what is
+acknowledged."""
+
+from opt_logbook.record.events import (
+    IncidentClosed,
+    NodeFailed,
+    NodeJoined,
+    NodePromoted,
+    RunHalted,
+)
+
+from opt_train.protocol.commands import Kill, Leave
+from opt_train.protocol.facts import (
+    ExitNotice,
+    InForce,
+    OrderObeyed,
+    RankExited,
+    RankFact,
+    SaveFailed,
+    ShardsSaved,
+    SnapshotHeld,
+    Stacks,
+    Store,
+    Validation,
+)
+from opt_train.protocol.framing import Message
+from opt_train.run.records import MEMORY, Attempt, path_of_save
+from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
+from opt_train.supervisor.rules.context import REPEAT_SECONDS, Context, Decision, Record
+
+LEAVE_AGAIN_SECONDS = 10.0
+
+
+def join(s: Context) -> list[Decision]:
+    """Journal each node that dials in for the first time."""
+    new = [
+        node
+        for node in sorted(s.seen.dialled)
+        if node not in s.state.nodes and node in s.identity.nodes
+    ]
+    places = s.places() if new else ()
+    return [
+        Record(
+            NodeJoined(
+                node, "active" if node in places else "buffer", s.config.cluster.slots_per_node
+            )
+        )
+        for node in new
+    ]
+
+
+def lose_buffers(s: Context) -> list[Decision]:
+    """A node that stands by and goes down is out, without an incident: nothing was lost."""
+    if not s.seen.watching:
+        return []
+    places = s.places()
+    return [
+        Record(NodeFailed(node, incident=0, cause="node_failure"))
+        for node in s.identity.nodes
+        if node not in places
+        and s.is_usable(node)
+        and s.seen.is_down(node)
+        and (s.state.live is None or node not in s.state.live.nodes)
+    ]
+
+
+def fail_unreachable(s: Context) -> list[Decision]:
+    """While nothing trains: a node that should and is down, or does not come in time, is out."""
+    incident = s.state.incident
+    patience = s.config.supervisor.join_seconds
+    decisions: list[Decision] = []
+    for node in s.places():
+        view = s.seen.view(node)
+        if not s.is_usable(node):
+            continue
+        late = s.seen.age(s.seen.stage_since) > patience
+        if s.seen.is_down(node) or (late and not view.connected):
+            # Fenced before it is given up: whatever lives there may come back when the network
+            # does.
+            decisions.append(FenceNode(node))
+        elif not (late and s.seen.age(view.connected_at) > patience and not is_warm(s, node)):
+            continue
+        decisions.append(
+            Record(NodeFailed(node, incident.number if incident else 0, "node_failure"))
+        )
+    return decisions
+
+
+def promote_buffers(s: Context) -> list[Decision]:
+    """A buffer node takes the place of a node that is out; without one a person must decide."""
+    for place in s.places():
+        if s.is_usable(place):
+            continue
+        incident = s.state.incident
+        buffer_nodes = s.buffer_nodes()
+        if buffer_nodes:
+            return [
+                Record(
+                    NodePromoted(
+                        buffer_nodes[0], replaces=place, incident=incident.number if incident else 0
+                    )
+                )
+            ]
+        more = s.config.cluster.buffer_nodes + 1
+        question = (
+            f"{place} is out and no buffer node is left to take its place; "
+            f"start again with cluster.buffer_nodes={more}, or on healthy nodes."
+        )
+        return halt(s, question, incident.cause if incident and incident.cause else "node_failure")
+    return []
+
+
+def halt(s: Context, question: str, cause: str) -> list[Decision]:
+    """Close what is open and stop for a person."""
+    return [*close_incidents(s, "halted"), Record(RunHalted(question, cause))]
+
+
+def close_incidents(s: Context, outcome: str) -> list[Decision]:
+    """Every open incident ends with the run."""
+    decisions: list[Decision] = []
+    for incident in s.state.open_incidents:
+        seconds = max(0.0, s.seen.now.wall - incident.opened)
+        lost = max(0, incident.step - incident.restored_step) if incident.restored_step >= 0 else 0
+        down = max(0.0, incident.first_step - incident.opened) if incident.first_step else seconds
+        closed = IncidentClosed(incident.number, outcome, lost, round(seconds, 3), round(down, 3))
+        decisions.append(Record(closed, step=incident.step))
+    return decisions
+
+
+def is_warm(s: Context, node: str) -> bool:
+    """Every slot of the node has a spare that waits, and nothing runs there."""
+    slots = s.seen.view(node).slots
+    wanted = range(s.config.cluster.slots_per_node)
+    return all(
+        k in slots and slots[k].stage != "running" and (slots[k].spare or slots[k].stage == "warm")
+        for k in wanted
+    )
+
+
+def evict(s: Context) -> list[Decision]:
+    """Ranks of another generation than the one in charge are killed; nodes that are out, or
+    strangers, leave."""
+    if not s.seen.watching and s.state.stage not in ("assembling", "recovering"):
+        return []
+    live = s.state.live
+    decisions: list[Decision] = []
+    for node, view in s.seen.nodes.items():
+        if not view.connected:
+            continue
+        if not s.is_usable(node) and (live is None or node not in live.nodes):
+            if not s.seen.was_sent(*s.seen.key_of(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
+                decisions.append(Send(node, LEAVE))
+            continue
+        strange = [
+            slot.generation
+            for slot in view.slots.values()
+            if slot.stage == "running" and (live is None or slot.generation != live.generation)
+        ]
+        if not strange:
+            continue
+        kill = Kill(generation=max(strange), stacks=False)
+        if not s.seen.was_sent(*s.seen.key_of(node, kill), within=REPEAT_SECONDS):
+            decisions.append(Send(node, kill))
+    return decisions
+
+
+LEAVE = Leave(reason="the node is out of this run")
+
+
+def acknowledge(s: Context) -> list[Decision]:
+    """Let agents forget what is durable, in order: a fact that still matters holds back those
+    behind it."""
+    decisions: list[Decision] = []
+    for node in sorted(s.seen.pending):
+        view = s.seen.view(node)
+        upto = view.acknowledged
+        for number, fact in sorted(view.facts.items()):
+            if not is_settled(s, fact):
+                break
+            upto = number
+        if upto > view.acknowledged or view.retold:
+            decisions.append(AcknowledgeFact(node, upto))
+    return decisions
+
+
+def is_settled(s: Context, fact: Message) -> bool:
+    """Nothing would be lost if the fact were never told again."""
+    live = s.state.live
+    match fact:
+        case RankExited(generation) | Stacks(generation):
+            return live is None or generation != live.generation
+        case RankFact(generation, _, _, told):
+            return (
+                live is None or generation != live.generation or _is_settled_of_live(s, live, told)
+            )
+        case SnapshotHeld(generation, _, _, step):
+            settled = live is None or path_of_save(live.name, step, MEMORY) in s.state.settled_saves
+            return settled or live is None or generation != live.generation
+        case _:
+            return True
+
+
+def _is_settled_of_live(s: Context, live: Attempt, told: Message) -> bool:
+    match told:
+        case Store():
+            return live.began
+        case InForce():
+            return live.in_force
+        case ExitNotice():
+            return False
+        case ShardsSaved(step) | SaveFailed(step):
+            return path_of_save(live.name, step) in s.state.settled_saves
+        case OrderObeyed(number):
+            order = s.state.order
+            return order is None or order.number != number or bool(order.outcome)
+        case Validation(name, step):
+            return (name, step) in s.state.validations
+        case _:
+            return True

@@ -1,0 +1,238 @@
+"""Carries out the core's effects, in the order given, with `Append` as a barrier that stalls nobody
+but them.
+
+One thread appends. While it waits for a sick file system the event loop goes on: leases, pulses and
+the status line do not wait for it, but everything the core decided after the entry does.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+from opt_logbook.record.events import Entry, JournalStalled
+from opt_logbook.record.journal import Head
+from opt_logbook.record.metrics import MetricsWriter
+
+from opt_train.clusters.cluster import Cluster
+from opt_train.protocol.commands import Acknowledge, Begin
+from opt_train.protocol.framing import Message
+from opt_train.supervisor.effects import (
+    AcknowledgeFact,
+    Append,
+    ClearUncommitted,
+    CommitManifest,
+    CommitSnapshot,
+    Effect,
+    FenceNode,
+    Finish,
+    RetireCheckpoint,
+    Send,
+    Show,
+    StartAgent,
+    VerifyCheckpoint,
+    WriteMetrics,
+)
+from opt_train.supervisor.inputs import Input, JournalWasStalled
+from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
+
+STALL_SECONDS = 1.0
+RETRY_SECONDS_MAX = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Appendable(Protocol):
+    """The part of a journal that is used here."""
+
+    head: Head
+
+    def append(self, entry: Entry) -> Entry:
+        """Durable on return. Raises OSError, after which nothing has been appended."""
+
+
+class Links(Protocol):
+    """The part of the server that is used here."""
+
+    def send(self, node: str, command: Message) -> bool:
+        """Send to the node's agent, if it is connected."""
+
+
+class EffectRunner:
+    """`take` queues effects, `run` carries them out until `Finish`."""
+
+    def __init__(
+        self,
+        journal: Appendable,
+        metrics: MetricsWriter,
+        links: Links,
+        cluster: Cluster,
+        checkpoints: CheckpointKeeper,
+        tell: Callable[[Input], None],
+        show: Callable[[Show], None],
+        say: Callable[[str], None],
+        durable: Callable[[Entry], None],
+    ) -> None:
+        """`tell` takes answers for the core, `say` sentences for a person, `durable` each entry
+        once journalled."""
+        self._journal, self._metrics, self._links = journal, metrics, links
+        self._cluster, self._checkpoints = cluster, checkpoints
+        self._tell, self._show, self._say, self._durable = tell, show, say, durable
+        self._queue: asyncio.Queue[Effect | Callable[[], object]] = asyncio.Queue()
+        self._appending = ThreadPoolExecutor(1, thread_name_prefix="append")
+        self._working = ThreadPoolExecutor(4, thread_name_prefix="work")
+        self._checking = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        # Apart from those that check and commit: to remove thousands of shards may take a file
+        # system minutes.
+        self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
+        self._node_locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics_lost = 0
+
+    def take(self, effects: list[Effect]) -> None:
+        """Queue effects. What a person sees does not wait behind the journal."""
+        for effect in effects:
+            if isinstance(effect, Show):
+                self._show(effect)
+            else:
+                self._queue.put_nowait(effect)
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Call `call` when everything taken so far is done, entries durable."""
+        self._queue.put_nowait(call)
+
+    async def run(self) -> Finish:
+        """Carry out effects until the core finishes.
+
+        Raises:
+            LockLost: another process holds the run's lock now; nothing more may be done.
+        """
+        while True:
+            effect = await self._queue.get()
+            if isinstance(effect, Finish):
+                return effect
+            if isinstance(effect, Append):
+                await self._append(effect.entry)
+            else:
+                self._perform(effect)
+
+    def _perform(self, effect: Effect | Callable[[], object]) -> None:
+        """Everything that nobody waits for."""
+        match effect:
+            case Send(node, command):
+                self._send(node, command)
+            case AcknowledgeFact(node, number):
+                self._links.send(node, Acknowledge(number))
+            case WriteMetrics(attempt, line):
+                # The appending thread keeps it behind what was journalled before.
+                self._appending.submit(self._write_metrics, attempt, dict(line))
+            case StartAgent(node):
+                self._spawn(self._on_node(node, partial(self._cluster.start_agent, node)))
+            case FenceNode(node):
+                self._spawn(self._on_node(node, partial(self._cluster.fence, node)))
+            case VerifyCheckpoint(path, sha256):
+                self._spawn(self._answer(partial(self._checkpoints.verify, path, sha256)))
+            case CommitManifest():
+                self._spawn(
+                    self._answer(partial(self._checkpoints.commit, effect, self._journal.head.hash))
+                )
+            case CommitSnapshot():
+                self._spawn(
+                    self._answer(
+                        partial(self._checkpoints.commit_snapshot, effect, self._journal.head.hash)
+                    )
+                )
+            case RetireCheckpoint(path):
+                self._removing.submit(self._checkpoints.retire, path)
+            case ClearUncommitted(attempts, kept):
+                self._removing.submit(self._checkpoints.clear, attempts, kept)
+            case _ if callable(effect):
+                effect()
+
+    async def settle(self, seconds: float) -> None:
+        """Give work under way `seconds` to end, and end the threads that have nothing left to
+        do."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        last: tuple[tuple[ThreadPoolExecutor, Callable[[], None]], ...] = (
+            (self._appending, self._metrics.close),
+            (self._removing, _nothing),  # what a finished run has retired, nobody removes later
+        )
+        for pool, work in last:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await asyncio.get_running_loop().run_in_executor(pool, work)
+        for pool in (self._appending, self._working, self._checking, self._removing):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _append(self, entry: Entry) -> None:
+        began, pause, loop = time.monotonic(), 0.25, asyncio.get_running_loop()
+        while True:
+            try:
+                appended = await loop.run_in_executor(self._appending, self._journal.append, entry)
+                break
+            except OSError as error:
+                log.error(
+                    "the journal cannot be written: %s; training goes on, decisions wait", error
+                )
+                self._say(
+                    f"the journal cannot be written ({error.strerror}): training goes on, "
+                    "decisions wait for it"
+                )
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
+        self._durable(appended)
+        seconds = time.monotonic() - began
+        # A stall that delayed the line about a stall is not told in turn: on a slow disk that would
+        # never end.
+        if seconds > STALL_SECONDS and not isinstance(entry.event, JournalStalled):
+            log.warning("an append took %.1f s", seconds)
+            self._tell(JournalWasStalled(seconds))
+
+    def _send(self, node: str, command: Message) -> None:
+        if isinstance(command, Begin) and not command.journal_head:
+            command = replace(command, journal_head=self._journal.head.hash)
+        if not self._links.send(node, command):
+            log.info("%s is not connected: %s forgotten", node, command.kind)
+
+    def _write_metrics(self, attempt: str, line: dict[str, Any]) -> None:
+        try:
+            self._metrics.append(attempt, line, str(self._journal.head))
+        except (OSError, ValueError, TypeError) as error:
+            self._metrics_lost += 1
+            if self._metrics_lost.bit_count() == 1:
+                log.error("%d metrics lines could not be written: %s", self._metrics_lost, error)
+
+    async def _on_node(self, node: str, work: Callable[[], object]) -> None:
+        # One thing at a time on a node, in order; other nodes do not wait for a fence that hangs.
+        async with self._node_locks.setdefault(node, asyncio.Lock()):
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._working, work)
+            except OSError as error:
+                log.error("%s: %s", node, error)
+
+    async def _answer(self, work: Callable[[], Input]) -> None:
+        self._tell(await asyncio.get_running_loop().run_in_executor(self._checking, work))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._queue.put_nowait(partial(_raise, error))
+
+
+def _nothing() -> None:
+    """The last piece of work of a thread: when it is done, so is all before it."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,315 @@
+"""One supervisor's life on an event loop: everything the core is told and everything it asks for
+goes through here.
+
+It decides nothing. If the core or the shell itself fails, it says so and goes at once: the ranks
+train on, a supervisor that is started within `supervisor.orphan_seconds` adopts them, and after
+that the agents end them and leave.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from opt_logbook.record import inbox
+from opt_logbook.record.events import Entry, IncidentClosed
+from opt_logbook.record.journal import Journal
+from opt_logbook.record.lock import Lock, LockLost
+from opt_logbook.record.metrics import MetricsWriter
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.clusters.cluster import UP
+from opt_train.clusters.local import LocalCluster
+from opt_train.faults.plan import FaultPlan
+from opt_train.host import signals
+from opt_train.link.address import Address, make_socket_path, publish, read_address, remove_socket
+from opt_train.protocol.commands import Leave
+from opt_train.protocol.exits import PERSON_MUST_DECIDE
+from opt_train.supervisor.effects import Effect, Finish
+from opt_train.supervisor.inputs import (
+    AgentDisconnected,
+    ClusterObserved,
+    Identity,
+    InboxReceived,
+    Input,
+    Now,
+    StopAsked,
+    Tick,
+)
+from opt_train.supervisor.shell.agent_server import AgentServer
+from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
+from opt_train.supervisor.shell.effect_runner import EffectRunner
+from opt_train.supervisor.shell.status_line import StatusLine
+
+TICK_SECONDS = 0.2
+INBOX_SECONDS = 0.5
+OBSERVE_SECONDS = 1.0
+DYING_SECONDS = 0.1
+"""From the end of a dying agent's link to the end of its process; then the cluster is asked at
+once."""
+LEAVE_SECONDS = 8.0
+"""Agents that have not left by then are fenced."""
+_LETTERS = {"note": ("author", "text"), "stop": ("by",)}
+"""What may lie in the inbox: kind and the texts it must have."""
+
+log = logging.getLogger(__name__)
+
+
+class Core(Protocol):
+    """The sans-I/O supervisor (core.py)."""
+
+    def begin(self, now: Now) -> list[Effect]:
+        """What to do first."""
+
+    def handle(self, told: Input, now: Now, /) -> list[Effect]:
+        """What to do about an input."""
+
+
+class EventLoop:
+    """Holds the links, feeds the core, carries out its effects. The caller holds lock and
+    journal."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        lock: Lock,
+        journal: Journal,
+        cluster: LocalCluster,
+        plan: FaultPlan,
+        core: Core,
+        identity: Identity,
+        status: StatusLine,
+        secret: bytes,
+    ) -> None:
+        self._run, self._cluster, self._plan = run, cluster, plan
+        self._core, self._identity, self._status = core, identity, status
+        self._socket = make_socket_path()
+        self._server = AgentServer(self._socket, secret, identity.leader, identity.nodes, self.tell)
+        self._performer = EffectRunner(
+            journal,
+            MetricsWriter(run),
+            self._server,
+            cluster,
+            CheckpointKeeper(run, lock, identity.config_sha256),
+            self.tell,
+            status.show,
+            status.say,
+            self._durable,
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._broken: BaseException | None = None
+        self._over = asyncio.Event()
+        self._lost_link = asyncio.Event()
+        self._letters: set[Path] = set()
+        self._rendering: asyncio.subprocess.Process | None = None
+        self.recalls: Input | None = None
+        """Told to the core first: what was known when the supervisor before died."""
+
+    async def run(self) -> Finish:
+        """Supervise to the end. A failure of the supervisor itself is an end too, with code 3."""
+        try:
+            finish = await self._supervise()
+            await self._dismiss(finish.message)
+        except Exception as error:
+            finish = self._failure(error)
+        finally:
+            self._over.set()
+            for task in tuple(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._server.stop()
+            remove_socket(self._socket)
+            if self._rendering is not None and self._rendering.returncode is None:
+                self._rendering.kill()
+                await self._rendering.wait()
+            await self._performer.settle(LEAVE_SECONDS)
+        return finish
+
+    def tell(self, told: Input) -> None:
+        """Tell the core, and queue what it wants done."""
+        if self._over.is_set():
+            return
+        try:
+            self._performer.take(self._core.handle(told, _now()))
+            deed = self._plan.due(told)
+        except Exception as error:
+            self._break(error)
+            return
+        if isinstance(told, AgentDisconnected):
+            self._lost_link.set()
+        if deed is not None:
+            self._start(asyncio.to_thread(self._plan.do, deed, self._cluster))
+
+    # Supervising ----------------------------------------------------------------------------------
+
+    async def _supervise(self) -> Finish:
+        log.info("supervisor %d, process %d, begins", self._identity.leader, os.getpid())
+        older = read_address(self._run.supervisor_address)
+        if older is not None:  # its supervisor is gone: we hold the lock
+            remove_socket(older.socket)
+        await self._server.start()
+        publish(self._run.supervisor_address, Address(self._socket, self._identity.leader))
+        loop = asyncio.get_running_loop()
+        for number in signals.ASK_TO_STOP:
+            loop.add_signal_handler(number, partial(self.tell, StopAsked(number.name)))
+        performing = self._start(self._performer.run())
+        self._performer.take(self._core.begin(_now()))
+        if self.recalls is not None:
+            self._performer.take(self._core.handle(self.recalls, _now()))
+        self._performer.then(
+            lambda: self._start(self._observe())
+        )  # agents that were just started are seen as such
+        self._start(self._tick())
+        self._start(self._read_inbox())
+        over = self._start(self._over.wait())
+        await asyncio.wait((performing, over), return_when=asyncio.FIRST_COMPLETED)
+        if self._broken is not None:
+            raise self._broken
+        finish: Finish = performing.result()
+        log.info("finished with code %d: %s", finish.code, finish.message)
+        return finish
+
+    async def _tick(self) -> None:
+        while True:
+            self.tell(Tick())
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _observe(self) -> None:
+        while True:
+            seen = await asyncio.to_thread(self._cluster.observe)
+            states = {node: view.state for node, view in seen.items()}
+            self.tell(
+                ClusterObserved(
+                    states, {node: view.reason for node, view in seen.items() if view.reason}
+                )
+            )
+            self._lost_link.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OBSERVE_SECONDS):
+                    await self._lost_link.wait()
+                    await asyncio.sleep(DYING_SECONDS)
+
+    async def _read_inbox(self) -> None:
+        while True:
+            for letter in await asyncio.to_thread(self._letters_waiting):
+                if letter.path in self._letters:
+                    continue
+                self._letters.add(letter.path)
+                texts = _LETTERS.get(letter.message["kind"], ("",))
+                if all(isinstance(letter.message.get(text), str) for text in texts):
+                    self.tell(InboxReceived(letter.message))
+                else:
+                    log.warning("%s is no message a supervisor takes", letter.path.name)
+                # It is removed when what came of it is durable; a supervisor that dies before that
+                # finds it again.
+                self._performer.then(partial(self._remove, letter))
+            await asyncio.sleep(INBOX_SECONDS)
+
+    def _letters_waiting(self) -> list[inbox.Dropped]:
+        try:
+            return inbox.waiting(self._run)
+        except OSError as error:
+            # A sick file system is no reason to leave the ranks without a leader.
+            log.warning("the inbox cannot be read: %s", error)
+            return []
+
+    def _remove(self, letter: inbox.Dropped) -> None:
+        try:
+            letter.remove()
+        except OSError as error:
+            # It stays among the letters that were told: told again twice a second, it would fill
+            # the journal.
+            log.warning("%s cannot be removed: %s", letter.path.name, error)
+        else:
+            self._letters.discard(letter.path)
+
+    def _durable(self, entry: Entry) -> None:
+        log.info("journal %d: %s", entry.seq, type(entry.event).__name__)
+        rendering = self._rendering is not None and self._rendering.returncode is None
+        if isinstance(entry.event, IncidentClosed) and not rendering:
+            self._start(self._render())
+
+    async def _render(self) -> None:
+        """Bring the chronicle up to date, in a process that gives way to the ranks."""
+        with signals.blocked():
+            self._rendering = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "opt_logbook.cli", "render", str(self._run.path)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, self._rendering.pid, 19)
+        if await self._rendering.wait() != 0:
+            log.warning(
+                "the chronicle could not be rendered; try: logbook render %s", self._run.path
+            )
+
+    # Ending ---------------------------------------------------------------------------------------
+
+    async def _dismiss(self, reason: str) -> None:
+        """Have every agent leave, and fence what stays: no allocation outlives its run."""
+        self._over.set()
+        # An agent that has not dialled in yet has nothing to lose: it is fenced at once.
+        told = tuple(self._server.connected)
+        for node in told:
+            self._server.send(node, Leave(reason))
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while time.monotonic() < deadline:
+            seen = await asyncio.to_thread(self._cluster.observe)
+            if all(seen[node].state != UP for node in told):
+                break
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(self._cluster.release)
+
+    def _failure(self, error: Exception) -> Finish:
+        if isinstance(error, LockLost) and not self._run.lock.exists():
+            return Finish(
+                PERSON_MUST_DECIDE,
+                f"{self._run.path} was removed, or its file system is gone; nothing can be saved "
+                "any more, and its "
+                "ranks end when nobody has led them for supervisor.orphan_seconds",
+            )
+        if isinstance(error, LockLost):
+            log.error("succeeded by another supervisor: %s", error)
+            return Finish(
+                PERSON_MUST_DECIDE,
+                "another process has taken the run; this supervisor leaves it alone",
+            )
+        log.critical("the supervisor is broken", exc_info=error)
+        published = read_address(self._run.supervisor_address)
+        if published is not None and published.leader == self._identity.leader:  # not a successor's
+            self._run.supervisor_address.unlink(missing_ok=True)
+        return Finish(
+            PERSON_MUST_DECIDE,
+            f"the supervisor failed ({type(error).__name__}: {error}); logs/supervisor.log has "
+            "the details. "
+            "Start the same command again soon and it goes on where it was; else the agents end "
+            "the ranks and leave.",
+        )
+
+    def _break(self, error: BaseException) -> None:
+        if self._broken is None:
+            self._broken = error
+        self._over.set()
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._break(error)
+
+
+def _now() -> Now:
+    return Now(wall=time.time(), monotonic=time.monotonic())

@@ -1,0 +1,181 @@
+"""The way in: take the run's lock, fold its journal, supervise until it rests, tell the story."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TextIO
+
+from opt_logbook.record import metrics
+from opt_logbook.record.events import Entry, Event, JournalDamaged, RunCreated
+from opt_logbook.record.journal import Journal
+from opt_logbook.record.lock import Lock, LockHeld
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.clusters.local import LocalCluster
+from opt_train.config.run_config import RunConfig, sha256_of
+from opt_train.faults.plan import FaultPlan
+from opt_train.link.secret import SecretUnusable, ensure_secret
+from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
+from opt_train.run.state import RunState, fold
+from opt_train.supervisor.core import Supervisor
+from opt_train.supervisor.inputs import Identity, MetricsReceived
+from opt_train.supervisor.shell.event_loop import Core, EventLoop
+from opt_train.supervisor.shell.status_line import StatusLine, printable
+from opt_train.supervisor.shell.supervisor_log import SupervisorLog
+
+MakeCore = Callable[[RunConfig, RunState, Identity], Core]
+
+log = logging.getLogger(__name__)
+
+
+def supervise(
+    config: RunConfig,
+    run: RunDirectory,
+    created: RunCreated,
+    *,
+    opens_lineage: bool = False,
+    lineage_difference: tuple[str, ...] = (),
+    operational_difference: tuple[str, ...] = (),
+    git_commit: str = "",
+    git_dirty: bool = False,
+    packages: Mapping[str, str] | None = None,
+    write_configuration: Callable[[], None] = lambda: None,
+    make_core: MakeCore = Supervisor,
+    stream: TextIO = sys.stdout,
+) -> int:
+    """Supervise the run until it is finished, stopped, or a person must decide; returns the exit
+    code.
+
+    Call it from the main thread. `write_configuration` is called once the run is held, so that
+    nobody else's run can change under it; behind it the run directory holds `config.json`.
+    `make_core` replaces what decides; tests use it.
+
+    Raises:
+        BadInput: another process has the run, the fault plan is wrong, or the run directory cannot
+            be written or read.
+    """
+    plan = FaultPlan(config.faults, run.faults)
+    try:
+        with Lock.acquire(run) as lock:
+            write_configuration()
+            with SupervisorLog(run.logs / "supervisor.log"), Journal.open(run, lock) as journal:
+                state = _folded(journal)
+                question = damage_question(run, journal.repairs)
+                if question:
+                    # Journalled by now, so that the next start is a person's yes.
+                    _print(question, stream)
+                    return PERSON_MUST_DECIDE
+                cluster = _cluster(config, run)
+                if state.created is None:
+                    # The folder was perhaps removed under a run whose agents live: none of them may
+                    # meet this one.
+                    cluster.release()
+                identity = Identity(
+                    leader=state.leader + 1,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    version=version("opt-train"),
+                    run_directory=str(run.path),
+                    config_path=str(run.config_json),
+                    config_sha256=sha256_of(config),
+                    nodes=cluster.node_names,
+                    created=created,
+                    opens_lineage=opens_lineage,
+                    lineage_difference=lineage_difference,
+                    operational_difference=operational_difference,
+                    git_commit=git_commit,
+                    git_dirty=git_dirty,
+                    packages=dict(packages or {}),
+                )
+                lock.lead(identity.leader)
+                secret = ensure_secret(run.secret)
+                core = make_core(config, state, identity)
+                status = StatusLine(stream, config.supervisor.status_seconds)
+                try:
+                    supervision = EventLoop(
+                        run, lock, journal, cluster, plan, core, identity, status, secret
+                    )
+                    supervision.recalls = _recalled(run, state)
+                    finish = asyncio.run(supervision.run())
+                finally:
+                    status.close()
+    except (LockHeld, SecretUnusable) as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(
+            f"{error.filename or run.path}: {error.strerror or error}; mend it and start again"
+        ) from None
+    _tell_story(run, stream)
+    _print(finish.message, stream)
+    return finish.code
+
+
+def _recalled(run: RunDirectory, state: RunState) -> MetricsReceived | None:
+    """The newest line that the supervisor before heard of the attempt that may still live: where
+    training was."""
+    live = state.live
+    line = None if live is None else metrics.newest(run, live.name)
+    return (
+        None
+        if live is None or line is None
+        else MetricsReceived(live.nodes[0], live.generation, line)
+    )
+
+
+def _cluster(config: RunConfig, run: RunDirectory) -> LocalCluster:
+    if config.cluster.kind != "local":
+        raise BadInput(f"cluster.kind={config.cluster.kind} is not known; use local")
+    nodes = config.cluster.nodes + config.cluster.buffer_nodes
+    return LocalCluster(run, nodes, config.cluster.slots_per_node)
+
+
+def _folded(journal: Journal) -> RunState:
+    """The state that the journal tells, after its repairs have been journalled."""
+    state, attempt = RunState(), ""
+    for entry in journal.entries:
+        state, attempt = fold(state, entry), entry.attempt or attempt
+    for repair in journal.repairs:
+        log.warning("the journal needed mending: %s", repair)
+        state = fold(state, journal.append(Entry(round(time.time(), 3), attempt, None, repair)))
+    return state
+
+
+def damage_question(run: RunDirectory, repairs: Sequence[Event]) -> str:
+    """What a person must decide about a journal with these repairs; empty where nothing in it is
+    damaged."""
+    lines = "; ".join(
+        f"line {event.line}: {event.why}" for event in repairs if isinstance(event, JournalDamaged)
+    )
+    return lines and (
+        f"{run.journal} is damaged ({lines}), and what stood there is forgotten: perhaps a failed "
+        "node or checkpoint; "
+        "restore the file from a copy, or start the same command again to go on without"
+    )
+
+
+def _tell_story(run: RunDirectory, stream: TextIO) -> None:
+    if (
+        not run.journal.exists()
+    ):  # the run was removed; a chronicle of nothing must not make its folder again
+        return
+    try:
+        from opt_logbook.render.render import render  # noqa: PLC0415 - plotting is loaded when there is something to plot
+
+        render(run)
+    # A picture that cannot be drawn, or that nobody wants to wait for, must not change what the run
+    # came to.
+    except (Exception, KeyboardInterrupt) as error:
+        why = str(error) or type(error).__name__
+        _print(f"the chronicle was not rendered ({why}); try: logbook render {run.path}", stream)
+
+
+def _print(sentence: str, stream: TextIO) -> None:
+    try:
+        print(printable(sentence), file=stream, flush=True)
+    except OSError:
+        log.info("nobody reads the terminal any more")

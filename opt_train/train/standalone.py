@@ -1,0 +1,159 @@
+"""`opt-train train`: the same rank without an agent, alone or as torchrun starts it. It obeys
+nothing but signals."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from opt_train.config.run_config import RunConfig
+from opt_train.protocol.commands import Begin
+from opt_train.protocol.exits import BAD_INPUT, BadInput
+from opt_train.protocol.facts import ShardsSaved
+from opt_train.protocol.framing import Message, from_line, to_line
+from opt_train.train.orders import NoOrders, StopSignals
+from opt_train.train.rank import run_rank
+from opt_train.train.rendezvous import choose_device, join, join_by_environment
+
+PublishFrom = Callable[[int, Message], None]
+"""Told (rank, fact) on rank 0: its own facts, and every rank's `ShardsSaved`, which a committer
+needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandaloneBegin:
+    """What somebody who holds the journal decided about a lone attempt."""
+
+    attempt: str
+    config_path: str
+    config_sha256: str
+    run_directory: str
+    checkpoint: str | None = None
+    manifest_sha256: str | None = None
+    journal_head: str = ""
+
+
+def train_standalone(
+    config: RunConfig, open_run: Callable[[], StandaloneBegin], tell: PublishFrom
+) -> int:
+    """Train to the end, in one process or as one of torchrun's; returns the rank's exit code
+    (protocol/exits.py).
+
+    Args:
+        open_run: called on rank 0 alone, once the ranks have met: opens journal and run, and
+            decides what to resume.
+        tell: called on rank 0 alone.
+
+    Raises:
+        BadInput: the configuration cannot work here, or `open_run` says so (rank 0 alone; the
+            others return 2).
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    signals = StopSignals()
+    signals.listen(signal.SIGINT)
+    # Alone, the loopback will do; gloo would look up the host's name, which not every machine can.
+    interface = config.cluster.interface or ("" if "RANK" in os.environ else "lo")
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    device = choose_device(config.train.device, local_rank)
+
+    group = (
+        join_by_environment(config, device)
+        if "RANK" in os.environ
+        else join(_begin(), config, device, _unheard)
+    )
+    try:
+        lone = _decide(open_run, rank, group)
+    except BadInput:
+        dist.destroy_process_group()
+        raise
+    if lone is None:
+        dist.destroy_process_group()
+        return BAD_INPUT
+    begin = _begin(lone, rank, world_size, local_rank)
+    code = run_rank(
+        begin, _Gathering(tell, rank, world_size, group), NoOrders(), signals, lambda *_: group
+    )
+    dist.destroy_process_group()
+    return code
+
+
+def _begin(
+    lone: StandaloneBegin | None = None, rank: int = 0, world_size: int = 1, local_rank: int = 0
+) -> Begin:
+    return Begin(
+        generation=1,
+        attempt=lone.attempt if lone else "",
+        node="alone",
+        slot=local_rank,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        store_host="127.0.0.1",
+        store_port=0,
+        config_path=lone.config_path if lone else "",
+        config_sha256=lone.config_sha256 if lone else "",
+        run_directory=lone.run_directory if lone else "",
+        checkpoint=lone.checkpoint if lone else None,
+        manifest_sha256=lone.manifest_sha256 if lone else None,
+        order_number=0,
+        journal_head=lone.journal_head if lone else "",
+    )
+
+
+def _unheard(fact: Message) -> None:
+    """There is nobody to tell where the store is."""
+
+
+def _decide(
+    open_run: Callable[[], StandaloneBegin], rank: int, group: dist.ProcessGroup
+) -> StandaloneBegin | None:
+    """Rank 0's decision on every rank; None where it could not decide."""
+    payload = b""
+    try:
+        if rank == 0:
+            payload = json.dumps(asdict(open_run())).encode()
+    finally:
+        payloads = _gather(payload, group)
+    return StandaloneBegin(**json.loads(payloads[0])) if payloads[0] else None
+
+
+class _Gathering:
+    """Takes facts like a `FactPipe`: rank 0's go to the caller, the others' stay unsaid but for
+    `ShardsSaved`."""
+
+    def __init__(
+        self, tell: PublishFrom, rank: int, world_size: int, group: dist.ProcessGroup
+    ) -> None:
+        self._tell, self._rank, self._world_size, self._group = tell, rank, world_size, group
+
+    def __call__(self, fact: Message) -> None:
+        if not isinstance(fact, ShardsSaved):
+            if self._rank == 0:
+                self._tell(0, fact)
+            return
+        # All ranks say this at the same place: a save succeeds everywhere or nowhere.
+        lines = _gather(to_line(fact), self._group)
+        if self._rank == 0:
+            for rank, line in enumerate(lines):
+                self._tell(rank, from_line(line))
+        # Nobody trains on before the manifest stands: a crash right behind a save then finds it.
+        dist.barrier(group=self._group)
+
+
+def _gather(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """Every rank's bytes, on every rank."""
+    world_size = dist.get_world_size(group)
+    sizes = torch.zeros(world_size, dtype=torch.int64)
+    sizes[dist.get_rank(group)] = len(payload)
+    dist.all_reduce(sizes, group=group)
+    row = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+    row[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)
+    rows = [torch.empty_like(row) for _ in range(world_size)]
+    dist.all_gather(rows, row, group=group)
+    return [bytes(each[: int(size)].tolist()) for each, size in zip(rows, sizes, strict=True)]

@@ -1,0 +1,168 @@
+"""Nodes that are processes of this machine: found again by a new supervisor, and really gone after
+a fence."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.clusters.cluster import DOWN, UNKNOWN, UP
+from opt_train.clusters.local import LocalCluster
+from opt_train.host.processes import NODE_MARK, bears_mark, is_alive, mark_of, stat_of
+from tests.agent.harness import HERE, Listener, begin
+from tests.supervisor.conftest import processes_of
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def cluster(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    return LocalCluster(run, nodes=2, slots_per_node=1)
+
+
+def wait_for_agents(cluster: LocalCluster, *nodes: str) -> dict[str, int]:
+    deadline = time.monotonic() + 20
+    while not all(cluster.agent_pid(node) for node in nodes):
+        assert time.monotonic() < deadline, "agents did not register"
+        time.sleep(0.02)
+    return {node: cluster.agent_pid(node) or 0 for node in nodes}
+
+
+def test_a_node_nobody_started_is_unknown_and_a_started_one_is_up(cluster: LocalCluster) -> None:
+    assert {view.state for view in cluster.observe().values()} == {UNKNOWN}
+    cluster.start_agent("node-1")
+    assert cluster.observe()["node-1"].state == UP, "started, but not yet registered, is not down"
+    wait_for_agents(cluster, "node-1")
+    cluster.release()
+    view = cluster.observe()["node-1"]
+    assert view.state == DOWN
+    assert "was killed by SIGKILL" in view.reason
+
+
+def test_agents_outlive_a_killed_supervisor_and_the_next_one_adopts_them(
+    run: RunDirectory, cluster: LocalCluster, tmp_path: Path
+) -> None:
+    program = (
+        "import time; from pathlib import Path; from opt_logbook.record.run_directory import "
+        "RunDirectory;"
+        "from opt_train.clusters.local import LocalCluster;"
+        f"c = LocalCluster(RunDirectory(Path({str(run.path)!r})), 2, 1);"
+        "c.start_agent('node-1'); c.start_agent('node-2'); time.sleep(1000)"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        before = wait_for_agents(cluster, "node-1", "node-2")
+    finally:
+        supervisor.send_signal(signal.SIGKILL)
+        supervisor.wait()
+    for node in ("node-1", "node-2"):
+        cluster.start_agent(node)
+    assert {v.state for v in cluster.observe().values()} == {UP}
+    assert wait_for_agents(cluster, "node-1", "node-2") == before, "a second agent was started"
+    os.kill(before["node-2"], signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while cluster.observe()["node-2"].state == UP and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert cluster.observe()["node-2"].reason == f"agent process {before['node-2']} is gone"
+    assert cluster.observe()["node-1"].state == UP
+    cluster.release()
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("agent_is_dead", [False, True])
+def test_a_fence_leaves_nothing_of_the_node_and_harms_no_other(
+    run: RunDirectory, cluster: LocalCluster, tmp_path: Path, agent_is_dead: bool
+) -> None:
+    async def scene() -> None:
+        async with Listener(run) as listener:
+            for node in ("node-1", "node-2"):
+                cluster.start_agent(node)
+                await listener.connected(node)
+            listener.server.send("node-1", begin(run, deaf=True, child=True))
+            rank = await listener.until(lambda: (s := listener.slot()) and s.step > 0 and s)
+            if agent_is_dead:
+                os.kill(rank.pid, signal.SIGSTOP)  # neither asks the agent nor its goodwill
+                os.kill(cluster.agent_pid("node-1") or 0, signal.SIGKILL)
+            assert cluster.fence("node-1")
+            left = set(processes_of(tmp_path).values())
+            assert left == {mark_of(run.path, "node-2")}
+            assert cluster.observe()["node-2"].state == UP
+
+    try:
+        asyncio.run(scene())
+    finally:
+        cluster.release()
+
+
+def test_a_pid_that_was_used_again_is_not_taken_for_the_agent(
+    run: RunDirectory, cluster: LocalCluster
+) -> None:
+    me = stat_of(os.getpid())
+    assert me is not None
+    folder = run.nodes / "node-1"
+    folder.mkdir(parents=True)
+    (folder / "agent.json").write_text(
+        f'{{"node": "node-1", "pid": {os.getpid()}, "start_ticks": {me.start_ticks - 1}}}'
+    )
+    assert cluster.observe()["node-1"].state == DOWN
+    assert not is_alive(os.getpid(), me.start_ticks - 1)
+    assert not cluster.signal_process("node-1", os.getpid(), signal.SIGKILL), (
+        "this process is none of the node's"
+    )
+    assert cluster.fence("node-1"), "and a fence does not touch it"
+
+
+def test_the_mark_of_one_node_does_not_match_anothers(run: RunDirectory) -> None:
+    child = subprocess.Popen(
+        ["sleep", "100"], env={**os.environ, NODE_MARK: mark_of(run.path, "node-11")}
+    )
+    try:
+        deadline = time.monotonic() + 5
+        while (
+            not bears_mark(child.pid, mark_of(run.path, "node-11")) and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)  # in the middle of its exec it shows no environment
+        assert bears_mark(child.pid, mark_of(run.path, "node-11"))
+        assert not bears_mark(child.pid, mark_of(run.path, "node-1"))
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_an_agent_that_leaves_makes_room_for_the_next_one(
+    run: RunDirectory, cluster: LocalCluster
+) -> None:
+    from opt_train.protocol.commands import Leave
+
+    async def scene() -> None:
+        async with Listener(run) as listener:
+            cluster.start_agent("node-1")
+            first = (await listener.connected()).state.pid
+            listener.server.send("node-1", Leave("the run is stopped"))
+            await listener.until(lambda: cluster.agent_pid("node-1") is None)
+            again = LocalCluster(run, nodes=2, slots_per_node=1)  # the person starts it again
+            again.start_agent("node-1")
+            second = await listener.until(
+                lambda: next(
+                    (
+                        s.state.pid
+                        for s in listener.told
+                        if getattr(s, "state", None) and s.state.pid != first
+                    ),
+                    0,
+                )
+            )
+            assert again.agent_pid("node-1") == second
+            again.release()
+
+    try:
+        asyncio.run(scene())
+    finally:
+        cluster.release()

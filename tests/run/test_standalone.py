@@ -1,0 +1,236 @@
+"""What a lone rank's record-keeper must not do: train beside others, trust a path, or call done
+what is lost."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from opt_logbook.record import metrics
+from opt_logbook.record.events import CheckpointCommitted, Entry
+from opt_logbook.record.journal import Journal, read
+from opt_logbook.record.lock import Lock
+from opt_logbook.record.run_directory import RunDirectory
+
+from opt_train.cli import run as cli_run
+from opt_train.cli import train as cli_train
+from opt_train.cli.train import StandaloneRun
+from opt_train.config.compose import compose
+from opt_train.config.run_config import RunConfig
+from opt_train.host.processes import stat_of
+from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
+from opt_train.protocol.facts import ExitNotice, Metrics, SavedFile, ShardsSaved, Validation
+
+SMALL = (
+    "model=tiny",
+    "model.vocab_size=400",
+    "model.positions=32",
+    "data=files",
+    "data.corpus=corpus",
+    "data.sequence_length=32",
+    "tokenizer.vocab_size=400",
+    "precision=fp32",
+    "optim.warmup_steps=2",
+    "train.steps=12",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.threads=1",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=2",
+    "data.validation_fraction=0.2",
+    "name=small",
+)
+
+
+@pytest.fixture
+def config(workplace: Path) -> RunConfig:
+    return compose(SMALL)
+
+
+def a_lone_run(config: RunConfig) -> tuple[StandaloneRun, RunDirectory]:
+    run, resolved = cli_run.resolve(config)
+    return StandaloneRun(
+        run, resolved, cli_run.plan_of(run, resolved, asked_for_lineage=False)
+    ), run
+
+
+def save(
+    alone: StandaloneRun, run: RunDirectory, attempt: str, step: int, missing_bytes: int = 0
+) -> None:
+    """What a rank writes and says when it saves."""
+    folder = run.checkpoint(attempt, step)
+    folder.mkdir(parents=True)
+    files = []
+    for name, content in (("state.json", b"{}"), ("model.safetensors", b"weights")):
+        (folder / name).write_bytes(content)
+        files.append(
+            SavedFile(name, len(content) + missing_bytes, hashlib.sha256(content).hexdigest())
+        )
+    alone.tell(0, ShardsSaved(step, str(folder), tuple(files), 0.1))
+
+
+def test_ranks_of_a_dead_supervisor_are_not_joined_by_a_lone_one(config: RunConfig) -> None:
+    """Its lock is free and its ranks train on until their agents' lease is over: two generations at
+    once."""
+    alone, run = a_lone_run(config)
+    (run.nodes / "node-1").mkdir(parents=True)
+    me = stat_of(os.getpid())
+    assert me is not None
+    registration = {"node": "node-1", "pid": os.getpid(), "start_ticks": me.start_ticks}
+    (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration))
+    with pytest.raises(BadInput, match=r"node-1.*still live.*opt-train run"):
+        alone.open()
+    alone.close()
+    assert not run.journal.exists()
+
+    (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration | {"start_ticks": 1}))
+    assert alone.open().attempt == "1.00", "an agent that is gone keeps nobody out"
+    alone.close()
+
+
+def test_a_path_in_the_journal_does_not_lead_retirement_out_of_the_run(
+    config: RunConfig, workplace: Path
+) -> None:
+    precious = workplace / "precious" / "folder"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").write_text("years of work")
+    alone, run = a_lone_run(config)
+    alone.open()
+    save(alone, run, "1.00", 4)
+    alone.close()
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        planted = CheckpointCommitted("../../precious/folder", "0" * 64, 1, 1, 0.1, healthy=True)
+        journal.append(Entry(1.7e9, "1.00", 1, planted))
+
+    alone, run = a_lone_run(config)
+    assert alone.open().checkpoint == str(run.checkpoint("1.00", 4))
+    for step in (8, 12):
+        save(alone, run, "1.01", step)
+    alone.close()
+    assert not run.checkpoint("1.00", 4).exists()
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_done_is_only_what_a_checkpoint_holds(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at the last save: the run is not finished, says so, and trains the last steps
+    again when asked."""
+
+    def ranks(
+        _config: RunConfig, open_run: Callable[[], object], tell: Callable[[int, object], None]
+    ) -> int:
+        alone = tell.__self__  # type: ignore[attr-defined]  # LoneRun.tell is a method
+        open_run()
+        save(
+            alone,
+            RunDirectory(Path(config.runs, config.name).absolute()),
+            "1.00",
+            12,
+            missing_bytes=1,
+        )
+        tell(0, ExitNotice(DONE, 12, "all 12 steps are done"))
+        return DONE
+
+    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    assert cli_train.train(config) == NO
+    run = RunDirectory(Path(config.runs, config.name))
+    last = [entry.event for entry in read(run.journal).entries][-2:]
+    assert [event.kind for event in last] == ["save_abandoned", "attempt_ended"]
+    assert last[1].outcome == "failed"
+
+
+def test_a_damaged_journal_is_a_persons_decision_alone_too(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, run = a_lone_run(config)
+    alone.open()
+    alone.close()
+    content = run.journal.read_bytes()
+    run.journal.write_bytes(content.replace(b"started alone", b"started Alone"))
+    begun = []
+
+    def ranks(_config: RunConfig, open_run: Callable[[], object], _tell: object) -> int:
+        begun.append(open_run())
+        return DONE
+
+    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    assert cli_train.train(config) == PERSON_MUST_DECIDE
+    assert "is damaged" in capsys.readouterr().out
+    assert begun == []
+    assert cli_train.train(config) == DONE, "to start again is to say yes"
+    assert len(begun) == 1
+
+
+def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) -> None:
+    alone, run = a_lone_run(config)
+    run.lock.mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"journal\.lock.*mend it"):
+        alone.open()
+    alone.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"no RANK and no MASTER_ADDR .* beside WORLD_SIZE .*torchrun"),
+        ({"RANK": "0"}, r"no WORLD_SIZE and no MASTER_ADDR .* beside RANK .*unset it"),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "3",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "1",
+            },
+            "WORLD_SIZE=3 is no multiple of LOCAL_WORLD_SIZE=2; start as many ranks on each node",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_a_sentence(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+) -> None:
+    """A variable left behind by another job made a traceback, and an attempt of two ranks in the
+    journal."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=told):
+        cli_train.train(config)
+    assert not Path(config.runs, config.name).exists()
+
+
+def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
+    config: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    alone, run = a_lone_run(config)
+    alone.open()
+    run.metrics.write_text("a file where a folder should be")
+    for step in (1, 2):
+        alone.tell(0, Metrics({"step": step, "loss": 5.0, "tokens": 128 * step}))
+    said = [line for line in capfd.readouterr().out.splitlines() if "metrics" in line]
+    assert said == ["step 1: its metrics could not be written (File exists); training goes on"]
+    run.metrics.unlink()
+    alone.tell(0, Metrics({"step": 3, "loss": 4.0, "tokens": 384}))
+    alone.close()
+    assert [line["step"] for line in metrics.read(run).lines] == [3]
+
+
+def test_a_journal_that_takes_no_more_is_a_sentence(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does not hold, no later start would know; so training ends, and not with a
+    traceback."""
+    alone, run = a_lone_run(config)
+    alone.open()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        with pytest.raises(BadInput, match=r"journal\.jsonl: No space left on device; make room"):
+            alone.tell(0, Validation("validation", 4, 2.0, 100))
+    alone.close()
+    assert read(run.journal).damaged == ()

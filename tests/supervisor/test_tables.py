@@ -1,0 +1,123 @@
+"""The tables and the leaves: causes, responses, learned timeouts, and folding."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
+
+from opt_train.diagnosis.causes import BY_LABEL, CAUSES
+from opt_train.diagnosis.patterns import ROOTS, VICTIMS
+from opt_train.run.state import HANDLERS, RunState, fold
+from opt_train.supervisor.config import SupervisorConfig
+from opt_train.supervisor.phase_timeouts import PhaseTimeouts
+from opt_train.supervisor.rules.responses import (
+    HALT,
+    REPLACE,
+    RESPONSES,
+    RESTART,
+    document,
+    respond,
+)
+from tests.supervisor.histories import run_history
+
+ROOT = Path(__file__).parents[2]
+CONFIG = SupervisorConfig()
+
+
+def test_every_cause_has_one_response_and_every_pattern_a_cause() -> None:
+    assert set(RESPONSES) == set(BY_LABEL)
+    assert len(BY_LABEL) == len(CAUSES)
+    assert {p.finding.label for p in (*ROOTS, *VICTIMS)} <= set(BY_LABEL)
+
+
+def test_docs_causes_is_what_the_code_holds() -> None:
+    assert (ROOT / "docs" / "causes.md").read_text() == document(), (
+        "print responses.document() into docs/causes.md"
+    )
+
+
+def test_hardware_is_replaced_and_configuration_is_for_a_person() -> None:
+    assert respond("gpu_ecc", "", "n1", 1, 1, True, CONFIG).kind == REPLACE
+    assert respond("killed", "", "n1", 1, 1, True, CONFIG).kind == RESTART
+    assert respond("config", "heads", "n1", 1, 1, True, CONFIG).kind == HALT
+    assert respond("data", "shard", "n1", 1, 1, True, CONFIG).kind == HALT
+
+
+@pytest.mark.parametrize(
+    ("cause", "strikes"), [("config", 1), ("user_code", 9)], ids=["halt", "budget used up"]
+)
+def test_a_rank_s_own_sentence_gets_no_second_full_stop(cause: str, strikes: int) -> None:
+    verdict = respond(cause, "set train.device=cpu.", "n1", strikes, strikes, True, CONFIG)
+    assert verdict.kind == HALT
+    assert re.search(r"train\.device=cpu(\. Mend|\)\. Find)", verdict.question), verdict.question
+
+
+def test_the_same_cause_escalates_then_stops() -> None:
+    kinds = [
+        respond("hang", "d", "n1", strikes, strikes, True, CONFIG).kind for strikes in (1, 2, 3, 4)
+    ]
+    assert kinds == [RESTART, RESTART, REPLACE, HALT]
+    assert [respond("hang", "d", "n1", k, k, False, CONFIG).kind for k in (3, 4)] == [RESTART, HALT]
+    assert [respond("user_code", "d", "n1", k, k, True, CONFIG).kind for k in (1, 2)] == [
+        RESTART,
+        HALT,
+    ]
+
+
+def test_ever_new_causes_do_not_make_an_endless_budget() -> None:
+    assert respond("network", "d", "n1", 1, 10, True, CONFIG).kind == HALT
+
+
+def test_timeouts_are_learned_and_never_below_three_times_the_largest() -> None:
+    timeouts = PhaseTimeouts(CONFIG)
+    assert timeouts.limit("step", first=False) == CONFIG.step_seconds
+    for _ in range(19):
+        timeouts.saw("step", False, 8.0)
+    assert timeouts.limit("step", first=False) == CONFIG.step_seconds
+    timeouts.saw("step", False, 1.0)
+    assert timeouts.limit("step", first=False) == 24.0
+    timeouts.saw("step", False, 100.0)
+    assert timeouts.limit("step", first=False) == 300.0
+    for _ in range(30):
+        timeouts.saw("data", False, 0.01)
+    assert timeouts.limit("data", first=False) == CONFIG.minimum_seconds
+
+
+def test_first_steps_are_learned_apart() -> None:
+    """A compiling first step must not make every later hang wait for minutes, nor be taken for
+    one."""
+    timeouts = PhaseTimeouts(CONFIG)
+    timeouts.saw("step", True, 200.0)
+    for _ in range(20):
+        timeouts.saw("step", False, 1.0)
+    assert timeouts.limit("step", first=False) == CONFIG.minimum_seconds
+    assert timeouts.limit("step", first=True) == 600.0
+
+
+def test_an_unknown_kind_changes_nothing() -> None:
+    state = RunState()
+    assert fold(state, Entry(1.0, "", None, Unknown("later", {"a": 1}))) is state
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_prefix_and_any_gap_of_a_journal_folds(seed: int) -> None:
+    """A crash cuts a journal anywhere, and a damaged line is skipped: neither may stop a supervisor
+    from starting."""
+    journal = run_history(seed).journal
+    for gap in range(0, len(journal), 3):
+        state = RunState()
+        for entry in journal[:gap] + journal[gap + 1 :]:
+            state = fold(state, entry)
+            assert {f.name for f in fields(state)} == {f.name for f in fields(RunState())}
+
+
+def test_a_commit_journalled_twice_counts_once() -> None:
+    commit = Entry(1.0, "1.00", 3, CheckpointCommitted("p", "sha", 1, 1, 0.1, True))
+    state = fold(fold(RunState(), commit), commit)
+    assert len(state.checkpoints) == 1
+
+
+def test_every_handler_is_of_a_kind_that_is_written() -> None:
+    assert all(kind in Event.registry.values() for kind in HANDLERS)

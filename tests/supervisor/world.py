@@ -1,0 +1,669 @@
+"""A tiny world in virtual time for the supervisor's core: nodes, agents, ranks, a disk, a journal
+that survives.
+
+Agents and ranks are models that keep the contracts of opt_train/protocol and nothing more. The
+journal here is what is durable: effects behind a supervisor's death are lost, entries in front of
+it are not. `World` checks, at every step, what must hold whatever happens; a breach is an
+AssertionError.
+"""
+
+import random
+from typing import Any
+
+from opt_logbook.record.codec import GENESIS, decode, encode
+from opt_logbook.record.events import (
+    AttemptEnded,
+    CheckpointCommitted,
+    Entry,
+    Event,
+    NodeFailed,
+    RunCreated,
+    SaveAbandoned,
+)
+from opt_logbook.record.run_directory import tier_of
+
+from opt_train.checkpoint.manifest import own_file_name
+from opt_train.config.run_config import RunConfig
+from opt_train.protocol.commands import Begin, Drop, Fetch, Kill, Leave, Relay
+from opt_train.protocol.facts import (
+    AgentState,
+    ExitNotice,
+    Fetched,
+    GenerationGone,
+    Heartbeat,
+    HeldFiles,
+    LogLine,
+    RankExited,
+    RankFact,
+    ShardsSaved,
+    SlotState,
+    SnapshotHeld,
+    Stacks,
+    Store,
+)
+from opt_train.protocol.framing import Message
+from opt_train.protocol.orders import SaveAndStop
+from opt_train.run.records import MEMORY, NODE, SHARED, path_of_save
+from opt_train.run.state import RunState, fold
+from opt_train.supervisor.core import Supervisor
+from opt_train.supervisor.effects import (
+    AcknowledgeFact,
+    Append,
+    ClearUncommitted,
+    CommitManifest,
+    CommitSnapshot,
+    Effect,
+    FenceNode,
+    Finish,
+    RetireCheckpoint,
+    Send,
+    StartAgent,
+    VerifyCheckpoint,
+    WriteMetrics,
+)
+from opt_train.supervisor.inputs import (
+    AgentConnected,
+    AgentDisconnected,
+    CheckpointVerified,
+    ClusterObserved,
+    FactReceived,
+    HeartbeatReceived,
+    Identity,
+    Input,
+    ManifestCommitted,
+    Now,
+    StopAsked,
+    Tick,
+)
+from tests.supervisor.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
+from tests.supervisor.lockstep import advance
+
+
+class World:
+    """Nodes `n0`, `n1`, ...; the first `cluster.nodes` are meant to train."""
+
+    def __init__(self, config: RunConfig | None = None, seed: int = 0) -> None:
+        self.config = config or make_config()
+        self.random = random.Random(seed)
+        self.now = 1000.0
+        count = self.config.cluster.nodes + self.config.cluster.buffer_nodes
+        self.names = tuple(f"n{k}" for k in range(count))
+        self.journal: list[Entry] = []
+        self.replayed = RunState()
+        self.core: Supervisor | None = None
+        self.leaders = 0
+        self.agents: dict[str, Agent] = {}
+        self.down: dict[str, str] = {}
+        self.groups: dict[int, Group] = {}
+        self.disk: dict[str, str] = {}
+        """Committed checkpoint -> why it does not verify; empty: it does."""
+        self.node_disks: dict[str, dict[str, set[str]]] = {}
+        """What agents wrote to their nodes' own disks: the next agent of the node finds it."""
+        self.metrics: dict[tuple[str, int], float] = {}
+        self.durations: dict[str, float] = {}
+        """What every metrics line says of lengths: `step_seconds` and `data_seconds`."""
+        self.later: list[tuple[float, int, Input]] = []
+        self.queue: list[Input] = []
+        self.lives: int | None = None
+        """Effects until the supervisor dies; None: it does not."""
+        self.finish: Finish | None = None
+        self.effects: list[Effect] = []
+        self.fail_commits = 0
+        """Commits that will fail; negative: saves of ranks that will."""
+        self.snapshots_missed: dict[int, int] = {}
+        """Step -> rank that takes no snapshot then."""
+        self.snapshot_at_stop = False
+        """Ranks that are asked to stop take a snapshot first, and are a while over their save."""
+        self.wrong_value = ""
+        """Of this value in force the last rank of every generation has another."""
+        self.poison: tuple[int, str] | None = None
+        """(step, log line): rank 0 crashes there, every time."""
+        self.settled_saves: set[str] = set()
+        self.heard_saves: set[tuple[int, str]] = set()
+        """(generation, path) of reports that this supervisor was told."""
+        self.cleared: list[str] = []
+        """Saves that were in no record and were removed."""
+        self.ended: set[int] = set()
+        self.failed_nodes: set[str] = set()
+        self.begun: list[tuple[int, int, str]] = []
+        self._pids = 100
+        self._order = 0
+
+    # The supervisor -------------------------------------------------------------------------------
+
+    def start_supervisor(self, config_sha256: str = "c0", **identity: Any) -> None:
+        """Start one: it knows the journal and nothing else."""
+        assert self.core is None
+        self.finish = None
+        self.leaders += 1
+        created = RunCreated("run", 0, "tiny", 1000, self.config.train.steps, 8)
+        known = Identity(
+            leader=self.replayed.leader + 1,
+            host="host",
+            pid=self.leaders,
+            version="0",
+            run_directory="/run",
+            config_path="/run/config.json",
+            config_sha256=config_sha256,
+            nodes=self.names,
+            created=created,
+            **identity,
+        )
+        state = RunState()
+        for entry in self.journal:
+            state = fold(state, entry)
+        assert state == self.replayed, "a journal folds to the same state whenever it is folded"
+        self.core = Supervisor(self.config, state, known)
+        self.queue, self.later, self.heard_saves = [], [], set()
+        self._carry_out(self.core.begin(self._clock()))
+
+    def kill_supervisor(self) -> None:
+        """Links end; what it had decided and not yet journalled never was."""
+        self.core, self.lives, self.queue, self.later = None, None, [], []
+        for agent in self.agents.values():
+            agent.connected = False
+
+    def tell(self, given: Input) -> None:
+        """One input, now."""
+        if self.core is None:
+            return
+        if (
+            isinstance(given, FactReceived)
+            and isinstance(given.fact, RankFact)
+            and isinstance(given.fact.fact, ShardsSaved)
+        ):
+            self.heard_saves.add((given.fact.generation, _path(given.fact)))
+        effects = self.core.handle(given, self._clock())
+        self._carry_out(effects)
+        if self.core is not None and any(isinstance(e, Append) for e in effects):
+            assert self.core.state == self.replayed, (
+                "the live core stands where its journal folds to"
+            )
+
+    def _clock(self) -> Now:
+        return Now(wall=1.7e9 + self.now, monotonic=self.now)
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if self.lives is not None:
+                if self.lives == 0:
+                    self.kill_supervisor()
+                    return
+                self.lives -= 1
+            self.effects.append(effect)
+            self._do(effect)
+
+    def _do(self, effect: Effect) -> None:  # noqa: PLR0912 - one case an effect
+        match effect:
+            case Append(entry):
+                self._append(entry)
+            case Send(node, command):
+                agent = self.agents.get(node)
+                if agent is not None and agent.connected and not agent.frozen:
+                    self._obey(agent, command)
+            case AcknowledgeFact(node, number):
+                self._acknowledge(node, number)
+            case StartAgent(node):
+                if node not in self.agents and node not in self.failed_nodes:
+                    self._start_agent(node)
+            case FenceNode(node):
+                self.lose_node(node, "fenced")
+            case WriteMetrics(attempt, line):
+                assert self.replayed.live is not None
+                assert self.replayed.live.name == attempt, (
+                    "metrics of an older generation are fenced off"
+                )
+                self.metrics[attempt, line["step"]] = line["loss"]
+            case VerifyCheckpoint(path):
+                assert path in self.disk, f"{path} is wanted and not on the disk"
+                self._answer(1.0, CheckpointVerified(path, self.disk[path], "sha"))
+            case CommitManifest(path, _, attempt, step):
+                why = ""
+                if self.fail_commits:
+                    self.fail_commits, why = self.fail_commits - 1, "No space left on device"
+                else:
+                    self.disk.setdefault(path, "")
+                self._answer(1.0, ManifestCommitted(path, attempt, step, why, "sha", 10, 2, 0.1))
+            case CommitSnapshot(paths, attempt, step, files):
+                for path in paths:
+                    self.disk.setdefault(path, "")
+                size, ranks = 10 * len(files), len(files) - 1
+                self._answer(
+                    1.0,
+                    ManifestCommitted(
+                        paths[0],
+                        attempt,
+                        step,
+                        "",
+                        "sha",
+                        size,
+                        len(files),
+                        0.1,
+                        world_size=ranks,
+                        config_sha256="c0",
+                    ),
+                )
+            case RetireCheckpoint(path):
+                chain = [c for c in self.replayed.chain() if not c.rejected]
+                assert path not in [c.path for c in chain if not c.is_held][-2:]
+                self.disk.pop(path, None)
+            case ClearUncommitted(attempts, kept):
+                assert kept >= {c.path for c in self.replayed.checkpoints}, (
+                    "what is on record stays"
+                )
+                assert not self.ranks(), "somebody may still be saving"
+                self.cleared += [
+                    p for p in self.disk if p.split("/")[1] in attempts and p not in kept
+                ]
+                self.disk = {
+                    path: why for path, why in self.disk.items() if path not in self.cleared
+                }
+            case Finish():
+                self.finish = effect
+                self.core = None
+                self.agents.clear()
+            case _:
+                pass
+
+    def _answer(self, seconds: float, given: Input) -> None:
+        self._order += 1
+        self.later.append((self.now + seconds, self._order, given))
+
+    def _append(self, entry: Entry) -> None:
+        # As a new supervisor reads it, who stands where this one does only if the line carries all
+        # that it goes by.
+        previous = self.journal[-1].hash if self.journal else GENESIS
+        entry = decode(encode(entry, len(self.journal) + 1, previous))
+        self.journal.append(entry)
+        self.replayed = fold(self.replayed, entry)
+        match entry.event:
+            case CheckpointCommitted(path):
+                assert path not in self.settled_saves, f"{path} is committed once"
+                assert path in self.disk, "what is journalled as committed is there"
+                self.settled_saves.add(path)
+            case SaveAbandoned(path):
+                self.settled_saves.add(path)
+            case AttemptEnded(generation):
+                self.ended.add(generation)
+                open_saves = {
+                    path for g, path in self.heard_saves if g == generation
+                } - self.settled_saves
+                assert not open_saves, (
+                    f"nothing was said of {open_saves} before generation {generation} ended"
+                )
+                left = self.living(generation)
+                assert not left, f"generation {generation} ends while ranks of it live: {left}"
+            case NodeFailed(node):
+                self.failed_nodes.add(node)
+
+    def _acknowledge(self, node: str, number: int) -> None:
+        agent = self.agents.get(node)
+        if agent is None or not agent.connected:
+            return
+        for known in [n for n in agent.kept if n <= number]:
+            fact = agent.kept.pop(known)
+            generation = getattr(fact, "generation", 0)
+            old = generation in self.ended
+            if isinstance(fact, RankExited):
+                assert old, (
+                    f"the end of a rank of generation {generation} is forgotten before it is "
+                    "journalled"
+                )
+            if isinstance(fact, RankFact) and isinstance(fact.fact, ShardsSaved):
+                path = _path(fact)
+                assert old or path in self.settled_saves, (
+                    f"{path} is forgotten before its fate is journalled"
+                )
+            if isinstance(fact, SnapshotHeld):
+                path = path_of_save(fact.attempt, fact.step, MEMORY)
+                assert old or path in self.settled_saves, (
+                    f"{path} is forgotten before its fate is journalled"
+                )
+
+    # Agents ---------------------------------------------------------------------------------------
+
+    def _start_agent(self, node: str) -> None:
+        self._pids += 1
+        slots = [Slot(self.now + WARM_SECONDS) for _ in range(self.config.cluster.slots_per_node)]
+        left = {path: set(names) for path, names in self.node_disks.get(node, {}).items()}
+        self.agents[node] = Agent(node, self._pids, slots, self.now, held=left)
+        self.down.pop(node, None)
+
+    def _obey(self, agent: Agent, command: Message) -> None:  # noqa: PLR0912 - one case a command
+        match command:
+            case Begin():
+                self._begin(agent, command)
+            case Kill() if agent.unkillable:
+                pass
+            case Kill(generation, stacks):
+                agent.killed_up_to = max(agent.killed_up_to, generation)
+                for slot in agent.slots:
+                    rank = slot.rank
+                    if rank is not None and rank.begin.generation <= generation:
+                        if stacks:
+                            state = "T" if rank.stopped else "S"
+                            told = Stacks(
+                                rank.begin.generation, rank.begin.rank, not rank.stopped, state
+                            )
+                            self.say(agent, told)
+                        self.end_rank(agent, slot, signal=9, by_agent=True)
+                self.say(agent, GenerationGone(generation))
+            case Relay(generation, order):
+                for slot in agent.slots:
+                    if (
+                        slot.rank
+                        and slot.rank.begin.generation == generation
+                        and isinstance(order, SaveAndStop)
+                    ):
+                        slot.rank.ordered = order
+            case Fetch():
+                agent.fetching.append((self.now + 1.0, command))
+            case Drop(path):
+                agent.held.pop(path, None)
+                self.node_disks.get(agent.node, {}).pop(path, None)
+            case Leave():
+                for slot in agent.slots:
+                    slot.rank = None
+                self.agents.pop(agent.node, None)
+                self.down[agent.node] = "its agent left"
+                self.queue.append(AgentDisconnected(agent.node))
+            case _:
+                raise AssertionError(f"no agent obeys {command}")
+
+    def _begin(self, agent: Agent, begin: Begin) -> None:
+        slot = agent.slots[begin.slot]
+        if begin.generation <= agent.killed_up_to or slot.rank is not None:
+            return
+        assert agent.node not in self.failed_nodes, f"{agent.node} has failed and is handed back"
+        assert self.replayed.live is not None, "what begins is journalled"
+        assert self.replayed.live.generation == begin.generation
+        others = [
+            r.begin.generation for r in self.ranks() if r.begin.generation != begin.generation
+        ]
+        assert not others, f"generation {begin.generation} begins while ranks of {others} live"
+        if slot.warm_at > self.now:
+            return
+        self._check_restored(agent, begin)
+        self._pids += 1
+        slot.rank = Rank(begin, self._pids, since=self.now, step=self.replayed.live.start_step)
+        slot.warm_at = self.now + WARM_SECONDS
+        self.begun.append((begin.generation, begin.rank, agent.node))
+        group = self.groups.setdefault(
+            begin.generation,
+            Group(begin.generation, self.replayed.live.start_step, self.now, self.now),
+        )
+        if begin.rank == 0:
+            self.say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
+        group.moved = self.now
+
+    def _check_restored(self, agent: Agent, begin: Begin) -> None:
+        """What a rank of a snapshot reads is there, all of it, and good."""
+        assert self.replayed.live is not None
+        path = self.replayed.live.checkpoint
+        if begin.checkpoint is None or tier_of(path) == SHARED:
+            return
+        assert begin.checkpoint == f"/held/{agent.node}/{path}"
+        made = next(c for c in self.replayed.checkpoints if c.path == path)
+        same = made.world_size == begin.world_size
+        names = {own_file_name(rank) for rank in ([begin.rank] if same else range(made.world_size))}
+        assert names <= agent.held.get(path, set()), f"rank {begin.rank} lacks its part of {path}"
+        assert {(path, name) for name in names} <= agent.verified, (
+            f"rank {begin.rank} reads what nobody has verified"
+        )
+
+    def _fetch(self, agent: Agent, command: Fetch) -> None:
+        why = ""
+        for name in command.names:
+            own = [p for p in (command.path, command.origin) if name in agent.held.get(p, ())]
+            good = [p for p in own if (p, name) not in agent.spoiled]
+            there = self.agents.get(command.sources.get(name, ""))
+            if good or (
+                there is not None
+                and name in there.held.get(command.path, ())
+                and not there.frozen
+                and (command.path, name) not in there.spoiled
+            ):
+                agent.held.setdefault(command.path, set()).add(name)
+                if tier_of(command.path) == NODE:
+                    self.node_disks.setdefault(agent.node, {}).setdefault(command.path, set()).add(
+                        name
+                    )
+                agent.spoiled.discard((command.path, name))
+                agent.verified.add((command.path, name))
+            else:
+                why = f"{name} is nowhere"
+        folder = "" if why else f"/held/{agent.node}/{command.path}"
+        self.say(agent, Fetched(command.path, command.names, why, folder))
+
+    def say(self, agent: Agent, fact: Message) -> None:
+        agent.number += 1
+        agent.kept[agent.number] = fact
+        if agent.connected and not agent.frozen:
+            self.queue.append(FactReceived(agent.node, agent.number, fact))
+
+    def say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
+        self.say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
+
+    def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
+        told = []
+        for number, slot in enumerate(agent.slots):
+            warm = slot.warm_at <= self.now
+            rank = slot.rank
+            if rank is None:
+                told.append(SlotState(number, "warm" if warm else "warming", spare=warm))
+                continue
+            told.append(
+                SlotState(
+                    number,
+                    "running",
+                    warm,
+                    rank.pid,
+                    rank.begin.generation,
+                    rank.begin.attempt,
+                    rank.begin.rank,
+                    rank.phase,
+                    rank.step,
+                    self.now - rank.since,
+                    "T" if rank.stopped else "S",
+                )
+            )
+        return tuple(told)
+
+    def _connect(self, agent: Agent) -> None:
+        agent.connected, agent.led_at = True, self.now
+        held = tuple(HeldFiles(path, tuple(sorted(names))) for path, names in agent.held.items())
+        assert self.core is not None
+        agent.first_leader = agent.first_leader or self.core.identity.leader
+        state = AgentState(
+            agent.node,
+            agent.pid,
+            self._slots(agent),
+            held=held,
+            address=agent.node,
+            first_leader=agent.first_leader,
+        )
+        self.queue.append(AgentConnected(agent.node, state))
+        self.queue += [
+            FactReceived(agent.node, number, fact) for number, fact in agent.kept.items()
+        ]
+
+    # Ranks ----------------------------------------------------------------------------------------
+
+    def ranks(self) -> list[Rank]:
+        return [s.rank for a in self.agents.values() for s in a.slots if s.rank is not None]
+
+    def living(self, generation: int) -> list[tuple[str, int]]:
+        return [
+            (r.begin.node, r.begin.rank) for r in self.ranks() if r.begin.generation == generation
+        ]
+
+    def find(self, rank: int) -> tuple[Agent, Slot] | None:
+        """Where `rank` of the newest generation runs."""
+        newest = max((r.begin.generation for r in self.ranks()), default=0)
+        for agent in self.agents.values():
+            for slot in agent.slots:
+                if slot.rank and (slot.rank.begin.generation, slot.rank.begin.rank) == (
+                    newest,
+                    rank,
+                ):
+                    return agent, slot
+        return None
+
+    def end_rank(
+        self,
+        agent: Agent,
+        slot: Slot,
+        code: int | None = None,
+        signal: int | None = None,
+        by_agent: bool = False,
+        leaving: ExitNotice | None = None,
+        tail: tuple[LogLine, ...] = (),
+    ) -> None:
+        rank, slot.rank = slot.rank, None
+        assert rank is not None
+        self.say(
+            agent,
+            RankExited(
+                rank.begin.generation,
+                rank.begin.rank,
+                rank.begin.slot,
+                rank.pid,
+                code,
+                signal,
+                by_agent,
+                leaving,
+                rank.phase,
+                rank.step,
+                tail,
+            ),
+        )
+
+    # Faults ---------------------------------------------------------------------------------------
+
+    def kill_rank(self, rank: int, code: int | None = None, text: str = "") -> None:
+        """SIGKILL from outside, or an exit of its own with a line in its log."""
+        found = self.find(rank)
+        if found is not None:
+            tail = (
+                LogLine(TAIL_FILE, 7, "Traceback (most recent call last):"),
+                LogLine(TAIL_FILE, 8, text),
+            )
+            self.end_rank(
+                *found, code=code, signal=None if code is not None else 9, tail=tail if text else ()
+            )
+
+    def stop_rank(self, rank: int) -> None:
+        found = self.find(rank)
+        if found is not None and found[1].rank is not None:
+            found[1].rank.stopped = True
+
+    def lose_node(self, node: str, reason: str = "its agent is gone") -> None:
+        """Agent and ranks die without a word."""
+        agent = self.agents.pop(node, None)
+        self.down[node] = reason
+        if agent is not None and agent.connected:
+            self.queue.append(AgentDisconnected(node))
+
+    def cut_link(self, node: str, seconds: float) -> None:
+        agent = self.agents.get(node)
+        if agent is not None:
+            agent.link_until = self.now + seconds
+            if agent.connected:
+                agent.connected = False
+                self.queue.append(AgentDisconnected(node))
+
+    # Time -----------------------------------------------------------------------------------------
+
+    def second(self) -> None:
+        """One second of everything."""
+        self.now += 1.0
+        for agent in list(self.agents.values()):
+            if (
+                not agent.connected
+                and self.core is not None
+                and agent.link_until <= self.now
+                and not agent.frozen
+            ):
+                self._connect(agent)
+            if agent.connected:
+                agent.led_at = self.now
+            elif self.now - agent.led_at > self.config.supervisor.orphan_seconds:
+                self.lose_node(agent.node, "its agent left: nobody led it")
+        self._drain()
+        for agent in list(self.agents.values()):
+            due_now = [
+                command for at, command in agent.fetching if at <= self.now and not agent.frozen
+            ]
+            agent.fetching = [item for item in agent.fetching if item[1] not in due_now]
+            for command in due_now:
+                self._fetch(agent, command)
+        for group in list(self.groups.values()):
+            advance(self, group)
+        self._drain()
+        if self.core is not None:
+            states = {node: "down" if node in self.down else "up" for node in self.names}
+            self.tell(ClusterObserved(states, dict(self.down)))
+        for agent in list(self.agents.values()):
+            if agent.connected and not agent.frozen:
+                self.tell(HeartbeatReceived(agent.node, Heartbeat(self._slots(agent))))
+        due = [item for item in self.later if item[0] <= self.now]
+        self.later = [item for item in self.later if item[0] > self.now]
+        self.queue += [given for _, _, given in sorted(due, key=lambda item: item[:2])]
+        self._drain()
+        self.tell(Tick())
+        self._drain()
+
+    def _drain(self) -> None:
+        while self.queue and self.core is not None:
+            self.tell(self.queue.pop(0))
+
+    def run(self, seconds: int = 600) -> "World":
+        """Until the supervisor is done; every run ends."""
+        for _ in range(seconds):
+            if self.finish is not None:
+                return self
+            self.second()
+        raise AssertionError(
+            f"no end after {seconds} s: {self.replayed.stage}, {self.kinds()[-8:]}"
+        )
+
+    def until_step(self, step: int, seconds: int = 300) -> "World":
+        """Until the newest generation has done `step`."""
+        for _ in range(seconds):
+            live = self.replayed.live
+            group = self.groups.get(live.generation) if live else None
+            if group is not None and group.step >= step and self.living(group.generation):
+                return self
+            assert self.finish is None, self.finish
+            self.second()
+        raise AssertionError(
+            f"step {step} is not reached: {self.replayed.stage}, {self.kinds()[-8:]}"
+        )
+
+    def until(self, kind: type[Event], count: int = 1, seconds: int = 300) -> "World":
+        """Until `count` events of `kind` are journalled."""
+        for _ in range(seconds):
+            if len(self.events(kind)) >= count:
+                return self
+            self.second()
+        raise AssertionError(f"no {kind.__name__}: {self.replayed.stage}, {self.kinds()[-8:]}")
+
+    def ask_stop(self, by: str = "a person") -> None:
+        self.tell(StopAsked(by))
+        self._drain()
+
+    # What was journalled --------------------------------------------------------------------------
+
+    def kinds(self) -> list[str]:
+        return [entry.event.kind for entry in self.journal]
+
+    def events(self, kind: type[Any]) -> list[Any]:
+        return [entry.event for entry in self.journal if isinstance(entry.event, kind)]
+
+    def entries(self, kind: type[Any]) -> list[Entry]:
+        return [entry for entry in self.journal if isinstance(entry.event, kind)]
+
+
+def _path(fact: RankFact) -> str:
+    step: int = getattr(fact.fact, "step", -1)
+    return f"checkpoints/{fact.attempt}/step-{step:08d}"

@@ -1,0 +1,89 @@
+"""The word and the orders without a model, for thousands of steps. Run by test_04; prints what the
+rank recorded."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from opt_train.optim.clip import clip, global_norm
+from opt_train.protocol.framing import to_line
+from opt_train.protocol.orders import Save
+from opt_train.train.orders import ControlPipe, StopSignals
+from opt_train.train.step_stats import RankStats, StatsReducer
+from tests.train.leave import leave_with
+
+STEPS = 2500
+ORDERS = 40
+STOP = STEPS - 100
+
+
+def main(rank: int, world_size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+    )
+    agreement = StatsReducer(dist.new_group(backend="gloo"), rank, world_size)
+    read_end, write_end = os.pipe()
+    control, signals = ControlPipe(read_end), StopSignals()
+    signals.listen()
+    # What the agent does, on rank 0: an order in the middle of a step, now and then two.
+    moments = sorted(random.Random(4).choices(range(STOP - 10), k=ORDERS)) if rank == 0 else []
+
+    chance = random.Random(rank)
+    poisoned = set(random.Random(7).sample(range(STEPS), 60)) if rank == 2 else set()
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    obeyed, heard, inbox, record = 0, 0, [], []
+    for step in range(STEPS):
+        for word in agreement.heard(before=step - 1):
+            heard = max(heard, word.order_number)
+            record.append(
+                [
+                    "word",
+                    word.step,
+                    word.verdict,
+                    repr(word.loss),
+                    word.order_number,
+                    word.stop_votes,
+                ]
+            )
+        if heard > obeyed:
+            due = [order for order in inbox if order.number <= heard]
+            inbox = [order for order in inbox if order.number > heard]
+            record += [
+                ["order", step, order.number, order.reason] for order in agreement.share_orders(due)
+            ]
+            obeyed = heard
+        if chance.random() < 0.02:
+            time.sleep(chance.random() * 0.005)  # a straggler
+        parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
+        verdict = clip(global_norm([parameter.grad], [world_size], torch.tensor(2.0)), 1.0)
+        if rank == 1 and step == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while moments and moments[0] == step:
+            number = ORDERS - len(moments) + 1
+            os.write(write_end, to_line(Save(number, f"order {number}")))
+            moments.pop(0)
+        inbox += control.poll()
+        own = RankStats(
+            loss_sum=float("inf") if step in poisoned else rank + step,
+            tokens=2.0,
+            grad_norm=float(verdict.norm),
+            skipped=bool(verdict.skip),
+            wants_to_stop=bool(signals.received),
+            step_seconds=float(rank),
+        )
+        agreement.start(step, own, max([obeyed, *(order.number for order in inbox)]))
+        if any(entry[0] == "word" and entry[2] == "stop" for entry in record[-3:]):
+            record.append(["stop", step])
+            break
+    agreement.heard(before=STEPS)
+    leave_with(record)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
