@@ -59,7 +59,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeed:
-    """`Engine` with ZeRO; `MeasuresLayers` too. One a process: DeepSpeed keeps process-wide state."""
+    """`Engine` with ZeRO; `MeasuresLayers` too. One a process: DeepSpeed keeps process-wide
+    state."""
 
     def __init__(
         self,

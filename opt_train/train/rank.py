@@ -43,8 +43,8 @@ Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
 
 
 class CannotStart(Exception):
-    """The rank must not train: what it was given does not fit. Becomes `ExitNotice` with code 78 and
-    the cause."""
+    """The rank must not train: what it was given does not fit. Becomes `ExitNotice` with code 78
+    and the cause."""
 
     def __init__(self, cause: str, reason: str) -> None:
         super().__init__(reason)
@@ -54,12 +54,12 @@ class CannotStart(Exception):
 def run_rank(
     begin: Begin, tell: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
 ) -> int:
-    """Be rank `begin.rank` until training ends; returns the exit code. `ExitNotice` is the last fact
-    told.
+    """Be rank `begin.rank` until training ends; returns the exit code. `ExitNotice` is the last
+    fact told.
 
     Raises:
-        Exception: anything unforeseen, without a `ExitNotice`: the agent reports the exit code and the
-            log's end.
+        Exception: anything unforeseen, without an `ExitNotice`: the agent reports the exit code and
+            the log's end.
     """
     try:
         leaving = train(start(begin, tell, orders, signals, joins))

@@ -149,8 +149,8 @@ class Training:
                 self.tell(Metrics(line))
 
     def obey(self) -> ExitNotice | None:
-        """Do what the words that were heard ask for; a `ExitNotice` ends training. The same on every
-        rank."""
+        """Do what the words that were heard ask for; a `ExitNotice` ends training. The same on
+        every rank."""
         if self.snapshot is not None and self.snapshot.wait(0.0):
             self.end_snapshot()
         if self.is_written:

@@ -218,9 +218,12 @@ def test_a_damaged_manifest_is_said_in_a_sentence(
         b"{}",
         b'{"version": 1}',
         b'{"version": 1, "files": 3}',
-        b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, "files": {"a": {"bytes": "1", "sha256": ""}}}',
-        b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}}',
-        b'{"version": 1, "attempt": 7, "step": 50, "state": {}, "files": {"a": {"bytes": 1, "sha256": ""}}}',
+        b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, '
+        b'"files": {"a": {"bytes": "1", "sha256": ""}}}',
+        b'{"version": 1, "attempt": "1.01", "step": 50, "state": {}, '
+        b'"files": {"../a": {"bytes": 1, "sha256": ""}}}',
+        b'{"version": 1, "attempt": 7, "step": 50, "state": {}, '
+        b'"files": {"a": {"bytes": 1, "sha256": ""}}}',
         b'{"version": 1, "attempt": "1.01", "step": 60, "state": {}, "files": {}}',
     ],
 )

@@ -222,7 +222,10 @@ PROGRAM = """
 import sys
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.prepare import prepare
-data = DataConfig(corpus=sys.argv[1], directory=sys.argv[2], validation_fraction=0.2, shard_tokens=400)
+corpus, directory = sys.argv[1:3]
+data = DataConfig(
+    corpus=corpus, directory=directory, validation_fraction=0.2, shard_tokens=400
+)
 print("begin", flush=True)
 prepare(data, TokenizerConfig(name="small", vocab_size=300), lambda line: print(line, flush=True))
 """
@@ -295,7 +298,8 @@ def test_a_folder_of_the_user_s_beside_the_data_is_left_alone(
     (tmp_path / "out.partial" / "train-00001.bin").write_text("dear")
     with pytest.raises(
         BadInput,
-        match=rf"out.partial, where .* holds {re.escape(Path(name).parts[0])}, which .*; move that folder",
+        match=rf"out.partial, where .* holds {re.escape(Path(name).parts[0])}, which .*; "
+        "move that folder",
     ):
         prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
     assert (

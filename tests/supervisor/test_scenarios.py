@@ -174,9 +174,7 @@ def test_never_silently_from_scratch() -> None:
     assert "never starts from scratch" in world.events(RunHalted)[0].question
 
 
-def test_checkpoints_that_could_not_be_read_are_tried_again_once_a_person_has_mended_the_storage() -> (
-    None
-):
+def test_unreadable_checkpoints_are_tried_again_once_a_person_has_mended_the_storage() -> None:
     """A file system that answered ESTALE while the run looked at all of them would have been the
     end of it."""
     world = a_run().until_step(7)

@@ -327,9 +327,7 @@ def test_a_run_that_was_ended_in_the_middle_of_its_stop_goes_on_when_it_is_start
     finished(world)
 
 
-def test_a_stop_is_carried_out_by_the_next_supervisor_where_agents_have_lived_through_the_change() -> (
-    None
-):
+def test_a_stop_is_carried_out_by_the_next_supervisor_where_agents_outlive_the_change() -> None:
     world = a_run().until_step(7)
     world.ask_stop()
     world.kill_supervisor()

@@ -13,12 +13,15 @@ from opt_logbook.story.format import duration, printable
 from opt_logbook.story.incident import IncidentStory, Quote, Section
 from opt_logbook.story.sentences import Sentence
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""Content security: a page that was opened loads nothing and runs nothing."""
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>
 {style}</style>
@@ -50,7 +53,9 @@ def to_html(chronicle: Chronicle, figures: dict[str, str]) -> str:
     ]
     style = resources.files("opt_logbook").joinpath("page.css").read_text("utf-8")
     text = "\n".join(part for part in body if part)
-    return _PAGE.format(title=_text(f"Chronicle of {chronicle.title}"), style=style, body=text)
+    return _PAGE.format(
+        policy=_POLICY, title=_text(f"Chronicle of {chronicle.title}"), style=style, body=text
+    )
 
 
 def _text(text: str) -> str:

@@ -17,7 +17,7 @@ from opt_train.supervisor.rules import attempts as attempt
 from opt_train.supervisor.rules import checkpoints as saves
 from opt_train.supervisor.rules import failures as failure
 from opt_train.supervisor.rules import hangs as watch
-from opt_train.supervisor.rules import nodes as nodes
+from opt_train.supervisor.rules import nodes
 from opt_train.supervisor.rules import orders as stop
 from opt_train.supervisor.rules import snapshots as held
 from opt_train.supervisor.rules.context import Context, Decision, number_in

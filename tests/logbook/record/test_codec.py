@@ -106,7 +106,10 @@ def test_numbers_that_json_lacks_travel_as_words(number: float, word: str) -> No
 
 
 def test_what_a_newer_version_wrote_is_kept() -> None:
-    body = b'{"seq":1,"time":"2026-11-22T14:03:05.250Z","kind":"gpu_sang","attempt":"","step":null,"tune":[1,2]'
+    body = (
+        b'{"seq":1,"time":"2026-11-22T14:03:05.250Z","kind":"gpu_sang","attempt":"","step":null,'
+        b'"tune":[1,2]'
+    )
     line = body + b',"hash":"' + digest(GENESIS, body).encode() + b'"}\n'
     entry = decode(line)
     assert entry.event == Unknown("gpu_sang", {"tune": [1, 2]})
