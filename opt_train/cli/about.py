@@ -14,7 +14,8 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_logbook.story.incidents import Incident, Story, fold_story
 
 from opt_train.protocol.exits import DONE, NO, BadInput
-from opt_train.run.state import TERMINAL, RunState, fold
+from opt_train.run.fold import fold
+from opt_train.run.state import INTERRUPTED, TERMINAL, RunState, Stage
 
 
 class About:
@@ -54,22 +55,20 @@ class About:
     def stage(self) -> str:
         """The stage, or that nobody leads the run though it has not come to its end."""
         if self.state.stage not in TERMINAL and lock.live_holder_of(self.run) is None:
-            return "interrupted"
+            return INTERRUPTED
         return self.state.stage
 
     @property
     def message(self) -> str:
         """What a person should know about the stage."""
+        if self.stage == INTERRUPTED:
+            return "nobody leads it; the command that started it goes on from the last checkpoint"
         match self.stage:
-            case "interrupted":
-                return (
-                    "nobody leads it; the command that started it goes on from the last checkpoint"
-                )
-            case "stopped" if self.state.saved_step < 0:
+            case Stage.STOPPED if self.state.saved_step < 0:
                 return f"by {self.state.stopped_by}, before anything was saved"
-            case "stopped":
+            case Stage.STOPPED:
                 return f"by {self.state.stopped_by}, state saved at step {self.state.saved_step}"
-            case "halted":
+            case Stage.HALTED:
                 return self.state.question
         return ""
 

@@ -30,8 +30,8 @@ from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError, Listed, Progress
 from opt_train.cli.about import About
 from opt_train.protocol.exits import DONE, NO
-from opt_train.run.records import FASTEST_LAST, MEMORY, NODE, SHARED
-from opt_train.run.state import RunState
+from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, NODE, SHARED
+from opt_train.run.state import RunState, Stage
 
 PUBLISH_SECONDS = 2.0
 COLUMNS = 100
@@ -178,7 +178,7 @@ def taken_next(state: RunState, rows: Sequence[Row]) -> str:
     """The path that a restart would take: the journal's newest good one, but for those found bad
     here."""
     bad = {row.path for row in rows if row.checked == "bad"}
-    known = state.reconsidered() if state.stage == "halted" else state.checkpoints
+    known = state.reconsidered() if state.stage is Stage.HALTED else state.checkpoints
     marked = tuple(replace(c, rejected=c.rejected or c.path in bad) for c in known)
     newest = replace(state, checkpoints=marked).newest_good()
     return newest.path if newest is not None else ""

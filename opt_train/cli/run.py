@@ -34,7 +34,7 @@ from opt_train.data.prepare_sets import check_sets
 from opt_train.exchange.imported import check_initial_weights, check_same_tokenizer
 from opt_train.model.sizes import parameter_count
 from opt_train.protocol.exits import DONE, BadInput
-from opt_train.run.records import MEMORY, NODE, SHARED
+from opt_train.run.checkpoint import MEMORY, NODE, SHARED
 from opt_train.sinks.start import SinkProcesses
 
 REMARKS = (Note, JournalMended, JournalDamaged)

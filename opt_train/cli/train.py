@@ -66,9 +66,10 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.framing import Message
-from opt_train.run.records import Checkpoint
+from opt_train.run.checkpoint import Checkpoint
+from opt_train.run.fold import fold
 from opt_train.run.retention import dispensable
-from opt_train.run.state import RunState, fold
+from opt_train.run.state import RunState
 from opt_train.sinks.start import SinkProcesses
 from opt_train.supervisor.effects import CommitManifest
 from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper

@@ -20,7 +20,7 @@ from opt_train.data.manifest import TOKENIZER_FILE, DatasetManifest
 from opt_train.exchange import tokenizer_files
 from opt_train.exchange.imported import is_imported, model_of
 from opt_train.protocol.exits import BadInput
-from opt_train.run.records import Checkpoint
+from opt_train.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

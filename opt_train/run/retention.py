@@ -11,7 +11,7 @@ checkpoint makes an old one dispensable.
 from collections.abc import Iterator, Sequence
 
 from opt_train.config.run_config import RunConfig
-from opt_train.run.records import MEMORY, NODE, SHARED, Checkpoint
+from opt_train.run.checkpoint import MEMORY, NODE, SHARED, Checkpoint
 from opt_train.run.state import RunState
 
 FEWEST_HEALTHY = 2

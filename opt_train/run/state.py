@@ -1,77 +1,239 @@
-"""What a run is, as its journal tells it: `RunState` and `fold`, the only thing that changes it.
+"""What a run is, as its journal tells it: `Stage`, `TRANSITIONS` and `RunState`.
 
-A supervisor that starts folds the journal and stands where the one before stood. What the journal
-does not say (connections, pulses, metrics) is an `ClusterView` and is told anew by the agents.
+Theory of operation
+===================
+
+A run outlives every process that works on it. What it is at any moment is therefore no object in
+some process: it is the journal, and `RunState` is what `fold` (fold.py) makes of the journal's
+entries. `fold` takes entries alone, no clock, no cluster, no message of an agent. So whoever folds
+the same lines stands in the same place: the supervisor that wrote them, the one that comes after
+its death, `opt-train status`, a test. What the journal does not say (who is connected, which phase
+a rank is in, the newest loss) is a `ClusterView`, and agents report it again to every supervisor.
+
+There are two small machines. The *attempt* (attempt.py) begins with `attempt_started` and has
+living ranks, or may have, until its `outcome` is journalled. The *stage* says what the run waits
+for, and which rules decide (supervisor/rules/table.py). The attempt's machine drives the stage's:
+an attempt starts, trains, fails, ends, and each of these events moves the stage by one row of
+`TRANSITIONS`. No handler sets a stage. An event without a row in the current stage leaves it where
+it is: a node that joins, a checkpoint, a note.
+
+Three ways of stopping. They differ in what is known about the ranks, and so in what must be done
+before the run may rest:
+
+- *By order* (`stopping`): ranks live and are asked to save and stop. They agree on one step, save
+  it, and leave by themselves with their state in a checkpoint. This is the only way that loses no
+  step, and the only one that waits.
+- *By force* (still `stopping`, the order `withdrawn`): the ranks did not agree in time, have done
+  nothing worth saving, or a person asked twice. They are killed as after a failure, but nothing is
+  diagnosed, for nothing went wrong.
+- *At rest already* (`assembling`, `recovering`, or `stopping` when the last rank has gone): no rank
+  lives, so `run_stopped` follows at once. A stop that comes while an attempt fails waits for the
+  diagnosis, and takes this way then: the incident is on record before the run rests.
+
+Taking over. A supervisor that starts finds the stage its predecessor left. If the attempt may have
+living ranks, its `leader` is an older one than the run's: until every rank has been seen, training
+or ended, and `agents_adopted` gives the attempt the new leader, nothing is sent to the ranks. That
+is no stage of its own, because the journal cannot know who is alive; it is derived from the two
+numbers. In the stages without ranks there is nothing to take over, and the new supervisor decides
+at once.
+
+Damage. A line that does not verify is skipped, and the lines behind it were written by somebody who
+had read it. So the events that name a stage by themselves do so from any stage (`REGARDLESS`), and
+numbers that fence (generation, leader, order) leave room for what a lost line may have used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from enum import StrEnum
+from typing import NamedTuple
 
 from opt_logbook.record.attempt import AttemptId
 from opt_logbook.record.events import (
-    HELD_OUT,
-    AgentsAdopted,
     AttemptEnded,
     AttemptStarted,
-    CheckpointCommitted,
-    CheckpointRejected,
-    CheckpointRetired,
-    Entry,
     Event,
     FailureSeen,
-    GenerationKilled,
-    IncidentClosed,
-    IncidentDiagnosed,
-    InForceReported,
-    JournalDamaged,
     LineageOpened,
-    MetricsDropped,
-    NodeFailed,
-    NodeJoined,
-    NodePromoted,
-    OrderEnded,
     OrderGiven,
     RunCreated,
     RunFinished,
     RunHalted,
     RunStopped,
-    SaveAbandoned,
     SupervisorStarted,
     TrainingBegan,
     ValidationMeasured,
 )
 
-from opt_train.run.records import (
-    FASTEST_LAST,
-    NODE,
-    SHARED,
-    Attempt,
-    Checkpoint,
-    Incident,
-    Node,
-    OrderRecord,
-)
-
-TERMINAL = frozenset({"finished", "stopped", "halted"})
-"""Stages in which nothing more happens until somebody starts the run again."""
+from opt_train.run.attempt import Attempt
+from opt_train.run.checkpoint import FASTEST_LAST, Checkpoint
+from opt_train.run.incident import Incident
 
 SAVE_AND_STOP = "save_and_stop"
 SUPERSEDED = "superseded"
 """The outcome of a stop that somebody has countermanded by starting the run again."""
 
 
+class Stage(StrEnum):
+    """What the run waits for."""
+
+    NEW = "new"
+    """The journal has no line yet. The first supervisor, or a standalone `train`, creates the
+    run."""
+    ASSEMBLING = "assembling"
+    """No rank lives. The nodes that are to train dial in and warm their ranks, and the checkpoint
+    to start from is verified; a node that does not come is replaced by a buffer node."""
+    STARTING = "starting"
+    """An attempt is journalled and its ranks begin: rendezvous, restore, the first step. What is
+    really in force is read back and compared before the first step counts."""
+    TRAINING = "training"
+    """The first step is done. Steps are counted, checkpoints committed, and signs of failure
+    watched for."""
+    STOPPING = "stopping"
+    """A stop was ordered while ranks may live, or the ranks were asked to stop by somebody else
+    (a scheduler's signal) and have left. The run rests when none is left."""
+    FAILING = "failing"
+    """A failure was seen. All ranks of the generation are killed, after their stacks; what they and
+    their logs still say is collected until every node is known to be empty, and then the cause is
+    named."""
+    RECOVERING = "recovering"
+    """As assembling, after an attempt that ended unfinished: what the diagnosis asks for (another
+    node, an older checkpoint, a halt) is done first."""
+    FINISHING = "finishing"
+    """All ranks are done and have left; the result is still to be journalled."""
+    FINISHED = "finished"
+    """All steps are done. A new lineage, for example with more steps, goes on from here."""
+    STOPPED = "stopped"
+    """A person or the scheduler stopped the run, and its state is saved as far as it could be.
+    Whoever starts it again goes on."""
+    HALTED = "halted"
+    """A person must decide; the question is in the journal. Whoever starts it again has answered,
+    and all budgets of restarts begin anew."""
+
+
+TERMINAL = frozenset({Stage.FINISHED, Stage.STOPPED, Stage.HALTED})
+"""Stages in which nothing more happens until somebody starts the run again."""
+
+
+INTERRUPTED = "interrupted"
+"""Shown for a run whose stage is not terminal and whose lock nobody holds. No stage: the journal of
+a run whose supervisor was killed cannot say so."""
+
+
+class Case(NamedTuple):
+    """An event that moves the stage by what it says, not by its kind alone."""
+
+    event: type[Event]
+    what: str
+
+
+Trigger = type[Event] | Case
+
+ENDED_FINISHED = Case(AttemptEnded, "finished")
+ENDED_STOPPED = Case(AttemptEnded, "stopped")
+ENDED_FAILED = Case(AttemptEnded, "failed")
+STOP_ORDERED = Case(OrderGiven, SAVE_AND_STOP)
+RANKS_FAILED = Case(FailureSeen, "ranks may live")
+
+
+def trigger_of(event: Event, *, lives: bool) -> Trigger:
+    """What of `event` the stage goes by. `lives`: an attempt may have living ranks."""
+    match event:
+        case AttemptEnded(outcome=outcome):
+            return {"finished": ENDED_FINISHED, "stopped": ENDED_STOPPED}.get(outcome, ENDED_FAILED)
+        case OrderGiven(order=order):
+            return Case(OrderGiven, order)
+        case FailureSeen():
+            # With nothing to kill there is nothing to wait for: only a damaged journal has this.
+            return RANKS_FAILED if lives else FailureSeen
+        case _:
+            return type(event)
+
+
+TRANSITIONS: Mapping[tuple[Stage, Trigger], Stage] = {
+    (Stage.NEW, RunCreated): Stage.ASSEMBLING,
+    (Stage.ASSEMBLING, AttemptStarted): Stage.STARTING,
+    (Stage.ASSEMBLING, RunStopped): Stage.STOPPED,
+    (Stage.ASSEMBLING, RunHalted): Stage.HALTED,
+    (Stage.STARTING, TrainingBegan): Stage.TRAINING,
+    (Stage.STARTING, STOP_ORDERED): Stage.STOPPING,
+    (Stage.STARTING, RANKS_FAILED): Stage.FAILING,
+    (Stage.STARTING, ENDED_FINISHED): Stage.FINISHING,
+    (Stage.STARTING, ENDED_STOPPED): Stage.STOPPING,
+    (Stage.STARTING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.TRAINING, STOP_ORDERED): Stage.STOPPING,
+    (Stage.TRAINING, RANKS_FAILED): Stage.FAILING,
+    (Stage.TRAINING, ENDED_FINISHED): Stage.FINISHING,
+    (Stage.TRAINING, ENDED_STOPPED): Stage.STOPPING,
+    (Stage.TRAINING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.STOPPING, RANKS_FAILED): Stage.FAILING,
+    (Stage.STOPPING, ENDED_STOPPED): Stage.STOPPING,
+    (Stage.STOPPING, ENDED_FINISHED): Stage.FINISHING,
+    (Stage.STOPPING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.STOPPING, RunStopped): Stage.STOPPED,
+    (Stage.FAILING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.RECOVERING, AttemptStarted): Stage.STARTING,
+    (Stage.RECOVERING, RunStopped): Stage.STOPPED,
+    (Stage.RECOVERING, RunHalted): Stage.HALTED,
+    (Stage.FINISHING, RunFinished): Stage.FINISHED,
+    (Stage.FINISHED, LineageOpened): Stage.ASSEMBLING,
+    (Stage.STOPPED, SupervisorStarted): Stage.ASSEMBLING,
+    (Stage.HALTED, SupervisorStarted): Stage.ASSEMBLING,
+    # A standalone `train` writes no `supervisor_started`: its attempt is the start.
+    (Stage.STOPPING, AttemptStarted): Stage.STARTING,
+    (Stage.FINISHING, AttemptStarted): Stage.STARTING,
+    (Stage.STOPPED, AttemptStarted): Stage.STARTING,
+    (Stage.HALTED, AttemptStarted): Stage.STARTING,
+}
+"""(Stage, what happens) -> the stage after it; what is not listed changes no stage. Drawn in
+docs/architecture.md."""
+
+REGARDLESS: Mapping[Trigger, Stage] = {
+    RunCreated: Stage.ASSEMBLING,
+    AttemptStarted: Stage.STARTING,
+    RANKS_FAILED: Stage.FAILING,
+    ENDED_FINISHED: Stage.FINISHING,
+    ENDED_STOPPED: Stage.STOPPING,
+    ENDED_FAILED: Stage.RECOVERING,
+    RunFinished: Stage.FINISHED,
+    RunStopped: Stage.STOPPED,
+    RunHalted: Stage.HALTED,
+}
+"""Where the run is after these, when `TRANSITIONS` has no row: lines between are damaged, and what
+the event says of the run holds all the same."""
+
+
+def next_stage(stage: Stage, event: Event, *, lives: bool) -> Stage:
+    """The stage after `event`. `lives`: an attempt may have living ranks when it happens."""
+    trigger = trigger_of(event, lives=lives)
+    return TRANSITIONS.get((stage, trigger)) or REGARDLESS.get(trigger, stage)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that ever joined or failed. `role` is ``active``, ``buffer`` or ``failed``; a failed
+    one stays so."""
+
+    role: str
+    slots: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRecord:
+    """The newest order. `outcome` is empty while it is outstanding."""
+
+    number: int
+    order: str
+    reason: str
+    outcome: str = ""
+    leader: int = 0
+    """The supervisor that gave it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """The whole run. `RunState()` is the run that has not begun.
+    """The whole run. `RunState()` is the run that has not begun."""
 
-    `stage`: ``new``, ``assembling`` (waiting for nodes), ``starting`` (ranks begin), ``training``,
-    ``stopping`` (a stop was asked and ranks may live), ``failing`` (ranks are killed, words
-    collected), ``recovering`` (as assembling, after an incident), ``finishing`` (all ranks are
-    done), ``finished``, ``stopped``, ``halted``.
-    """
-
-    stage: str = "new"
+    stage: Stage = Stage.NEW
     created: RunCreated | None = None
     created_time: float = 0.0
     lineage: int = 0
@@ -180,303 +342,3 @@ class RunState:
         if self.newest_good() is not None:
             return self.checkpoints
         return tuple(replace(checkpoint, rejected=False) for checkpoint in self.checkpoints)
-
-
-def fold(state: RunState, entry: Entry) -> RunState:
-    """The run after `entry`. Any prefix of a journal folds; a kind this version does not know
-    changes nothing."""
-    handler = HANDLERS.get(type(entry.event))
-    return state if handler is None else handler(state, entry, entry.event)
-
-
-def _run_created(s: RunState, entry: Entry, event: RunCreated) -> RunState:
-    return replace(s, stage="assembling", created=event, created_time=entry.time)
-
-
-def _lineage_opened(s: RunState, entry: Entry, event: LineageOpened) -> RunState:
-    # A run that was done goes on, for example for more steps.
-    stage = "assembling" if s.stage == "finished" else s.stage
-    return replace(
-        s, stage=stage, finished=None, lineage=event.lineage, config_sha256=event.config_sha256
-    )
-
-
-def _supervisor_started(s: RunState, entry: Entry, event: SupervisorStarted) -> RunState:
-    s = replace(s, leader=max(s.leader, event.leader))
-    if s.stage not in ("stopped", "halted"):
-        return s
-    # A person has looked and started it again: budgets begin anew after a halt.
-    if s.stage == "halted":
-        s = replace(s, restarts={}, checkpoints=s.reconsidered())
-    return replace(s, stage="assembling", order=None, question="")
-
-
-def _agents_adopted(s: RunState, entry: Entry, event: AgentsAdopted) -> RunState:
-    return _of_attempt(s, event.generation, leader=s.leader)
-
-
-def _node_joined(s: RunState, entry: Entry, event: NodeJoined) -> RunState:
-    return (
-        s
-        if s.has_failed(event.node)
-        else replace(s, nodes={**s.nodes, event.node: Node(event.role, event.slots)})
-    )
-
-
-def _node_failed(s: RunState, entry: Entry, event: NodeFailed) -> RunState:
-    slots = s.nodes[event.node].slots if event.node in s.nodes else 0
-    return replace(s, nodes={**s.nodes, event.node: Node("failed", slots)})
-
-
-def _node_promoted(s: RunState, entry: Entry, event: NodePromoted) -> RunState:
-    # The node stands in one place and is replaced by nobody, so the replacements never make a
-    # circle.
-    kept = {k: v for k, v in s.replacements.items() if event.node not in (k, v)}
-    slots = s.nodes[event.node].slots if event.node in s.nodes else 0
-    nodes = s.nodes if s.has_failed(event.node) else {**s.nodes, event.node: Node("active", slots)}
-    return replace(s, replacements={**kept, event.replaces: event.node}, nodes=nodes)
-
-
-def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunState:
-    start = entry.step or 0
-    attempt = Attempt(
-        name=entry.attempt,
-        generation=event.generation,
-        start_step=start,
-        nodes=event.nodes,
-        world_size=event.world_size,
-        parent=event.parent,
-        checkpoint=event.checkpoint,
-        manifest_sha256=event.manifest_sha256,
-        lineage=s.lineage,
-        started=entry.time,
-        leader=s.leader,
-        incident=event.incident,
-    )
-    restored = tuple(
-        replace(i, restored_step=start) if i.restored_step < 0 else i for i in s.open_incidents
-    )
-    return replace(
-        s,
-        stage="starting",
-        attempt=attempt,
-        generation=max(s.generation, event.generation),
-        open_incidents=restored,
-        history={**s.history, entry.attempt: (event.parent, start)},
-        settled_saves=frozenset(),
-        validations=frozenset(),
-        dropped_metrics=frozenset(),
-        attempts_lost=0,
-    )
-
-
-def _in_force(s: RunState, entry: Entry, event: InForceReported) -> RunState:
-    return s if s.attempt is None else replace(s, attempt=replace(s.attempt, in_force=True))
-
-
-def _training_began(s: RunState, entry: Entry, event: TrainingBegan) -> RunState:
-    first = tuple(replace(i, first_step=i.first_step or entry.time) for i in s.open_incidents)
-    stage = "training" if s.stage == "starting" else s.stage
-    return replace(_of_attempt(s, event.generation, began=True), stage=stage, open_incidents=first)
-
-
-def _attempt_ended(s: RunState, entry: Entry, event: AttemptEnded) -> RunState:
-    stage = {"finished": "finishing", "stopped": "stopping"}.get(event.outcome, "recovering")
-    return replace(_of_attempt(s, event.generation, outcome=event.outcome or "failed"), stage=stage)
-
-
-def _failure_seen(s: RunState, entry: Entry, event: FailureSeen) -> RunState:
-    incident = Incident(
-        number=event.incident,
-        generation=event.generation,
-        attempt=entry.attempt,
-        step=entry.step or 0,
-        opened=entry.time,
-        node=event.node,
-        rank=event.rank,
-        what=event.what,
-        sign=event.sign,
-    )
-    stage = "failing" if s.live is not None else s.stage
-    incidents = max(s.incidents, event.incident)
-    known = (*s.open_incidents, incident)
-    return replace(
-        s, stage=stage, incidents=incidents, open_incidents=known, last_incident=event.what
-    )
-
-
-def _generation_killed(s: RunState, entry: Entry, event: GenerationKilled) -> RunState:
-    return _of_attempt(s, event.generation, killed=True)
-
-
-def _incident_diagnosed(s: RunState, entry: Entry, event: IncidentDiagnosed) -> RunState:
-    restarts = {**s.restarts, event.cause: s.restarts.get(event.cause, 0) + 1}
-    strikes, in_all = restarts[event.cause], sum(restarts.values())
-    known = tuple(
-        replace(
-            i,
-            cause=event.cause,
-            detail=event.detail,
-            culprit=event.node,
-            strikes=strikes,
-            strikes_in_all=in_all,
-        )
-        if i.number == event.incident
-        else i
-        for i in s.open_incidents
-    )
-    return replace(
-        s, restarts=restarts, open_incidents=known, last_incident=f"{event.cause}: {event.detail}"
-    )
-
-
-def _incident_closed(s: RunState, entry: Entry, event: IncidentClosed) -> RunState:
-    return replace(
-        s, open_incidents=tuple(i for i in s.open_incidents if i.number != event.incident)
-    )
-
-
-def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted) -> RunState:
-    if any(c.path == event.path for c in s.checkpoints):
-        return s
-    step = entry.step or 0
-    made = Checkpoint(
-        event.path,
-        entry.attempt,
-        step,
-        event.manifest_sha256,
-        event.healthy,
-        committed=entry.time,
-        world_size=event.world_size,
-        config_sha256=event.config_sha256,
-    )
-    # A snapshot is soon gone: a run that only ever gets from one to the next has not got anywhere.
-    progress = step > s.furthest_save and not made.is_held
-    return replace(
-        s,
-        checkpoints=(*s.checkpoints, made),
-        settled_saves=s.settled_saves | {event.path},
-        abandoned=tuple(path for path in s.abandoned if path != event.path),
-        furthest_save=step if progress else s.furthest_save,
-        restarts={} if progress else s.restarts,
-    )
-
-
-def _checkpoint_rejected(s: RunState, entry: Entry, event: CheckpointRejected) -> RunState:
-    marked = tuple(replace(c, rejected=True) if c.path == event.path else c for c in s.checkpoints)
-    return replace(s, checkpoints=marked)
-
-
-def _checkpoint_retired(s: RunState, entry: Entry, event: CheckpointRetired) -> RunState:
-    kept = tuple(c for c in s.checkpoints if c.path != event.path)
-    return replace(s, checkpoints=kept, retired=(*s.retired, event.path)[-RETIRED_REMEMBERED:])
-
-
-def _save_abandoned(s: RunState, entry: Entry, event: SaveAbandoned) -> RunState:
-    abandoned = (*s.abandoned, event.path)[-RETIRED_REMEMBERED:]
-    return replace(s, settled_saves=s.settled_saves | {event.path}, abandoned=abandoned)
-
-
-def _order_given(s: RunState, entry: Entry, event: OrderGiven) -> RunState:
-    stops = event.order == SAVE_AND_STOP and s.stage in ("starting", "training")
-    order = OrderRecord(event.number, event.order, event.reason, leader=s.leader)
-    return replace(
-        s, order=order, orders=max(s.orders, event.number), stage="stopping" if stops else s.stage
-    )
-
-
-def _order_ended(s: RunState, entry: Entry, event: OrderEnded) -> RunState:
-    if s.order is None or s.order.number != event.number:
-        return s
-    if event.outcome == SUPERSEDED:
-        return replace(s, order=None)
-    return replace(s, order=replace(s.order, outcome=event.outcome))
-
-
-def _validation(s: RunState, entry: Entry, event: ValidationMeasured) -> RunState:
-    newest = event if event.name == HELD_OUT else s.validation
-    return replace(
-        s, validation=newest, validations=s.validations | {(event.name, entry.step or 0)}
-    )
-
-
-def _metrics_dropped(s: RunState, entry: Entry, event: MetricsDropped) -> RunState:
-    return replace(s, dropped_metrics=s.dropped_metrics | {event.rank})
-
-
-def _run_finished(s: RunState, entry: Entry, event: RunFinished) -> RunState:
-    # The last weights are in the run directory: nothing is to stay on nodes that others will use.
-    return replace(_at_rest(s, SHARED), stage="finished", finished=event)
-
-
-def _run_stopped(s: RunState, entry: Entry, event: RunStopped) -> RunState:
-    return replace(
-        _at_rest(s, SHARED, NODE), stage="stopped", stopped_by=event.by, saved_step=event.saved_step
-    )
-
-
-def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
-    return replace(_at_rest(s, SHARED, NODE), stage="halted", question=event.question)
-
-
-def _at_rest(s: RunState, *tiers: str) -> RunState:
-    """Agents leave, and what they hold in memory goes with them; of `tiers` checkpoints stay."""
-    stay = tuple(c for c in s.checkpoints if c.tier in tiers)
-    return replace(s, checkpoints=stay, open_incidents=(), order=None)
-
-
-def _journal_damaged(s: RunState, entry: Entry, event: JournalDamaged) -> RunState:
-    # Any lost line may have begun something under a number that fences it: what is numbered next
-    # leaves all of them out. A line behind this entry tells a tail that is gone, as long as the
-    # distance; one more may have been torn.
-    lost = 2 + max(0, event.line - entry.seq)
-    return replace(
-        s,
-        leader=s.leader + lost,
-        generation=s.generation + lost,
-        attempts_lost=s.attempts_lost + lost,
-        orders=s.orders + lost,
-        incidents=s.incidents + lost,
-    )
-
-
-def _of_attempt(s: RunState, generation: int, **changes: Any) -> RunState:
-    """`s` with its attempt changed, if it is the one of `generation`."""
-    if s.attempt is None or s.attempt.generation != generation:
-        return s
-    return replace(s, attempt=replace(s.attempt, **changes))
-
-
-RETIRED_REMEMBERED = 64
-
-HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
-    RunCreated: _run_created,
-    LineageOpened: _lineage_opened,
-    SupervisorStarted: _supervisor_started,
-    AgentsAdopted: _agents_adopted,
-    NodeJoined: _node_joined,
-    NodeFailed: _node_failed,
-    NodePromoted: _node_promoted,
-    AttemptStarted: _attempt_started,
-    InForceReported: _in_force,
-    TrainingBegan: _training_began,
-    AttemptEnded: _attempt_ended,
-    FailureSeen: _failure_seen,
-    GenerationKilled: _generation_killed,
-    IncidentDiagnosed: _incident_diagnosed,
-    IncidentClosed: _incident_closed,
-    CheckpointCommitted: _checkpoint_committed,
-    CheckpointRejected: _checkpoint_rejected,
-    CheckpointRetired: _checkpoint_retired,
-    SaveAbandoned: _save_abandoned,
-    OrderGiven: _order_given,
-    OrderEnded: _order_ended,
-    ValidationMeasured: _validation,
-    MetricsDropped: _metrics_dropped,
-    RunFinished: _run_finished,
-    RunStopped: _run_stopped,
-    RunHalted: _run_halted,
-    JournalDamaged: _journal_damaged,
-}
-"""The state machine: what each kind of line does. Kinds not listed (notes, stalls) change
-nothing."""

@@ -29,8 +29,8 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.framing import Message
-from opt_train.run.records import path_of_save
-from opt_train.run.state import RunState
+from opt_train.run.checkpoint import path_of_save
+from opt_train.run.state import RunState, Stage
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
@@ -418,7 +418,7 @@ class ClusterView:
         now = self.now.monotonic
         if before.stage != state.stage:
             self.stage_since = now
-            if state.stage in ("assembling", "recovering"):
+            if state.stage in (Stage.ASSEMBLING, Stage.RECOVERING):
                 # What was fetched while ranks lived says nothing: they may have written over it
                 # since.
                 self.inventory.fetched = {}

@@ -17,7 +17,8 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.config.run_config import RunConfig
-from opt_train.run.state import SAVE_AND_STOP, TERMINAL, RunState, fold
+from opt_train.run.fold import fold
+from opt_train.run.state import SAVE_AND_STOP, TERMINAL, RunState, Stage
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint, StartAgent, WriteMetrics
 from opt_train.supervisor.inputs import (
@@ -52,7 +53,7 @@ class Supervisor:
         every node."""
         self.seen = ClusterView(self.config.supervisor, now)
         identity = self.identity
-        if self.state.stage == "finished" and not identity.opens_lineage:
+        if self.state.stage is Stage.FINISHED and not identity.opens_lineage:
             self.seen.finished = True
             return [farewell(Context(self.state, self.seen, self.config, identity))]
         resumed = self.state.created is not None
@@ -132,6 +133,6 @@ class Supervisor:
                 return []
 
     def _stop(self, by: str) -> list[Event]:
-        if self.state.stop_wanted is not None or self.state.stage in (*TERMINAL, "finishing"):
+        if self.state.stop_wanted is not None or self.state.stage in (*TERMINAL, Stage.FINISHING):
             return []
         return [OrderGiven(self.state.orders + 1, SAVE_AND_STOP, by)]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.facts import AgentState, Fetched, SnapshotHeld
-from opt_train.run.records import MEMORY, path_of_save
+from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.supervisor.effects import CommitSnapshot
 from opt_train.supervisor.inputs import ManifestCommitted
 

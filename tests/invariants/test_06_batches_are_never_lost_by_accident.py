@@ -26,7 +26,8 @@ from opt_train.data.batches import Batches, TokenStream
 from opt_train.data.order import SampleOrder
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
-from opt_train.run.state import RunState, fold
+from opt_train.run.fold import fold
+from opt_train.run.state import RunState
 from opt_train.train.config import TrainConfig
 from opt_train.train.metrics import metrics_line
 from opt_train.train.state import TrainState

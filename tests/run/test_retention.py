@@ -21,9 +21,10 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.config.run_config import RunConfig
-from opt_train.run.records import path_of_save
+from opt_train.run.checkpoint import path_of_save
+from opt_train.run.fold import fold
 from opt_train.run.retention import dispensable, kept, referred
-from opt_train.run.state import RunState, fold
+from opt_train.run.state import RunState
 from opt_train.supervisor.effects import Effect, RetireCheckpoint
 from tests.supervisor.actors import make_config
 from tests.supervisor.world import World

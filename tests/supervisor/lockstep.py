@@ -17,7 +17,7 @@ from opt_train.protocol.facts import (
     SnapshotHeld,
     Validation,
 )
-from opt_train.run.records import MEMORY, SHARED, path_of_save
+from opt_train.run.checkpoint import MEMORY, SHARED, path_of_save
 from opt_train.supervisor.inputs import MetricsReceived
 from tests.supervisor.actors import START_SECONDS, STEP_SECONDS, Agent, Group, Rank, Slot
 

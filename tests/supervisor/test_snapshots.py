@@ -20,7 +20,8 @@ from opt_logbook.record.events import (
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.exits import DONE
 from opt_train.protocol.facts import AgentState, Fetched, HeldFiles
-from opt_train.run.records import MEMORY, Attempt, Checkpoint, path_of_save
+from opt_train.run.attempt import Attempt
+from opt_train.run.checkpoint import MEMORY, Checkpoint, path_of_save
 from opt_train.run.state import RunState
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Send

@@ -9,7 +9,8 @@ from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
 
 from opt_train.diagnosis.causes import BY_LABEL, CAUSES
 from opt_train.diagnosis.patterns import ROOTS, VICTIMS
-from opt_train.run.state import HANDLERS, RunState, fold
+from opt_train.run.fold import HANDLERS, fold
+from opt_train.run.state import RunState
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.phase_timeouts import PhaseTimeouts
 from opt_train.supervisor.rules.responses import (

@@ -43,8 +43,9 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.framing import Message
 from opt_train.protocol.orders import SaveAndStop
-from opt_train.run.records import MEMORY, NODE, SHARED, path_of_save
-from opt_train.run.state import RunState, fold
+from opt_train.run.checkpoint import MEMORY, NODE, SHARED, path_of_save
+from opt_train.run.fold import fold
+from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.effects import (
     AcknowledgeFact,

@@ -47,7 +47,7 @@ from opt_train.protocol.facts import (
     SnapshotTaken,
 )
 from opt_train.protocol.framing import Message, ProtocolError, parse, to_line
-from opt_train.run.records import MEMORY, path_of_save
+from opt_train.run.checkpoint import MEMORY, path_of_save
 
 STATE_BYTES_MAX = 256 << 10
 """A rank's `state.json` is a few KB; a larger one is none."""

@@ -22,7 +22,8 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import Store
-from opt_train.run.records import Attempt, Checkpoint
+from opt_train.run.attempt import Attempt
+from opt_train.run.checkpoint import Checkpoint
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.rules import snapshots as held
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight

@@ -4,7 +4,7 @@ retire the old."""
 from opt_logbook.record.events import CheckpointCommitted, CheckpointRetired, SaveAbandoned
 from opt_logbook.record.run_directory import tier_of
 
-from opt_train.run.records import MEMORY, path_of_save
+from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.retention import dispensable
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
 from opt_train.supervisor.inputs import ManifestCommitted

@@ -11,7 +11,7 @@ from opt_logbook.record.events import Event
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.commands import Kill
 from opt_train.protocol.facts import SlotState
-from opt_train.run.records import Attempt
+from opt_train.run.attempt import Attempt
 from opt_train.run.state import RunState
 from opt_train.supervisor.cluster_view import ClusterView, NodeView
 from opt_train.supervisor.effects import Effect, FenceNode, Send

@@ -15,7 +15,8 @@ from opt_logbook.record.events import (
 from opt_train.diagnosis.verdict import Case, Diagnosis, diagnose
 from opt_train.optim.in_force import differences, in_force
 from opt_train.protocol.exits import DONE
-from opt_train.run.records import Incident
+from opt_train.run.incident import Incident
+from opt_train.run.state import Stage
 from opt_train.supervisor.effects import FenceNode
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -113,7 +114,7 @@ def kill(s: Context) -> list[Decision]:
 def conclude_kill(s: Context) -> list[Decision]:
     """All ranks are gone from every node, and the last words have had time to arrive."""
     attempt = s.attempt
-    failing = s.state.stage == "failing"
+    failing = s.state.stage is Stage.FAILING
     if attempt.killed or (
         failing and s.seen.age(s.seen.stage_since) < s.config.supervisor.settle_seconds
     ):

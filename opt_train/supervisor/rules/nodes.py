@@ -24,7 +24,9 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.framing import Message
-from opt_train.run.records import MEMORY, Attempt, path_of_save
+from opt_train.run.attempt import Attempt
+from opt_train.run.checkpoint import MEMORY, path_of_save
+from opt_train.run.state import Stage
 from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
 from opt_train.supervisor.rules.context import REPEAT_SECONDS, Context, Decision, Record
 
@@ -140,7 +142,7 @@ def is_warm(s: Context, node: str) -> bool:
 def evict(s: Context) -> list[Decision]:
     """Ranks of another generation than the one in charge are killed; nodes that are out, or
     strangers, leave."""
-    if not s.seen.watching and s.state.stage not in ("assembling", "recovering"):
+    if not s.seen.watching and s.state.stage not in (Stage.ASSEMBLING, Stage.RECOVERING):
         return []
     live = s.state.live
     decisions: list[Decision] = []

@@ -5,8 +5,8 @@ from opt_logbook.record.events import AttemptEnded, OrderEnded, RunStopped
 from opt_train.protocol.commands import Relay
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
 from opt_train.protocol.orders import SaveAndStop
-from opt_train.run.records import MEMORY, OrderRecord
-from opt_train.run.state import SUPERSEDED
+from opt_train.run.checkpoint import MEMORY
+from opt_train.run.state import SUPERSEDED, OrderRecord, Stage
 from opt_train.supervisor.effects import Finish, Send
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -88,7 +88,7 @@ def rest(s: Context) -> list[Decision]:
     rest."""
     stop = s.state.stop_wanted
     last = s.state.attempt
-    by_themselves = s.state.stage == "stopping"
+    by_themselves = s.state.stage is Stage.STOPPING
     if s.state.live is not None or (stop is None and not by_themselves):
         return []
     if stop is not None and last is not None and last.outcome == "failed" and _began_anew(s, stop):
@@ -132,14 +132,14 @@ def leave(s: Context) -> list[Decision]:
 def farewell(s: Context) -> Finish:
     """How the command ends, and what it says."""
     state = s.state
-    if state.stage == "finished" and state.finished is not None:
+    if state.stage is Stage.FINISHED and state.finished is not None:
         done = state.finished
         return Finish(
             DONE,
             f"finished: loss {done.loss:.4f}, validation perplexity "
             f"{done.validation_perplexity:.2f}",
         )
-    if state.stage == "halted":
+    if state.stage is Stage.HALTED:
         return Finish(PERSON_MUST_DECIDE, state.question)
     saved = (
         f"saved at step {state.saved_step}" if state.saved_step >= 0 else "nothing was saved yet"

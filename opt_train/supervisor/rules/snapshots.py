@@ -15,7 +15,9 @@ from opt_logbook.record.events import CheckpointRejected
 
 from opt_train.checkpoint.manifest import STATE, own_file_name
 from opt_train.protocol.commands import Drop, Fetch
-from opt_train.run.records import MEMORY, NODE, Attempt, Checkpoint, path_of_save
+from opt_train.run.attempt import Attempt
+from opt_train.run.checkpoint import MEMORY, NODE, Checkpoint, path_of_save
+from opt_train.run.state import Stage
 from opt_train.supervisor.effects import CommitSnapshot, Send
 from opt_train.supervisor.rules.checkpoints import abandon, committed
 from opt_train.supervisor.rules.context import Context, Decision, Record
@@ -48,7 +50,7 @@ def commit(s: Context) -> list[Decision]:
             file.path: (file.bytes, file.sha256) for part in held.values() for file in part.files
         }
         every = s.config.checkpoint.node_every_steps
-        onward = every and (step % every == 0 or s.state.stage == "stopping")
+        onward = every and (step % every == 0 or s.state.stage is Stage.STOPPING)
         paths = (path, *([path_of_save(attempt.name, step, NODE)] if onward else []))
         seconds = max(part.seconds for part in held.values())
         decisions.append(CommitSnapshot(paths, attempt.name, step, files, state or {}, seconds))

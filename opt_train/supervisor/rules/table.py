@@ -9,17 +9,19 @@ asks until there is nothing left.
 from collections.abc import Callable, Mapping
 
 from opt_train.config.run_config import RunConfig
-from opt_train.run.state import TERMINAL, RunState
+from opt_train.run.state import TERMINAL, RunState, Stage
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import Identity
-from opt_train.supervisor.rules import attempts as attempt
-from opt_train.supervisor.rules import checkpoints as saves
-from opt_train.supervisor.rules import failures as failure
-from opt_train.supervisor.rules import hangs as watch
-from opt_train.supervisor.rules import nodes
-from opt_train.supervisor.rules import orders as stop
-from opt_train.supervisor.rules import snapshots as held
+from opt_train.supervisor.rules import (
+    attempts,
+    checkpoints,
+    failures,
+    hangs,
+    nodes,
+    orders,
+    snapshots,
+)
 from opt_train.supervisor.rules.context import Context, Decision, number_in
 
 Rule = Callable[[Context], list[Decision]]
@@ -27,78 +29,87 @@ Rule = Callable[[Context], list[Decision]]
 SHOW_SECONDS = 0.5
 """Between two updates of what a person sees."""
 
-HEAR: tuple[Rule, ...] = (saves.conclude, nodes.join)
-SAVE: tuple[Rule, ...] = (saves.abandon_failed, saves.commit, held.commit)
-HOLD: tuple[Rule, ...] = (held.copy_to_partners, held.pass_on)
-LISTEN: tuple[Rule, ...] = (
-    failure.see_difference,
-    attempt.report_in_force,
-    attempt.begin_training,
-    attempt.report_validation,
-    attempt.close_recovered,
+RECEIVE: tuple[Rule, ...] = (checkpoints.conclude, nodes.join)
+SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
+HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
+REPORT: tuple[Rule, ...] = (
+    failures.see_difference,
+    attempts.report_in_force,
+    attempts.begin_training,
+    attempts.report_validation,
+    attempts.close_recovered,
 )
 SIGNS: tuple[Rule, ...] = (
-    failure.detect_rank_exit,
-    failure.see_node_down,
-    watch.watch_missing,
-    watch.watch_hang,
-    watch.watch_silence,
+    failures.detect_rank_exit,
+    failures.see_node_down,
+    hangs.watch_missing,
+    hangs.watch_hang,
+    hangs.watch_silence,
 )
-DIE: tuple[Rule, ...] = (failure.kill, failure.conclude_kill)
 KEEP: tuple[Rule, ...] = (nodes.lose_buffers, nodes.evict)
 
 GATHER: tuple[Rule, ...] = (
-    stop.rest,
-    failure.follow,
+    orders.rest,
+    failures.follow,
     nodes.lose_buffers,
     nodes.fail_unreachable,
     nodes.promote_buffers,
     nodes.evict,
-    attempt.verify,
-    attempt.start,
-)
-TAKE_OVER: tuple[Rule, ...] = (
-    failure.see_other_lineage,
-    failure.detect_rank_exit,
-    failure.see_node_down,
-    attempt.adopt,
-    watch.watch_missing,
-    watch.watch_silence,
+    attempts.verify,
+    attempts.start,
 )
 TRAIN: tuple[Rule, ...] = (
-    *LISTEN,
+    *REPORT,
     *SAVE,
     *HOLD,
-    saves.retire,
-    failure.see_unsaved_end,
-    attempt.end_by_itself,
+    checkpoints.retire,
+    failures.see_unsaved_end,
+    attempts.end_by_itself,
     *SIGNS,
-    attempt.begin_ranks,
+    attempts.begin_ranks,
     *KEEP,
 )
 STOP: tuple[Rule, ...] = (
-    stop.hear_obedience,
-    *LISTEN,
+    orders.hear_obedience,
+    *REPORT,
     *SAVE,
     *HOLD,
-    saves.retire,
-    failure.see_unsaved_end,
-    attempt.end_by_itself,
-    stop.withdraw,
+    checkpoints.retire,
+    failures.see_unsaved_end,
+    attempts.end_by_itself,
+    orders.withdraw,
+    *SIGNS,
+    orders.relay,
+    *KEEP,
 )
+KILL: tuple[Rule, ...] = (*SAVE, failures.kill, failures.conclude_kill)
 
-STAGES: Mapping[str, tuple[Rule, ...]] = {
-    "assembling": GATHER,
-    "recovering": GATHER,
-    "starting": TRAIN,
-    "training": TRAIN,
-    "taking over": (*SAVE, *TAKE_OVER, *KEEP),
-    "stopping": (*STOP, *SIGNS, stop.relay, *KEEP),
-    "stopping by force": (*SAVE, *DIE, stop.end_stopped),
-    "failing": (*SAVE, *DIE, failure.identify, failure.end_failed),
-    "at rest": (stop.rest,),
-    "finishing": (attempt.finish,),
+STAGES: Mapping[Stage, tuple[Rule, ...]] = {
+    Stage.ASSEMBLING: GATHER,
+    Stage.RECOVERING: GATHER,
+    Stage.STARTING: TRAIN,
+    Stage.TRAINING: TRAIN,
+    Stage.STOPPING: STOP,
+    Stage.FAILING: (*KILL, failures.identify, failures.end_failed),
+    Stage.FINISHING: (attempts.finish,),
 }
+
+TAKE_OVER: tuple[Rule, ...] = (
+    *SAVE,
+    failures.see_other_lineage,
+    failures.detect_rank_exit,
+    failures.see_node_down,
+    attempts.adopt,
+    hangs.watch_missing,
+    hangs.watch_silence,
+    *KEEP,
+)
+"""While ranks may live that an older supervisor leads: nothing is asked of them until all are
+found."""
+STOP_BY_FORCE: tuple[Rule, ...] = (*KILL, orders.end_stopped)
+"""While a stop was withdrawn and ranks may live."""
+AT_REST: tuple[Rule, ...] = (orders.rest,)
+"""While stopping, when no rank lives any more."""
 
 
 def decide(
@@ -106,27 +117,25 @@ def decide(
 ) -> list[Decision]:
     """The next decisions, in order; none when all is as it should be."""
     situation = Context(state, seen, config, identity)
-    for rule in (*HEAR, *STAGES.get(stage_of(situation), ()), *LAST):
+    for rule in (*RECEIVE, *rules_for(situation), *LAST):
         decisions = rule(situation)
         if decisions:
             return decisions
     return []
 
 
-def stage_of(s: Context) -> str:
-    """The state's stage, told apart by who is in charge of its ranks and by what was asked."""
+def rules_for(s: Context) -> tuple[Rule, ...]:
+    """The rules of the run's stage, or those of the three situations that are no stages: the
+    journal alone does not know them."""
     stage, live = s.state.stage, s.state.live
-    if stage == "stopping" and live is None:
-        return "at rest"
-    if stage == "stopping" and stop.is_withdrawn(s):
-        return "stopping by force"
-    if (
-        live is not None
-        and live.leader != s.state.leader
-        and stage in ("starting", "training", "stopping")
-    ):
-        return "taking over"
-    return stage
+    if stage is Stage.STOPPING and live is None:
+        return AT_REST
+    if stage is Stage.STOPPING and orders.is_withdrawn(s):
+        return STOP_BY_FORCE
+    taken_over = live is not None and live.leader != s.state.leader
+    if taken_over and stage in (Stage.STARTING, Stage.TRAINING, Stage.STOPPING):
+        return TAKE_OVER
+    return STAGES.get(stage, ())
 
 
 def show(s: Context) -> list[Decision]:
@@ -153,7 +162,7 @@ def show(s: Context) -> list[Decision]:
 
 
 def end(s: Context) -> list[Decision]:
-    return stop.leave(s) if s.state.stage in TERMINAL else []
+    return orders.leave(s) if s.state.stage in TERMINAL else []
 
 
-LAST: tuple[Rule, ...] = (held.drop, nodes.acknowledge, show, end)
+LAST: tuple[Rule, ...] = (snapshots.drop, nodes.acknowledge, show, end)

@@ -12,7 +12,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError
-from opt_train.run.records import FASTEST_LAST
+from opt_train.run.checkpoint import FASTEST_LAST
 from opt_train.supervisor.effects import CommitManifest, CommitSnapshot
 from opt_train.supervisor.inputs import CheckpointVerified, ManifestCommitted
 

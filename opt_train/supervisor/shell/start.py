@@ -21,7 +21,8 @@ from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.faults.plan import FaultPlan
 from opt_train.link.secret import SecretUnusable, ensure_secret
 from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
-from opt_train.run.state import RunState, fold
+from opt_train.run.fold import fold
+from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.inputs import Identity, MetricsReceived
 from opt_train.supervisor.shell.event_loop import Core, EventLoop
