@@ -29,13 +29,16 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
+GENERATED = ("README.md", "docs/configuration.md", "docs/architecture.md")
+
+
+@pytest.mark.parametrize("page", GENERATED)
 def test_what_is_generated_is_what_the_code_says(page: str, generator: ModuleType) -> None:
     assert (ROOT / page).read_text() == generator.page(ROOT / page), "run `make docs`"
 
 
 def test_every_generated_page_is_watched_here(generator: ModuleType) -> None:
-    assert set(generator.PAGES) == {ROOT / "README.md", ROOT / "docs" / "configuration.md"}
+    assert set(generator.PAGES) == {ROOT / page for page in GENERATED}
 
 
 def test_every_key_is_on_the_page_of_keys() -> None:
