@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from opt_train.config.compose import compose, configs_directory
-from opt_train.config.difference import kind_of
+from opt_train.config.keys import keys_of
 from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import parameter_count
 from opt_train.run.state import TERMINAL, TRANSITIONS, Case, Stage, Trigger
@@ -133,7 +133,7 @@ def _comment(path: Path) -> str:
 
 
 def _keys() -> str:
-    lines = ["## Keys\n", "| key | type | default | kind | |", "|---|---|---|---|---|"]
+    lines = ["## Keys\n", "| key | type | default | values | kind | |", "|---|---|---|---|---|---|"]
     for room in fields(RunConfig):
         hint = get_type_hints(RunConfig)[room.name]
         if is_dataclass(hint):
@@ -143,18 +143,19 @@ def _keys() -> str:
 
 
 def _rows(cls: type, prefix: str) -> list[str]:
-    said = _attribute_docs(cls)
-    hints = get_type_hints(cls)
+    explained = _attribute_docs(cls)
+    own = [key for key in keys_of(cls, prefix) if key.name.count(".") == prefix.count(".")]
     return [
-        f"| `{prefix}{f.name}` | {hints[f.name].__name__} | {_default(f.default)} | "
-        f"{kind_of(prefix + f.name)} "
-        f"| {said.get(f.name, '')} |"
-        for f in _plain_fields(cls, hints)
+        _row(
+            f"`{key.name}`",
+            key.type.__name__,
+            _default(key.default),
+            ", ".join(law.values for law in key.laws if law.values),
+            key.kind,
+            explained.get(key.name.removeprefix(prefix), ""),
+        )
+        for key in own
     ]
-
-
-def _plain_fields(cls: Any, hints: dict[str, Any]) -> list[Any]:
-    return [f for f in fields(cls) if not is_dataclass(hints[f.name])]
 
 
 def _default(value: object) -> str:

@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, POSITIVE
 
 FEWEST_KEPT = 2
 """The newest two good ones of the live chain stay, whatever the configuration says."""
@@ -11,30 +14,32 @@ FEWEST_KEPT = 2
 class CheckpointConfig:
     """Saves go by step."""
 
-    every_steps: int = 500
+    key_kind: ClassVar = OPERATIONAL
+
+    every_steps: Annotated[int, POSITIVE] = 500
     asynchronous: bool = True
     """Train on while a checkpoint is written: a rank keeps a copy of its part in host memory, as
     large as its files."""
-    keep: int = 3
+    keep: Annotated[int, POSITIVE] = 3
     """Committed checkpoints to keep; never fewer than the newest two good ones of the live
     chain."""
-    keep_hours: float = 0.0
+    keep_hours: Annotated[float, NOT_NEGATIVE] = 0.0
     """Keep those that are younger than this too, measured when the newest was committed; 0: none
     for its age."""
-    milestone_every_steps: int = 0
+    milestone_every_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Never retire a checkpoint of the live chain whose step is a multiple of this; 0: there are no
     milestones."""
 
-    memory_every_steps: int = 0
+    memory_every_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between snapshots held in the nodes' memory, with a copy on another node; 0: none. It
     is agents that hold them: a lone `train` takes none."""
-    memory_keep: int = 2
+    memory_keep: Annotated[int, POSITIVE] = 2
     """Snapshots held at a time, each as large as all that a rank holds, and once more at the
     partner. A rank has memory for one more, which is the one that is being taken."""
-    node_every_steps: int = 0
+    node_every_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between snapshots that go on to each node's own disk, a multiple of
     `memory_every_steps`; 0: none."""
-    node_keep: int = 2
+    node_keep: Annotated[int, POSITIVE] = 2
     """Snapshots on a node's disk."""
     node_directory: str = ""
     """A folder on the node's own disk; empty: that of temporary files."""

@@ -1,105 +1,19 @@
-"""What must hold between the rooms of one configuration. Every failure is a sentence with the key
-and the mend."""
+"""What must hold between the keys of one configuration, and between it and this machine. Every
+failure is a sentence with the key and the fix. What a value must be by itself stands beside its key
+(`opt_train.protocol.keys`)."""
 
 import importlib.util
-import math
-import re
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opt_train.config.keys import obey_laws
 from opt_train.data.named_sets import named_sets
 from opt_train.optim.loss_scale_policy import CEILING, SMALLEST, policy_of
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
     from opt_train.config.run_config import RunConfig
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "lineage": ("", "new"),
-    "model.layer_norm": ("pre", "post"),
-    "precision.compute": ("fp32", "bf16", "fp16"),
-    "precision.weights": ("fp32", "fp16"),
-    "precision.loss_scale": ("metaseq", "megatron", "fixed"),
-    "optim.fused": ("auto", "torch", "apex"),
-    "cluster.kind": ("local",),
-    "parallel.engine": ("fsdp2", "fairscale", "deepspeed"),
-    "parallel.activation_checkpointing": ("none", "selective", "full"),
-    "parallel.accumulate": ("shards", "whole"),
-    "train.device": ("auto", "cpu", "cuda"),
-    "sinks.wandb_mode": ("offline", "online"),
-}
-
-POSITIVE = (
-    "model.layers",
-    "model.heads",
-    "model.d_model",
-    "model.ffn",
-    "model.vocab_size",
-    "model.positions",
-    "model.init_std",
-    "data.sequence_length",
-    "data.shard_tokens",
-    "tokenizer.vocab_size",
-    "parallel.replicate",
-    "parallel.tensor",
-    "parallel.zero_stage",
-    "optim.lr",
-    "optim.eps",
-    "optim.clip",
-    "optim.final_fraction",
-    "train.steps",
-    "train.global_batch",
-    "train.micro_batch",
-    "train.collective_timeout_seconds",
-    "train.max_nonfinite_steps",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpoint.memory_keep",
-    "checkpoint.node_keep",
-    "cluster.nodes",
-    "cluster.slots_per_node",
-    "cluster.nodes_per_domain",
-    "supervisor.start_seconds",
-    "supervisor.step_seconds",
-    "supervisor.checkpoint_seconds",
-    "supervisor.evaluation_seconds",
-    "supervisor.minimum_seconds",
-    "supervisor.orphan_seconds",
-    "supervisor.join_seconds",
-    "supervisor.restarts_without_progress",
-    "supervisor.status_seconds",
-    "sinks.flush_seconds",
-)
-
-NOT_NEGATIVE = (
-    "model.embed_dim",
-    "precision.loss_scale_initial",
-    "precision.loss_scale_window_steps",
-    "precision.loss_scale_floor",
-    "seed",
-    "data.max_bytes",
-    "parallel.shard",
-    "optim.weight_decay",
-    "optim.warmup_steps",
-    "optim.decay_steps",
-    "train.validate_every",
-    "train.validate_sets_every",
-    "train.threads",
-    "cluster.buffer_nodes",
-    "train.layer_norms_every",
-    "train.attention_logit_every",
-    "train.speed_probe_every",
-    "checkpoint.keep_hours",
-    "checkpoint.milestone_every_steps",
-    "checkpoint.memory_every_steps",
-    "checkpoint.node_every_steps",
-    "supervisor.settle_seconds",
-    "faults.seed",
-)
-
-BELOW_ONE = ("model.dropout", "data.validation_fraction", "optim.beta1", "optim.beta2")
-"""From 0 to 1, 1 itself excluded."""
 
 EXAMPLE_FILES = {
     "data.corpus": "texts",
@@ -110,8 +24,6 @@ EXAMPLE_FILES = {
 SMALLEST_BPE = 260
 """The 256 bytes and OPT's four special tokens."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-
 
 def check(config: "RunConfig") -> None:
     """Refuse what cannot run.
@@ -119,7 +31,7 @@ def check(config: "RunConfig") -> None:
     Raises:
         BadInput: the first rule that does not hold.
     """
-    _values(config)
+    obey_laws(config)
     _model_and_data(config)
     _tensor(config)
     _batches(config)
@@ -141,50 +53,6 @@ def check(config: "RunConfig") -> None:
             f"optim.decay_steps={config.optim.decay_steps} must be larger than "
             f"optim.warmup_steps={config.optim.warmup_steps}, which it includes; 0 means "
             "train.steps"
-        )
-
-
-def _value(config: "RunConfig", key: str) -> object:
-    room, _, name = key.rpartition(".")
-    return getattr(getattr(config, room) if room else config, name)
-
-
-def _number(config: "RunConfig", key: str) -> float:
-    value = _value(config, key)
-    assert isinstance(value, int | float)
-    return value
-
-
-def _values(config: "RunConfig") -> None:
-    """Each key by itself."""
-    if not _NAME.fullmatch(config.name):
-        raise BadInput(
-            f'name="{config.name}" names no folder; use letters, digits, dots, dashes and '
-            "underscores, no dot first, "
-            "200 characters at most"
-        )
-    if config.seed >= 2**63:
-        raise BadInput(f"seed={config.seed} is too large; use one below 2**63")
-    if not config.runs:
-        raise BadInput('runs="" is no folder; give one like runs=runs')
-    for key, choices in CHOICES.items():
-        if _value(config, key) not in choices:
-            named = [choice for choice in choices if choice]
-            allowed = f"use {' or '.join(named)}" if len(named) > 1 else f"only {named[0]} is known"
-            raise BadInput(f"{key}={_value(config, key)} is not possible; {allowed}")
-    for key in POSITIVE:
-        if _number(config, key) <= 0:
-            raise BadInput(f"{key}={_value(config, key)} must be larger than 0")
-    for key in NOT_NEGATIVE:
-        if _number(config, key) < 0:
-            raise BadInput(f"{key}={_value(config, key)} must not be negative")
-    for key in BELOW_ONE:
-        if not 0 <= _number(config, key) < 1:
-            raise BadInput(f"{key}={_value(config, key)} must be at least 0 and below 1")
-    if config.optim.final_fraction > 1:
-        raise BadInput(
-            f"optim.final_fraction={config.optim.final_fraction} must be at most 1, a part of the "
-            "peak"
         )
 
 
@@ -355,12 +223,6 @@ def _precision(config: "RunConfig") -> None:
         )
     for key in ("loss_scale_initial", "loss_scale_floor"):
         scale = getattr(precision, key)
-        if scale and math.frexp(scale)[0] != 0.5:
-            below = 2.0 ** math.floor(math.log2(scale))
-            raise BadInput(
-                f"precision.{key}={scale:g} is no power of two, so scaling would round; use "
-                f"{below:g} or {2 * below:g}"
-            )
         if scale and not SMALLEST <= scale <= CEILING:
             raise BadInput(
                 f"precision.{key}={scale:g} is no scale that moves in fp32; use one between "

@@ -5,67 +5,21 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from opt_train.config.builder import shown
+from opt_train.config.keys import keys_of
 from opt_train.config.run_config import RunConfig
+from opt_train.protocol.keys import KeyKind
 
-FIXED = (
-    "model.layers",
-    "model.heads",
-    "model.d_model",
-    "model.ffn",
-    "model.layer_norm",
-    "model.embed_dim",
-    "model.vocab_size",
-    "model.positions",
-    "data.corpus",
-    "data.max_bytes",
-    "data.validation_fraction",
-    "data.sequence_length",
-    "tokenizer",
-    "precision.weights",
-    "train.global_batch",
-    "train.initial_weights",
-)
-"""Keys, and rooms, that no lineage changes: the run's checkpoints would not fit the model, nor its
-cursor the data."""
-
-OPERATIONAL = (
-    "name",
-    "runs",
-    "lineage",
-    "data.name",
-    "data.directory",
-    "data.validation_sets",
-    "data.shard_tokens",
-    "parallel",
-    "optim.fused",
-    "train.micro_batch",
-    "train.validate_every",
-    "train.validate_sets_every",
-    "train.layer_norms_every",
-    "train.attention_logit_every",
-    "train.speed_probe_every",
-    "train.device",
-    "train.threads",
-    "train.collective_timeout_seconds",
-    "train.deterministic",
-    "checkpoint",
-    "cluster",
-    "supervisor",
-    "faults",
-    "sinks",
-)
-"""Keys, and rooms, that may change between attempts: where and how the work is done. Every key that
-is neither fixed nor operational is a *training* key: it decides what is computed, and changing it
-opens a lineage."""
+_KINDS = {key.name: key.kind for key in keys_of(RunConfig)}
 
 
-def kind_of(key: str) -> str:
-    """``fixed`` for the life of a run, ``training`` or ``operational``: what a change of the dotted
-    `key` does."""
-    for kind, entries in (("fixed", FIXED), ("operational", OPERATIONAL)):
-        if any(key == entry or key.startswith(entry + ".") for entry in entries):
-            return kind
-    return "training"
+def kind_of(key: str) -> KeyKind:
+    """What a change of the dotted `key` means: ``fixed``, ``training`` or ``operational``, as the
+    key's declaration says.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    return _KINDS[key]
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.clusters.config import ClusterConfig
@@ -17,9 +18,21 @@ from opt_train.faults.config import FaultsConfig
 from opt_train.model.config import ModelConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, TRAINING, Choices, Law, Matches
 from opt_train.sinks.config import SinksConfig
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.train.config import TrainConfig
+
+FOLDER_NAME = Matches(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}",
+    '{key}="{value}" names no folder; use letters, digits, dots, dashes and underscores, no dot '
+    "first, 200 characters at most",
+)
+NOT_EMPTY = Matches(r"(?s).+", '{key}="{value}" is no folder; give one like {key}=runs')
+# torch's generators take a signed 64-bit seed.
+BELOW_2_63 = Law(
+    lambda value: value < 2**63, "{key}={value} is too large; use one below 2**63", "< 2^63"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +40,13 @@ class RunConfig:
     """One run. Changing a *training* key opens a lineage; *operational* keys may change at any
     restart."""
 
-    name: str = "opt"
+    name: Annotated[str, FOLDER_NAME, OPERATIONAL] = "opt"
     """The run's folder under `runs`: letters, digits, dots, dashes and underscores."""
-    runs: str = "runs"
+    runs: Annotated[str, NOT_EMPTY, OPERATIONAL] = "runs"
     """Folder of run directories."""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE, BELOW_2_63, TRAINING] = 0
     """Of the initial weights, the sample order and dropout."""
-    lineage: str = ""
+    lineage: Annotated[str, Choices("", "new"), OPERATIONAL] = ""
     """``new``: go on from the newest checkpoint under changed training keys."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,10 +2,7 @@
 
 import pytest
 
-from opt_train.config import checks as config_checks
 from opt_train.config.compose import compose, expand
-from opt_train.config.difference import flatten
-from opt_train.config.run_config import RunConfig
 from opt_train.protocol.exits import BadInput
 
 
@@ -114,12 +111,6 @@ def test_an_uneven_number_of_sequences_a_rank_is_allowed() -> None:
         compose(["train.global_batch=992", "cluster.nodes=123", "train.micro_batch=1"]).world_size
         == 123
     )
-
-
-def test_every_number_has_its_range_checked() -> None:
-    ranges = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.BELOW_ONE}
-    numbers = {key for key, value in flatten(RunConfig()).items() if type(value) in (int, float)}
-    assert numbers == ranges
 
 
 def test_a_multirun_is_the_cross_product_in_hydras_order() -> None:

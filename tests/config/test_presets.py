@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from opt_train.config.compose import compose, configs_directory, to_yaml
-from opt_train.config.run_config import from_json, sha256_of, to_json
 from opt_train.model.decoder import OPT
 from opt_train.model.sizes import parameter_count
 
@@ -104,17 +103,6 @@ def test_every_packaged_choice_composes(choice: str) -> None:
 
 def test_without_overrides_the_defaults_hold_together() -> None:
     assert compose([]).model.name == "opt-125m"
-
-
-def test_a_configuration_survives_its_file(tmp_path) -> None:
-    config = compose(["experiment=demo", "optim.lr=1", 'data.corpus="a, b"'])
-    assert isinstance(config.optim.lr, float), (
-        "an int in a float's place would change the hash after a round trip"
-    )
-    (tmp_path / "config.json").write_text(to_json(config))
-    again = from_json(tmp_path / "config.json")
-    assert again == config
-    assert sha256_of(again) == sha256_of(config)
 
 
 def test_the_printed_configuration_reads_as_the_same_configuration() -> None:

@@ -1,5 +1,5 @@
-"""A room's configuration must stay free of everything but the standard library: supervisor and
-ranks all read it."""
+"""A room's configuration must stay free of everything but the standard library and the marks of its
+keys: supervisor, agents and ranks all read it."""
 
 import ast
 import sys
@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "opt_train").glob("*/config.py"))
+MARKS = "opt_train.protocol.keys"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
-def test_a_rooms_configuration_imports_only_the_standard_library(path: Path) -> None:
+def test_a_rooms_configuration_imports_only_the_standard_library_and_its_marks(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -21,7 +22,8 @@ def test_a_rooms_configuration_imports_only_the_standard_library(path: Path) -> 
             assert node.level == 0
             names = [node.module or ""]
         for name in names:
-            assert name.partition(".")[0] in sys.stdlib_module_names, f"{path} imports {name}"
+            is_library = name.partition(".")[0] in sys.stdlib_module_names
+            assert is_library or name == MARKS, f"{path} imports {name}"
 
 
 def test_there_are_rooms() -> None:
