@@ -4,7 +4,7 @@
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make benchmarks-gpu  training steps on one GPU: tokens/s, MFU, memory
-# make docs     rewrite the generated parts of README.md, docs/configuration.md and docs/architecture.md
+# make docs     rewrite the generated parts of README.md and docs/
 # make clean    remove the environment and caches; runs/ and prepared/ stay
 
 PYTHON ?= python3

@@ -19,7 +19,6 @@ from opt_train.host.processes import (
     kill_marked,
     mark_of,
     send_signal,
-    signal_name,
 )
 
 _MAX_FILE_BYTES = 4096
@@ -136,4 +135,4 @@ class LocalCluster:
 
 
 def _ended(code: int) -> str:
-    return f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
+    return f"was killed by {signals.signal_name(-code)}" if code < 0 else f"exited with code {code}"

@@ -1,83 +1,154 @@
-"""What can be behind an incident: every cause this system knows, with whom it blames. One table;
-docs print it."""
+"""What can be behind an incident or a node's finding: every cause this system knows. One table.
 
+A cause is one row of `CAUSES`: its label (what the journal says), whom it blames (who must act) and
+what it means (for a person). Three things more belong to a cause and stand where their room is,
+each proven complete by a test: what is done about it is `supervisor.rules.responses.RESPONSES`, the
+log lines that show it are `patterns.py`, and the words of the chronicle are `CAUSES` of
+`opt_logbook.story.format`, which imports nothing of ours. docs/causes.md is printed from here.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Blame(StrEnum):
+    """Who must act on a cause. Hardware is never blamed for a user's bug."""
+
+    HARDWARE = "hardware"
+    SOFTWARE = "software"
+    NETWORK = "network"
+    UNKNOWN = "unknown"
+    STORAGE = "storage"
+    NUMERICS = "numerics"
+    SCHEDULER = "scheduler"
+    PERSON = "person"
+    NONE = "none"
+
+
+class Cause(StrEnum):
+    """A cause's label: what the journal, the chronicle and `opt-train diagnose` call it."""
+
+    GPU_ECC = "gpu_ecc"
+    GPU_LOST = "gpu_lost"
+    GPU_FAULT = "gpu_fault"
+    SILENT_CORRUPTION = "silent_corruption"
+    NODE_FAILURE = "node_failure"
+    STRAGGLER = "straggler"
+    ILLEGAL_ACCESS = "illegal_access"
+    GPU_OOM = "gpu_oom"
+    USER_CODE = "user_code"
+    HOST_OOM = "host_oom"
+    NETWORK = "network"
+    COLLECTIVE_TIMEOUT = "collective_timeout"
+    HANG = "hang"
+    KILLED = "killed"
+    STORAGE = "storage"
+    CORRUPT_CHECKPOINT = "corrupt_checkpoint"
+    DATA = "data"
+    CONFIG = "config"
+    LOSS_SCALE_FLOOR = "loss_scale_floor"
+    LOSS_NAN = "loss_nan"
+    LOSS_SPIKE = "loss_spike"
+    DRIFT = "drift"
+    PLATEAU = "plateau"
+    PREEMPTION = "preemption"
+    STOPPED = "stopped"
+    NONE = "none"
+    UNKNOWN = "unknown"
+
+
+class EccDetail(StrEnum):
+    """Details of `Cause.GPU_ECC`: they differ in what they ask for, so each has a response of its
+    own. Names and meanings are NVIDIA's (GPU memory error management, Xid 94, 95, 63, 64)."""
+
+    CONTAINED = "contained"
+    """Only the process that touched the bad memory was hit; the GPU goes on."""
+    UNCONTAINED = "uncontained"
+    """Any process on the GPU may have read wrong numbers; the GPU needs a reset."""
+    REMAP_PENDING = "remap_pending"
+    """A bad row is set aside at the next reset of the GPU; until then it works."""
+    REMAP_FAILED = "remap_failed"
+    """There is no spare row left: the GPU is to be exchanged."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cause:
-    """`label` is what the journal says; `blame` says who must act; `meaning` is for a person."""
+class CauseRow:
+    """What is known of a cause whatever the incident: whom it blames, and its meaning in a
+    sentence."""
 
-    label: str
-    blame: str
+    blame: Blame
     meaning: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A piece of evidence read from a log line: the cause it shows and how sure it makes one."""
+CAUSES: Mapping[Cause, CauseRow] = {
+    Cause.GPU_ECC: CauseRow(
+        Blame.HARDWARE, "Memory of a GPU is failing: uncorrectable ECC errors, rows to be remapped."
+    ),
+    Cause.GPU_LOST: CauseRow(Blame.HARDWARE, "A GPU has fallen off the bus or does not answer."),
+    Cause.GPU_FAULT: CauseRow(Blame.HARDWARE, "A GPU or its driver reported a fault of its own."),
+    Cause.SILENT_CORRUPTION: CauseRow(
+        Blame.HARDWARE, "A device computed wrong numbers without any error."
+    ),
+    Cause.NODE_FAILURE: CauseRow(Blame.HARDWARE, "A node is gone, with everything on it."),
+    Cause.STRAGGLER: CauseRow(Blame.HARDWARE, "A node is much slower than its peers."),
+    Cause.ILLEGAL_ACCESS: CauseRow(
+        Blame.SOFTWARE, "A kernel read or wrote memory that is not its own."
+    ),
+    Cause.GPU_OOM: CauseRow(Blame.SOFTWARE, "The job asked for more GPU memory than there is."),
+    Cause.USER_CODE: CauseRow(
+        Blame.SOFTWARE, "Python code raised an exception that is nobody else's doing."
+    ),
+    Cause.HOST_OOM: CauseRow(
+        Blame.SOFTWARE, "The node ran out of memory and the kernel killed a process."
+    ),
+    Cause.NETWORK: CauseRow(
+        Blame.NETWORK, "Ranks lost each other although all of them and their nodes were alive."
+    ),
+    Cause.COLLECTIVE_TIMEOUT: CauseRow(
+        Blame.UNKNOWN, "A collective did not complete in time; nobody is known to have stopped."
+    ),
+    Cause.HANG: CauseRow(Blame.UNKNOWN, "A rank stopped moving; its process was alive."),
+    Cause.KILLED: CauseRow(
+        Blame.UNKNOWN, "A rank was ended by SIGKILL, or vanished, and nobody owns up to it."
+    ),
+    Cause.STORAGE: CauseRow(Blame.STORAGE, "A file system is full, stale or answers with errors."),
+    Cause.CORRUPT_CHECKPOINT: CauseRow(
+        Blame.STORAGE, "A checkpoint does not hold what its manifest says."
+    ),
+    Cause.DATA: CauseRow(Blame.SOFTWARE, "Training data is missing or not what it claims to be."),
+    Cause.CONFIG: CauseRow(
+        Blame.SOFTWARE, "The configuration cannot work, or is not what is in force."
+    ),
+    Cause.LOSS_SCALE_FLOOR: CauseRow(
+        Blame.NUMERICS, "The loss scale fell to its floor: gradients overflow whatever the scale."
+    ),
+    Cause.LOSS_NAN: CauseRow(Blame.NUMERICS, "The loss is not a number."),
+    Cause.LOSS_SPIKE: CauseRow(Blame.NUMERICS, "The loss jumped and stayed up."),
+    Cause.DRIFT: CauseRow(Blame.NUMERICS, "Gradient or activation norms drift upwards."),
+    Cause.PLATEAU: CauseRow(Blame.NUMERICS, "The loss has stopped falling."),
+    Cause.PREEMPTION: CauseRow(
+        Blame.SCHEDULER, "The scheduler took the nodes: time limit, preempted, or requeued."
+    ),
+    Cause.STOPPED: CauseRow(Blame.PERSON, "A person asked the run to stop."),
+    Cause.NONE: CauseRow(
+        Blame.NONE, "Nothing failed: ranks were replaced because their supervisor was."
+    ),
+    Cause.UNKNOWN: CauseRow(Blame.UNKNOWN, "The evidence does not say."),
+}
+"""Every cause has its row; in the order of docs/causes.md."""
 
-    label: str
-    detail: str
-    confidence: float
-
-
-CAUSES: tuple[Cause, ...] = (
-    Cause(
-        "gpu_ecc",
-        "hardware",
-        "Memory of a GPU is failing: uncorrectable ECC errors, rows to be remapped.",
-    ),
-    Cause("gpu_lost", "hardware", "A GPU has fallen off the bus or does not answer."),
-    Cause("gpu_fault", "hardware", "A GPU or its driver reported a fault of its own."),
-    Cause("silent_corruption", "hardware", "A device computed wrong numbers without any error."),
-    Cause("node_failure", "hardware", "A node is gone, with everything on it."),
-    Cause("straggler", "hardware", "A node is much slower than its peers."),
-    Cause("illegal_access", "software", "A kernel read or wrote memory that is not its own."),
-    Cause("gpu_oom", "software", "The job asked for more GPU memory than there is."),
-    Cause("user_code", "software", "Python code raised an exception that is nobody else's doing."),
-    Cause("host_oom", "software", "The node ran out of memory and the kernel killed a process."),
-    Cause(
-        "network",
-        "network",
-        "Ranks lost each other although all of them and their nodes were alive.",
-    ),
-    Cause(
-        "collective_timeout",
-        "unknown",
-        "A collective did not complete in time; nobody is known to have stopped.",
-    ),
-    Cause("hang", "unknown", "A rank stopped moving; its process was alive."),
-    Cause(
-        "killed", "unknown", "A rank was ended by SIGKILL, or vanished, and nobody owns up to it."
-    ),
-    Cause("storage", "storage", "A file system is full, stale or answers with errors."),
-    Cause("corrupt_checkpoint", "storage", "A checkpoint does not hold what its manifest says."),
-    Cause("data", "software", "Training data is missing or not what it claims to be."),
-    Cause("config", "software", "The configuration cannot work, or is not what is in force."),
-    Cause(
-        "loss_scale_floor",
-        "numerics",
-        "The loss scale fell to its floor: gradients overflow whatever the scale.",
-    ),
-    Cause("loss_nan", "numerics", "The loss is not a number."),
-    Cause("loss_spike", "numerics", "The loss jumped and stayed up."),
-    Cause("drift", "numerics", "Gradient or activation norms drift upwards."),
-    Cause("plateau", "numerics", "The loss has stopped falling."),
-    Cause(
-        "preemption",
-        "scheduler",
-        "The scheduler took the nodes: time limit, preempted, or requeued.",
-    ),
-    Cause("stopped", "person", "A person asked the run to stop."),
-    Cause("none", "none", "Nothing failed: ranks were replaced because their supervisor was."),
-    Cause("unknown", "unknown", "The evidence does not say."),
-)
-
-BY_LABEL: dict[str, Cause] = {cause.label: cause for cause in CAUSES}
+LABELS: frozenset[str] = frozenset(Cause)
+"""For a look-up by a plain string, which need not be a label."""
 
 
-def blame_of(label: str) -> str:
-    """Whom the cause `label` blames; ``unknown`` for a label of another version."""
-    cause = BY_LABEL.get(label)
-    return cause.blame if cause is not None else "unknown"
+def cause_named(label: str) -> Cause:
+    """The cause called `label`; `Cause.UNKNOWN` for one that only another version knows."""
+    if label in LABELS:
+        return Cause(label)
+    return Cause.UNKNOWN
+
+
+def blame_of(label: str) -> Blame:
+    """Whom the cause `label` blames."""
+    return CAUSES[cause_named(label)].blame

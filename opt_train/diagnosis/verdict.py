@@ -1,31 +1,57 @@
-"""From what was seen of an incident to its root cause. Pure: a `Case` in, a `Diagnosis` out.
+"""From what was observed of a failed generation to its root cause. Pure: a `Case` in, a `Diagnosis`
+out.
 
-The root cause, not the loudest line: ranks that were killed on command, or say that a peer's
-connection broke, are victims; a cause is looked for among the others first. An exit code is
-believed only together with the rank's last fact.
+The root cause, not the loudest line. When one rank dies, all others lose a peer, and each of them
+says so at length; seven watchdogs that fired are victims of the one rank that ran out of memory. So
+every rank, every node and the first sign itself give at most one `Suspect`, each suspect has a
+`Precedence`, and the lowest wins:
+
+    a line that shows bad hardware     whoever says it, a rank that was killed on command too
+    a node that is down                explains all of its peers' complaints
+    a line of another root cause       only from a rank that ended by itself
+    what a rank gave as its reason     only together with the exit code that belongs to it
+    how a process ended                SIGKILL from outside, a crash, absence
+    silence and hangs                  as the supervisor saw them
+    a victim's complaint               a lost peer, a collective that timed out
+    the first sign                     when nothing says more
+
+An exit code is believed only together with the rank's last fact: Python itself exits 2 for a
+missing file, and anything may exit 78.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
-from opt_logbook.record.events import Evidence
+from opt_logbook.record.events import Evidence, IncidentDiagnosed
 
-from opt_train.diagnosis.causes import BY_LABEL, Finding, blame_of
-from opt_train.diagnosis.patterns import EXCEPTION, FRAME, ROOTS, VICTIMS
+from opt_train.diagnosis.causes import LABELS, Blame, Cause, blame_of
+from opt_train.diagnosis.patterns import EXCEPTION, FRAME, ROOTS, VICTIMS, Indication, Pattern
+from opt_train.host.signals import signal_name
 from opt_train.protocol.exits import RANK_BAD_CONFIG, RANK_UNSTABLE
 from opt_train.protocol.facts import ExitNotice, LogLine, RankExited, Stacks
 
 SIGKILL = 9
-SIGNAL_NAMES = {
-    4: "SIGILL",
-    6: "SIGABRT",
-    7: "SIGBUS",
-    8: "SIGFPE",
-    9: "SIGKILL",
-    11: "SIGSEGV",
-    15: "SIGTERM",
-}
 MOST_EVIDENCE = 6
+
+
+class Precedence(IntEnum):
+    """Which of several suspects is the root: the smallest. Lines of `ROOTS` take the numbers from
+    `HARDWARE_LINE` or `ROOT_LINE` on, in the table's order."""
+
+    HARDWARE_LINE = 0
+    NODE_DOWN = 100
+    ROOT_LINE = 200
+    GIVEN_REASON = 300
+    USER_CODE = 301
+    UNSTABLE = 302
+    CRASHED = 303
+    KILLED = 304
+    ABSENT = 305
+    OUT_OF_REACH = 306
+    STOPPED_MOVING = 307
+    VICTIM = 308
+    NOTHING = 309
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +65,8 @@ class Case:
     rank: int
     exits: Mapping[int, tuple[str, RankExited]]
     """Rank -> node, how it ended."""
-    leavings: Mapping[int, ExitNotice]
+    exit_notices: Mapping[int, ExitNotice]
+    """Rank -> its last fact."""
     stacks: Mapping[int, tuple[str, Stacks]]
     down: Mapping[str, str]
     """Nodes of the generation that the cluster calls down, with its reason."""
@@ -49,196 +76,217 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The root cause as far as the evidence goes. `action` is the response's to say."""
+    """The root cause as far as the evidence goes."""
 
-    cause: str
-    blame: str
+    cause: Cause
+    blame: Blame
     detail: str
     confidence: float
     node: str
     rank: int
+    """-1 where no single rank is to be named."""
     evidence: tuple[Evidence, ...]
-    action: str = ""
+
+    def as_event(self, incident: int, action: str) -> IncidentDiagnosed:
+        """The journal's line of it. `action` is one sentence: what will be done about it."""
+        return IncidentDiagnosed(
+            incident=incident,
+            cause=self.cause,
+            blame=self.blame,
+            detail=self.detail,
+            confidence=self.confidence,
+            node=self.node,
+            rank=self.rank,
+            evidence=self.evidence,
+            action=action,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """What one rank, or one node, has to say. Smaller `order` is more telling."""
+    """What one rank, one node or the first sign points to."""
 
-    order: int
-    finding: Finding
+    precedence: int
+    indication: Indication
     node: str
     rank: int
     evidence: tuple[Evidence, ...]
 
 
-HARDWARE_LINE, NODE_DOWN, ROOT_LINE = 0, 100, 200
-(
-    CONFESSED,
-    USER_CODE,
-    UNSTABLE,
-    CRASHED,
-    KILLED,
-    ABSENT,
-    OUT_OF_REACH,
-    STOPPED_MOVING,
-    VICTIM,
-    NOTHING,
-) = range(300, 310)
-"""Order of suspects. Lines of `ROOTS` stand in the table's order; a node that is down explains all
-but bad hardware."""
+@dataclass(frozen=True, slots=True)
+class _LogReading:
+    """The most telling line of a log's end."""
+
+    precedence: int
+    indication: Indication
+    evidence: tuple[Evidence, ...]
 
 
 def diagnose(case: Case) -> Diagnosis:
     """Name the root cause of `case`."""
-    suspects = [*_nodes_lost(case), *_ranks_ended(case), *_as_seen(case)]
+    suspects = [*_nodes_lost(case), *_ranks_ended(case), _first_sign(case)]
     # Among equals the one that showed itself first, then the lowest rank: the same case always
     # reads the same.
     first_seen = (case.node, case.rank)
     suspects.sort(
-        key=lambda s: (s.order, (s.node, s.rank) != first_seen, s.node != case.node, s.rank)
+        key=lambda s: (s.precedence, (s.node, s.rank) != first_seen, s.node != case.node, s.rank)
     )
     root = suspects[0]
-    others = [e for s in suspects[1:] if s.order == VICTIM for e in s.evidence]
+    others = [e for s in suspects[1:] if s.precedence == Precedence.VICTIM for e in s.evidence]
     evidence = tuple(dict.fromkeys((*root.evidence, *others)))[:MOST_EVIDENCE]
-    label = root.finding.label
     return Diagnosis(
-        cause=label,
-        blame=blame_of(label),
-        detail=root.finding.detail,
-        confidence=root.finding.confidence,
+        cause=root.indication.cause,
+        blame=blame_of(root.indication.cause),
+        detail=root.indication.detail,
+        confidence=root.indication.confidence,
         node=root.node,
         rank=root.rank,
         evidence=evidence,
     )
 
 
+# Nodes --------------------------------------------------------------------------------------------
+
+
 def _nodes_lost(case: Case) -> list[Suspect]:
-    return [
-        Suspect(
-            NODE_DOWN,
-            Finding("node_failure", reason or "the cluster says it is down", 0.95),
-            node,
-            -1,
-            (Evidence("", 0, f"cluster: {node} is down: {reason or 'no reason given'}"),),
-        )
-        for node, reason in case.down.items()
-    ] + [
-        Suspect(
-            OUT_OF_REACH,
-            Finding("node_failure", "it did not answer any more and was fenced", 0.7),
-            node,
-            -1,
-            (
-                Evidence(
-                    "",
-                    0,
-                    f"{node} did not answer, and was fenced before the cluster had called it down",
-                ),
+    down = [_node_down(node, reason) for node, reason in case.down.items()]
+    return [*down, *(_node_fenced(node) for node in case.fenced)]
+
+
+def _node_down(node: str, reason: str) -> Suspect:
+    return Suspect(
+        Precedence.NODE_DOWN,
+        Indication(Cause.NODE_FAILURE, reason or "the cluster says it is down", 0.95),
+        node,
+        -1,
+        (_observed(f"cluster: {node} is down: {reason or 'no reason given'}"),),
+    )
+
+
+def _node_fenced(node: str) -> Suspect:
+    # Down by our own hand: less telling than any process that says how it ended.
+    return Suspect(
+        Precedence.OUT_OF_REACH,
+        Indication(Cause.NODE_FAILURE, "it did not answer any more and was fenced", 0.7),
+        node,
+        -1,
+        (
+            _observed(
+                f"{node} did not answer, and was fenced before the cluster had called it down"
             ),
-        )
-        for node in case.fenced
-    ]
+        ),
+    )
+
+
+# Ranks --------------------------------------------------------------------------------------------
 
 
 def _ranks_ended(case: Case) -> list[Suspect]:
     found = [
-        _rank_ended(node, exited, case.leavings.get(rank))
+        _rank_ended(node, exited, case.exit_notices.get(rank))
         for rank, (node, exited) in case.exits.items()
     ]
     return [suspect for suspect in found if suspect is not None]
 
 
-def _rank_ended(node: str, exited: RankExited, told: ExitNotice | None) -> Suspect | None:
+def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> Suspect | None:
     """What the end of one rank shows; None: nothing of its own."""
-    rank, leaving = exited.rank, exited.leaving or told
-    by_line = _by_line(exited.log_tail)
-    if by_line is not None and by_line[0] < NODE_DOWN:
-        return Suspect(by_line[0], by_line[1], node, rank, by_line[2])
+    rank, notice = exited.rank, exited.leaving or last_fact
+    reading = _read_log(exited.log_tail)
+    if reading is not None and reading.precedence < Precedence.NODE_DOWN:
+        return _by_log(node, rank, reading)
     if exited.killed_by_agent:
         # It was alive until it was killed: what its log complains of did not end it.
-        if by_line is None or by_line[0] != VICTIM:
+        if reading is None or reading.precedence != Precedence.VICTIM:
             return None
-        return Suspect(VICTIM, by_line[1], node, rank, by_line[2])
-    if by_line is not None and by_line[0] < CONFESSED:
-        return Suspect(by_line[0], by_line[1], node, rank, by_line[2])
-    if leaving is not None and leaving.cause in BY_LABEL:
-        # A rank that was asked to stop, or stops itself on purpose, says why; it must also have
-        # left with that code.
-        return Suspect(
-            CONFESSED,
-            Finding(leaving.cause, leaving.reason, 0.95),
-            node,
-            rank,
-            (_last_fact(rank, leaving),),
-        )
-    believed = leaving is not None and leaving.code == exited.code
-    if believed and leaving is not None and exited.code == RANK_BAD_CONFIG:
-        return Suspect(
-            CONFESSED,
-            Finding("config", leaving.reason, 0.95),
-            node,
-            rank,
-            (_last_fact(rank, leaving),),
-        )
-    if believed and leaving is not None and exited.code == RANK_UNSTABLE:
-        return Suspect(
-            UNSTABLE,
-            Finding("loss_nan", leaving.reason, 0.8),
-            node,
-            rank,
-            (_last_fact(rank, leaving),),
-        )
-    if by_line is not None:
-        return Suspect(*by_line[:2], node, rank, by_line[2])
+        return _by_log(node, rank, reading)
+    if reading is not None and reading.precedence < Precedence.GIVEN_REASON:
+        return _by_log(node, rank, reading)
+    given = _given_reason(node, exited, notice)
+    if given is not None:
+        return given
+    if reading is not None:
+        return _by_log(node, rank, reading)
     if exited.signal == SIGKILL:
-        said = (
+        text = (
             f"rank {rank} (pid {exited.pid}) was ended by SIGKILL; no agent sent it and no log "
             "says why"
         )
         return Suspect(
-            KILLED,
-            Finding("killed", "SIGKILL from outside", 0.8),
+            Precedence.KILLED,
+            Indication(Cause.KILLED, "SIGKILL from outside", 0.8),
             node,
             rank,
-            (Evidence("", 0, said),),
+            (_observed(text),),
         )
-    if exited.code == 0 or (believed and exited.code is not None):
+    announced = notice is not None and notice.code == exited.code
+    if exited.code == 0 or (announced and exited.code is not None):
         return None
     return _crashed(node, exited)
 
 
+def _given_reason(node: str, exited: RankExited, notice: ExitNotice | None) -> Suspect | None:
+    """The reason that the rank itself gave for its end, where it may be believed."""
+    if notice is None:
+        return None
+    evidence = (_last_fact(exited.rank, notice),)
+    announced = notice.code == exited.code
+    if notice.cause in LABELS:
+        # A rank that was asked to stop, or stops itself on purpose, knows the cause.
+        indication = Indication(Cause(notice.cause), notice.reason, 0.95)
+        return Suspect(Precedence.GIVEN_REASON, indication, node, exited.rank, evidence)
+    if announced and exited.code == RANK_BAD_CONFIG:
+        indication = Indication(Cause.CONFIG, notice.reason, 0.95)
+        return Suspect(Precedence.GIVEN_REASON, indication, node, exited.rank, evidence)
+    if announced and exited.code == RANK_UNSTABLE:
+        indication = Indication(Cause.LOSS_NAN, notice.reason, 0.8)
+        return Suspect(Precedence.UNSTABLE, indication, node, exited.rank, evidence)
+    return None
+
+
 def _crashed(node: str, exited: RankExited) -> Suspect:
+    how = f"exit code {exited.code}"
     if exited.signal is not None:
-        how = SIGNAL_NAMES.get(exited.signal, f"signal {exited.signal}")
-    else:
-        how = f"exit code {exited.code}"
-    said = Evidence(
-        "",
-        0,
-        f"rank {exited.rank} (pid {exited.pid}) ended with {how} in phase "
-        f"{exited.phase or 'unknown'}",
-    )
+        how = signal_name(exited.signal)
+    phase = exited.phase or "unknown"
+    ended = _observed(f"rank {exited.rank} (pid {exited.pid}) ended with {how} in phase {phase}")
     tail = tuple(_evidence(line) for line in exited.log_tail[-2:])
-    return Suspect(
-        CRASHED, Finding("unknown", f"ended with {how}", 0.3), node, exited.rank, (said, *tail)
-    )
+    indication = Indication(Cause.UNKNOWN, f"ended with {how}", 0.3)
+    return Suspect(Precedence.CRASHED, indication, node, exited.rank, (ended, *tail))
 
 
-def _by_line(tail: tuple[LogLine, ...]) -> tuple[int, Finding, tuple[Evidence, ...]] | None:
-    """The most telling line of a log's end: a root, a Python error of its own, or a victim's
-    complaint."""
+# Logs ---------------------------------------------------------------------------------------------
+
+
+def _by_log(node: str, rank: int, reading: _LogReading) -> Suspect:
+    return Suspect(reading.precedence, reading.indication, node, rank, reading.evidence)
+
+
+def _read_log(tail: tuple[LogLine, ...]) -> _LogReading | None:
+    """A root cause, a victim's complaint, or a Python error of the rank's own, in this order; None:
+    the lines show nothing."""
     for place, pattern in enumerate(ROOTS):
-        lines = [line for line in tail if pattern.expression.search(line.text)]
+        lines = _matching(pattern, tail)
         if lines:
-            order = place + (
-                HARDWARE_LINE if blame_of(pattern.finding.label) == "hardware" else ROOT_LINE
-            )
-            return order, pattern.finding, tuple(_evidence(line) for line in lines[:2])
+            first = Precedence.ROOT_LINE
+            if blame_of(pattern.indication.cause) == Blame.HARDWARE:
+                first = Precedence.HARDWARE_LINE
+            evidence = tuple(_evidence(line) for line in lines[:2])
+            return _LogReading(first + place, pattern.indication, evidence)
+    # Before the traceback: a lost peer ends in a Python exception as well, and would be taken for
+    # the user's own.
     for pattern in VICTIMS:
-        lines = [line for line in tail if pattern.expression.search(line.text)]
+        lines = _matching(pattern, tail)
         if lines:
-            return VICTIM, pattern.finding, (_evidence(lines[-1]),)
+            return _LogReading(Precedence.VICTIM, pattern.indication, (_evidence(lines[-1]),))
+    return _read_traceback(tail)
+
+
+def _matching(pattern: Pattern, tail: tuple[LogLine, ...]) -> list[LogLine]:
+    return [line for line in tail if pattern.expression.search(line.text)]
+
+
+def _read_traceback(tail: tuple[LogLine, ...]) -> _LogReading | None:
     frames = [place for place, line in enumerate(tail) if FRAME.search(line.text)]
     if not frames:
         return None
@@ -248,46 +296,76 @@ def _by_line(tail: tuple[LogLine, ...]) -> tuple[int, Finding, tuple[Evidence, .
     if not raised:
         return None
     line, name = raised[0]
-    return USER_CODE, Finding("user_code", name, 0.85), (_evidence(line),)
+    indication = Indication(Cause.USER_CODE, name, 0.85)
+    return _LogReading(Precedence.USER_CODE, indication, (_evidence(line),))
 
 
-def _as_seen(case: Case) -> list[Suspect]:
-    """What the first sign by itself says, for when no process and no log says more."""
-    seen: tuple[Evidence, ...] = (Evidence("", 0, case.what),)
-    stack = case.stacks.get(case.rank)
-    if case.sign == "hang":
-        if stack is not None:
-            seen += tuple(_evidence(line) for line in stack[1].tail[-3:])
-        stopped = stack is not None and stack[1].process_state == "T"
-        ended = case.exits.get(case.rank)
-        where = f" in phase {ended[1].phase}" if ended is not None and ended[1].phase else ""
-        detail = f"stopped moving{where}" + ("; its process was stopped" if stopped else "")
-        return [Suspect(STOPPED_MOVING, Finding("hang", detail, 0.8), case.node, case.rank, seen)]
-    label, detail, confidence, order = {
-        "in_force": ("config", "what is in force is not what the configuration says", 0.99, 0),
-        "takeover": (
-            "none",
+# The first sign -----------------------------------------------------------------------------------
+
+FIRST_SIGNS: Mapping[str, tuple[int, Indication]] = {
+    "in_force": (
+        0,
+        Indication(Cause.CONFIG, "what is in force is not what the configuration says", 0.99),
+    ),
+    "takeover": (
+        Precedence.NOTHING,
+        Indication(
+            Cause.NONE,
             "their supervisor was lost at their start, or its configuration changed",
             0.9,
-            NOTHING,
         ),
-        "silence": (
-            "node_failure",
-            "no word from the node, and nothing moves",
-            0.6,
-            STOPPED_MOVING,
-        ),
-        "unsaved": ("storage", "the last checkpoint could not be committed", 0.8, NOTHING),
-        "missing": ("killed", "the rank is gone and nobody saw how", 0.4, ABSENT),
-    }.get(case.sign, ("unknown", "the evidence does not say", 0.1, NOTHING))
-    return [Suspect(order, Finding(label, detail, confidence), case.node, case.rank, seen)]
+    ),
+    "silence": (
+        Precedence.STOPPED_MOVING,
+        Indication(Cause.NODE_FAILURE, "no word from the node, and nothing moves", 0.6),
+    ),
+    "unsaved": (
+        Precedence.NOTHING,
+        Indication(Cause.STORAGE, "the last checkpoint could not be committed", 0.8),
+    ),
+    "missing": (
+        Precedence.ABSENT,
+        Indication(Cause.KILLED, "the rank is gone and nobody saw how", 0.4),
+    ),
+}
+"""Sign -> what it points to by itself. A hang is read from the stacks."""
+NO_SIGN = (Precedence.NOTHING, Indication(Cause.UNKNOWN, "the evidence does not say", 0.1))
 
 
-def _last_fact(rank: int, leaving: ExitNotice) -> Evidence:
-    return Evidence(
-        "",
-        0,
-        f"last fact of rank {rank}: code {leaving.code} at step {leaving.step}: {leaving.reason}",
+def _first_sign(case: Case) -> Suspect:
+    """What the first sign by itself says, for when no process and no log says more."""
+    seen = (_observed(case.what),)
+    if case.sign == "hang":
+        return _hang(case, seen)
+    precedence, indication = FIRST_SIGNS.get(case.sign, NO_SIGN)
+    return Suspect(precedence, indication, case.node, case.rank, seen)
+
+
+def _hang(case: Case, seen: tuple[Evidence, ...]) -> Suspect:
+    detail = "stopped moving"
+    ended = case.exits.get(case.rank)
+    if ended is not None and ended[1].phase:
+        detail += f" in phase {ended[1].phase}"
+    stack = case.stacks.get(case.rank)
+    if stack is not None:
+        seen += tuple(_evidence(line) for line in stack[1].tail[-3:])
+        if stack[1].process_state == "T":
+            detail += "; its process was stopped"
+    indication = Indication(Cause.HANG, detail, 0.8)
+    return Suspect(Precedence.STOPPED_MOVING, indication, case.node, case.rank, seen)
+
+
+# Evidence -----------------------------------------------------------------------------------------
+
+
+def _observed(text: str) -> Evidence:
+    """What the supervisor itself observed: in no file."""
+    return Evidence("", 0, text)
+
+
+def _last_fact(rank: int, notice: ExitNotice) -> Evidence:
+    return _observed(
+        f"last fact of rank {rank}: code {notice.code} at step {notice.step}: {notice.reason}"
     )
 
 

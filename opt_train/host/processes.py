@@ -1,7 +1,6 @@
 """Processes as the kernel tells of them (Linux: /proc, pidfd). A pid alone proves nothing: pids are
 used again."""
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -128,10 +127,3 @@ def die_with_parent(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return set_death_signal
-
-
-def signal_name(number: int) -> str:
-    """``SIGKILL`` for 9; ``signal 77`` for what has no name."""
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"

@@ -34,9 +34,9 @@ def ended(
 
 
 def verdict(*exits: RankExited, sign: str = "exit", rank: int = 0, **known: object) -> Diagnosis:
-    told: dict[str, object] = {"leavings": {}, "stacks": {}, "down": {}, **known}
+    seen: dict[str, object] = {"exit_notices": {}, "stacks": {}, "down": {}, **known}
     table = {exited.rank: (f"n{exited.rank}", exited) for exited in exits}
-    return diagnose(Case(sign, "what was seen", f"n{rank}", rank, table, **told))  # type: ignore[arg-type]  # a test's shorthand
+    return diagnose(Case(sign, "what was seen", f"n{rank}", rank, table, **seen))  # type: ignore[arg-type]  # a test's shorthand
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_full_disk_that_training_survived_does_not_explain_a_dead_node() -> No
     assert verdict(survivor, ended(0, signal=9)).cause == "killed"
 
 
-def test_what_a_rank_confesses_is_believed_only_with_its_exit_code() -> None:
+def test_the_reason_that_a_rank_gives_is_believed_only_with_its_exit_code() -> None:
     """Python itself exits 2 for a missing file, and anything may exit 78."""
-    told = ExitNotice(78, 0, "model.heads=5 must divide 768")
-    found = verdict(ended(0, code=78, leaving=told))
+    notice = ExitNotice(78, 0, "model.heads=5 must divide 768")
+    found = verdict(ended(0, code=78, leaving=notice))
     assert (found.cause, found.detail) == ("config", "model.heads=5 must divide 768")
     assert verdict(ended(0, code=78)).cause == "unknown"
     assert (

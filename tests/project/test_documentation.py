@@ -29,7 +29,7 @@ def generator() -> ModuleType:
     return module
 
 
-GENERATED = ("README.md", "docs/configuration.md", "docs/architecture.md")
+GENERATED = ("README.md", "docs/configuration.md", "docs/architecture.md", "docs/causes.md")
 
 
 @pytest.mark.parametrize("page", GENERATED)

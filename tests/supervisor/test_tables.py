@@ -2,13 +2,11 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
 
-from opt_train.diagnosis.causes import BY_LABEL, CAUSES
-from opt_train.diagnosis.patterns import ROOTS, VICTIMS
+from opt_train.diagnosis.causes import Cause
 from opt_train.run.fold import HANDLERS, fold
 from opt_train.run.state import RunState
 from opt_train.supervisor.config import SupervisorConfig
@@ -18,25 +16,15 @@ from opt_train.supervisor.rules.responses import (
     REPLACE,
     RESPONSES,
     RESTART,
-    document,
     respond,
 )
 from tests.supervisor.histories import run_history
 
-ROOT = Path(__file__).parents[2]
 CONFIG = SupervisorConfig()
 
 
-def test_every_cause_has_one_response_and_every_pattern_a_cause() -> None:
-    assert set(RESPONSES) == set(BY_LABEL)
-    assert len(BY_LABEL) == len(CAUSES)
-    assert {p.finding.label for p in (*ROOTS, *VICTIMS)} <= set(BY_LABEL)
-
-
-def test_docs_causes_is_what_the_code_holds() -> None:
-    assert (ROOT / "docs" / "causes.md").read_text() == document(), (
-        "print responses.document() into docs/causes.md"
-    )
+def test_every_cause_has_one_response() -> None:
+    assert set(RESPONSES) == set(Cause)
 
 
 def test_hardware_is_replaced_and_configuration_is_for_a_person() -> None:

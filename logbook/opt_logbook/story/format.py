@@ -36,9 +36,11 @@ CAUSES = {
     "plateau": "the loss stopped falling",
     "preemption": "the scheduler took the nodes back",
     "stopped": "a person stopped it",
+    "none": "nothing failed, the supervisor was another one",
     "unknown": "the cause is not known",
 }
-"""Cause labels in words that somebody who has not seen the code understands."""
+"""Cause labels in words that somebody who has not seen the code understands: as many as whoever
+writes the journal has (opt_train/diagnosis/causes.py), which a test sees to."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _UNPRINTABLE = re.compile(

@@ -8,7 +8,6 @@ from opt_logbook.record.events import (
     CheckpointRejected,
     FailureSeen,
     GenerationKilled,
-    IncidentDiagnosed,
     NodeFailed,
 )
 
@@ -142,18 +141,8 @@ def identify(s: Context) -> list[Decision]:
         strikes=strikes,
         strikes_in_all=sum(s.state.restarts.values()) + 1,
     )
-    diagnosed = IncidentDiagnosed(
-        incident.number,
-        found.cause,
-        found.blame,
-        found.detail,
-        found.confidence,
-        found.node,
-        found.rank,
-        found.evidence,
-        verdict_on(s, told).action,
-    )
-    return [Record(diagnosed, step=incident.step)]
+    action = verdict_on(s, told).action
+    return [Record(found.as_event(incident.number, action), step=incident.step)]
 
 
 def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
@@ -172,7 +161,7 @@ def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
         node=incident.node,
         rank=incident.rank,
         exits=s.seen.exits.get(generation, {}),
-        leavings=s.seen.leavings.get(generation, {}),
+        exit_notices=s.seen.leavings.get(generation, {}),
         stacks=s.seen.stacks.get(generation, {}),
         down=down,
         fenced=fenced,

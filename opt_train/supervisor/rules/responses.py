@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opt_train.diagnosis.causes import CAUSES
+from opt_train.diagnosis.causes import Cause, cause_named
 from opt_train.supervisor.config import SupervisorConfig
 
 RESTART, REPLACE, HALT = "restart", "replace", "halt"
@@ -35,40 +35,40 @@ class Verdict:
     question: str = ""
 
 
-RESPONSES: Mapping[str, Response] = {
-    "gpu_ecc": Response(REPLACE),
-    "gpu_lost": Response(REPLACE),
-    "gpu_fault": Response(REPLACE),
-    "silent_corruption": Response(REPLACE),
-    "node_failure": Response(REPLACE),
-    "straggler": Response(REPLACE),
-    "illegal_access": Response(RESTART, restarts=2, escalates=True),
-    "gpu_oom": Response(RESTART, restarts=1),
-    "user_code": Response(RESTART, restarts=1),
-    "host_oom": Response(RESTART, restarts=2),
-    "network": Response(RESTART, escalates=True),
-    "collective_timeout": Response(RESTART, escalates=True),
-    "hang": Response(RESTART, escalates=True),
-    "killed": Response(RESTART, escalates=True),
-    "storage": Response(RESTART),
-    "corrupt_checkpoint": Response(RESTART),
-    "data": Response(HALT),
-    "config": Response(HALT),
-    "loss_scale_floor": Response(RESTART, restarts=1),
-    "loss_nan": Response(RESTART, restarts=1),
-    "loss_spike": Response(RESTART, restarts=1),
-    "drift": Response(RESTART, restarts=1),
-    "plateau": Response(HALT),
-    "preemption": Response(RESTART),
-    "stopped": Response(RESTART),
-    "none": Response(RESTART),
-    "unknown": Response(RESTART, escalates=True),
+RESPONSES: Mapping[Cause, Response] = {
+    Cause.GPU_ECC: Response(REPLACE),
+    Cause.GPU_LOST: Response(REPLACE),
+    Cause.GPU_FAULT: Response(REPLACE),
+    Cause.SILENT_CORRUPTION: Response(REPLACE),
+    Cause.NODE_FAILURE: Response(REPLACE),
+    Cause.STRAGGLER: Response(REPLACE),
+    Cause.ILLEGAL_ACCESS: Response(RESTART, restarts=2, escalates=True),
+    Cause.GPU_OOM: Response(RESTART, restarts=1),
+    Cause.USER_CODE: Response(RESTART, restarts=1),
+    Cause.HOST_OOM: Response(RESTART, restarts=2),
+    Cause.NETWORK: Response(RESTART, escalates=True),
+    Cause.COLLECTIVE_TIMEOUT: Response(RESTART, escalates=True),
+    Cause.HANG: Response(RESTART, escalates=True),
+    Cause.KILLED: Response(RESTART, escalates=True),
+    Cause.STORAGE: Response(RESTART),
+    Cause.CORRUPT_CHECKPOINT: Response(RESTART),
+    Cause.DATA: Response(HALT),
+    Cause.CONFIG: Response(HALT),
+    Cause.LOSS_SCALE_FLOOR: Response(RESTART, restarts=1),
+    Cause.LOSS_NAN: Response(RESTART, restarts=1),
+    Cause.LOSS_SPIKE: Response(RESTART, restarts=1),
+    Cause.DRIFT: Response(RESTART, restarts=1),
+    Cause.PLATEAU: Response(HALT),
+    Cause.PREEMPTION: Response(RESTART),
+    Cause.STOPPED: Response(RESTART),
+    Cause.NONE: Response(RESTART),
+    Cause.UNKNOWN: Response(RESTART, escalates=True),
 }
 
 
 def budget_of(cause: str, config: SupervisorConfig) -> int:
     """Restarts for `cause` without a new checkpoint after which a person must decide."""
-    response = RESPONSES.get(cause, RESPONSES["unknown"])
+    response = RESPONSES[cause_named(cause)]
     if response.kind == HALT:
         return 0
     budget = config.restarts_without_progress
@@ -91,7 +91,7 @@ def respond(
         strikes_in_all: the same over all causes.
         spare: a buffer node could take the place of `node`.
     """
-    response = RESPONSES.get(cause, RESPONSES["unknown"])
+    response = RESPONSES[cause_named(cause)]
     budget = budget_of(cause, config)
     detail = detail.rstrip(".")  # a rank's own words may be a sentence already
     if response.kind == HALT:
@@ -124,38 +124,3 @@ def respond(
             "place, restart",
         )
     return Verdict(RESTART, "restart on the same nodes from the newest good checkpoint")
-
-
-def document() -> str:
-    """docs/causes.md: causes and responses as this code holds them."""
-    lines = [
-        "# Causes",
-        "",
-        "What the supervisor can name as the cause of an incident, whom it blames, and what it "
-        "does. Printed from",
-        "`opt_train/diagnosis/causes.py` and `responses.py`; a test keeps it current. *Budget* is "
-        "the number of",
-        "restarts without a new checkpoint after which the run halts and a person must decide; "
-        "*configured* is",
-        "`supervisor.restarts_without_progress`. Over all causes it is three times that.",
-        "",
-        "silent_corruption, straggler, loss_spike, drift and plateau have no detector yet: the "
-        "table says what will be",
-        "done, and nothing names them today.",
-        "",
-        "| cause | blame | what it means | response | budget |",
-        "|---|---|---|---|---|",
-    ]
-    said = {
-        RESTART: "restart on the same nodes",
-        REPLACE: "replace the node, restart",
-        HALT: "halt",
-    }
-    for cause in CAUSES:
-        response = RESPONSES[cause.label]
-        budget = "0" if response.kind == HALT else str(response.restarts or "configured")
-        what = said[response.kind] + (
-            "; the last time replace the node" if response.escalates else ""
-        )
-        lines.append(f"| {cause.label} | {cause.blame} | {cause.meaning} | {what} | {budget} |")
-    return "\n".join([*lines, ""])
