@@ -5,8 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opt_logbook.cli import main as logbook
@@ -49,6 +51,9 @@ ITS_CLUSTER = (
     "checkpoint.memory_every_steps=5",
     "checkpoint.keep=2",
 )
+LINES = 58
+"""Of its journal."""
+
 NEWEST = "checkpoints/1.02/step-00000040"
 
 LOSSES_UNDER_ITS_OWN_CODE = {
@@ -85,7 +90,7 @@ def prepared_again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_verifies(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert logbook(["verify", str(run.path)]) == 0
-    assert "verified: 58 lines" in capsys.readouterr().out
+    assert f"verified: {LINES} lines" in capsys.readouterr().out
 
 
 def test_its_chronicle_is_the_same_text(run: RunDirectory) -> None:
@@ -127,30 +132,37 @@ def test_its_checkpoints_are_listed_as_they_were(
     )
 
 
-@pytest.mark.parametrize(
-    ("verb", "nodes"),
-    [
-        pytest.param("train", [], id="alone"),
-        pytest.param("run", ITS_CLUSTER, id="supervised"),
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("train", ()), id="alone"),
+        pytest.param(("run", ITS_CLUSTER), id="supervised"),
     ],
 )
-def test_it_goes_on_from_its_newest_checkpoint(
-    prepared_again: Path, tmp_path: Path, verb: str, nodes: list[str]
-) -> None:
-    shutil.copytree(prepared_again, tmp_path, dirs_exist_ok=True)
-    run = copy_to(tmp_path)
+def gone_on(
+    request: pytest.FixtureRequest, prepared_again: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    """The run after four steps more, in a lineage of its own."""
+    verb, nodes = request.param
+    folder = tmp_path_factory.mktemp(verb)
+    shutil.copytree(prepared_again, folder, dirs_exist_ok=True)
+    run = copy_to(folder)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "opt_train.cli.main", verb),
             *(*ITS_CONFIGURATION, *nodes, "lineage=new", "train.steps=44"),
         ],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    new = [entry for entry in read(run.journal).entries if entry.seq > 58]
+    return run
+
+
+def test_it_goes_on_from_its_newest_checkpoint(gone_on: RunDirectory) -> None:
+    new = [entry for entry in read(gone_on.journal).entries if entry.seq > LINES]
     opened = next(e.event for e in new if isinstance(e.event, LineageOpened))
     assert opened.lineage == 2
     assert "train.steps: 40 -> 44" in opened.difference
@@ -160,9 +172,37 @@ def test_it_goes_on_from_its_newest_checkpoint(
     assert isinstance(new[-1].event, RunFinished)
     losses = {
         line["step"]: line["loss"]
-        for line in metrics.read(run).lines
-        if line["attempt"].startswith("2.")
+        for line in metrics.read(gone_on).lines
+        if line["attempt"] == "2.00"
     }
     # The same samples from the same state: another order of summation moves the last digits alone.
     assert losses == pytest.approx(LOSSES_UNDER_ITS_OWN_CODE, rel=1e-4)
-    assert logbook(["verify", str(run.path)]) == 0
+    assert logbook(["verify", str(gone_on.path)]) == 0
+
+
+def test_what_it_writes_then_has_the_keys_that_it_always_had(gone_on: RunDirectory) -> None:
+    published = json.loads((KEPT.parent / "formats_of_154853f" / "files.json").read_text())
+    first = json.loads(gone_on.metrics_of("2.00").read_text().splitlines()[0])
+    checkpoint = gone_on.checkpoint("2.00", 44)
+    written = {
+        "metrics": first,
+        "manifest.json": json.loads((checkpoint / "manifest.json").read_text()),
+        "state.json": json.loads((checkpoint / "state.json").read_text()),
+    }
+    assert published.keys() == written.keys()
+    for name, keys in published.items():
+        assert [key for key in keys if not has(written[name], key)] == [], name
+    assert written["manifest.json"]["state"] == written["state.json"]
+    assert all(
+        entry.keys() >= {"bytes", "sha256"} for entry in written["manifest.json"]["files"].values()
+    )
+
+
+def has(payload: Mapping[str, Any], key: str) -> bool:
+    """Whether `payload` has `key`; a dot goes into an object."""
+    value: Any = payload
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return False
+        value = value[name]
+    return True
