@@ -28,9 +28,9 @@ from opt_logbook.record.run_directory import RunDirectory, tier_of
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import CheckpointError, Listed, Progress
-from opt_train.cli.about import About
 from opt_train.protocol.exits import DONE, NO
 from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, NODE, SHARED
+from opt_train.run.report import RunReport
 from opt_train.run.state import RunState, Stage
 
 PUBLISH_SECONDS = 2.0
@@ -229,18 +229,18 @@ def checkpoints(path: Path, verify: bool, as_json: bool) -> int:
     Returns: `NO` if there is nothing that a restart could take.
     """
     run = RunDirectory(path)
-    about = About(run)
-    record = Record(about.story.reading.entries)
+    report = RunReport(run)
+    record = Record(report.story.reading.entries)
     committed = {run.path / path: sha256 for path, sha256 in record.manifests.items()}
     listed = manifest.checkpoints(run.checkpoints, committed)
     verified = _verified(run, listed, committed) if verify else None
     rows = rows_of(
-        run, about.state, record, [*listed, *_held(run, about.state, committed)], verified
+        run, report.state, record, [*listed, *_held(run, report.state, committed)], verified
     )
     if as_json:
         print(json.dumps([_payload(row) for row in rows], indent=2))
     else:
-        print(_page(about.created.name, rows, time.time()))
+        print(_page(report.created.name, rows, time.time()))
     return DONE if any(row.next for row in rows) else NO
 
 

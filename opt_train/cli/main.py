@@ -149,7 +149,8 @@ def _call(arguments: list[str]) -> int:
 def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:
     from opt_train.data.batches import verify_dataset
     from opt_train.data.manifest import check_fits
-    from opt_train.data.prepare import directory_of, prepare
+    from opt_train.data.prepare import prepare
+    from opt_train.data.prepared import directory_of
 
     directory = directory_of(config.data, config.tokenizer)
     manifest = prepare(config.data, config.tokenizer, lambda line: print(line, flush=True))
@@ -199,13 +200,13 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(flags: argparse.Namespace, _rest: list[str]) -> int:
-    from opt_train.cli.about import status
+    from opt_train.cli.status import status
 
     return status(flags.run, as_json=flags.json)
 
 
 def _stop(flags: argparse.Namespace, _rest: list[str]) -> int:
-    from opt_train.cli.about import stop
+    from opt_train.cli.stop import stop
 
     return stop(flags.run)
 

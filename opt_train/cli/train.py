@@ -38,14 +38,11 @@ from opt_logbook.record.metrics import MetricsWriter, number_of
 from opt_logbook.record.run_directory import RunDirectory
 from opt_logbook.story.format import perplexity_on
 
-from opt_train.cli import run as cli_run
-from opt_train.cli.about import summary
+from opt_train.cli.run import warn
 from opt_train.clusters.local import LocalCluster
 from opt_train.config.checks import check
 from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.data.batches import verify_dataset
-from opt_train.data.manifest import DatasetManifest, check_fits
-from opt_train.data.prepare import check_prepared_by
 from opt_train.protocol.exits import (
     BAD_INPUT,
     DONE,
@@ -66,8 +63,24 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.framing import Message
+from opt_train.run.admission import (
+    admitted_data,
+    check_room,
+    check_weights_fit_data,
+    check_weights_fit_model,
+)
 from opt_train.run.checkpoint import Checkpoint
+from opt_train.run.entries import run_created
 from opt_train.run.fold import fold
+from opt_train.run.lineage import (
+    RunStart,
+    classify_start,
+    git_state,
+    package_versions,
+    resolve,
+    write_configuration,
+)
+from opt_train.run.report import summary
 from opt_train.run.retention import dispensable
 from opt_train.run.state import RunState
 from opt_train.sinks.start import SinkProcesses
@@ -92,17 +105,17 @@ def train(config: RunConfig) -> int:
         BadInput: the run cannot begin or go on like this.
     """
     config = _as_started(config)
-    directory, resolved = cli_run.resolve(config)
-    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=config.lineage == "new")
+    directory, resolved = resolve(config)
+    start = classify_start(directory, resolved, asked_for_lineage=config.lineage == "new")
     leads = os.environ.get("RANK", "0") == "0"
-    if plan.is_finished:
+    if start.is_finished:
         if leads:
             print(summary(directory))
         return DONE
-    if plan.is_new:
-        cli_run.check_beginning(resolved)
-    alone = StandaloneRun(directory, resolved, plan)
-    sinks = SinkProcesses(directory, resolved.sinks, cli_run.warn)
+    if start.is_new:
+        check_weights_fit_model(resolved)
+    alone = StandaloneRun(directory, resolved, start)
+    sinks = SinkProcesses(directory, resolved.sinks, warn)
 
     def open_run() -> StandaloneBegin:  # on rank 0 alone
         lone = alone.open()
@@ -180,10 +193,10 @@ def _degree(name: str) -> int:
 class StandaloneRun:
     """Holds the run's lock and writes its record while a lone rank trains. Used on rank 0 alone."""
 
-    def __init__(self, directory: RunDirectory, config: RunConfig, plan: cli_run.Plan) -> None:
+    def __init__(self, directory: RunDirectory, config: RunConfig, start: RunStart) -> None:
         self._directory = directory
         self._config = config
-        self._plan = plan
+        self._start = start
         self._lock: Lock | None = None
         self._journal: Journal | None = None
         self._keeper: CheckpointKeeper
@@ -216,19 +229,13 @@ class StandaloneRun:
             raise BadInput(f"{where}: {error.strerror or error}; mend it and start again") from None
 
     def _open(self) -> StandaloneBegin:
-        config, plan = self._config, self._plan
-        if plan.is_new:
-            cli_run.check_room(self._directory, config)
-        folder = Path(config.data.directory)
-        data = DatasetManifest.read(folder)
-        check_prepared_by(data, config.data, config.tokenizer, folder)
-        check_fits(
-            data, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length
-        )
-        cli_run.check_same_data(self._directory, data)
-        if plan.is_new:
-            cli_run.check_words(config)
-            verify_dataset(folder)
+        config, start = self._config, self._start
+        if start.is_new:
+            check_room(self._directory, config)
+        data = admitted_data(self._directory, config)
+        if start.is_new:
+            check_weights_fit_data(config)
+            verify_dataset(Path(config.data.directory))
         self._directory.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = Lock.acquire(self._directory)
@@ -236,7 +243,7 @@ class StandaloneRun:
             raise BadInput(str(error)) from None
         self._check_nobody_else_trains()
         self._keeper = CheckpointKeeper(self._directory, self._lock, sha256_of(config))
-        cli_run.write_configuration(self._directory, config, plan)
+        write_configuration(self._directory, config, start)
         journal = self._journal = Journal.open(self._directory, self._lock)
         for entry in journal.entries:
             self._state = fold(self._state, entry)
@@ -245,10 +252,10 @@ class StandaloneRun:
         self.question = damage_question(self._directory, journal.repairs)
         if self.question:
             raise BadInput(self.question)
-        if plan.is_new:
-            self._append(cli_run.created_event(config, data))
-        if plan.is_new or plan.opens_lineage:
-            self._append(LineageOpened(plan.lineage, sha256_of(config), plan.lineage_difference))
+        if start.is_new:
+            self._append(run_created(config, data))
+        if start.is_new or start.opens_lineage:
+            self._append(LineageOpened(start.lineage, sha256_of(config), start.lineage_difference))
         return self._begin(journal)
 
     def _check_nobody_else_trains(self) -> None:
@@ -275,8 +282,8 @@ class StandaloneRun:
             self._append(AttemptEnded(state.live.generation, "failed"), attempt=state.live.name)
         self._keeper.clear(state.history, {saved.path for saved in state.checkpoints})
         checkpoint = self._newest_verified()
-        self._attempt = state.next_attempt(self._plan.lineage)
-        commit, dirty = cli_run.git_state()
+        self._attempt = state.next_attempt(self._start.lineage)
+        commit, dirty = git_state()
         started = AttemptStarted(
             generation=state.generation + 1,
             parent=checkpoint.attempt if checkpoint else "",
@@ -289,8 +296,8 @@ class StandaloneRun:
             config_sha256=sha256_of(self._config),
             git_commit=commit,
             git_dirty=dirty,
-            packages=cli_run.versions(),
-            difference=self._plan.operational_difference,
+            packages=package_versions(),
+            difference=self._start.operational_difference,
         )
         self._append(started, step=checkpoint.step if checkpoint else 0)
         log_line(

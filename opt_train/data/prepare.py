@@ -27,7 +27,13 @@ from opt_train.data.manifest import (
     TRAIN,
     DatasetManifest,
 )
-from opt_train.data.prepare_sets import add_sets, check_sets, open_sets, sets_by_document, write_set
+from opt_train.data.prepare_sets import add_sets, open_sets, sets_by_document, write_set
+from opt_train.data.prepared import (
+    check_configuration,
+    check_sets,
+    configuration_of,
+    directory_of,
+)
 from opt_train.data.shards import SplitWriter, write_durably
 from opt_train.data.workplace import Workplace
 from opt_train.protocol.exits import BadInput
@@ -36,15 +42,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PROGRESS_SECONDS = 2.0
-
-
-def directory_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """Where the prepared data of this configuration lies."""
-    return (
-        Path(data.directory)
-        if data.directory
-        else Path("prepared") / f"{data.name}-{tokenizer.name}"
-    )
 
 
 def prepare(
@@ -83,22 +80,6 @@ def prepare(
     return manifest
 
 
-def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, str | int | float]:
-    """The keys that decide the tokens. Names, folders, sequence length and shard size do not. Named
-    sets may, by the documents they take out of training: `check_sets` sees to those."""
-    keys: dict[str, str | int | float] = {
-        "data.corpus": data.corpus,
-        "data.max_bytes": data.max_bytes,
-        "data.validation_fraction": data.validation_fraction,
-    }
-    if tokenizer.vocab_file:
-        return keys | {
-            "tokenizer.vocab_file": tokenizer.vocab_file,
-            "tokenizer.merges_file": tokenizer.merges_file,
-        }
-    return keys | {"tokenizer.vocab_size": tokenizer.vocab_size}
-
-
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if not 0.0 < data.validation_fraction < 1.0:
         raise BadInput(
@@ -130,42 +111,8 @@ def _already_prepared(
     except OSError as error:
         raise _refused(directory, error) from error
     manifest = DatasetManifest.read(directory)
-    _check_configuration(manifest, configuration, directory)
+    check_configuration(manifest, configuration, directory)
     return manifest
-
-
-def check_prepared_by(
-    manifest: DatasetManifest, data: DataConfig, tokenizer: TokenizerConfig, directory: Path
-) -> None:
-    """Refuse tokens that another corpus or tokenizer made.
-
-    Raises:
-        BadInput: `directory`, whose manifest this is, was prepared by another configuration, or
-            lacks a named set.
-    """
-    _check_configuration(manifest, configuration_of(data, tokenizer), directory)
-    if lacking := check_sets(manifest, data, directory):
-        raise BadInput(
-            f"{directory} lacks the validation set {lacking[0]}; `opt-train prepare` with the "
-            "same keys adds it"
-        )
-
-
-def _check_configuration(
-    manifest: DatasetManifest, configuration: dict[str, str | int | float], directory: Path
-) -> None:
-    keys = sorted(manifest.configuration.keys() | configuration.keys())
-    differences = [
-        f"{key} was {manifest.configuration.get(key, 'not set')} and is "
-        f"{configuration.get(key, 'not set')}"
-        for key in keys
-        if manifest.configuration.get(key) != configuration.get(key)
-    ]
-    if differences:
-        raise BadInput(
-            f"{directory} was prepared by another configuration ({'; '.join(differences)}); "
-            "use another data.name or data.directory, or delete that folder"
-        )
 
 
 def _fill(

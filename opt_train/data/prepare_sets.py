@@ -26,6 +26,7 @@ from opt_train.data.manifest import (
     Shard,
 )
 from opt_train.data.named_sets import named_sets
+from opt_train.data.prepared import check_length, check_sets, documents_in_words
 from opt_train.data.shards import SplitWriter
 from opt_train.data.workplace import Workplace
 from opt_train.protocol.exits import BadInput
@@ -60,36 +61,6 @@ def sets_by_document(sets: Mapping[str, Corpus]) -> dict[bytes, str]:
     return found
 
 
-def check_sets(manifest: DatasetManifest, data: DataConfig, directory: Path) -> tuple[str, ...]:
-    """Compare the sets that `directory` holds with those that `data` names; returns the names that
-    it lacks.
-
-    Raises:
-        BadInput: a set was made of another corpus or is too short, or one is not named any more for
-            which documents were left out of training.
-    """
-    wanted = named_sets(data)
-    for held in manifest.sets:
-        if held.name not in wanted:
-            if held.left_out:
-                raise BadInput(
-                    f"{directory} was prepared without {_documents(held.left_out)} of the corpus "
-                    "that the set "
-                    f"{held.name} holds; keep {held.name}={held.corpus} in data.validation_sets, "
-                    "or use another data.name or data.directory"
-                )
-            continue
-        if wanted[held.name] != held.corpus:
-            raise BadInput(
-                f"data.validation_sets: {held.name} was made of {held.corpus} in {directory} and "
-                "is "
-                f"{wanted[held.name]} now; give that one another name"
-            )
-        _check_length(held, data)
-    held_names = {held.name for held in manifest.sets}
-    return tuple(name for name in wanted if name not in held_names)
-
-
 def write_set(
     folder: Path,
     name: str,
@@ -112,7 +83,7 @@ def write_set(
         documents += 1
     writer.finish()
     made = NamedSet(name, corpus.name, writer.tokens, documents, left_out)
-    _check_length(made, data)
+    check_length(made, data)
     return made, tuple(writer.shards)
 
 
@@ -193,21 +164,7 @@ def _check_not_trained_on(
     trained = sum(hashlib.sha256(document).digest() in digests for document in training)
     if trained:
         raise BadInput(
-            f"{corpus} holds {_documents(trained)} that {place} has among its training tokens; "
-            "take them out of the "
-            "set, or use another data.name, where they are left out of training"
+            f"{corpus} holds {documents_in_words(trained)} that {place} has among its training "
+            "tokens; take them out of the set, or use another data.name, where they are left "
+            "out of training"
         )
-
-
-def _check_length(named: NamedSet, data: DataConfig) -> None:
-    if named.tokens < data.sequence_length + 1:
-        raise BadInput(
-            f"data.validation_sets: {named.name} has {named.tokens} tokens, and one sequence of "
-            f"data.sequence_length={data.sequence_length} takes {data.sequence_length + 1}; add "
-            "text to "
-            f"{named.corpus} or leave the set out"
-        )
-
-
-def _documents(count: int) -> str:
-    return f"{count:,} document{'' if count == 1 else 's'}"

@@ -12,15 +12,15 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.manifest import MANIFEST, CheckpointError
-from opt_train.cli.about import About
-from opt_train.cli.run import check_same_data
 from opt_train.config.run_config import RunConfig, from_json
 from opt_train.data import tokenizer
 from opt_train.data.manifest import TOKENIZER_FILE, DatasetManifest
 from opt_train.exchange import tokenizer_files
 from opt_train.exchange.imported import is_imported, model_of
 from opt_train.protocol.exits import BadInput
+from opt_train.run.admission import check_same_data
 from opt_train.run.checkpoint import Checkpoint
+from opt_train.run.report import RunReport
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +62,10 @@ class CheckpointChoice:
         if data is not None:
             raise BadInput(f"{path} has its own data; --data is for imported weights")
         self.run: RunDirectory | None = RunDirectory(path)
-        about = About(self.run)
-        self.name = about.created.name
+        report = RunReport(self.run)
+        self.name = report.created.name
         self.config = self._read_configuration(self.run)
-        self.checkpoint = self._choose(self.run, about, wanted)
+        self.checkpoint = self._choose(self.run, report, wanted)
         self.folder = self.run.path / self.checkpoint.path
         self.data: Path | None = Path(self.config.data.directory)
 
@@ -118,18 +118,18 @@ class CheckpointChoice:
             ) from None
 
     @staticmethod
-    def _choose(run: RunDirectory, about: About, wanted: str) -> Checkpoint:
+    def _choose(run: RunDirectory, report: RunReport, wanted: str) -> Checkpoint:
         if not wanted:
-            newest = about.state.newest_good(shared_only=True)
+            newest = report.state.newest_good(shared_only=True)
             if newest is None:
                 raise BadInput(
                     f"{run.path} has no good checkpoint yet; wait until it has saved one"
                 )
             return newest
-        by_step = [one for one in about.state.chain() if str(one.step) == wanted]
+        by_step = [one for one in report.state.chain() if str(one.step) == wanted]
         by_path = [
             one
-            for one in about.state.checkpoints
+            for one in report.state.checkpoints
             if Path(wanted) in (Path(one.path), run.path / one.path)
         ]
         for one in (*by_step, *by_path):

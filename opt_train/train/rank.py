@@ -19,7 +19,7 @@ from opt_train.config.run_config import RunConfig, from_json
 from opt_train.data.batches import Batches, ValidationSet, open_split
 from opt_train.data.manifest import HELD_OUT, DatasetManifest, check_fits
 from opt_train.data.named_sets import named_sets
-from opt_train.data.prepare import directory_of
+from opt_train.data.prepared import directory_of
 from opt_train.optim.adamw import really_in_force
 from opt_train.optim.in_force import differences, in_force
 from opt_train.optim.loss_scale import LossScale, expected_scale

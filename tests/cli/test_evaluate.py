@@ -14,7 +14,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.data.manifest import DatasetManifest
 from opt_train.data.tokenizer import load
-from tests.cli.conftest import SMALL
+from tests.command import SMALL
 
 LATER = 'data.validation_sets="web=web.txt,later=web.txt"'
 """A set that nobody thought of while the run trained."""

@@ -24,7 +24,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from opt_train.cli import main as cli
 from opt_train.data.tokenizer import EOS, PAD, load
 from opt_train.evaluate import harness, published
-from tests.cli.conftest import SMALL
+from tests.command import SMALL
 
 LENGTH = 32
 """Positions of the model: some texts are longer."""

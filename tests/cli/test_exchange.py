@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, OPTForCausalLM
 
 from opt_train.data.tokenizer import load
 from opt_train.exchange.checkpoint import weights_in
-from tests.cli.conftest import SMALL
+from tests.command import SMALL
 
 SHAPE = ("model.layer_norm=post", "model.embed_dim=32", "data.validation_fraction=0.2")
 DATA = Path("prepared", "files-bpe")

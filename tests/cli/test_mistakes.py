@@ -20,6 +20,8 @@ from opt_train.config.compose import compose
 from opt_train.config.run_config import sha256_of
 from opt_train.data.manifest import DatasetManifest
 from opt_train.protocol.exits import BadInput
+from opt_train.run import lineage
+from opt_train.run.entries import run_created
 
 SMALL = (
     "model=tiny",
@@ -283,13 +285,13 @@ def test_a_prepared_vocabulary_larger_than_the_models_is_named(workplace: Path, 
 @pytest.fixture
 def begun(workplace: Path) -> Path:
     """A run directory that a supervisor has begun, of the configuration `SMALL`."""
-    directory, resolved = cli_run.resolve(compose(SMALL))
-    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=False)
+    directory, resolved = lineage.resolve(compose(SMALL))
+    start = lineage.classify_start(directory, resolved, asked_for_lineage=False)
     data = DatasetManifest.read(Path(resolved.data.directory))
     directory.path.mkdir(parents=True)
     with Lock.acquire(directory) as lock, Journal.open(directory, lock) as journal:
-        cli_run.write_configuration(directory, resolved, plan)
-        journal.append(Entry(1.0, "", None, cli_run.created_event(resolved, data)))
+        lineage.write_configuration(directory, resolved, start)
+        journal.append(Entry(1.0, "", None, run_created(resolved, data)))
         journal.append(Entry(2.0, "", None, LineageOpened(1, sha256_of(resolved))))
     return directory.path
 
@@ -339,9 +341,9 @@ def test_data_prepared_of_another_corpus_is_refused_alone_too(workplace: Path, s
 
 def test_a_crash_before_a_lineage_is_journalled_does_not_pass_for_consent(begun: Path, say) -> None:
     # The new configuration lay in the run directory already when the machine died.
-    directory, changed = cli_run.resolve(compose([*SMALL, "optim.lr=1e-3"]))
-    cli_run.write_configuration(
-        directory, changed, cli_run.plan_of(directory, changed, asked_for_lineage=True)
+    directory, changed = lineage.resolve(compose([*SMALL, "optim.lr=1e-3"]))
+    lineage.write_configuration(
+        directory, changed, lineage.classify_start(directory, changed, asked_for_lineage=True)
     )
     assert "lineage=new" in say("run", *SMALL, "optim.lr=1e-3").err
 
@@ -364,10 +366,10 @@ def test_a_run_whose_lineage_cannot_be_read_does_not_pass_for_a_new_one(begun: P
 def test_a_run_that_another_start_began_meanwhile_keeps_its_configuration(begun: Path) -> None:
     """Ranks refuse a configuration that is not the one their attempt was started with: the run
     would halt."""
-    directory, changed = cli_run.resolve(compose([*SMALL, "checkpoint.keep=9"]))
+    directory, changed = lineage.resolve(compose([*SMALL, "checkpoint.keep=9"]))
     before = contents(begun)
-    planned_when_there_was_none = cli_run.Plan(1, False, (), (), is_new=True, is_finished=False)
-    created = cli_run.created_event(changed, DatasetManifest.read(Path(changed.data.directory)))
+    planned_when_there_was_none = lineage.RunStart(1, False, (), (), is_new=True, is_finished=False)
+    created = run_created(changed, DatasetManifest.read(Path(changed.data.directory)))
     with pytest.raises(BadInput, match=r"changed by another process meanwhile; start again"):
         cli_run._supervise(
             directory, changed, created, planned_when_there_was_none, asked_for_lineage=False
@@ -421,7 +423,7 @@ def test_a_world_that_is_no_number_is_named(
 
 
 def test_a_run_that_somebody_trains_is_left_alone(begun: Path, say) -> None:
-    directory, _ = cli_run.resolve(compose(SMALL))
+    directory, _ = lineage.resolve(compose(SMALL))
     before = contents(begun)
     with Lock.acquire(directory):
         said = say("run", *SMALL, "checkpoint.keep=9")

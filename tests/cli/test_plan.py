@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Said
+from tests.command import Said
 
 Say = Callable[..., Said]
 

@@ -22,7 +22,7 @@ from opt_train.cli import run as cli_run
 from opt_train.config.compose import compose
 from opt_train.config.run_config import RunConfig
 from opt_train.supervisor.shell import start as shell
-from tests.cli.conftest import SMALL
+from tests.command import SMALL
 
 FLUSH_SECONDS = 1.0
 OVERHEAD_SECONDS = 20.0

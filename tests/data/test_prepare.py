@@ -20,7 +20,8 @@ from opt_train.data.batches import open_split
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import is_held_out, open_corpus
 from opt_train.data.manifest import DatasetManifest
-from opt_train.data.prepare import check_prepared_by, directory_of, prepare
+from opt_train.data.prepare import prepare
+from opt_train.data.prepared import check_prepared_by, directory_of
 from opt_train.protocol.exits import BadInput
 
 VOCABULARY = TokenizerConfig(name="small", vocab_size=300)

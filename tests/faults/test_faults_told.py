@@ -7,7 +7,7 @@ from pathlib import Path
 from opt_logbook.record.journal import read
 
 from opt_train.config.compose import compose
-from tests.cli.conftest import prepared_once, workplace  # noqa: F401 - fixtures
+from tests.command import prepared_once, workplace  # noqa: F401 - fixtures
 from tests.run.test_standalone import SMALL, a_lone_run, save
 from tests.train.rig import environment
 

@@ -13,8 +13,9 @@ from opt_logbook.record.events import AttemptStarted, LineageOpened
 from opt_logbook.record.journal import read
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.cli import run as cli_run
+import opt_train
 from opt_train.config.compose import compose
+from opt_train.run import lineage
 
 SMALL = (
     "model=tiny",
@@ -83,7 +84,7 @@ def an_edit(run: RunDirectory) -> str:
 
 
 def an_upgrade(run: RunDirectory) -> str:
-    now = cli_run.versions()["torch"]
+    now = lineage.package_versions()["torch"]
     edit(
         run.path / "code" / "1" / "packages.txt",
         lambda text: text.replace(f"torch=={now}\n", "torch==2.12.0\n"),
@@ -92,7 +93,7 @@ def an_upgrade(run: RunDirectory) -> str:
 
 
 def a_package_that_was_not_there(run: RunDirectory) -> str:
-    now = cli_run.versions()["safetensors"]
+    now = lineage.package_versions()["safetensors"]
     edit(
         run.path / "code" / "1" / "packages.txt",
         lambda text: text.replace(f"safetensors=={now}\n", ""),
@@ -101,7 +102,7 @@ def a_package_that_was_not_there(run: RunDirectory) -> str:
 
 
 def a_new_file_of_the_logbook(run: RunDirectory) -> str:
-    (run.path / "code" / "1" / "opt_logbook" / "codec.py").unlink()
+    (run.path / "code" / "1" / "opt_logbook" / "record" / "codec.py").unlink()
     return "code: opt_logbook/record/codec.py new"
 
 
@@ -173,9 +174,9 @@ def test_a_crash_before_the_lineage_is_journalled_does_not_pass_for_consent(
 ) -> None:
     """The new code lay in the run directory already when the machine died."""
     difference = an_edit(broken_off)
-    directory, resolved = cli_run.resolve(compose(SMALL))
-    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=True)
-    cli_run.write_configuration(directory, resolved, plan)
+    directory, resolved = lineage.resolve(compose(SMALL))
+    start = lineage.classify_start(directory, resolved, asked_for_lineage=True)
+    lineage.write_configuration(directory, resolved, start)
     assert (broken_off.path / "code" / "2" / STEP).exists()
     assert say("run", *SMALL).err == refusal(broken_off, difference)
 
@@ -189,16 +190,16 @@ def test_what_decides_nothing_may_change(broken_off: RunDirectory) -> None:
     (code / "opt_train" / "__pycache__").mkdir()
     (code / "opt_train" / "__pycache__" / "cli.cpython-311.pyc").write_bytes(b"\0")
     edit(code / "packages.txt", lambda text: "# Python 3.11.0\nzzz==1.0\n" + text.split("\n", 1)[1])
-    directory, resolved = cli_run.resolve(compose(SMALL))
-    plan = cli_run.plan_of(directory, resolved, asked_for_lineage=False)
-    assert (plan.lineage, plan.opens_lineage, plan.lineage_difference, plan.is_new) == (
+    directory, resolved = lineage.resolve(compose(SMALL))
+    start = lineage.classify_start(directory, resolved, asked_for_lineage=False)
+    assert (start.lineage, start.opens_lineage, start.lineage_difference, start.is_new) == (
         1,
         False,
         (),
         False,
     )
     # Asking for a lineage where nothing is new opens none.
-    assert cli_run.plan_of(directory, resolved, asked_for_lineage=True) == plan
+    assert lineage.classify_start(directory, resolved, asked_for_lineage=True) == start
 
 
 def test_a_copy_that_cannot_be_read_is_named(broken_off: RunDirectory, say) -> None:
@@ -238,7 +239,7 @@ def test_a_new_lineage_goes_on_with_the_new_code(
     starts = [(e.attempt, e.step) for e in entries if isinstance(e.event, AttemptStarted)]
     assert starts == [("1.00", 0), ("2.00", 4)]
     kept = (broken_off.path / "code" / "2" / STEP).read_bytes()
-    assert kept == (Path(cli_run.opt_train.__path__[0]) / "train" / "step.py").read_bytes()
+    assert kept == (Path(opt_train.__path__[0]) / "train" / "step.py").read_bytes()
     # From now on this is the code of the run, for either verb.
     again = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stderr) == (0, "")

@@ -14,7 +14,6 @@ from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.cli import run as cli_run
 from opt_train.cli import train as cli_train
 from opt_train.cli.train import StandaloneRun
 from opt_train.config.compose import compose
@@ -22,6 +21,7 @@ from opt_train.config.run_config import RunConfig
 from opt_train.host.processes import stat_of
 from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
 from opt_train.protocol.facts import ExitNotice, Metrics, SavedFile, ShardsSaved, Validation
+from opt_train.run import lineage
 
 SMALL = (
     "model=tiny",
@@ -50,9 +50,9 @@ def config(workplace: Path) -> RunConfig:
 
 
 def a_lone_run(config: RunConfig) -> tuple[StandaloneRun, RunDirectory]:
-    run, resolved = cli_run.resolve(config)
+    run, resolved = lineage.resolve(config)
     return StandaloneRun(
-        run, resolved, cli_run.plan_of(run, resolved, asked_for_lineage=False)
+        run, resolved, lineage.classify_start(run, resolved, asked_for_lineage=False)
     ), run
 
 
@@ -134,7 +134,7 @@ def test_done_is_only_what_a_checkpoint_holds(
         tell(0, ExitNotice(DONE, 12, "all 12 steps are done"))
         return DONE
 
-    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    monkeypatch.setattr(cli_train, "train_standalone", ranks)
     assert cli_train.train(config) == NO
     run = RunDirectory(Path(config.runs, config.name))
     last = [entry.event for entry in read(run.journal).entries][-2:]
@@ -156,7 +156,7 @@ def test_a_damaged_journal_is_a_persons_decision_alone_too(
         begun.append(open_run())
         return DONE
 
-    monkeypatch.setattr(cli_train, "train_alone", ranks)
+    monkeypatch.setattr(cli_train, "train_standalone", ranks)
     assert cli_train.train(config) == PERSON_MUST_DECIDE
     assert "is damaged" in capsys.readouterr().out
     assert begun == []

@@ -1,4 +1,4 @@
-"""A small corpus of real text, prepared once through the real command."""
+"""`opt-train` in this process, and a small corpus of real text that it prepared once."""
 
 import shutil
 import sysconfig

@@ -1,24 +1,20 @@
 """What a run's directory says of it: `opt-train status`, `stop`, and the summary at a run's end."""
 
-import getpass
-import json
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opt_logbook.record import inbox, journal, lock, metrics
+from opt_logbook.record import journal, lock, metrics
 from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 from opt_logbook.story.incidents import Incident, Story, fold_story
 
-from opt_train.protocol.exits import DONE, NO, BadInput
+from opt_train.protocol.exits import BadInput
 from opt_train.run.fold import fold
 from opt_train.run.state import INTERRUPTED, TERMINAL, RunState, Stage
 
 
-class About:
+class RunReport:
     """A run as its record tells it now, read without a lock."""
 
     def __init__(self, run: RunDirectory) -> None:
@@ -91,14 +87,14 @@ class About:
         if not self.story.incidents:
             yield "  no incidents"
         for incident in self.story.incidents:
-            told = _told(incident)
-            where = f" ({told['where']})" if told["where"] else ""
+            facts = _facts_of(incident)
+            where = f" ({facts['where']})" if facts["where"] else ""
             cost = ""
             if incident.closed:
-                cost = f"{told['steps_lost']} steps and {told['seconds_lost']:.1f} s lost, "
+                cost = f"{facts['steps_lost']} steps and {facts['seconds_lost']:.1f} s lost, "
             yield (
-                f"  incident {incident.number} at step {told['step']}: {told['cause']}{where}, "
-                f"{cost}{told['outcome']}"
+                f"  incident {incident.number} at step {facts['step']}: {facts['cause']}{where}, "
+                f"{cost}{facts['outcome']}"
             )
 
     def payload(self) -> dict[str, Any]:
@@ -116,11 +112,11 @@ class About:
             "validation_perplexity": self.perplexity,
             "unigram_perplexity": self.created.unigram_perplexity or None,
             "nodes": {name: node.role for name, node in self.state.nodes.items()},
-            "incidents": [_told(incident) for incident in self.story.incidents],
+            "incidents": [_facts_of(incident) for incident in self.story.incidents],
         }
 
 
-def _told(incident: Incident) -> dict[str, Any]:
+def _facts_of(incident: Incident) -> dict[str, Any]:
     """An incident's facts: the diagnosis where there is one, else the first sign."""
     first, diagnosed, closed = (
         incident.seen[0] if incident.seen else None,
@@ -140,71 +136,20 @@ def _told(incident: Incident) -> dict[str, Any]:
     }
 
 
-# Verbs --------------------------------------------------------------------------------------------
-
-
-def status(path: Path, as_json: bool) -> int:
-    """Print how the run at `path` is doing."""
-    about = About(RunDirectory(path))
-    if as_json:
-        print(json.dumps(about.payload(), indent=2))
-        return DONE
-    print(about.headline)
-    print(f"  attempt {about.payload()['attempt'] or '-'}, {about.progress}")
-    nodes = (
-        ", ".join(f"{name} {node.role}" for name, node in sorted(about.state.nodes.items()))
-        or "none"
-    )
-    print(f"  {'nodes at the end' if about.stage in TERMINAL else 'nodes'}: {nodes}")
-    print("\n".join(about.incident_lines()))
-    return DONE
-
-
-def stop(path: Path) -> int:
-    """Ask whoever leads the run to save and stop."""
-    run = RunDirectory(path)
-    about = About(run)
-    holder = lock.live_holder_of(run)
-    if holder is None:
-        print(f"nothing to stop: {about.headline}")
-        return NO
-    if not holder.leader:
-        raise BadInput(
-            f"{path} is trained by `opt-train train`, which obeys signals alone; "
-            f"send TERM to process {holder.pid} on {holder.host}"
-        )
-    try:
-        inbox.drop(run, {"kind": "stop", "by": f"{_user()} on {socket.gethostname()}"})
-    except OSError as error:
-        mend = f"make it writable, or send TERM to process {holder.pid} on {holder.host}"
-        raise BadInput(f"{run.inbox} cannot be written ({error.strerror}); {mend}") from None
-    print(
-        f"asked {about.created.name} to save and stop; `opt-train status {path}` tells when it has"
-    )
-    return DONE
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user number without a name, as in many containers
-        return f"user {os.getuid()}"
-
-
 # The end of a run ---------------------------------------------------------------------------------
 
 
 def summary(run: RunDirectory) -> str:
     """What came of the run, for the end of a terminal session."""
-    about = About(run)
-    lines = [about.headline, f"  {about.progress}, {_duration(about.story.totals.wall)} in all"]
-    if about.perplexity is not None:
-        bar = f"; a unigram model of the same data has {about.created.unigram_perplexity:.1f}"
+    report = RunReport(run)
+    lines = [report.headline, f"  {report.progress}, {_duration(report.story.totals.wall)} in all"]
+    if report.perplexity is not None:
+        bar = f"; a unigram model of the same data has {report.created.unigram_perplexity:.1f}"
         lines.append(
             "  validation perplexity "
-            f"{about.perplexity:.1f}{bar if about.created.unigram_perplexity else ''}"
+            f"{report.perplexity:.1f}{bar if report.created.unigram_perplexity else ''}"
         )
-    lines += about.incident_lines()
+    lines += report.incident_lines()
     if (page := run.chronicle / "index.html").exists():
         lines.append(f"  what happened, for reading: {_near(page)} (chronicle.md beside it)")
     return "\n".join(lines)
