@@ -27,6 +27,7 @@ from opt_train.agent.outbox import Outbox
 from opt_train.agent.rank_log import LogCopies
 from opt_train.agent.rank_slot import RankSlot, rank_environment
 from opt_train.agent.snapshots.service import SnapshotService
+from opt_train.config.run_config import from_json
 from opt_train.host import signals
 from opt_train.host.log_thread import written_beside
 from opt_train.host.processes import NODE_MARK, mark_of, stat_of
@@ -326,26 +327,20 @@ def read_options(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--slots", type=int, required=True, help="ranks of this node")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run.resolve())
-    config = json.loads(run.config_json.read_bytes())
-    cluster, train, checkpoint = (
-        config.get("cluster", {}),
-        config.get("train", {}),
-        config.get("checkpoint", {}),
-    )
-    local = cluster.get("kind", "local") == "local"
-    # All nodes of a local cluster share this machine's cores.
-    ranks_here = given.slots * (cluster.get("nodes", 1) if local else 1)
+    config = from_json(run.config_json)
+    cluster, checkpoint = config.cluster, config.checkpoint
+    ranks_here = cluster.ranks_per_machine(given.slots * cluster.nodes)
     cores = len(os.sched_getaffinity(0))
     return AgentOptions(
         run=run,
         node=given.node,
         slots=given.slots,
-        rank_module=cluster.get("rank_module", "opt_train.train.warm"),
-        orphan_seconds=float(config.get("supervisor", {}).get("orphan_seconds", 60.0)),
-        threads=train.get("threads", 0) or max(1, cores // ranks_here),
-        interface=cluster.get("interface", "") or ("lo" if local else ""),
-        memory_every_steps=int(checkpoint.get("memory_every_steps", 0)),
-        node_directory=checkpoint.get("node_directory", ""),
+        rank_module=cluster.rank_module,
+        orphan_seconds=config.supervisor.orphan_seconds,
+        threads=config.train.threads or max(1, cores // ranks_here),
+        interface=cluster.collectives_interface,
+        memory_every_steps=checkpoint.memory_every_steps,
+        node_directory=checkpoint.node_directory,
     )
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest
 from opt_train.data.prepared import check_sets
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.run.admission import (
     admitted_data,
-    check_machine,
     check_room,
     check_weights_fit_data,
     check_weights_fit_model,
@@ -50,7 +50,7 @@ def run(config: RunConfig, prepare: Callable[[], int]) -> int:
     if start.is_finished:
         print(summary(directory))
         return DONE
-    check_machine(config)
+    make_cluster(config.cluster, directory).check_before_start(config)
     if start.is_new:
         check_room(directory, config)
         check_weights_fit_model(resolved)

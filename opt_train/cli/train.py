@@ -39,7 +39,7 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_logbook.story.format import perplexity_on
 
 from opt_train.cli.run import warn
-from opt_train.clusters.local import LocalCluster
+from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.checks import check
 from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.data.batches import verify_dataset
@@ -261,15 +261,10 @@ class StandaloneRun:
     def _check_nobody_else_trains(self) -> None:
         """A supervisor that died leaves agents, and ranks that train on until their lease is
         over."""
-        cluster = LocalCluster(self._directory, 0, 0)
-        living = [
-            folder.name
-            for folder in self._directory.nodes.glob("*")
-            if cluster.agent_pid(folder.name)
-        ]
+        living = make_cluster(self._config.cluster, self._directory).living_agents()
         if living:
             raise BadInput(
-                f"the agents of {self._directory.path} ({', '.join(sorted(living))}) still live, "
+                f"the agents of {self._directory.path} ({', '.join(living)}) still live, "
                 "without a supervisor; "
                 f"go on with `opt-train run`, or wait {self._config.supervisor.orphan_seconds:g} "
                 "s until they have left"

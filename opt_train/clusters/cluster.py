@@ -2,27 +2,63 @@
 this one."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
-UP, DOWN, UNKNOWN = "up", "down", "unknown"
+from opt_train.config.run_config import RunConfig
+
+
+class NodeState(StrEnum):
+    """What a cluster can say of a node."""
+
+    UP = "up"
+    DOWN = "down"
+    UNKNOWN = "unknown"
+    """The cluster cannot tell: neither dead nor fine (invariant 11)."""
 
 
 @dataclass(frozen=True, slots=True)
-class NodeView:
-    """What the cluster says of a node: `state` is ``up``, ``down`` or ``unknown``; `reason` says
-    why it is down."""
+class NodeStatus:
+    """A node as its cluster sees it; `reason` is why it is down or unknown."""
 
-    state: str
+    state: NodeState
     reason: str = ""
 
 
 class Cluster(Protocol):
-    """Nodes to run agents on. Every method may block for a moment; the shell calls them off its
-    event loop."""
+    """Nodes to run agents on, and every difference between the kinds of clusters.
+
+    A back end owes its caller these duties (docs/clusters.md says how to write one):
+
+    1. `node_names` never change during a run; the first `cluster.nodes` of them train.
+    2. `start_agent` starts ``python -m opt_train.agent`` on a node, in an environment that bears
+       `NODE_MARK`, deaf to the death of the supervisor: a supervisor that comes back adopts what
+       its predecessor started. An agent that lives is left alone, whoever started it.
+    3. `fence` is certain or says no: after True no process of the run lives on the node. It asks
+       neither the agent nor its good will.
+    4. `observe` reports what the cluster knows, not what it guesses: a node that does not answer
+       is unknown until something else speaks against it.
+    5. `release` gives the nodes back; no allocation outlives its run (invariant 9).
+    6. `check_before_start` refuses, in a sentence with its fix, what could never work here, before
+       anything has been started or changed.
+
+    What ranks and agents must know of a kind without a cluster at hand (which ranks share a
+    machine's cores, the default interface of the collectives) stands beside the kind itself, in
+    `clusters/config.py`.
+
+    Every method may block for a moment; the supervisor's shell calls them off its event loop.
+    """
 
     @property
     def node_names(self) -> tuple[str, ...]:
         """Every node of the allocation, those meant to train first."""
+
+    def check_before_start(self, config: RunConfig) -> None:
+        """Refuse a run that these nodes cannot be meant to hold.
+
+        Raises:
+            BadInput: one sentence that names the keys to change.
+        """
 
     def start_agent(self, node: str) -> None:
         """Start the node's agent, unless it runs (whoever started it). Raises OSError if it cannot
@@ -31,8 +67,18 @@ class Cluster(Protocol):
     def fence(self, node: str) -> bool:
         """Make sure nothing of the run lives on the node; False if something survives."""
 
-    def observe(self) -> dict[str, NodeView]:
-        """Every node as it is now. What cannot be told is ``unknown``."""
+    def observe(self) -> dict[str, NodeStatus]:
+        """Every node as it is now."""
+
+    def living_agents(self) -> tuple[str, ...]:
+        """Nodes where an agent of this run lives, of an earlier allocation too; sorted."""
 
     def release(self) -> None:
         """Give the nodes back: fence what still lives."""
+
+    def agent_pid(self, node: str) -> int | None:
+        """The living agent's pid on its node. Fault plans ask, to write down what they kill."""
+
+    def signal_process(self, node: str, pid: int, number: int) -> bool:
+        """Send a signal to a process of the node; False if `pid` is none of its processes (any
+        more). Fault plans ask."""

@@ -7,12 +7,30 @@ from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, POSITIVE, Choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterKind:
+    """What holds for every cluster of a kind. Ranks, agents and checks ask it here: they have no
+    `Cluster` at hand."""
+
+    nodes_share_machine: bool
+    """Every node is this machine: the ranks of all nodes divide its cores."""
+    default_interface: str
+    """The collectives' network interface where `cluster.interface` is empty; itself empty: the
+    library's choice."""
+
+
+KINDS = {
+    # gloo would else ask for the host's name, which on a laptop may lead nowhere.
+    "local": ClusterKind(nodes_share_machine=True, default_interface="lo"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
     """Where ranks run."""
 
     key_kind: ClassVar = OPERATIONAL
 
-    kind: Annotated[str, Choices("local")] = "local"
+    kind: Annotated[str, Choices(*KINDS)] = "local"
     """``local``: agents are processes of this machine, one a node."""
     nodes: Annotated[int, POSITIVE] = 1
     """Nodes that train."""
@@ -28,3 +46,14 @@ class ClusterConfig:
     cluster)."""
     rank_module: str = "opt_train.train.warm"
     """The Python module that an agent starts as a warm rank; one of your own may wrap this one."""
+
+    def ranks_per_machine(self, world_size: int) -> int:
+        """Ranks, of `world_size` in all, that divide the cores of one machine."""
+        if KINDS[self.kind].nodes_share_machine:
+            return world_size
+        return self.slots_per_node
+
+    @property
+    def collectives_interface(self) -> str:
+        """The network interface of the collectives; empty: the library's choice."""
+        return self.interface or KINDS[self.kind].default_interface

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.clusters.cluster import DOWN, UNKNOWN, UP, NodeView
+from opt_train.clusters.cluster import NodeState, NodeStatus
+from opt_train.clusters.config import ClusterConfig
+from opt_train.config.run_config import RunConfig
 from opt_train.host import signals
 from opt_train.host.processes import (
     NODE_MARK,
@@ -20,7 +23,10 @@ from opt_train.host.processes import (
     mark_of,
     send_signal,
 )
+from opt_train.protocol.exits import BadInput
 
+RANKS_PER_CORE_MAX = 8
+"""More on a machine without GPUs are a mistake: tests and trials have two or four."""
 _MAX_FILE_BYTES = 4096
 
 log = logging.getLogger(__name__)
@@ -42,16 +48,38 @@ class LocalCluster:
     """Nodes ``node-1`` to ``node-N``. A new supervisor finds the agents of the one before by their
     registration."""
 
-    def __init__(self, run: RunDirectory, nodes: int, slots_per_node: int) -> None:
-        """`nodes` counts those that train and those that stand by."""
+    def __init__(self, run: RunDirectory, config: ClusterConfig) -> None:
         self._run = run
-        self._slots = slots_per_node
+        self._slots = config.slots_per_node
+        nodes = config.nodes + config.buffer_nodes
         self._names = tuple(f"node-{number}" for number in range(1, nodes + 1))
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def node_names(self) -> tuple[str, ...]:
         return self._names
+
+    def check_before_start(self, config: RunConfig) -> None:
+        """Refuse to start a cluster's recipe on one machine by mistake, with a process for every
+        rank of it.
+
+        Raises:
+            BadInput: the ranks are more than this machine can be meant to hold.
+        """
+        gpus = 0
+        if config.train.device != "cpu":
+            gpus = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+        cores = len(os.sched_getaffinity(0))
+        if gpus:
+            ranks_max, has = gpus, f"{gpus} GPUs"
+        else:
+            ranks_max, has = RANKS_PER_CORE_MAX * cores, f"{cores} cores"
+        if config.world_size > ranks_max:
+            raise BadInput(
+                f"cluster=local would start {config.world_size} ranks on this machine of {has}; "
+                "set cluster.nodes=1 cluster.buffer_nodes=0 and cluster.slots_per_node to what it "
+                "holds"
+            )
 
     def start_agent(self, node: str) -> None:
         """Start the agent, unless one lives. Should two be started at once, the node's lock lets
@@ -66,6 +94,8 @@ class LocalCluster:
         self._run.make_folder(folder)
         command = [sys.executable, "-P", "-m", "opt_train.agent.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
+        # Signals stay blocked over the fork: one that came before the agent is deaf would end it.
+        # Its own session keeps a terminal's Ctrl-C away.
         with open(folder / "agent.log", "ab") as output, signals.blocked():
             self._children[node] = subprocess.Popen(
                 command,
@@ -86,8 +116,13 @@ class LocalCluster:
             child.wait()
         return gone
 
-    def observe(self) -> dict[str, NodeView]:
+    def observe(self) -> dict[str, NodeStatus]:
         return {node: self._observe(node) for node in self._names}
+
+    def living_agents(self) -> tuple[str, ...]:
+        # By folder, not by name: a run that was started with more nodes before may have left some.
+        folders = sorted(self._run.nodes.glob("*"))
+        return tuple(folder.name for folder in folders if self.agent_pid(folder.name))
 
     def release(self) -> None:
         for node in self._names:
@@ -105,25 +140,25 @@ class LocalCluster:
         mark = mark_of(self._run.path, node)
         return send_signal(pid, number, lambda p: bears_mark(p, mark))
 
-    def _observe(self, node: str) -> NodeView:
+    def _observe(self, node: str) -> NodeStatus:
         child = self._children.get(node)
         registered = self._registered(node)
         if registered is not None and registered.alive:
-            return NodeView(UP)
+            return NodeStatus(NodeState.UP)
         if child is not None:
             code = child.poll()
             if code is None:
-                return NodeView(UP)  # it has not registered yet
-            return NodeView(DOWN, f"agent process {child.pid} {_ended(code)}")
+                return NodeStatus(NodeState.UP)  # it has not registered yet
+            return NodeStatus(NodeState.DOWN, f"agent process {child.pid} {_ended(code)}")
         if registered is None:
-            return NodeView(UNKNOWN, "no agent has been started")
-        return NodeView(DOWN, f"agent process {registered.pid} is gone")
+            return NodeStatus(NodeState.UNKNOWN, "no agent has been started")
+        return NodeStatus(NodeState.DOWN, f"agent process {registered.pid} is gone")
 
     def _registered(self, node: str) -> Registered | None:
         try:
             with open(self._run.nodes / node / "agent.json", "rb") as file:
-                said = json.loads(file.read(_MAX_FILE_BYTES))
-            registered = Registered(said["pid"], said["start_ticks"])
+                fields = json.loads(file.read(_MAX_FILE_BYTES))
+            registered = Registered(fields["pid"], fields["start_ticks"])
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
             return None
         whole = (

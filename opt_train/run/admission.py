@@ -1,5 +1,7 @@
-"""What must be true before a run may begin or go on here: of the machine, the folder, the data and
-the weights. Each check raises `BadInput`, a sentence that names what to change."""
+"""What must be true before a run may begin or go on here: of the folder, the data and the weights.
+
+Each check raises `BadInput`, a sentence that names what to change. What nodes can hold, their
+cluster checks (`clusters/cluster.py`)."""
 
 import errno
 import os
@@ -19,9 +21,6 @@ from opt_train.protocol.exits import BadInput
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the weight and AdamW's two moments, each in fp32."""
-
-RANKS_A_CORE = 8
-"""More on a machine without GPUs are a mistake: tests and trials have two or four."""
 
 
 def check_weights_fit_model(config: RunConfig) -> None:
@@ -84,29 +83,6 @@ def check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
                 f"({manifest.fingerprint[:12]} instead of {event.data_fingerprint[:12]}); prepare "
                 "the same corpus again"
             )
-
-
-def check_machine(config: RunConfig) -> None:
-    """Refuse to start a cluster's recipe on one machine by mistake, with a process for every rank
-    of it.
-
-    Raises:
-        BadInput: the local cluster's ranks are more than this machine can be meant to hold.
-    """
-    if config.cluster.kind != "local":
-        return
-    gpus = (
-        0
-        if config.train.device == "cpu"
-        else sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
-    )
-    cores = len(os.sched_getaffinity(0))
-    has = f"{gpus} GPUs" if gpus else f"{cores} cores"
-    if config.world_size > (gpus or RANKS_A_CORE * cores):
-        raise BadInput(
-            f"cluster=local would start {config.world_size} ranks on this machine of {has}; "
-            "set cluster.nodes=1 cluster.buffer_nodes=0 and cluster.slots_per_node to what it holds"
-        )
 
 
 def check_room(directory: RunDirectory, config: RunConfig) -> None:

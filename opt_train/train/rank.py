@@ -373,6 +373,5 @@ def set_threads(config: RunConfig, world_size: int, device: torch.device) -> Non
     if device.type == "cuda" and not config.train.threads:
         return
     cores = len(os.sched_getaffinity(0))
-    # On a local cluster every node is this machine.
-    neighbours = world_size if config.cluster.kind == "local" else config.cluster.slots_per_node
+    neighbours = config.cluster.ranks_per_machine(world_size)
     torch.set_num_threads(config.train.threads or max(1, cores // neighbours))

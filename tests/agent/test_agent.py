@@ -20,7 +20,7 @@ from opt_train.protocol.facts import ExitNotice, GenerationGone, InForce, RankEx
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived, MetricsReceived
 from tests.agent.harness import Listener, begin, make_run, start_agent
-from tests.supervisor.conftest import processes_of
+from tests.processes import processes_of
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.clusters.cluster import DOWN, UNKNOWN, UP
+from opt_train.clusters.cluster import NodeState
+from opt_train.clusters.config import ClusterConfig
 from opt_train.clusters.local import LocalCluster
 from opt_train.host.processes import NODE_MARK, bears_mark, is_alive, mark_of, stat_of
 from tests.agent.harness import HERE, Listener, begin
-from tests.supervisor.conftest import processes_of
+from tests.processes import processes_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 def cluster(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    return LocalCluster(run, nodes=2, slots_per_node=1)
+    return LocalCluster(run, ClusterConfig(nodes=2))
 
 
 def wait_for_agents(cluster: LocalCluster, *nodes: str) -> dict[str, int]:
@@ -36,13 +37,15 @@ def wait_for_agents(cluster: LocalCluster, *nodes: str) -> dict[str, int]:
 
 
 def test_a_node_nobody_started_is_unknown_and_a_started_one_is_up(cluster: LocalCluster) -> None:
-    assert {view.state for view in cluster.observe().values()} == {UNKNOWN}
+    assert {view.state for view in cluster.observe().values()} == {NodeState.UNKNOWN}
     cluster.start_agent("node-1")
-    assert cluster.observe()["node-1"].state == UP, "started, but not yet registered, is not down"
+    assert cluster.observe()["node-1"].state == NodeState.UP, (
+        "started, but not yet registered, is not down"
+    )
     wait_for_agents(cluster, "node-1")
     cluster.release()
     view = cluster.observe()["node-1"]
-    assert view.state == DOWN
+    assert view.state == NodeState.DOWN
     assert "was killed by SIGKILL" in view.reason
 
 
@@ -53,7 +56,8 @@ def test_agents_outlive_a_killed_supervisor_and_the_next_one_adopts_them(
         "import time; from pathlib import Path; from opt_logbook.record.run_directory import "
         "RunDirectory;"
         "from opt_train.clusters.local import LocalCluster;"
-        f"c = LocalCluster(RunDirectory(Path({str(run.path)!r})), 2, 1);"
+        "from opt_train.clusters.config import ClusterConfig;"
+        f"c = LocalCluster(RunDirectory(Path({str(run.path)!r})), ClusterConfig(nodes=2));"
         "c.start_agent('node-1'); c.start_agent('node-2'); time.sleep(1000)"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
@@ -64,14 +68,14 @@ def test_agents_outlive_a_killed_supervisor_and_the_next_one_adopts_them(
         supervisor.wait()
     for node in ("node-1", "node-2"):
         cluster.start_agent(node)
-    assert {v.state for v in cluster.observe().values()} == {UP}
+    assert {v.state for v in cluster.observe().values()} == {NodeState.UP}
     assert wait_for_agents(cluster, "node-1", "node-2") == before, "a second agent was started"
     os.kill(before["node-2"], signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while cluster.observe()["node-2"].state == UP and time.monotonic() < deadline:
+    while cluster.observe()["node-2"].state == NodeState.UP and time.monotonic() < deadline:
         time.sleep(0.02)
     assert cluster.observe()["node-2"].reason == f"agent process {before['node-2']} is gone"
-    assert cluster.observe()["node-1"].state == UP
+    assert cluster.observe()["node-1"].state == NodeState.UP
     cluster.release()
     assert not processes_of(tmp_path)
 
@@ -93,7 +97,7 @@ def test_a_fence_leaves_nothing_of_the_node_and_harms_no_other(
             assert cluster.fence("node-1")
             left = set(processes_of(tmp_path).values())
             assert left == {mark_of(run.path, "node-2")}
-            assert cluster.observe()["node-2"].state == UP
+            assert cluster.observe()["node-2"].state == NodeState.UP
 
     try:
         asyncio.run(scene())
@@ -111,7 +115,7 @@ def test_a_pid_that_was_used_again_is_not_taken_for_the_agent(
     (folder / "agent.json").write_text(
         f'{{"node": "node-1", "pid": {os.getpid()}, "start_ticks": {me.start_ticks - 1}}}'
     )
-    assert cluster.observe()["node-1"].state == DOWN
+    assert cluster.observe()["node-1"].state == NodeState.DOWN
     assert not is_alive(os.getpid(), me.start_ticks - 1)
     assert not cluster.signal_process("node-1", os.getpid(), signal.SIGKILL), (
         "this process is none of the node's"
@@ -147,7 +151,7 @@ def test_an_agent_that_leaves_makes_room_for_the_next_one(
             first = (await listener.connected()).state.pid
             listener.server.send("node-1", Leave("the run is stopped"))
             await listener.until(lambda: cluster.agent_pid("node-1") is None)
-            again = LocalCluster(run, nodes=2, slots_per_node=1)  # the person starts it again
+            again = LocalCluster(run, ClusterConfig(nodes=2))  # the person starts it again
             again.start_agent("node-1")
             second = await listener.until(
                 lambda: next(

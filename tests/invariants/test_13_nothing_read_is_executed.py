@@ -23,7 +23,7 @@ from opt_train.protocol.facts import RankExited
 from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived
 from opt_train.supervisor.shell.status_line import printable
 from tests.agent.harness import HERE, Listener, begin, make_run, start_agent
-from tests.supervisor.conftest import _nothing_is_left  # noqa: F401 - an autouse fixture
+from tests.processes import nothing_is_left  # noqa: F401 - an autouse fixture
 from tests.supervisor.shell.test_supervise import run_shell
 from tests.supervisor.shell.tiny_core import TinyCore
 
@@ -150,10 +150,11 @@ def test_a_planted_address_leads_nowhere_and_removes_nothing(tmp_path: Path) -> 
 def test_a_planted_registration_of_an_agent_hits_no_process(
     run: RunDirectory, tmp_path: Path
 ) -> None:
+    from opt_train.clusters.config import ClusterConfig
     from opt_train.clusters.local import LocalCluster
 
     sign = tmp_path / "sign"
-    cluster = LocalCluster(run, 1, 1)
+    cluster = LocalCluster(run, ClusterConfig())
     folder = run.nodes / "node-1"
     folder.mkdir(parents=True)
     planted = [

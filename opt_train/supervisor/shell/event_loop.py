@@ -24,8 +24,7 @@ from opt_logbook.record.lock import Lock, LockLost
 from opt_logbook.record.metrics import MetricsWriter
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.clusters.cluster import UP
-from opt_train.clusters.local import LocalCluster
+from opt_train.clusters.cluster import Cluster, NodeState
 from opt_train.faults.plan import FaultPlan
 from opt_train.host import signals
 from opt_train.link.address import Address, make_socket_path, publish, read_address, remove_socket
@@ -80,7 +79,7 @@ class EventLoop:
         run: RunDirectory,
         lock: Lock,
         journal: Journal,
-        cluster: LocalCluster,
+        cluster: Cluster,
         plan: FaultPlan,
         core: Core,
         identity: Identity,
@@ -263,7 +262,7 @@ class EventLoop:
         deadline = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < deadline:
             seen = await asyncio.to_thread(self._cluster.observe)
-            if all(seen[node].state != UP for node in told):
+            if all(seen[node].state != NodeState.UP for node in told):
                 break
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._cluster.release)

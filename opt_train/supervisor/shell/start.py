@@ -16,7 +16,7 @@ from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock, LockHeld
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.clusters.local import LocalCluster
+from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.faults.plan import FaultPlan
 from opt_train.link.secret import SecretUnusable, ensure_secret
@@ -71,7 +71,7 @@ def supervise(
                     # Journalled by now, so that the next start is a person's yes.
                     _print(question, stream)
                     return PERSON_MUST_DECIDE
-                cluster = _cluster(config, run)
+                cluster = make_cluster(config.cluster, run)
                 if state.created is None:
                     # The folder was perhaps removed under a run whose agents live: none of them may
                     # meet this one.
@@ -126,13 +126,6 @@ def _recalled(run: RunDirectory, state: RunState) -> MetricsReceived | None:
         if live is None or line is None
         else MetricsReceived(live.nodes[0], live.generation, line)
     )
-
-
-def _cluster(config: RunConfig, run: RunDirectory) -> LocalCluster:
-    if config.cluster.kind != "local":
-        raise BadInput(f"cluster.kind={config.cluster.kind} is not known; use local")
-    nodes = config.cluster.nodes + config.cluster.buffer_nodes
-    return LocalCluster(run, nodes, config.cluster.slots_per_node)
 
 
 def _folded(journal: Journal) -> RunState:

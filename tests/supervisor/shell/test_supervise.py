@@ -35,7 +35,7 @@ from opt_train.supervisor.inputs import (
 from opt_train.supervisor.shell import start as shell
 from opt_train.supervisor.shell.start import supervise
 from tests.agent.harness import HERE, begin, config_of, created, make_run
-from tests.supervisor.conftest import processes_of
+from tests.processes import processes_of
 from tests.supervisor.shell.tiny_core import TinyCore, entry
 
 pytestmark = pytest.mark.timeout(60)
