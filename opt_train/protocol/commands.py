@@ -1,8 +1,9 @@
-"""Commands: what the supervisor tells an agent, and an agent its warm rank. They travel down and
-are obeyed at once.
+"""Commands: what the supervisor asks of an agent, and an agent of its warm rank. They travel down
+and are obeyed at once.
 
 Every command is safe to receive twice: a generation that runs is not begun again, one that is gone
-is not killed.
+is not killed. So whoever sends one sends it again when what it is for has not come about, and not
+before: `key` says of two commands to one agent whether the second is the first one again.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,19 @@ from dataclasses import dataclass
 from opt_train.protocol.framing import Message
 
 
+class Command(Message):
+    """Base of the commands."""
+
+    __slots__ = ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names what is asked among the commands of this kind to one agent."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class Begin(Message, kind="begin"):
+class Begin(Command, kind="begin"):
     """Turn the warm process of `slot` into rank `rank`. The agent passes this line on to the rank
     as it is.
 
@@ -42,26 +54,38 @@ class Begin(Message, kind="begin"):
     """Hash of the newest journal line at the start: goes into the attempt's first metrics line and
     its manifests."""
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (str(self.generation), str(self.rank))
+
 
 @dataclass(frozen=True, slots=True)
-class Kill(Message, kind="kill"):
+class Kill(Command, kind="kill"):
     """Kill every rank of generations up to `generation`, after stacks if asked; the answer is
     `GenerationGone`."""
 
     generation: int
     stacks: bool
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (str(self.generation),)
+
 
 @dataclass(frozen=True, slots=True)
-class Relay(Message, kind="relay"):
+class Relay(Command, kind="relay"):
     """Pass `order` to the control pipe of rank 0 of `generation`."""
 
     generation: int
     order: Message
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (str(self.generation), repr(self.order))
+
 
 @dataclass(frozen=True, slots=True)
-class Fetch(Message, kind="fetch"):
+class Fetch(Command, kind="fetch"):
     """Hold the files `names` of the checkpoint `path`, each verified by the manifest; the answer is
     `Fetched`.
 
@@ -80,31 +104,52 @@ class Fetch(Message, kind="fetch"):
     origin: str = ""
     """The checkpoint that holders have the same files under; empty: `path`."""
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        # Not the sources: where the files come from is no other question.
+        return (self.path, *self.names)
+
 
 @dataclass(frozen=True, slots=True)
-class Drop(Message, kind="drop"):
+class Drop(Command, kind="drop"):
     """Hold nothing of the checkpoint `path` any more."""
 
     path: str
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.path,)
+
 
 @dataclass(frozen=True, slots=True)
-class Leave(Message, kind="leave"):
+class Leave(Command, kind="leave"):
     """Kill what still runs, end the agent, give the node back."""
 
     reason: str
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
-class Acknowledge(Message, kind="acknowledge"):
+class Acknowledge(Command, kind="acknowledge"):
     """Facts up to `number` are durable: forget them."""
 
     number: int
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (str(self.number),)
+
 
 @dataclass(frozen=True, slots=True)
-class LeaderLease(Message, kind="lead"):
+class LeaderLease(Command, kind="lead"):
     """The supervisor's pulse, every second: the lease. `leader` is its own generation; older ones
     are not obeyed."""
 
     leader: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (str(self.leader),)

@@ -1,35 +1,28 @@
-"""What the supervisor sees and hears but does not journal: connections, pulses, facts not yet
+"""What the supervisor knows of its run beyond the journal: connections, heartbeats, facts not yet
 settled, metrics.
 
-Not state: it begins empty with each supervisor, and the agents tell it anew. Nothing here decides
-anything.
+Not state: it begins empty with each supervisor, and the agents report it again. Nothing here
+decides anything. What belongs to a node is in its `NodeView`, what belongs to a set of ranks in its
+`GenerationView`, which files agents have in the `SnapshotInventory`; here is what is left, and the
+one door for inputs.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from opt_train.protocol.commands import Begin, Drop, Fetch, Kill
-from opt_train.protocol.exits import DONE, STOPPED
+from opt_train.protocol.commands import Begin, Command, Drop, Kill
 from opt_train.protocol.facts import (
     AgentState,
-    ExitNotice,
     Fetched,
     GenerationGone,
-    InForce,
     OrderObeyed,
     RankExited,
     RankFact,
-    SaveFailed,
-    ShardsSaved,
     SlotState,
     SnapshotHeld,
     Stacks,
-    Store,
-    Validation,
 )
-from opt_train.protocol.framing import Message
-from opt_train.run.checkpoint import path_of_save
+from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.state import RunState, Stage
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.effects import (
@@ -43,6 +36,7 @@ from opt_train.supervisor.effects import (
     Show,
     VerifyCheckpoint,
 )
+from opt_train.supervisor.generation_view import GenerationView
 from opt_train.supervisor.inputs import (
     AgentConnected,
     AgentDisconnected,
@@ -57,59 +51,22 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
+from opt_train.supervisor.node_view import NodeView
 from opt_train.supervisor.phase_timeouts import FIRST_STEPS, PhaseTimeouts
-from opt_train.supervisor.snapshot_inventory import Inventory
+from opt_train.supervisor.sent_effects import Repeatable, SentEffects
+from opt_train.supervisor.snapshot_inventory import SnapshotInventory
 
 STOP_ECHO_SECONDS = 2.0
 """A Ctrl-C this soon after another is the same one: a nervous finger must not cost the state."""
-PULSE_GAP_SECONDS = 3.0
-"""Pulses come every second; across a longer gap the length of a phase is not known."""
-
-
-@dataclass(slots=True)
-class NodeView:
-    """One node as it looks from here. Times are monotonic seconds."""
-
-    silent_since: float
-    """When its connection ended, or when this supervisor began."""
-    connected: bool = False
-    connected_at: float = 0.0
-    connections: int = 0
-    caught_up: bool = False
-    """A pulse has come on this connection: facts that the agent keeps are told before it, so none
-    is outstanding."""
-    pid: int = 0
-    first_leader: int = 0
-    """The supervisor that its agent obeyed first."""
-    slots: dict[int, SlotState] = field(default_factory=dict)
-    slots_at: float = 0.0
-    absent_since: dict[int, float] = field(default_factory=dict)
-    """Slot -> since when no rank runs in it."""
-    lost_generation: int = -1
-    """Its agent was replaced by another one: ranks up to this generation died with it unless they
-    are seen."""
-    gone_generation: int = -1
-    """No rank of a generation up to this one lives here."""
-    cluster: str = "unknown"
-    cluster_reason: str = ""
-    down_since: float = 0.0
-    fenced_unreached: bool = False
-    """Fenced because it did not answer, while the cluster did not call it down: down by our own
-    hand, then."""
-    seen_up: bool = False
-    facts: dict[int, Message] = field(default_factory=dict)
-    """Told and not yet acknowledged, by number, in order."""
-    acknowledged: int = 0
-    retold: bool = False
-    """An acknowledged fact came again: the acknowledgement was lost."""
-
-    def disconnect(self, at: float) -> None:
-        if self.connected:
-            self.connected, self.silent_since = False, at
+HEARTBEAT_GAP_SECONDS = 3.0
+"""Heartbeats come every second; across a longer gap the length of a phase is not known."""
+WATCH_SECONDS = 1.0
+"""Between two looks of the rules that watch for what does not happen."""
 
 
 class ClusterView:
-    """All of it. `take` hears an input; `note` remembers what was asked of the shell."""
+    """All of it. `apply_input` takes an input in, `mark_sent` what was asked of the shell, `follow`
+    a change of the state."""
 
     def __init__(self, config: SupervisorConfig, now: Now) -> None:
         self.now = now
@@ -117,15 +74,23 @@ class ClusterView:
         self.watching = False
         """This input is a tick on which the slow watches look, once a second."""
         self._watched_at = float("-inf")
+        self.nodes: dict[str, NodeView] = {}
+        self.generations: dict[int, GenerationView] = {}
+        """Of the newest generation, and of any other that an agent reports of."""
+        self.inventory = SnapshotInventory()
+        self.timeouts = PhaseTimeouts(config)
         self.pending: set[str] = set()
         """Nodes with facts that are not acknowledged, or whose acknowledgement was lost."""
-        self.nodes: dict[str, NodeView] = {}
-        self.timeouts = PhaseTimeouts(config)
+        self.connected_now: set[str] = set()
+        """Nodes that dialled in with the input at hand."""
         self.highest_generation = 0
         self.stage_since = now.monotonic
         self.stops = 0
+        """How often a person has asked for a stop."""
         self._stopped_at = float("-inf")
         self.order_since = now.monotonic
+        self.obeyed: dict[int, int] = {}
+        """Order -> the step at whose boundary all ranks took it."""
         self.finished = False
         self.moved_at = now.monotonic
         """When training was last seen to move."""
@@ -135,121 +100,97 @@ class ClusterView:
         """The newest metrics line of the current attempt."""
         self.last_line: Mapping[str, Any] = {}
         """The newest metrics line of any attempt."""
-        self.stores: dict[int, Store] = {}
-        self.in_force: dict[int, dict[int, Mapping[str, Any]]] = {}
-        self.exits: dict[int, dict[int, tuple[str, RankExited]]] = {}
-        self.deaths: dict[int, dict[int, tuple[str, RankExited]]] = {}
-        """Those of `exits` that no rank announced."""
-        self.leavings: dict[int, dict[int, ExitNotice]] = {}
-        self.stacks: dict[int, dict[int, tuple[str, Stacks]]] = {}
-        self.shards: dict[tuple[int, int], dict[int, ShardsSaved]] = {}
-        self.failed_saves: dict[tuple[int, int], tuple[int, str]] = {}
-        """(generation, step) -> (rank, reason)."""
-        self.obeyed: dict[int, int] = {}
-        self.validations: dict[tuple[int, str, int], Validation] = {}
-        self.seen_running: set[tuple[int, int]] = set()
-        """(generation, rank) seen in a slot."""
-        self.begun: set[tuple[int, int]] = set()
-        """(generation, rank) that were told to begin."""
-        self.kill_asked: dict[tuple[str, int], float] = {}
-        """(node, generation) -> when its agent was first told to kill it."""
         self.committing: dict[str, float] = {}
+        """Checkpoint -> since when its manifest is being written."""
         self.committed: dict[str, ManifestCommitted] = {}
+        """What the input at hand says of manifests."""
         self.verified: dict[str, CheckpointVerified] = {}
-        self.inventory = Inventory()
-        self.dialled: set[str] = set()
-        """Nodes that dialled in with the input at hand."""
         self.shown: Show | None = None
         self.shown_at = float("-inf")
-        self._sent: dict[tuple[str, ...], float] = {}
+        self._sent = SentEffects()
 
-    def view(self, node: str) -> NodeView:
+    # Questions ------------------------------------------------------------------------------------
+
+    def node(self, node: str) -> NodeView:
+        """The view of `node`, made when first asked for."""
         if node not in self.nodes:
             self.nodes[node] = NodeView(silent_since=self.began)
         return self.nodes[node]
+
+    def generation(self, generation: int) -> GenerationView:
+        """What is known of `generation`; where that is nothing, an empty view that is not kept."""
+        return self.generations.get(generation) or GenerationView()
 
     def age(self, since: float) -> float:
         """Seconds from `since` (monotonic) until now."""
         return self.now.monotonic - since
 
     def is_down(self, node: str) -> bool:
-        """The cluster says the node is gone, and it does not answer.
+        """The cluster says the node is gone, and it does not answer."""
+        return node in self.nodes and self.nodes[node].is_down(self.now.monotonic)
 
-        Right after a start the cluster may not have seen the agent it was just asked for.
-        """
-        view = self.nodes.get(node)
-        if view is None or view.connected or view.cluster != "down":
-            return False
-        return view.seen_up or self.age(view.down_since) >= DOWN_BEFORE_UP_SECONDS
+    def was_sent(self, effect: Repeatable, within: float) -> bool:
+        """Whether `effect` was asked of the shell in the last `within` seconds."""
+        return self.age(self._sent.sent_at(effect, self._connections_of(effect))) < within
 
-    def was_sent(self, *key: str, within: float) -> bool:
-        """Whether what `key` names was asked of the shell in the last `within` seconds."""
-        return self.age(self._sent.get(key, float("-inf"))) < within
+    # Inputs ---------------------------------------------------------------------------------------
 
-    # Hearing --------------------------------------------------------------------------------------
-
-    def take(self, given: Input, now: Now, state: RunState) -> None:
-        """Hear `given`. Whatever is told twice is heard once."""
+    def apply_input(self, input_: Input, now: Now, state: RunState) -> None:
+        """Take `input_` in. What comes twice counts once."""
         self.now = now
         self.watching = (
-            isinstance(given, Tick) and now.monotonic - self._watched_at >= WATCH_SECONDS
+            isinstance(input_, Tick) and now.monotonic - self._watched_at >= WATCH_SECONDS
         )
         if self.watching:
             self._watched_at = now.monotonic
-        match given:
-            case HeartbeatReceived(node, pulse):
-                self.view(node).caught_up = True
-                self._take_slots(self.view(node), pulse.slots, state)
+        match input_:
+            case HeartbeatReceived(node, heartbeat):
+                self.node(node).caught_up = True
+                self._apply_slots(self.node(node), heartbeat.slots, state)
             case FactReceived():
-                self._take_fact(given, state)
+                self._apply_fact(input_)
             case MetricsReceived():
-                self._take_metrics(given, state)
+                self._apply_metrics(input_, state)
             case ClusterObserved():
-                self._take_cluster(given)
-            case AgentConnected(node, told):
-                self.dialled.add(node)
-                self.inventory.take_connection(node, told)
-                self._take_connection(self.view(node), told, state)
+                for node, status in input_.nodes.items():
+                    self.node(node).observe(status, input_.reasons.get(node, ""), now.monotonic)
+            case AgentConnected(node, agent):
+                self.connected_now.add(node)
+                self.inventory.apply_connection(node, agent)
+                self._apply_connection(self.node(node), agent, state)
             case AgentDisconnected(node):
-                self.view(node).disconnect(now.monotonic)
+                self.node(node).disconnect(now.monotonic)
             case CheckpointVerified(path):
-                self.verified[path] = given
+                self.verified[path] = input_
             case ManifestCommitted(path):
                 self.committing.pop(path, None)
-                self.committed[path] = given
-                self.inventory.take_committed(given)
-            case StopAsked():
-                # Nor does a scheduler's signal hurry. It repeats it: `scancel` reaches the
-                # supervisor and the launch script, which hands its own on, and the time limit sends
-                # a second one while a long save goes on.
-                if (
-                    given.by not in ("SIGTERM", "SIGUSR1")
-                    and self.age(self._stopped_at) > STOP_ECHO_SECONDS
-                ):
-                    self.stops += 1
-                    self._stopped_at = now.monotonic
+                self.committed[path] = input_
+                self.inventory.apply_committed(input_)
+            case StopAsked(by):
+                self._apply_stop(by)
             case _:
                 pass
 
-    def _take_connection(self, view: NodeView, told: AgentState, state: RunState) -> None:
-        if view.pid != told.pid:
-            if view.pid:
-                view.lost_generation = state.generation
-            view.pid, view.facts, view.acknowledged = told.pid, {}, 0
-            view.first_leader = told.first_leader
-        view.connected, view.seen_up, view.fenced_unreached = True, True, False
-        view.connected_at = self.now.monotonic
-        view.connections += 1
-        view.caught_up = view.retold = False
-        self._take_slots(view, told.slots, state)
+    def _apply_stop(self, by: str) -> None:
+        # A scheduler's signal does not hurry, and it is repeated: `scancel` reaches the supervisor
+        # and the launch script, which hands its own on, and the time limit sends a second one while
+        # a long save goes on.
+        if by in ("SIGTERM", "SIGUSR1") or self.age(self._stopped_at) <= STOP_ECHO_SECONDS:
+            return
+        self.stops += 1
+        self._stopped_at = self.now.monotonic
+
+    def _apply_connection(self, view: NodeView, agent: AgentState, state: RunState) -> None:
+        view.connect(agent, state.generation, self.now.monotonic)
+        self._apply_slots(view, agent.slots, state)
         # Nothing was sent on this connection yet, so what does not run now will not, unless it is
         # begun again.
-        alive = [s.generation for s in told.slots if s.stage == "running"]
+        alive = [s.generation for s in agent.slots if s.stage == "running"]
         view.gone_generation = max(
             view.gone_generation, min(alive, default=state.generation + 1) - 1
         )
 
-    def _take_slots(self, view: NodeView, slots: tuple[SlotState, ...], state: RunState) -> None:
+    def _apply_slots(self, view: NodeView, slots: tuple[SlotState, ...], state: RunState) -> None:
         now = self.now.monotonic
         gap, view.slots_at = now - view.slots_at, now
         for slot in slots:
@@ -260,120 +201,96 @@ class ClusterView:
                 continue
             view.absent_since.pop(slot.slot, None)
             self.highest_generation = max(self.highest_generation, slot.generation)
-            self.seen_running.add((slot.generation, slot.rank))
-            if before is None or (before.generation, before.stage) != (slot.generation, "running"):
-                continue
-            moved = (before.phase, before.step) != (slot.phase, slot.step)
-            if moved or slot.phase_seconds < before.phase_seconds:
-                self.moved_at = now
-                seconds = before.phase_seconds
-                if moved and gap <= PULSE_GAP_SECONDS:
-                    seconds += max(0.0, gap - slot.phase_seconds)
-                self.timeouts.saw(before.phase, is_first(before.step, state), seconds)
+            self._known(slot.generation).rank(slot.rank).was_running = True
+            if before is not None and (before.stage, before.generation) == (
+                "running",
+                slot.generation,
+            ):
+                self._learn(before, slot, gap, state)
 
-    def _take_fact(self, given: FactReceived, state: RunState) -> None:
-        view = self.view(given.node)
-        self.pending.add(given.node)
-        if given.number <= view.acknowledged:
-            view.retold = True
+    def _learn(self, before: SlotState, slot: SlotState, gap: float, state: RunState) -> None:
+        """How long the phase of `before` took, if it is over; `gap` seconds lie between the two."""
+        moved = (before.phase, before.step) != (slot.phase, slot.step)
+        if not moved and slot.phase_seconds >= before.phase_seconds:
             return
-        view.facts[given.number] = given.fact
-        match given.fact:
-            case RankFact(generation, _, rank, fact):
-                self._take_rank_fact(generation, rank, fact)
-            case RankExited(generation, rank):
-                self.exits.setdefault(generation, {})[rank] = (given.node, given.fact)
-                if not is_announced(given.fact):
-                    self.deaths.setdefault(generation, {})[rank] = (given.node, given.fact)
-                if given.fact.leaving is not None:
-                    self.leavings.setdefault(generation, {})[rank] = given.fact.leaving
-            case Stacks(generation, rank):
-                self.stacks.setdefault(generation, {})[rank] = (given.node, given.fact)
+        self.moved_at = self.now.monotonic
+        seconds = before.phase_seconds
+        if moved and gap <= HEARTBEAT_GAP_SECONDS:
+            seconds += max(0.0, gap - slot.phase_seconds)
+        self.timeouts.learn(before.phase, is_first(before.step, state), seconds)
+
+    def _apply_fact(self, input_: FactReceived) -> None:
+        node, fact = input_.node, input_.fact
+        view = self.node(node)
+        self.pending.add(node)
+        if input_.number <= view.acknowledged:
+            view.resent = True
+            return
+        view.facts[input_.number] = fact
+        match fact:
+            case RankFact(fact=OrderObeyed(number, step)):
+                self.obeyed[number] = step
+            case RankFact(generation, _, rank, own):
+                self._known(generation).apply_rank_fact(rank, own)
+            case RankExited(generation):
+                self._known(generation).apply_exit(node, fact)
+            case Stacks(generation):
+                self._known(generation).apply_stacks(node, fact)
             case GenerationGone(generation):
                 view.gone_generation = max(view.gone_generation, generation)
-            case SnapshotHeld():
-                self.inventory.take_snapshot(given.node, given.fact)
+            case SnapshotHeld(generation):
+                self._known(generation).apply_snapshot(fact)
+                self.inventory.apply_snapshot(node, fact)
             case Fetched():
-                self.inventory.take_fetched(given.node, given.fact)
+                self.inventory.apply_fetched(node, fact)
             case _:
                 pass
 
-    def _take_rank_fact(self, generation: int, rank: int, fact: Message) -> None:
-        match fact:
-            case Store():
-                self.stores[generation] = fact
-            case InForce(values):
-                self.in_force.setdefault(generation, {})[rank] = values
-            case ShardsSaved(step):
-                self.shards.setdefault((generation, step), {})[rank] = fact
-            case SaveFailed(step, reason):
-                self.failed_saves.setdefault((generation, step), (rank, reason))
-            case OrderObeyed(number, step):
-                self.obeyed[number] = step
-            case ExitNotice():
-                self.leavings.setdefault(generation, {})[rank] = fact
-            case Validation(name, step):
-                self.validations[generation, name, step] = fact
-            case _:
-                pass
-
-    def is_news(self, given: MetricsReceived, state: RunState) -> bool:
-        """Whether the line is of the current generation and of a step not heard of yet: others are
-        fenced off."""
+    def is_new_line(self, input_: MetricsReceived, state: RunState) -> bool:
+        """Whether the line is of the current generation and of a step that has not come yet: others
+        are fenced off."""
         live = state.live
         return (
             live is not None
-            and given.generation == live.generation
-            and int(given.line.get("step", -1)) > self.step
+            and input_.generation == live.generation
+            and int(input_.line.get("step", -1)) > self.step
         )
 
-    def _take_metrics(self, given: MetricsReceived, state: RunState) -> None:
-        if not self.is_news(given, state):
+    def _apply_metrics(self, input_: MetricsReceived, state: RunState) -> None:
+        if not self.is_new_line(input_, state):
             return
-        self.step = int(given.line["step"])
-        self.line = self.last_line = given.line
+        self.step = int(input_.line["step"])
+        self.line = self.last_line = input_.line
         self.moved_at = self.now.monotonic
         first = is_first(self.step, state)
         for phase in ("step", "data"):
-            seconds = given.line.get(f"{phase}_seconds")
+            seconds = input_.line.get(f"{phase}_seconds")
             if isinstance(seconds, (int, float)):
-                self.timeouts.saw(phase, first, float(seconds))
+                self.timeouts.learn(phase, first, float(seconds))
 
-    def _take_cluster(self, given: ClusterObserved) -> None:
-        for node, status in given.nodes.items():
-            view = self.view(node)
-            if status == "down" and view.cluster != "down":
-                view.down_since = self.now.monotonic
-            if status != view.cluster:
-                # The reason it went down stays: a fence that follows would give its own.
-                view.cluster, view.cluster_reason = status, given.reasons.get(node, "")
-            view.seen_up = view.seen_up or status == "up"
+    # What was decided -----------------------------------------------------------------------------
 
-    # Remembering ----------------------------------------------------------------------------------
-
-    def note(self, effect: Effect) -> None:
+    def mark_sent(self, effect: Effect) -> None:
         """Remember that `effect` was asked of the shell, so that it is not asked again at once."""
         now = self.now.monotonic
         match effect:
             case Send(node, command):
-                self._sent[self.key_of(node, command)] = now
-                self._note_command(node, command)
+                self._sent.mark(effect, self._connections_of(effect), now)
+                self._mark_command(node, command)
             case AcknowledgeFact(node, number):
-                view = self.view(node)
-                view.acknowledged, view.retold = max(view.acknowledged, number), False
-                view.facts = {n: f for n, f in view.facts.items() if n > number}
-                if not view.facts:
+                self.node(node).acknowledge(number)
+                if not self.node(node).facts:
                     self.pending.discard(node)
             case FenceNode(node):
-                self._sent["fence", node] = now
-                self.view(node).fenced_unreached |= self.view(node).cluster != "down"
-            case VerifyCheckpoint(path):
-                self._sent["verify", path] = now
+                self._sent.mark(effect, 0, now)
+                self.node(node).fenced_unreached |= self.node(node).cluster != "down"
+            case VerifyCheckpoint():
+                self._sent.mark(effect, 0, now)
             case CommitManifest(path):
                 self.committing[path] = now
             case CommitSnapshot():
                 self.committing[effect.paths[0]] = now
-                self.inventory.note_commit(effect)
+                self.inventory.mark_commit(effect)
             case Show():
                 self.shown, self.shown_at = effect, now
             case Finish():
@@ -381,38 +298,24 @@ class ClusterView:
             case _:
                 pass
 
-    def _note_command(self, node: str, command: Message) -> None:
-        self.inventory.note_command(node, command)
+    def _mark_command(self, node: str, command: Command) -> None:
+        self.inventory.mark_command(node, command)
         match command:
             case Kill(generation):
-                self.kill_asked.setdefault((node, generation), self.now.monotonic)
+                self._known(generation).kill_sent_at.setdefault(node, self.now.monotonic)
             case Begin(generation, _, _, _, rank):
-                self.begun.add((generation, rank))
-                self.view(node).gone_generation = min(
-                    self.view(node).gone_generation, generation - 1
-                )
+                self._known(generation).rank(rank).was_begun = True
+                view = self.node(node)
+                view.gone_generation = min(view.gone_generation, generation - 1)
             case Drop(path):  # nobody fetches it any more
-                self._sent = {key: at for key, at in self._sent.items() if not _fetches(key, path)}
+                self._sent.forget_fetches(path)
 
-    def settle(self) -> None:
-        """All that this input gave cause for has been decided."""
+    def end_input(self) -> None:
+        """All that the input at hand gave cause for has been decided."""
         self.committed.clear()
-        self.dialled.clear()
+        self.connected_now.clear()
 
-    def key_of(self, node: str, command: Message) -> tuple[str, ...]:
-        """A command's name for `was_sent`: a new connection makes everything news."""
-        connection = str(self.view(node).connections)
-        match command:
-            case Begin(generation, _, _, _, rank):
-                return (command.kind, node, connection, str(generation), str(rank))
-            case Kill(generation):
-                return (command.kind, node, connection, str(generation))
-            case Fetch(path, _, names):
-                return (command.kind, node, connection, path, *names)
-            case _:
-                return (command.kind, node, connection)
-
-    def entered(self, before: RunState, state: RunState) -> None:
+    def follow(self, before: RunState, state: RunState) -> None:
         """Follow a change of the state: clocks begin again, and what belonged to older generations
         is dropped."""
         now = self.now.monotonic
@@ -422,74 +325,46 @@ class ClusterView:
                 # What was fetched while ranks lived says nothing: they may have written over it
                 # since.
                 self.inventory.fetched = {}
-                self._sent = {key: at for key, at in self._sent.items() if key[0] != Fetch.kind}
+                self._sent.forget_fetches()
         if before.orders != state.orders:
             self.order_since = now
         if before.generation != state.generation:
             self.moved_at = now
             self.step, self.line = -1, {}
-            self.verified, self.failed_saves, self._sent, self.kill_asked = {}, {}, {}, {}
-            for table in (
-                self.stores,
-                self.in_force,
-                self.exits,
-                self.deaths,
-                self.leavings,
-                self.stacks,
-            ):
-                _forget(table, state.generation)
-            self.inventory.enter(state.generation)
-            self.shards = {k: v for k, v in self.shards.items() if k[0] >= state.generation}
-            self.validations = {
-                k: v for k, v in self.validations.items() if k[0] >= state.generation
-            }
-            self.seen_running = {k for k in self.seen_running if k[0] >= state.generation}
-            self.begun = {k for k in self.begun if k[0] >= state.generation}
-
+            self.verified = {}
+            self._sent.forget()
+            self.inventory.passed_on = {}
+            for old in [g for g in self.generations if g < state.generation]:
+                del self.generations[old]
         self._forget_settled(before, state)
 
     def _forget_settled(self, before: RunState, state: RunState) -> None:
         """An attempt may last for weeks: what is journalled of its saves and validations is not
         kept here as well."""
+        known = self.generation(state.generation)
         name = state.attempt.name if state.attempt is not None else ""
-        if before.settled_saves != state.settled_saves:
-            settled = [
-                key for key in self.shards if path_of_save(name, key[1]) in state.settled_saves
-            ]
-            for key in settled:
-                del self.shards[key]
-            self.inventory.forget_settled(name, state.settled_saves)
+        settled = state.settled_saves
+        if before.settled_saves != settled:
+            self.inventory.forget_settled(settled)
+            for step in list(known.saves):
+                if path_of_save(name, step) in settled:
+                    known.forget_shared_save(step)
+                if path_of_save(name, step, MEMORY) in settled:
+                    known.forget_snapshot(step)
         if before.validations != state.validations:
-            told = [key for key in self.validations if key[1:] in state.validations]
-            for seen in told:
-                del self.validations[seen]
+            for key in known.validations.keys() & state.validations:
+                del known.validations[key]
 
-    def saves_of(self, generation: int) -> Iterator[tuple[int, dict[int, ShardsSaved]]]:
-        """(step, reports by rank) of every save that a rank of `generation` reported."""
-        return ((step, reports) for (g, step), reports in self.shards.items() if g == generation)
+    def _known(self, generation: int) -> GenerationView:
+        """The view of `generation`, kept from now on."""
+        if generation not in self.generations:
+            self.generations[generation] = GenerationView()
+        return self.generations[generation]
 
-
-DOWN_BEFORE_UP_SECONDS = 5.0
-WATCH_SECONDS = 1.0
+    def _connections_of(self, effect: Repeatable) -> int:
+        return self.node(effect.node).connections if isinstance(effect, Send) else 0
 
 
 def is_first(step: int, state: RunState) -> bool:
     """Whether `step` is among the first after the current attempt's start."""
     return state.attempt is not None and step <= state.attempt.start_step + FIRST_STEPS
-
-
-def is_announced(exited: RankExited) -> bool:
-    """Whether the rank ended as it said it would, its work done or its state saved."""
-    told = exited.leaving
-    return told is not None and exited.code in (DONE, STOPPED) and told.code == exited.code
-
-
-def _fetches(key: tuple[str, ...], path: str) -> bool:
-    """Whether `key`, from `ClusterView.key_of`, names a command to fetch parts of the checkpoint at
-    `path`."""
-    return key[0] == Fetch.kind and key[3] == path
-
-
-def _forget(table: dict[int, Any], generation: int) -> None:
-    for old in [g for g in table if g < generation]:
-        del table[old]

@@ -46,16 +46,16 @@ class Supervisor:
         self.config = config
         self.state = state
         self.identity = identity
-        self.seen = ClusterView(config.supervisor, Now(0.0, 0.0))
+        self.view = ClusterView(config.supervisor, Now(0.0, 0.0))
 
     def begin(self, now: Now) -> list[Effect]:
         """Take the run over, or create it: the first lines of this supervisor, and an agent on
         every node."""
-        self.seen = ClusterView(self.config.supervisor, now)
+        self.view = ClusterView(self.config.supervisor, now)
         identity = self.identity
         if self.state.stage is Stage.FINISHED and not identity.opens_lineage:
-            self.seen.finished = True
-            return [farewell(Context(self.state, self.seen, self.config, identity))]
+            self.view.finished = True
+            return [farewell(Context(self.state, self.view, self.config, identity))]
         resumed = self.state.created is not None
         effects = [] if resumed else self._append(Record(identity.created))
         if self.state.lineage == 0 or identity.opens_lineage:
@@ -72,13 +72,13 @@ class Supervisor:
         effects += [StartAgent(node) for node in identity.nodes if not self.state.has_failed(node)]
         return [*effects, *self._settle()]
 
-    def handle(self, given: Input, now: Now) -> list[Effect]:
-        """Hear `given` at `now`, and say what is to be done about all that is known by then."""
-        if self.seen.finished:
+    def handle(self, input_: Input, now: Now) -> list[Effect]:
+        """Hear `input_` at `now`, and say what is to be done about all that is known by then."""
+        if self.view.finished:
             return []
-        effects = self._announce(given)
-        self.seen.take(given, now, self.state)
-        for event in self._journalled(given):
+        effects = self._announce(input_)
+        self.view.apply_input(input_, now, self.state)
+        for event in self._journalled(input_):
             effects += self._append(Record(event))
         return [*effects, *self._settle()]
 
@@ -86,17 +86,17 @@ class Supervisor:
         """Decide until there is nothing left to decide."""
         effects: list[Effect] = []
         for _ in range(MOST_ROUNDS):
-            decisions = decide(self.state, self.seen, self.config, self.identity)
+            decisions = decide(self.state, self.view, self.config, self.identity)
             if not decisions:
-                self.seen.settle()
+                self.view.end_input()
                 return effects
             for decision in decisions:
                 if isinstance(decision, Record):
                     effects += self._append(decision)
                 else:
-                    self.seen.note(decision)
+                    self.view.mark_sent(decision)
                     effects.append(decision)
-            if self.seen.finished:
+            if self.view.finished:
                 return effects
         raise AssertionError(f"the policy does not come to rest: {effects[-3:]}")
 
@@ -104,23 +104,23 @@ class Supervisor:
         current = self.state.attempt.name if self.state.attempt is not None else ""
         attempt = current if record.attempt is None else record.attempt
         entry = Entry(
-            time=round(self.seen.now.wall, 3), attempt=attempt, step=record.step, event=record.event
+            time=round(self.view.now.wall, 3), attempt=attempt, step=record.step, event=record.event
         )
         before, self.state = self.state, fold(self.state, entry)
-        self.seen.entered(before, self.state)
+        self.view.follow(before, self.state)
         return [Append(entry)]
 
-    def _announce(self, given: Input) -> list[Effect]:
+    def _announce(self, input_: Input) -> list[Effect]:
         """A metrics line that is news goes to its attempt's file; older generations are fenced
         off."""
-        if not isinstance(given, MetricsReceived) or not self.seen.is_news(given, self.state):
+        if not isinstance(input_, MetricsReceived) or not self.view.is_new_line(input_, self.state):
             return []
         assert self.state.attempt is not None
-        return [WriteMetrics(self.state.attempt.name, given.line)]
+        return [WriteMetrics(self.state.attempt.name, input_.line)]
 
-    def _journalled(self, given: Input) -> list[Event]:
+    def _journalled(self, input_: Input) -> list[Event]:
         """Inputs that are lines of the journal by themselves."""
-        match given:
+        match input_:
             case JournalWasStalled(seconds):
                 return [JournalStalled(seconds)]
             case InboxReceived(message) if message.get("kind") == "note":

@@ -11,7 +11,7 @@ from typing import Any
 
 from opt_logbook.record.events import Entry
 
-from opt_train.protocol.framing import Message
+from opt_train.protocol.commands import Command
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Send:
     on connection)."""
 
     node: str
-    command: Message
+    command: Command
 
 
 @dataclass(frozen=True, slots=True)

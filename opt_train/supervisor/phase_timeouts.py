@@ -34,7 +34,7 @@ class PhaseTimeouts:
         self._largest: dict[tuple[str, bool], float] = {}
         self._samples: dict[tuple[str, bool], int] = {}
 
-    def saw(self, phase: str, first: bool, seconds: float) -> None:
+    def learn(self, phase: str, first: bool, seconds: float) -> None:
         """A phase has ended, or has moved, after `seconds`. One that is still going on teaches
         nothing."""
         key = (phase, first)

@@ -86,7 +86,7 @@ def test_the_table_of_contents_is_complete() -> None:
     for module in (facts, commands, orders):
         written = {
             c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Message)
-        } - {Message}
+        } - {Message, commands.Command}
         assert written <= set(CLASSES)
     assert {Message.registry[c.kind] for c in CLASSES} == set(CLASSES)
     assert set(FACTS_OF_A_RANK) < set(CLASSES)
@@ -403,3 +403,28 @@ def test_every_fact_of_a_rank_fits_a_write_that_cannot_tear() -> None:
     assert (
         min(lengths[kind] for kind in ("metrics", "shards_saved", "leaving", "save_failed")) > 800
     )
+
+
+@pytest.mark.parametrize("kind", [c for c in CLASSES if issubclass(c, commands.Command)])
+@given(data=st.data())
+@settings(max_examples=20)
+def test_every_command_declares_what_makes_two_of_it_the_same(
+    kind: type[commands.Command], data: st.DataObject
+) -> None:
+    """A kind without a key of its own would make a second order wait until the first may be sent
+    again."""
+    command = data.draw(messages(kind))
+    assert "key" in vars(kind)
+    assert all(isinstance(part, str) for part in command.key)
+    assert command.key == from_line(to_line(command)).key  # type: ignore[attr-defined]
+
+
+def test_whatever_is_sent_to_an_agent_or_a_warm_rank_is_a_command() -> None:
+    assert {c for c in CLASSES if c.__module__ == commands.__name__} == {
+        c for c in CLASSES if issubclass(c, commands.Command)
+    }
+
+
+def test_two_orders_to_one_generation_are_two_commands() -> None:
+    first, second = (commands.Relay(1, orders.SaveAndStop(number, "why")) for number in (1, 2))
+    assert first.key != second.key

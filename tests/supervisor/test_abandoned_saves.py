@@ -101,4 +101,5 @@ def test_saves_on_record_are_not_kept_in_memory() -> None:
     world.start_supervisor()
     world.until(CheckpointCommitted, 25)
     assert world.core is not None
-    assert len(world.core.seen.shards) <= 2
+    (generation,) = world.core.view.generations.values()
+    assert len(generation.saves) <= 2

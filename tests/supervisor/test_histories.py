@@ -48,15 +48,15 @@ def test_to_decide_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked twice in the same situation, the policy answers the same, whatever the situation."""
     asked = answered = 0
 
-    def decide_twice(state: Any, seen: Any, config: Any, identity: Any) -> Any:
+    def decide_twice(state: Any, view: Any, config: Any, identity: Any) -> Any:
         nonlocal asked, answered
         for node in identity.nodes:
-            seen.view(node)  # made when first looked at, and empty
-        before = pickle.dumps((state, vars(seen)))
-        first = decide(state, seen, config, identity)
-        second = decide(state, seen, config, identity)
+            view.node(node)  # made when first looked at, and empty
+        before = pickle.dumps((state, vars(view)))
+        first = decide(state, view, config, identity)
+        second = decide(state, view, config, identity)
         assert first == second
-        assert pickle.dumps((state, vars(seen))) == before, f"changed by deciding on {first}"
+        assert pickle.dumps((state, vars(view))) == before, f"changed by deciding on {first}"
         asked, answered = asked + 1, answered + bool(first)
         return second
 

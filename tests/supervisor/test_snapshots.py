@@ -204,10 +204,10 @@ def test_answers_about_snapshots_that_are_gone_are_not_remembered() -> None:
     world = a_run(memory_every_steps=1, node_every_steps=2, every_steps=12)
     world.until_step(20)
     assert world.core is not None
-    remembered = world.core.seen.inventory.fetched
+    remembered = world.core.view.inventory.fetched
     assert len(remembered) <= len(world.replayed.checkpoints) + 2, sorted(remembered)
     live = {checkpoint.path for checkpoint in world.replayed.checkpoints}
-    asked = {key[3] for key in world.core.seen._sent if key[0] == Fetch.kind}
+    asked = {key[3] for key in world.core.view._sent._sent if key[0] == Fetch.kind}
     assert len(asked - live) <= 2, sorted(asked)
 
 
@@ -217,21 +217,21 @@ def a_snapshot_of_124_nodes(config_sha256: str = "c0") -> tuple[Context, Checkpo
     world = World(make_config(nodes=124, buffer_nodes=0, slots_per_node=8))
     world.start_supervisor()
     assert world.core is not None
-    seen, path = world.core.seen, path_of_save("1.00", 3, MEMORY)
+    view, path = world.core.view, path_of_save("1.00", 3, MEMORY)
     attempt = Attempt("1.00", 1, 0, world.names, 992)
     for k, (node, names) in enumerate(own_names(attempt).items()):
-        told = AgentState(node, 1, (), 0, (HeldFiles(path, names),), f"10.0.0.{k}:4000")
-        seen.take(AgentConnected(node, told), Now(1.0, 1.0), world.replayed)
+        agent = AgentState(node, 1, (), 0, (HeldFiles(path, names),), f"10.0.0.{k}:4000")
+        view.apply_input(AgentConnected(node, agent), Now(1.0, 1.0), world.replayed)
     made = Checkpoint(path, "1.00", 3, "sha", world_size=992, config_sha256=config_sha256)
     state = replace(world.replayed, attempt=attempt, checkpoints=(made,))
-    return Context(state, seen, world.config, world.core.identity), made
+    return Context(state, view, world.config, world.core.identity), made
 
 
 def sends(s: Context, decisions: list[Decision]) -> int:
     """How many commands there are; they are sent."""
     for decision in decisions:
         assert isinstance(decision, Send)
-        s.seen.note(decision)
+        s.view.mark_sent(decision)
     return len(decisions)
 
 
@@ -250,7 +250,7 @@ def test_partners_of_124_nodes_do_not_hold_the_supervisor_up() -> None:
     assert sends(situation, copy_to_partners(situation)) == 124
     names = own_names(situation.attempt)
     for node, partner in partners(situation, situation.attempt).items():
-        situation.seen.inventory.take_fetched(partner, Fetched(made.path, names[node]))
+        situation.view.inventory.apply_fetched(partner, Fetched(made.path, names[node]))
     began = time.process_time()
     for _ in range(124):
         assert not copy_to_partners(situation)
@@ -359,9 +359,9 @@ def test_partners_are_in_other_domains(nodes: int, size: int, expected: str) -> 
     assert world.core is not None
     names = tuple(f"n{k}" for k in range(nodes))
     attempt = Attempt("1.00", 1, 0, names, nodes)
-    seen = ClusterView(world.config.supervisor, Now(0.0, 0.0))
+    view = ClusterView(world.config.supervisor, Now(0.0, 0.0))
     situation = Context(
-        replace(RunState(), attempt=attempt), seen, world.config, world.core.identity
+        replace(RunState(), attempt=attempt), view, world.config, world.core.identity
     )
     found = partners(situation, attempt)
     assert "".join(found[node][1:] for node in names) == expected

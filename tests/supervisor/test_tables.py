@@ -63,14 +63,14 @@ def test_timeouts_are_learned_and_never_below_three_times_the_largest() -> None:
     timeouts = PhaseTimeouts(CONFIG)
     assert timeouts.limit("step", first=False) == CONFIG.step_seconds
     for _ in range(19):
-        timeouts.saw("step", False, 8.0)
+        timeouts.learn("step", False, 8.0)
     assert timeouts.limit("step", first=False) == CONFIG.step_seconds
-    timeouts.saw("step", False, 1.0)
+    timeouts.learn("step", False, 1.0)
     assert timeouts.limit("step", first=False) == 24.0
-    timeouts.saw("step", False, 100.0)
+    timeouts.learn("step", False, 100.0)
     assert timeouts.limit("step", first=False) == 300.0
     for _ in range(30):
-        timeouts.saw("data", False, 0.01)
+        timeouts.learn("data", False, 0.01)
     assert timeouts.limit("data", first=False) == CONFIG.minimum_seconds
 
 
@@ -78,9 +78,9 @@ def test_first_steps_are_learned_apart() -> None:
     """A compiling first step must not make every later hang wait for minutes, nor be taken for
     one."""
     timeouts = PhaseTimeouts(CONFIG)
-    timeouts.saw("step", True, 200.0)
+    timeouts.learn("step", True, 200.0)
     for _ in range(20):
-        timeouts.saw("step", False, 1.0)
+        timeouts.learn("step", False, 1.0)
     assert timeouts.limit("step", first=False) == CONFIG.minimum_seconds
     assert timeouts.limit("step", first=True) == 600.0
 

@@ -25,7 +25,7 @@ from opt_train.protocol.facts import Store
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
-from opt_train.supervisor.rules import snapshots as held
+from opt_train.supervisor.rules import snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record, number_in
 from opt_train.supervisor.rules.nodes import close_incidents, halt, is_warm
@@ -55,14 +55,13 @@ def verify(s: Context) -> list[Decision]:
         )
         return halt(s, question, "corrupt_checkpoint")
     if wanted.is_held:
-        return held.bring_together(s, wanted)
-    answer = s.seen.verified.get(wanted.path)
+        return snapshots.bring_together(s, wanted)
+    answer = s.view.verified.get(wanted.path)
     if answer is not None:
         rejection = CheckpointRejected(wanted.path, answer.why)
         return [Record(rejection, wanted.step, wanted.attempt)] if answer.why else []
-    if s.seen.was_sent("verify", wanted.path, within=VERIFY_AGAIN_SECONDS):
-        return []
-    return [VerifyCheckpoint(wanted.path, wanted.manifest_sha256)]
+    verify = VerifyCheckpoint(wanted.path, wanted.manifest_sha256)
+    return [] if s.view.was_sent(verify, within=VERIFY_AGAIN_SECONDS) else [verify]
 
 
 def start(s: Context) -> list[Decision]:
@@ -71,18 +70,18 @@ def start(s: Context) -> list[Decision]:
     if wanted is not None and not _is_ready(s, wanted):
         return []
     places = s.places()
-    if not all(s.seen.view(n).connected and is_warm(s, n) for n in places) or _old_ranks_live(s):
+    if not all(s.view.node(n).connected and is_warm(s, n) for n in places) or _old_ranks_live(s):
         return []
     buffers = [n for n in s.identity.nodes if n not in places and s.is_usable(n)]
-    ready = [n for n in buffers if s.seen.view(n).connected]
+    ready = [n for n in buffers if s.view.node(n).connected]
     first = s.state.attempt is None
-    if first and len(ready) < len(buffers) and s.seen.age(s.seen.began) < BUFFER_SECONDS:
+    if first and len(ready) < len(buffers) and s.view.age(s.view.began) < BUFFER_SECONDS:
         return []
     incident = s.state.incident
     last = s.state.attempt
     news = last is None or last.leader != s.state.leader
     started = AttemptStarted(
-        generation=max(s.state.generation, s.seen.highest_generation) + 1,
+        generation=max(s.state.generation, s.view.highest_generation) + 1,
         parent=wanted.attempt if wanted else "",
         checkpoint=wanted.path if wanted else "",
         manifest_sha256=wanted.manifest_sha256 if wanted else "",
@@ -97,7 +96,7 @@ def start(s: Context) -> list[Decision]:
         packages=s.identity.packages,
         difference=s.identity.operational_difference if news else (),
     )
-    kept = frozenset({c.path for c in s.state.checkpoints} | s.seen.committing.keys())
+    kept = frozenset({c.path for c in s.state.checkpoints} | s.view.committing.keys())
     return [
         ClearUncommitted(tuple(s.state.history), kept),
         Record(
@@ -109,13 +108,13 @@ def start(s: Context) -> list[Decision]:
 
 
 def _is_ready(s: Context, wanted: Checkpoint) -> bool:
-    return held.is_together(s, wanted) if wanted.is_held else wanted.path in s.seen.verified
+    return snapshots.is_together(s, wanted) if wanted.is_held else wanted.path in s.view.verified
 
 
 def _old_ranks_live(s: Context) -> bool:
     return any(
         slot.stage == "running"
-        for view in s.seen.nodes.values()
+        for view in s.view.nodes.values()
         if view.connected
         for slot in view.slots.values()
     )
@@ -136,18 +135,18 @@ def begin_ranks(s: Context) -> list[Decision]:
     attempt = s.attempt
     if attempt.began or attempt.leader != s.state.leader:
         return []
-    store = s.seen.stores.get(attempt.generation)
-    ended = s.seen.exits.get(attempt.generation, {})
+    generation = s.generation
+    store = generation.store
     decisions: list[Decision] = []
     for rank in range(attempt.world_size if store is not None else 1):
         node, slot = attempt.place_of(rank)
-        view = s.seen.view(node)
-        if not view.connected or rank in ended or (attempt.generation, rank) in s.seen.seen_running:
+        view = s.view.node(node)
+        if not view.connected or rank in generation.exits or generation.was_running(rank):
             continue
-        if (attempt.generation, rank) in s.seen.begun and not view.caught_up:
+        if generation.was_begun(rank) and not view.caught_up:
             continue  # it may have run and ended while its agent was out of reach
         begin = _begin(s, attempt, rank, node, slot, store)
-        if not s.seen.was_sent(*s.seen.key_of(node, begin), within=BEGIN_AGAIN_SECONDS):
+        if not s.view.was_sent(Send(node, begin), within=BEGIN_AGAIN_SECONDS):
             decisions.append(Send(node, begin))
     return decisions
 
@@ -160,7 +159,7 @@ def _begin(
     saved = next((c for c in s.state.checkpoints if c.path == attempt.checkpoint), None)
     checkpoint = str(run.path / attempt.checkpoint) if attempt.checkpoint else None
     if saved is not None and saved.is_held:
-        checkpoint = held.folder_on(s, saved, node)
+        checkpoint = snapshots.folder_on(s, saved, node)
     return Begin(
         generation=attempt.generation,
         attempt=attempt.name,
@@ -186,9 +185,9 @@ def adopt(s: Context) -> list[Decision]:
     attempt = s.attempt
     if attempt.leader == s.state.leader or attempt.lineage != s.state.lineage:
         return []
-    ended = s.seen.exits.get(attempt.generation, {})
+    ended = s.generation.exits
     running = {
-        slot.rank for node, slot in s.running(attempt.generation) if s.seen.view(node).connected
+        slot.rank for node, slot in s.running(attempt.generation) if s.view.node(node).connected
     }
     if any(rank not in running and rank not in ended for rank in range(attempt.world_size)):
         return []
@@ -199,43 +198,42 @@ def report_in_force(s: Context) -> list[Decision]:
     """Every rank has read back what is in force; differences were a failure before it came to
     this."""
     attempt = s.attempt
-    told = s.seen.in_force.get(attempt.generation, {})
-    if attempt.in_force or len(told) < attempt.world_size:
+    reported = s.generation.in_force
+    if attempt.in_force or len(reported) < attempt.world_size:
         return []
-    return [Record(InForceReported(told[0]), step=attempt.start_step)]
+    return [Record(InForceReported(reported[0]), step=attempt.start_step)]
 
 
 def begin_training(s: Context) -> list[Decision]:
     attempt = s.attempt
-    if attempt.began or s.seen.step <= attempt.start_step:
+    if attempt.began or s.view.step <= attempt.start_step:
         return []
-    seconds = max(0.0, s.seen.now.wall - attempt.started)
-    return [Record(TrainingBegan(attempt.generation, round(seconds, 3)), step=s.seen.step)]
+    seconds = max(0.0, s.view.now.wall - attempt.started)
+    return [Record(TrainingBegan(attempt.generation, round(seconds, 3)), step=s.view.step)]
 
 
 def close_recovered(s: Context) -> list[Decision]:
     """An incident is over when training is again where it was when it failed."""
     decisions: list[Decision] = []
     for incident in s.state.open_incidents:
-        if not incident.first_step or s.seen.step < incident.step:
+        if not incident.first_step or s.view.step < incident.step:
             continue
         closed = IncidentClosed(
             incident.number,
             "recovered",
             steps_lost=max(0, incident.step - incident.restored_step),
-            seconds_lost=round(max(0.0, s.seen.now.wall - incident.opened), 3),
+            seconds_lost=round(max(0.0, s.view.now.wall - incident.opened), 3),
             down_seconds=round(max(0.0, incident.first_step - incident.opened), 3),
         )
-        decisions.append(Record(closed, step=s.seen.step))
+        decisions.append(Record(closed, step=s.view.step))
     return decisions
 
 
 def report_validation(s: Context) -> list[Decision]:
-    attempt = s.attempt
     return [
         Record(ValidationMeasured(v.name, v.loss, perplexity(v.loss), v.tokens), step=v.step)
-        for (generation, name, step), v in s.seen.validations.items()
-        if generation == attempt.generation and (name, step) not in s.state.validations
+        for key, v in s.generation.validations.items()
+        if key not in s.state.validations
     ]
 
 
@@ -253,12 +251,8 @@ def perplexity(loss: float) -> float:
 def end_by_itself(s: Context) -> list[Decision]:
     """All ranks left as they said they would: done, or stopped with the state saved."""
     attempt = s.attempt
-    exits = s.seen.exits.get(attempt.generation, {})
-    if (
-        len(exits) < attempt.world_size
-        or s.seen.deaths.get(attempt.generation)
-        or saves_in_flight(s)
-    ):
+    exits = s.generation.exits
+    if len(exits) < attempt.world_size or s.generation.deaths or saves_in_flight(s):
         return []
     stopped = any(exited.code == STOPPED for _, exited in exits.values())
     decisions = [
@@ -271,40 +265,36 @@ def end_by_itself(s: Context) -> list[Decision]:
             Record(OrderEnded(order.number, "obeyed" if stopped else "withdrawn"), step=s.step)
         )
     ended = AttemptEnded(attempt.generation, "stopped" if stopped else "finished")
+    announced = [e.leaving.step for _, e in exits.values() if e.leaving is not None]
     return [
         *decisions,
-        Record(ended, step=max([s.step, *(_last_step(e.leaving) for _, e in exits.values())])),
+        Record(ended, step=max([s.step, *announced])),
     ]
-
-
-def _last_step(leaving: object) -> int:
-    return int(getattr(leaving, "step", -1))
 
 
 def report_dropped(s: Context) -> list[Decision]:
     """Metrics that ranks dropped over their lives, once a rank."""
-    told = s.seen.leavings.get(s.attempt.generation, {})
     return [
-        Record(MetricsDropped(rank, leaving.dropped_metrics))
-        for rank, leaving in sorted(told.items())
-        if leaving.dropped_metrics and rank not in s.state.dropped_metrics
+        Record(MetricsDropped(rank, notice.dropped_metrics))
+        for rank, notice in sorted(s.generation.notices.items())
+        if notice.dropped_metrics and rank not in s.state.dropped_metrics
     ]
 
 
 def finish(s: Context) -> list[Decision]:
     """All steps are done."""
     measured = s.state.validation
-    loss = number_in(s.seen.last_line, "loss")
+    loss = number_in(s.view.last_line, "loss")
     if loss is None:
         loss = measured.loss if measured else math.nan
     train = s.config.train
-    tokens = s.seen.last_line.get(
+    tokens = s.view.last_line.get(
         "tokens", train.steps * train.global_batch * s.config.data.sequence_length
     )
     finished = RunFinished(
         loss=loss,
         validation_perplexity=measured.perplexity if measured else math.nan,
         tokens=int(tokens),
-        seconds=round(max(0.0, s.seen.now.wall - s.state.created_time), 3),
+        seconds=round(max(0.0, s.view.now.wall - s.state.created_time), 3),
     )
     return [*close_incidents(s, "recovered"), Record(finished, step=train.steps)]

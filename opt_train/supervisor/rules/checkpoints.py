@@ -16,12 +16,12 @@ def commit(s: Context) -> list[Decision]:
     written."""
     attempt = s.attempt
     decisions: list[Decision] = []
-    for step, reports in s.seen.saves_of(attempt.generation):
+    for step, reports in s.generation.shared_saves():
         path = path_of_save(attempt.name, step)
         if (
             len(reports) < attempt.world_size
             or path in s.state.settled_saves
-            or path in s.seen.committing
+            or path in s.view.committing
         ):
             continue
         files = {
@@ -40,7 +40,7 @@ def conclude(s: Context) -> list[Decision]:
     """Journal what became of a manifest, also of an attempt that has ended since: once."""
     known = {c.path for c in s.state.checkpoints} | set(s.state.retired)
     decisions: list[Decision] = []
-    for path, answer in s.seen.committed.items():
+    for path, answer in s.view.committed.items():
         if path in known or answer.attempt not in s.state.history:
             continue
         if answer.why:
@@ -70,9 +70,9 @@ def abandon_failed(s: Context) -> list[Decision]:
     """A rank could not save: without its part there is no checkpoint; training goes on."""
     attempt = s.attempt
     decisions: list[Decision] = []
-    for (generation, step), (rank, reason) in s.seen.failed_saves.items():
+    for step, (rank, reason) in s.generation.failed_saves():
         path = path_of_save(attempt.name, step)
-        if generation == attempt.generation and path not in s.state.settled_saves:
+        if path not in s.state.settled_saves:
             decisions += abandon(s, path, f"rank {rank}: {reason}", step, attempt.name)
     return decisions
 
@@ -81,16 +81,15 @@ def abandon_unfinished(s: Context, why: str) -> list[Decision]:
     """The generation is at its end: what it has not saved completely will never be complete."""
     attempt = s.attempt
     reported = [
-        (path_of_save(attempt.name, step), step, len(r))
-        for step, r in s.seen.saves_of(attempt.generation)
+        (path_of_save(attempt.name, step), step, len(r)) for step, r in s.generation.shared_saves()
     ]
-    for step, held in s.seen.inventory.snapshots_of(attempt.generation):
-        reported.append((path_of_save(attempt.name, step, MEMORY), step, len(held)))
+    for step, parts in s.generation.snapshots():
+        reported.append((path_of_save(attempt.name, step, MEMORY), step, len(parts)))
     decisions: list[Decision] = []
     for path, step, ranks in reported:
         if path not in s.state.settled_saves:
-            told = f"{why} ({ranks} of {attempt.world_size} ranks had reported)"
-            decisions += abandon(s, path, told, step, attempt.name)
+            full = f"{why} ({ranks} of {attempt.world_size} ranks had reported)"
+            decisions += abandon(s, path, full, step, attempt.name)
     return decisions
 
 
@@ -98,7 +97,7 @@ def abandon(s: Context, path: str, why: str, step: int, attempt: str) -> list[De
     """Say that a save came to nothing, and give its space back: a large model's shards fill a disk
     in a few."""
     decisions: list[Decision] = [Record(SaveAbandoned(path, why), step, attempt)]
-    if path not in s.seen.committing:
+    if path not in s.view.committing:
         decisions.append(RetireCheckpoint(path))
     return decisions
 
@@ -106,7 +105,7 @@ def abandon(s: Context, path: str, why: str, step: int, attempt: str) -> list[De
 def saves_in_flight(s: Context) -> bool:
     """A manifest is being written and not yet given up: the newest checkpoint is worth the wait."""
     patience = s.config.supervisor.checkpoint_seconds
-    return any(s.seen.age(since) < patience for since in s.seen.committing.values())
+    return any(s.view.age(since) < patience for since in s.view.committing.values())
 
 
 def retire(s: Context) -> list[Decision]:

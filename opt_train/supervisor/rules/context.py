@@ -13,9 +13,11 @@ from opt_train.protocol.commands import Kill
 from opt_train.protocol.facts import SlotState
 from opt_train.run.attempt import Attempt
 from opt_train.run.state import RunState
-from opt_train.supervisor.cluster_view import ClusterView, NodeView
+from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Effect, FenceNode, Send
+from opt_train.supervisor.generation_view import GenerationView
 from opt_train.supervisor.inputs import Identity
+from opt_train.supervisor.node_view import NodeView
 
 REPEAT_SECONDS = 2.0
 """A kill that was not answered is sent again after this."""
@@ -48,7 +50,7 @@ class Context:
     """Read by the rules, changed by none of them."""
 
     state: RunState
-    seen: ClusterView
+    view: ClusterView
     config: RunConfig
     identity: Identity
 
@@ -60,13 +62,18 @@ class Context:
         return live
 
     @property
+    def generation(self) -> GenerationView:
+        """What the ranks of the live attempt, and of its saves, have reported."""
+        return self.view.generation(self.attempt.generation)
+
+    @property
     def step(self) -> int:
         """Steps known to be done."""
         attempt = self.state.attempt
         if attempt is None:
             return 0
-        if self.seen.step >= 0:
-            return self.seen.step
+        if self.view.step >= 0:
+            return self.view.step
         # A supervisor that has just come has heard no metrics yet; where the ranks are is the next
         # best.
         running = [slot.step for _, slot in self.running(attempt.generation)]
@@ -74,7 +81,7 @@ class Context:
 
     def running(self, generation: int) -> Iterator[tuple[str, SlotState]]:
         """Node and slot of each rank of `generation` that was last seen running."""
-        for node, view in self.seen.nodes.items():
+        for node, view in self.view.nodes.items():
             for slot in view.slots.values():
                 if slot.stage == "running" and slot.generation == generation:
                     yield node, slot
@@ -101,22 +108,22 @@ class Context:
         free = [
             n
             for n in self.identity.nodes
-            if n not in places and self.is_usable(n) and not self.seen.is_down(n)
+            if n not in places and self.is_usable(n) and not self.view.is_down(n)
         ]
-        return sorted(free, key=lambda n: not self.seen.view(n).connected)
+        return sorted(free, key=lambda n: not self.view.node(n).connected)
 
     # Generations ----------------------------------------------------------------------------------
 
     def lease_is_over(self, view: NodeView) -> bool:
         """The node has been out of reach for so long that its agent has killed its ranks by
         itself."""
-        silent = not view.connected and self.seen.age(view.silent_since)
+        silent = not view.connected and self.view.age(view.silent_since)
         return silent > LEASE_MARGIN * self.config.supervisor.orphan_seconds + UNREACHABLE_SECONDS
 
     def is_gone(self, node: str, generation: int) -> bool:
         """No rank of `generation` lives on `node`."""
-        view = self.seen.view(node)
-        if view.gone_generation >= generation or self.seen.is_down(node):
+        view = self.view.node(node)
+        if view.gone_generation >= generation or self.view.is_down(node):
             return True
         return self.lease_is_over(view)
 
@@ -125,18 +132,15 @@ class Context:
         does not help."""
         decisions: list[Decision] = []
         for node in nodes:
-            view = self.seen.view(node)
-            if (
-                view.connected
-                and self.seen.age(self.seen.kill_asked.get((node, generation), inf))
-                > UNKILLED_SECONDS
-            ):
-                fenced = self.seen.was_sent("fence", node, within=FENCE_AGAIN_SECONDS)
+            view = self.view.node(node)
+            kill_sent_at = self.view.generation(generation).kill_sent_at.get(node, inf)
+            if view.connected and self.view.age(kill_sent_at) > UNKILLED_SECONDS:
+                fenced = self.view.was_sent(FenceNode(node), within=FENCE_AGAIN_SECONDS)
                 if view.gone_generation < generation and not fenced:
                     decisions.append(FenceNode(node))
             elif view.connected:
                 kill = Kill(generation=generation, stacks=True)
-                due = not self.seen.was_sent(*self.seen.key_of(node, kill), within=REPEAT_SECONDS)
+                due = not self.view.was_sent(Send(node, kill), within=REPEAT_SECONDS)
                 if view.gone_generation < generation and due:
                     decisions.append(Send(node, kill))
             elif view.gone_generation < generation and self.needs_fence(node):
@@ -146,10 +150,10 @@ class Context:
     def needs_fence(self, node: str) -> bool:
         """Out of reach for longer than it takes to redial, or down: make sure that nothing lives
         there."""
-        view = self.seen.view(node)
-        if self.seen.was_sent("fence", node, within=FENCE_AGAIN_SECONDS):
+        view = self.view.node(node)
+        if self.view.was_sent(FenceNode(node), within=FENCE_AGAIN_SECONDS):
             return False
-        return self.seen.is_down(node) or self.seen.age(view.silent_since) >= UNREACHABLE_SECONDS
+        return self.view.is_down(node) or self.view.age(view.silent_since) >= UNREACHABLE_SECONDS
 
 
 def number_in(line: Mapping[str, Any], key: str) -> float | None:

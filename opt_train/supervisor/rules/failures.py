@@ -35,7 +35,7 @@ def failure(s: Context, node: str, rank: int, what: str, sign: str) -> list[Deci
 
 def detect_rank_exit(s: Context) -> list[Decision]:
     """A rank is gone that had not said it would go."""
-    for rank, (node, exited) in s.seen.deaths.get(s.attempt.generation, {}).items():
+    for rank, (node, exited) in s.generation.deaths.items():
         how = f"signal {exited.signal}" if exited.signal is not None else f"exit code {exited.code}"
         where = f" in phase {exited.phase}" if exited.phase else ""
         return failure(s, node, rank, f"rank {rank} on {node} ended with {how}{where}", "exit")
@@ -45,14 +45,14 @@ def detect_rank_exit(s: Context) -> list[Decision]:
 def see_node_down(s: Context) -> list[Decision]:
     """The cluster says that a node is gone whose ranks had not all left."""
     attempt = s.attempt
-    ended = s.seen.exits.get(attempt.generation, {})
+    ended = s.generation.exits
     for place, node in enumerate(attempt.nodes):
-        if not s.seen.is_down(node):
+        if not s.view.is_down(node):
             continue
         slots = attempt.slots_per_node
         if all(rank in ended for rank in range(place * slots, (place + 1) * slots)):
             continue
-        reason = s.seen.view(node).cluster_reason
+        reason = s.view.node(node).cluster_reason
         return failure(s, node, -1, f"{node} is down{': ' + reason if reason else ''}", "down")
     return []
 
@@ -61,9 +61,8 @@ def see_unsaved_end(s: Context) -> list[Decision]:
     """All ranks are done, and what they trained is in no checkpoint: finished it would be lost for
     good."""
     attempt = s.attempt
-    exits = s.seen.exits.get(attempt.generation, {})
-    deaths = s.seen.deaths.get(attempt.generation)
-    if len(exits) < attempt.world_size or deaths or saves_in_flight(s):
+    exits = s.generation.exits
+    if len(exits) < attempt.world_size or s.generation.deaths or saves_in_flight(s):
         return []
     last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
     done = all(exited.code == DONE for _, exited in exits.values())
@@ -77,7 +76,7 @@ def see_unsaved_end(s: Context) -> list[Decision]:
 def see_difference(s: Context) -> list[Decision]:
     """What a rank reports to be in force is not what the configuration says (invariant 3)."""
     attempt = s.attempt
-    told = s.seen.in_force.get(attempt.generation, {})
+    told = s.generation.in_force
     if attempt.in_force or not told:
         return []
     expected = in_force(s.config, (), attempt.start_step)
@@ -115,13 +114,12 @@ def conclude_kill(s: Context) -> list[Decision]:
     attempt = s.attempt
     failing = s.state.stage is Stage.FAILING
     if attempt.killed or (
-        failing and s.seen.age(s.seen.stage_since) < s.config.supervisor.settle_seconds
+        failing and s.view.age(s.view.stage_since) < s.config.supervisor.settle_seconds
     ):
         return []
     if not all(s.is_gone(node, attempt.generation) for node in attempt.nodes):
         return []
-    exits = s.seen.exits.get(attempt.generation, {}).values()
-    killed = sum(exited.killed_by_agent for _, exited in exits)
+    killed = sum(exited.killed_by_agent for _, exited in s.generation.exits.values())
     number = s.state.incident.number if failing and s.state.incident else 0
     return [Record(GenerationKilled(attempt.generation, number, killed), step=s.step)]
 
@@ -147,10 +145,10 @@ def identify(s: Context) -> list[Decision]:
 
 def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
     """The root cause by what is known of the generation now."""
-    generation, nodes = s.attempt.generation, s.attempt.nodes
-    fenced = tuple(n for n in nodes if s.seen.view(n).fenced_unreached)
+    nodes = s.attempt.nodes
+    fenced = tuple(n for n in nodes if s.view.node(n).fenced_unreached)
     down = {
-        n: s.seen.view(n).cluster_reason for n in nodes if s.seen.is_down(n) and n not in fenced
+        n: s.view.node(n).cluster_reason for n in nodes if s.view.is_down(n) and n not in fenced
     }
     if incident.sign == "down" and incident.node not in down:
         # It went down, and by now its agent may be back: what was seen was seen.
@@ -160,9 +158,9 @@ def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
         what=incident.what,
         node=incident.node,
         rank=incident.rank,
-        exits=s.seen.exits.get(generation, {}),
-        exit_notices=s.seen.leavings.get(generation, {}),
-        stacks=s.seen.stacks.get(generation, {}),
+        exits=s.generation.exits,
+        exit_notices=s.generation.notices,
+        stacks=s.generation.stacks,
         down=down,
         fenced=fenced,
     )

@@ -31,10 +31,10 @@ def watch_hang(s: Context) -> list[Decision]:
     moves, nobody hangs, and while a stopped one is within its limit, nobody else is named in its
     place.
     """
-    if not s.seen.watching or s.seen.age(s.seen.moved_at) < s.config.supervisor.minimum_seconds:
+    if not s.view.watching or s.view.age(s.view.moved_at) < s.config.supervisor.minimum_seconds:
         return []
     attempt = s.attempt
-    ended = s.seen.exits.get(attempt.generation, {})
+    ended = s.generation.exits
     ranks = [(node, slot) for node, slot in s.running(attempt.generation) if slot.rank not in ended]
     fresh = [(node, rank) for node, rank in ranks if _is_fresh(s, node)]
     if not fresh:
@@ -68,7 +68,7 @@ def _silent_peer(
     node, rank = silent[0]
     if not is_over(s, node, rank):
         return []
-    silence = s.seen.age(s.seen.view(node).slots_at)
+    silence = s.view.age(s.view.node(node).slots_at)
     return failure(
         s,
         node,
@@ -79,32 +79,32 @@ def _silent_peer(
 
 
 def _is_fresh(s: Context, node: str) -> bool:
-    view = s.seen.view(node)
-    return view.connected and s.seen.age(view.slots_at) <= FRESH_SECONDS
+    view = s.view.node(node)
+    return view.connected and s.view.age(view.slots_at) <= FRESH_SECONDS
 
 
 def is_over(s: Context, node: str, rank: SlotState) -> bool:
-    return _seconds(s, node, rank) > s.seen.timeouts.limit(rank.phase, is_first(rank.step, s.state))
+    return _seconds(s, node, rank) > s.view.timeouts.limit(rank.phase, is_first(rank.step, s.state))
 
 
 def _seconds(s: Context, node: str, rank: SlotState) -> float:
     """Seconds in the phase by now: the agent's clock, and the time since it spoke."""
-    return rank.phase_seconds + s.seen.age(s.seen.view(node).slots_at)
+    return rank.phase_seconds + s.view.age(s.view.node(node).slots_at)
 
 
 def watch_silence(s: Context) -> list[Decision]:
     """A node is out of reach for longer than its agent's lease, and nothing moves."""
-    if not s.seen.watching:
+    if not s.view.watching:
         return []
     attempt = s.attempt
     patience = LEASE_MARGIN * s.config.supervisor.orphan_seconds + UNREACHABLE_SECONDS
     if attempt.leader != s.state.leader:
         patience = max(patience, s.config.supervisor.join_seconds)
-    if s.seen.age(s.seen.moved_at) <= patience:
+    if s.view.age(s.view.moved_at) <= patience:
         return []
     for node in attempt.nodes:
-        view = s.seen.view(node)
-        silence = s.seen.age(view.silent_since)
+        view = s.view.node(node)
+        silence = s.view.age(view.silent_since)
         if not view.connected and silence > patience:
             return failure(
                 s,
@@ -118,25 +118,25 @@ def watch_silence(s: Context) -> list[Decision]:
 
 def watch_missing(s: Context) -> list[Decision]:
     """A rank should run where its agent shows none, and nobody told of its end."""
-    if not s.seen.watching:
+    if not s.view.watching:
         return []
     attempt = s.attempt
     generation = attempt.generation
-    ended = s.seen.exits.get(generation, {})
+    ended = s.generation.exits
     taking_over = attempt.leader != s.state.leader
     for rank in range(attempt.world_size):
         node, slot = attempt.place_of(rank)
-        view = s.seen.view(node)
+        view = s.view.node(node)
         absent = view.absent_since.get(slot)
         if rank in ended or not (view.connected and view.caught_up) or absent is None:
             continue
-        seen_before = attempt.began or taking_over or (generation, rank) in s.seen.seen_running
+        seen_before = attempt.began or taking_over or s.generation.was_running(rank)
         replaced = view.lost_generation >= generation and seen_before
-        since = absent if seen_before else s.seen.stage_since
+        since = absent if seen_before else s.view.stage_since
         limit = MISSING_SECONDS if seen_before else s.config.supervisor.start_seconds
         if (
             not replaced
-            and s.seen.age(max(since, view.connected_at if seen_before else since)) < limit
+            and s.view.age(max(since, view.connected_at if seen_before else since)) < limit
         ):
             continue
         what = f"rank {rank} is not on {node}" + (", whose agent is a new one" if replaced else "")

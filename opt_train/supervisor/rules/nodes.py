@@ -37,7 +37,7 @@ def join(s: Context) -> list[Decision]:
     """Journal each node that dials in for the first time."""
     new = [
         node
-        for node in sorted(s.seen.dialled)
+        for node in sorted(s.view.connected_now)
         if node not in s.state.nodes and node in s.identity.nodes
     ]
     places = s.places() if new else ()
@@ -53,7 +53,7 @@ def join(s: Context) -> list[Decision]:
 
 def lose_buffers(s: Context) -> list[Decision]:
     """A node that stands by and goes down is out, without an incident: nothing was lost."""
-    if not s.seen.watching:
+    if not s.view.watching:
         return []
     places = s.places()
     return [
@@ -61,7 +61,7 @@ def lose_buffers(s: Context) -> list[Decision]:
         for node in s.identity.nodes
         if node not in places
         and s.is_usable(node)
-        and s.seen.is_down(node)
+        and s.view.is_down(node)
         and (s.state.live is None or node not in s.state.live.nodes)
     ]
 
@@ -72,15 +72,15 @@ def fail_unreachable(s: Context) -> list[Decision]:
     patience = s.config.supervisor.join_seconds
     decisions: list[Decision] = []
     for node in s.places():
-        view = s.seen.view(node)
+        view = s.view.node(node)
         if not s.is_usable(node):
             continue
-        late = s.seen.age(s.seen.stage_since) > patience
-        if s.seen.is_down(node) or (late and not view.connected):
+        late = s.view.age(s.view.stage_since) > patience
+        if s.view.is_down(node) or (late and not view.connected):
             # Fenced before it is given up: whatever lives there may come back when the network
             # does.
             decisions.append(FenceNode(node))
-        elif not (late and s.seen.age(view.connected_at) > patience and not is_warm(s, node)):
+        elif not (late and s.view.age(view.connected_at) > patience and not is_warm(s, node)):
             continue
         decisions.append(
             Record(NodeFailed(node, incident.number if incident else 0, "node_failure"))
@@ -121,7 +121,7 @@ def close_incidents(s: Context, outcome: str) -> list[Decision]:
     """Every open incident ends with the run."""
     decisions: list[Decision] = []
     for incident in s.state.open_incidents:
-        seconds = max(0.0, s.seen.now.wall - incident.opened)
+        seconds = max(0.0, s.view.now.wall - incident.opened)
         lost = max(0, incident.step - incident.restored_step) if incident.restored_step >= 0 else 0
         down = max(0.0, incident.first_step - incident.opened) if incident.first_step else seconds
         closed = IncidentClosed(incident.number, outcome, lost, round(seconds, 3), round(down, 3))
@@ -131,7 +131,7 @@ def close_incidents(s: Context, outcome: str) -> list[Decision]:
 
 def is_warm(s: Context, node: str) -> bool:
     """Every slot of the node has a spare that waits, and nothing runs there."""
-    slots = s.seen.view(node).slots
+    slots = s.view.node(node).slots
     wanted = range(s.config.cluster.slots_per_node)
     return all(
         k in slots and slots[k].stage != "running" and (slots[k].spare or slots[k].stage == "warm")
@@ -142,15 +142,15 @@ def is_warm(s: Context, node: str) -> bool:
 def evict(s: Context) -> list[Decision]:
     """Ranks of another generation than the one in charge are killed; nodes that are out, or
     strangers, leave."""
-    if not s.seen.watching and s.state.stage not in (Stage.ASSEMBLING, Stage.RECOVERING):
+    if not s.view.watching and s.state.stage not in (Stage.ASSEMBLING, Stage.RECOVERING):
         return []
     live = s.state.live
     decisions: list[Decision] = []
-    for node, view in s.seen.nodes.items():
+    for node, view in s.view.nodes.items():
         if not view.connected:
             continue
         if not s.is_usable(node) and (live is None or node not in live.nodes):
-            if not s.seen.was_sent(*s.seen.key_of(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
+            if not s.view.was_sent(Send(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
                 decisions.append(Send(node, LEAVE))
             continue
         strange = [
@@ -161,7 +161,7 @@ def evict(s: Context) -> list[Decision]:
         if not strange:
             continue
         kill = Kill(generation=max(strange), stacks=False)
-        if not s.seen.was_sent(*s.seen.key_of(node, kill), within=REPEAT_SECONDS):
+        if not s.view.was_sent(Send(node, kill), within=REPEAT_SECONDS):
             decisions.append(Send(node, kill))
     return decisions
 
@@ -173,14 +173,14 @@ def acknowledge(s: Context) -> list[Decision]:
     """Let agents forget what is durable, in order: a fact that still matters holds back those
     behind it."""
     decisions: list[Decision] = []
-    for node in sorted(s.seen.pending):
-        view = s.seen.view(node)
+    for node in sorted(s.view.pending):
+        view = s.view.node(node)
         upto = view.acknowledged
         for number, fact in sorted(view.facts.items()):
             if not is_settled(s, fact):
                 break
             upto = number
-        if upto > view.acknowledged or view.retold:
+        if upto > view.acknowledged or view.resent:
             decisions.append(AcknowledgeFact(node, upto))
     return decisions
 

@@ -27,9 +27,9 @@ def is_withdrawn(s: Context) -> bool:
 def hear_obedience(s: Context) -> list[Decision]:
     """The ranks took the order at one boundary."""
     order = s.state.order
-    if order is None or order.outcome or order.number not in s.seen.obeyed:
+    if order is None or order.outcome or order.number not in s.view.obeyed:
         return []
-    return [Record(OrderEnded(order.number, "obeyed"), step=s.seen.obeyed[order.number])]
+    return [Record(OrderEnded(order.number, "obeyed"), step=s.view.obeyed[order.number])]
 
 
 def withdraw(s: Context) -> list[Decision]:
@@ -38,8 +38,8 @@ def withdraw(s: Context) -> list[Decision]:
     if stop is None or stop.outcome == "withdrawn":
         return []
     nothing_new = not s.attempt.began
-    impatient = s.seen.stops >= IMPATIENT_STOPS
-    late = not stop.outcome and s.seen.watching and _is_late(s)
+    impatient = s.view.stops >= IMPATIENT_STOPS
+    late = not stop.outcome and s.view.watching and _is_late(s)
     if not (nothing_new or impatient or late):
         return []
     return [Record(OrderEnded(stop.number, "withdrawn"), step=s.step)]
@@ -47,16 +47,16 @@ def withdraw(s: Context) -> list[Decision]:
 
 def _is_late(s: Context) -> bool:
     """No agreement within a step's limit, phases apart in which no step ends."""
-    limit = s.seen.timeouts.limit("step", first=False)
-    if s.seen.age(s.seen.order_since) <= limit:
+    limit = s.view.timeouts.limit("step", first=False)
+    if s.view.age(s.view.order_since) <= limit:
         return False
     generation = s.attempt.generation
     busy = any(
         slot.phase in LONG_PHASES
         for node, slot in s.running(generation)
-        if s.seen.view(node).connected
+        if s.view.node(node).connected
     )
-    return not busy or s.seen.age(s.seen.moved_at) > limit
+    return not busy or s.view.age(s.view.moved_at) > limit
 
 
 def relay(s: Context) -> list[Decision]:
@@ -66,8 +66,8 @@ def relay(s: Context) -> list[Decision]:
         return []
     node, _ = s.attempt.place_of(0)
     order = Relay(s.attempt.generation, SaveAndStop(stop.number, stop.reason))
-    connected = s.seen.view(node).connected
-    if not connected or s.seen.was_sent(*s.seen.key_of(node, order), within=RELAY_AGAIN_SECONDS):
+    connected = s.view.node(node).connected
+    if not connected or s.view.was_sent(Send(node, order), within=RELAY_AGAIN_SECONDS):
         return []
     return [Send(node, order)]
 
@@ -96,7 +96,7 @@ def rest(s: Context) -> list[Decision]:
     decisions: list[Decision] = []
     if stop is not None and not stop.outcome:
         decisions.append(Record(OrderEnded(stop.number, "withdrawn")))
-    told = s.seen.leavings.get(last.generation, {}) if last is not None else {}
+    told = s.view.generation(last.generation).notices if last is not None else {}
     by = (
         stop.reason
         if stop is not None
@@ -111,7 +111,7 @@ def rest(s: Context) -> list[Decision]:
 def _began_anew(s: Context, stop: OrderRecord) -> bool:
     """Supervisor, agents and ranks were all ended in the middle of the stop: whoever starts the run
     again means it."""
-    agents = [view for view in s.seen.nodes.values() if view.pid]
+    agents = [view for view in s.view.nodes.values() if view.pid]
     return (
         stop.leader < s.state.leader
         and bool(agents)
@@ -121,10 +121,8 @@ def _began_anew(s: Context, stop: OrderRecord) -> bool:
 
 def leave(s: Context) -> list[Decision]:
     """The run rests: agents give their nodes back, and the supervisor is done."""
-    for node, view in s.seen.nodes.items():
-        if view.connected and not s.seen.was_sent(
-            *s.seen.key_of(node, LEAVE), within=LEAVE_AGAIN_SECONDS
-        ):
+    for node, view in s.view.nodes.items():
+        if view.connected and not s.view.was_sent(Send(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
             return [Send(node, LEAVE)]
     return [farewell(s)]
 

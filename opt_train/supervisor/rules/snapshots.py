@@ -35,9 +35,9 @@ def commit(s: Context) -> list[Decision]:
     attempt = s.attempt
     decisions: list[Decision] = []
     waiting: list[tuple[str, int]] = []
-    for step, held in s.seen.inventory.snapshots_of(attempt.generation):
+    for step, held in s.generation.snapshots():
         path = path_of_save(attempt.name, step, MEMORY)
-        if path in s.state.settled_saves or path in s.seen.committing:
+        if path in s.state.settled_saves or path in s.view.committing:
             continue
         if len(held) < attempt.world_size:
             waiting.append((path, step))
@@ -67,16 +67,16 @@ def copy_to_partners(s: Context) -> list[Decision]:
     partner_of = partners(s, attempt)
     for node, names in own_names(attempt).items():
         partner = partner_of[node]
-        held, address = s.seen.inventory.on(partner, newest.path), s.seen.inventory.address(node)
+        held, address = s.view.inventory.on(partner, newest.path), s.view.inventory.address(node)
         if (
             partner == node
             or held.issuperset(names)
             or not address
-            or not s.seen.view(partner).connected
+            or not s.view.node(partner).connected
         ):
             continue
         command = Fetch(newest.path, newest.manifest_sha256, names, dict.fromkeys(names, address))
-        if not s.seen.was_sent(*s.seen.key_of(partner, command), within=COPY_AGAIN_SECONDS):
+        if not s.view.was_sent(Send(partner, command), within=COPY_AGAIN_SECONDS):
             decisions.append(Send(partner, command))
     return decisions
 
@@ -86,12 +86,12 @@ def pass_on(s: Context) -> list[Decision]:
     tier."""
     attempt = s.attempt
     decisions: list[Decision] = []
-    for path, made in s.seen.inventory.passed_on.items():
+    for path, made in s.view.inventory.passed_on.items():
         if path in s.state.settled_saves or made.attempt != attempt.name:
             continue
         names_of = own_names(attempt)
         answers = {
-            node: s.seen.inventory.answer(node, path, names) for node, names in names_of.items()
+            node: s.view.inventory.answer(node, path, names) for node, names in names_of.items()
         }
         failed = [
             f"{node}: {answer.why}"
@@ -106,8 +106,8 @@ def pass_on(s: Context) -> list[Decision]:
             continue
         for node, answer in answers.items():
             command = Fetch(path, made.manifest_sha256, names_of[node], {}, origin=made.path)
-            sent = s.seen.was_sent(*s.seen.key_of(node, command), within=FETCH_AGAIN_SECONDS)
-            if answer is None and not sent and s.seen.view(node).connected:
+            sent = s.view.was_sent(Send(node, command), within=FETCH_AGAIN_SECONDS)
+            if answer is None and not sent and s.view.node(node).connected:
                 decisions.append(Send(node, command))
     return decisions
 
@@ -120,20 +120,17 @@ def drop(s: Context) -> list[Decision]:
     """
     wanted = (
         {c.path for c in s.state.checkpoints}
-        | s.seen.committing.keys()
-        | s.seen.inventory.passed_on.keys()
+        | s.view.committing.keys()
+        | s.view.inventory.passed_on.keys()
     )
     live = s.state.live
     if live is not None:
-        wanted |= {
-            path_of_save(live.name, step, MEMORY)
-            for step, _ in s.seen.inventory.snapshots_of(live.generation)
-        }
+        wanted |= {path_of_save(live.name, step, MEMORY) for step, _ in s.generation.snapshots()}
     return [
         Send(node, Drop(path))
-        for node, view in s.seen.nodes.items()
+        for node, view in s.view.nodes.items()
         if view.connected and view.caught_up
-        for path in sorted(s.seen.inventory.paths_on(node) - wanted)
+        for path in sorted(s.view.inventory.paths_on(node) - wanted)
     ]
 
 
@@ -144,12 +141,12 @@ def bring_together(s: Context, wanted: Checkpoint) -> list[Decision]:
     """Have each node hold, verified, what its ranks will read of `wanted`; where that fails it is
     passed over."""
     places = s.places()
-    if not all(s.seen.view(node).connected for node in places):
+    if not all(s.view.node(node).connected for node in places):
         return []
     names_of = names_by_node(s, wanted)
     silent = []
     for node, names in names_of.items():
-        answer = s.seen.inventory.answer(node, wanted.path, names)
+        answer = s.view.inventory.answer(node, wanted.path, names)
         if answer is not None and answer.why:
             return [
                 Record(
@@ -170,7 +167,7 @@ def bring_together(s: Context, wanted: Checkpoint) -> list[Decision]:
     decisions: list[Decision] = []
     for node in silent:
         command = Fetch(wanted.path, wanted.manifest_sha256, names_of[node], {})
-        if not s.seen.was_sent(*s.seen.key_of(node, command), within=FETCH_AGAIN_SECONDS):
+        if not s.view.was_sent(Send(node, command), within=FETCH_AGAIN_SECONDS):
             decisions.append(
                 Send(node, replace(command, sources=_sources(s, node, command.names, holders)))
             )
@@ -237,15 +234,15 @@ def _shard_names(first: int, count: int) -> tuple[str, ...]:
 
 
 def _folder(s: Context, wanted: Checkpoint, node: str, names: tuple[str, ...]) -> str:
-    answer = s.seen.inventory.answer(node, wanted.path, names)
+    answer = s.view.inventory.answer(node, wanted.path, names)
     return answer.folder if answer is not None and not answer.why else ""
 
 
 def _holders(s: Context, path: str) -> dict[str, list[str]]:
     """Name -> connected nodes that hold the file."""
     holders = defaultdict(list)
-    for node, view in s.seen.nodes.items():
-        for name in s.seen.inventory.on(node, path) if view.connected else ():
+    for node, view in s.view.nodes.items():
+        for name in s.view.inventory.on(node, path) if view.connected else ():
             holders[name].append(node)
     return holders
 
@@ -255,6 +252,6 @@ def _sources(
 ) -> dict[str, str]:
     """Name -> where `node` gets the file, if not from itself."""
     addresses = {
-        name: [s.seen.inventory.address(h) for h in holders[name] if h != node] for name in names
+        name: [s.view.inventory.address(h) for h in holders[name] if h != node] for name in names
     }
     return {name: next(filter(None, there)) for name, there in addresses.items() if any(there)}

@@ -113,10 +113,10 @@ AT_REST: tuple[Rule, ...] = (orders.rest,)
 
 
 def decide(
-    state: RunState, seen: ClusterView, config: RunConfig, identity: Identity
+    state: RunState, view: ClusterView, config: RunConfig, identity: Identity
 ) -> list[Decision]:
     """The next decisions, in order; none when all is as it should be."""
-    situation = Context(state, seen, config, identity)
+    situation = Context(state, view, config, identity)
     for rule in (*RECEIVE, *rules_for(situation), *LAST):
         decisions = rule(situation)
         if decisions:
@@ -140,25 +140,25 @@ def rules_for(s: Context) -> tuple[Rule, ...]:
 
 def show(s: Context) -> list[Decision]:
     """What a person at the terminal sees, when it has changed and not more than twice a second."""
-    if s.seen.age(s.seen.shown_at) < SHOW_SECONDS or s.state.created is None:
+    if s.view.age(s.view.shown_at) < SHOW_SECONDS or s.state.created is None:
         return []
     places = s.state.live.nodes if s.state.live is not None else s.places()
     standing = [
-        n for n, r in s.state.nodes.items() if r.role == "buffer" and s.seen.view(n).connected
+        n for n, r in s.state.nodes.items() if r.role == "buffer" and s.view.node(n).connected
     ]
-    line = s.seen.line
+    line = s.view.line
     now = Show(
         stage=s.state.stage,
         step=s.step,
         steps=s.config.train.steps,
         loss=number_in(line, "loss"),
         tokens_per_second=number_in(line, "tokens_per_second"),
-        active_nodes=sum(s.seen.view(n).connected for n in places),
+        active_nodes=sum(s.view.node(n).connected for n in places),
         buffer_nodes=len(standing),
         attempt=s.state.attempt.name if s.state.attempt else "",
         last_incident=s.state.last_incident,
     )
-    return [] if now == s.seen.shown else [now]
+    return [] if now == s.view.shown else [now]
 
 
 def end(s: Context) -> list[Decision]:

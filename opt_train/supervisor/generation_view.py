@@ -1,0 +1,170 @@
+"""One generation of ranks as it looks from the supervisor: what each rank reported, and what became
+of its saves.
+
+All that is known of a generation and not journalled hangs on its one `GenerationView`. To forget a
+generation is to forget that.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from opt_train.protocol.exits import DONE, STOPPED
+from opt_train.protocol.facts import (
+    ExitNotice,
+    InForce,
+    RankExited,
+    SaveFailed,
+    ShardsSaved,
+    SnapshotHeld,
+    Stacks,
+    Store,
+    Validation,
+)
+from opt_train.protocol.framing import Message
+
+
+@dataclass(slots=True)
+class RankView:
+    """One rank of one generation."""
+
+    was_begun: bool = False
+    """It was sent its `Begin`."""
+    was_running: bool = False
+    """An agent has shown it running in a slot."""
+    notice: ExitNotice | None = None
+    """How it said it would end."""
+    stacks: tuple[str, Stacks] | None = None
+    """Node, and what it was doing when it was asked."""
+
+
+@dataclass(slots=True)
+class SaveView:
+    """What ranks and agents reported of one step, until the journal says what became of it."""
+
+    reports: dict[int, ShardsSaved] = field(default_factory=dict)
+    """By rank: its shards lie in the shared file system."""
+    failure: tuple[int, str] | None = None
+    """The first rank that could not save, and why."""
+    snapshots: dict[int, SnapshotHeld] = field(default_factory=dict)
+    """By rank: its agent has its part in memory."""
+
+
+@dataclass(slots=True)
+class GenerationView:
+    """The ranks of one generation. What is by rank is in the order in which it was reported."""
+
+    ranks: dict[int, RankView] = field(default_factory=dict)
+    saves: dict[int, SaveView] = field(default_factory=dict)
+    """By step."""
+    store: Store | None = None
+    """Where rank 0 listens for the others."""
+    exits: dict[int, tuple[str, RankExited]] = field(default_factory=dict)
+    """By rank: node, and how its process ended."""
+    deaths: dict[int, tuple[str, RankExited]] = field(default_factory=dict)
+    """Those of `exits` that no rank announced."""
+    in_force: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """By rank: what it read back after its start."""
+    validations: dict[tuple[str, int], Validation] = field(default_factory=dict)
+    """By name and step; not yet journalled."""
+    kill_sent_at: dict[str, float] = field(default_factory=dict)
+    """Node -> when its agent was first sent the command to kill this generation."""
+
+    def rank(self, rank: int) -> RankView:
+        """The view of `rank`, made when first asked for."""
+        if rank not in self.ranks:
+            self.ranks[rank] = RankView()
+        return self.ranks[rank]
+
+    def was_running(self, rank: int) -> bool:
+        return rank in self.ranks and self.ranks[rank].was_running
+
+    def was_begun(self, rank: int) -> bool:
+        return rank in self.ranks and self.ranks[rank].was_begun
+
+    @property
+    def notices(self) -> dict[int, ExitNotice]:
+        """Rank -> how it said it would end."""
+        return {r: view.notice for r, view in self.ranks.items() if view.notice is not None}
+
+    @property
+    def stacks(self) -> dict[int, tuple[str, Stacks]]:
+        """Rank -> node, what it was doing when it was asked."""
+        return {r: view.stacks for r, view in self.ranks.items() if view.stacks is not None}
+
+    # What is reported -----------------------------------------------------------------------------
+
+    def apply_rank_fact(self, rank: int, fact: Message) -> None:
+        """What `rank` says of itself."""
+        match fact:
+            case Store():
+                self.store = fact
+            case InForce(values):
+                self.in_force[rank] = values
+            case ShardsSaved(step):
+                self._save(step).reports[rank] = fact
+            case SaveFailed(step, reason):
+                save = self._save(step)
+                save.failure = save.failure or (rank, reason)
+            case ExitNotice():
+                self.rank(rank).notice = fact
+            case Validation(name, step):
+                self.validations[name, step] = fact
+            case _:
+                pass
+
+    def apply_exit(self, node: str, fact: RankExited) -> None:
+        self.exits[fact.rank] = node, fact
+        if not is_announced(fact):
+            self.deaths[fact.rank] = node, fact
+        if fact.leaving is not None:
+            self.rank(fact.rank).notice = fact.leaving
+
+    def apply_stacks(self, node: str, fact: Stacks) -> None:
+        self.rank(fact.rank).stacks = node, fact
+
+    def apply_snapshot(self, fact: SnapshotHeld) -> None:
+        self._save(fact.step).snapshots[fact.rank] = fact
+
+    # Its saves ------------------------------------------------------------------------------------
+
+    def shared_saves(self) -> Iterator[tuple[int, dict[int, ShardsSaved]]]:
+        """(step, reports by rank) of every save that a rank reported and that is not settled."""
+        return ((step, save.reports) for step, save in self.saves.items() if save.reports)
+
+    def failed_saves(self) -> Iterator[tuple[int, tuple[int, str]]]:
+        """(step, (rank, reason)) of every save that failed on a rank and is not settled."""
+        for step, save in self.saves.items():
+            if save.failure is not None:
+                yield step, save.failure
+
+    def snapshots(self) -> list[tuple[int, dict[int, SnapshotHeld]]]:
+        """(step, what agents have by rank) of every snapshot that is not settled, oldest first."""
+        return sorted((step, save.snapshots) for step, save in self.saves.items() if save.snapshots)
+
+    def forget_shared_save(self, step: int) -> None:
+        """The journal says what became of the save at `step`."""
+        if step in self.saves:
+            self.saves[step].reports, self.saves[step].failure = {}, None
+            self._forget_if_empty(step)
+
+    def forget_snapshot(self, step: int) -> None:
+        """The journal says what became of the snapshot at `step`."""
+        if step in self.saves:
+            self.saves[step].snapshots = {}
+            self._forget_if_empty(step)
+
+    def _save(self, step: int) -> SaveView:
+        if step not in self.saves:
+            self.saves[step] = SaveView()
+        return self.saves[step]
+
+    def _forget_if_empty(self, step: int) -> None:
+        if self.saves[step] == SaveView():
+            del self.saves[step]
+
+
+def is_announced(exited: RankExited) -> bool:
+    """Whether the rank ended as it said it would, its work done or its state saved."""
+    notice = exited.leaving
+    return notice is not None and exited.code in (DONE, STOPPED) and notice.code == exited.code

@@ -1,0 +1,87 @@
+"""One node as it looks from the supervisor: its connection, its slots, what the cluster says of
+it."""
+
+from dataclasses import dataclass, field
+
+from opt_train.protocol.facts import AgentState, SlotState
+from opt_train.protocol.framing import Message
+
+DOWN_BEFORE_UP_SECONDS = 5.0
+"""A node that was never up counts as down after this: right after a start the cluster may not have
+seen the agent that it was just asked for."""
+
+
+@dataclass(slots=True)
+class NodeView:
+    """All times are monotonic seconds."""
+
+    silent_since: float
+    """When its connection ended, or when this supervisor began."""
+    connected: bool = False
+    connected_at: float = 0.0
+    connections: int = 0
+    caught_up: bool = False
+    """A heartbeat has come on this connection: facts that the agent keeps are sent before it, so
+    none is outstanding."""
+    pid: int = 0
+    first_leader: int = 0
+    """The supervisor that its agent obeyed first."""
+    slots: dict[int, SlotState] = field(default_factory=dict)
+    slots_at: float = 0.0
+    absent_since: dict[int, float] = field(default_factory=dict)
+    """Slot -> since when no rank runs in it."""
+    lost_generation: int = -1
+    """Its agent was replaced by another one: ranks up to this generation died with it unless they
+    are seen."""
+    gone_generation: int = -1
+    """No rank of a generation up to this one lives here."""
+    cluster: str = "unknown"
+    cluster_reason: str = ""
+    down_since: float = 0.0
+    fenced_unreached: bool = False
+    """Fenced because it did not answer, while the cluster did not call it down: down by our own
+    hand, then."""
+    seen_up: bool = False
+    facts: dict[int, Message] = field(default_factory=dict)
+    """Received and not yet acknowledged, by number, in order."""
+    acknowledged: int = 0
+    resent: bool = False
+    """An acknowledged fact came again: the acknowledgement was lost."""
+
+    def connect(self, state: AgentState, generation: int, now: float) -> None:
+        """Its agent dialled in. `generation` is the run's newest."""
+        if self.pid != state.pid:
+            if self.pid:
+                self.lost_generation = generation
+            # Another process numbers its facts anew.
+            self.pid, self.facts, self.acknowledged = state.pid, {}, 0
+            self.first_leader = state.first_leader
+        self.connected, self.seen_up, self.fenced_unreached = True, True, False
+        self.connected_at = now
+        self.connections += 1
+        self.caught_up = self.resent = False
+
+    def disconnect(self, now: float) -> None:
+        """The connection ended. That means nothing by itself."""
+        if self.connected:
+            self.connected, self.silent_since = False, now
+
+    def acknowledge(self, number: int) -> None:
+        """Facts up to `number` are acknowledged."""
+        self.acknowledged, self.resent = max(self.acknowledged, number), False
+        self.facts = {n: fact for n, fact in self.facts.items() if n > number}
+
+    def observe(self, status: str, reason: str, now: float) -> None:
+        """What the cluster says of it."""
+        if status == "down" and self.cluster != "down":
+            self.down_since = now
+        if status != self.cluster:
+            # The reason it went down stays: a fence that follows would give its own.
+            self.cluster, self.cluster_reason = status, reason
+        self.seen_up = self.seen_up or status == "up"
+
+    def is_down(self, now: float) -> bool:
+        """The cluster says the node is gone, and it does not answer."""
+        if self.connected or self.cluster != "down":
+            return False
+        return self.seen_up or now - self.down_since >= DOWN_BEFORE_UP_SECONDS
