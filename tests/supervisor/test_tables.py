@@ -1,62 +1,17 @@
-"""The tables and the leaves: causes, responses, learned timeouts, and folding."""
+"""The leaves: learned timeouts, and folding."""
 
-import re
 from dataclasses import fields
 
 import pytest
 from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
 
-from opt_train.diagnosis.causes import Cause
 from opt_train.run.fold import HANDLERS, fold
 from opt_train.run.state import RunState
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.phase_timeouts import PhaseTimeouts
-from opt_train.supervisor.rules.responses import (
-    HALT,
-    REPLACE,
-    RESPONSES,
-    RESTART,
-    respond,
-)
 from tests.supervisor.histories import run_history
 
 CONFIG = SupervisorConfig()
-
-
-def test_every_cause_has_one_response() -> None:
-    assert set(RESPONSES) == set(Cause)
-
-
-def test_hardware_is_replaced_and_configuration_is_for_a_person() -> None:
-    assert respond("gpu_ecc", "", "n1", 1, 1, True, CONFIG).kind == REPLACE
-    assert respond("killed", "", "n1", 1, 1, True, CONFIG).kind == RESTART
-    assert respond("config", "heads", "n1", 1, 1, True, CONFIG).kind == HALT
-    assert respond("data", "shard", "n1", 1, 1, True, CONFIG).kind == HALT
-
-
-@pytest.mark.parametrize(
-    ("cause", "strikes"), [("config", 1), ("user_code", 9)], ids=["halt", "budget used up"]
-)
-def test_a_rank_s_own_sentence_gets_no_second_full_stop(cause: str, strikes: int) -> None:
-    verdict = respond(cause, "set train.device=cpu.", "n1", strikes, strikes, True, CONFIG)
-    assert verdict.kind == HALT
-    assert re.search(r"train\.device=cpu(\. Mend|\)\. Find)", verdict.question), verdict.question
-
-
-def test_the_same_cause_escalates_then_stops() -> None:
-    kinds = [
-        respond("hang", "d", "n1", strikes, strikes, True, CONFIG).kind for strikes in (1, 2, 3, 4)
-    ]
-    assert kinds == [RESTART, RESTART, REPLACE, HALT]
-    assert [respond("hang", "d", "n1", k, k, False, CONFIG).kind for k in (3, 4)] == [RESTART, HALT]
-    assert [respond("user_code", "d", "n1", k, k, True, CONFIG).kind for k in (1, 2)] == [
-        RESTART,
-        HALT,
-    ]
-
-
-def test_ever_new_causes_do_not_make_an_endless_budget() -> None:
-    assert respond("network", "d", "n1", 1, 10, True, CONFIG).kind == HALT
 
 
 def test_timeouts_are_learned_and_never_below_three_times_the_largest() -> None:

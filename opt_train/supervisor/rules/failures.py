@@ -1,8 +1,6 @@
 """Rules of failure: what counts as one, how ranks die together, and what follows from the
 diagnosis."""
 
-from dataclasses import replace
-
 from opt_logbook.record.events import (
     AttemptEnded,
     CheckpointRejected,
@@ -21,7 +19,7 @@ from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
 from opt_train.supervisor.rules.nodes import halt
-from opt_train.supervisor.rules.responses import HALT, REPLACE, Verdict, respond
+from opt_train.supervisor.rules.responses import Action, Remedy, respond
 
 
 def failure(s: Context, node: str, rank: int, what: str, sign: str) -> list[Decision]:
@@ -130,17 +128,16 @@ def identify(s: Context) -> list[Decision]:
     if not s.attempt.killed or incident is None or incident.cause:
         return []
     found = diagnosis_of(s, incident)
-    strikes = s.state.restarts.get(found.cause, 0) + 1
-    told = replace(
-        incident,
-        cause=found.cause,
-        detail=found.detail,
-        culprit=found.node,
-        strikes=strikes,
+    remedy = respond(
+        found.cause,
+        found.detail,
+        found.node,
+        strikes=s.state.restarts.get(found.cause, 0) + 1,
         strikes_in_all=sum(s.state.restarts.values()) + 1,
+        buffer_is_ready=bool(s.buffer_nodes()),
+        config=s.config.supervisor,
     )
-    action = verdict_on(s, told).action
-    return [Record(found.as_event(incident.number, action), step=incident.step)]
+    return [Record(found.as_event(incident.number, remedy.sentence), step=incident.step)]
 
 
 def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
@@ -183,7 +180,7 @@ def end_failed(s: Context) -> list[Decision]:
 # What follows -------------------------------------------------------------------------------------
 
 
-def verdict_on(s: Context, incident: Incident) -> Verdict:
+def remedy_for(s: Context, incident: Incident) -> Remedy:
     """What the table of responses says about a diagnosed incident."""
     return respond(
         incident.cause,
@@ -191,7 +188,7 @@ def verdict_on(s: Context, incident: Incident) -> Verdict:
         incident.culprit,
         incident.strikes,
         incident.strikes_in_all,
-        spare=bool(s.buffer_nodes()),
+        buffer_is_ready=bool(s.buffer_nodes()),
         config=s.config.supervisor,
     )
 
@@ -201,9 +198,9 @@ def follow(s: Context) -> list[Decision]:
     incident = s.state.incident
     if incident is None or incident.restored_step >= 0:
         return []
-    verdict = verdict_on(s, incident)
-    if verdict.kind == HALT:
-        return halt(s, question_of(incident, verdict), incident.cause)
+    remedy = remedy_for(s, incident)
+    if remedy.action is Action.HALT:
+        return halt(s, question_of(incident, remedy), incident.cause)
     last = s.state.attempt
     if (
         incident.cause == "corrupt_checkpoint"
@@ -220,11 +217,11 @@ def follow(s: Context) -> list[Decision]:
                 )
             ]
     culprit = incident.culprit
-    if verdict.kind == REPLACE and culprit and not s.state.has_failed(culprit):
+    if remedy.action is Action.REPLACE_NOW and culprit and not s.state.has_failed(culprit):
         return [Record(NodeFailed(culprit, incident.number, incident.cause)), FenceNode(culprit)]
     return []
 
 
-def question_of(incident: Incident, verdict: Verdict) -> str:
+def question_of(incident: Incident, remedy: Remedy) -> str:
     """What a person must decide, with what was seen."""
-    return f"{verdict.question} Seen: {incident.what}."
+    return f"{remedy.question} Seen: {incident.what}."

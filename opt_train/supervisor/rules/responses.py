@@ -1,78 +1,179 @@
-"""What is done about a cause: one table, and the budget that keeps it from going on for ever."""
+"""What is done about a cause: `RESPONSES`, one table for both doors by which a cause comes in.
+
+An *incident* has stopped training already: its diagnosis names the cause, and `respond` says how
+the run goes on. A *finding* is what a probe reports of a node while all may still be well:
+`response_to_finding` says whether training is disturbed for it at all. Both look the cause up with
+its detail first, and then without.
+
+| action | for a finding | for an incident, when nothing trains any more |
+|---|---|---|
+| note | the journal's line is all | restart |
+| restart | ranks are killed and begin again on the same nodes | restart |
+| replace_now | ranks are killed, a buffer node takes the place | a buffer node takes the place |
+| replace_at_checkpoint | training goes on to the next checkpoint, then as above | the same |
+| drain | training goes on; the next attempt begins without the node | the same |
+| halt | ranks are killed, a person must decide | a person must decide |
+
+Every response has a `Mode` (invariant 14, the robot is on a leash). How often a restart is worth
+while is the restart budget (restart_budget.py).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
-from opt_train.diagnosis.causes import Cause, cause_named
+from opt_train.diagnosis.causes import Cause, EccDetail, cause_named
 from opt_train.supervisor.config import SupervisorConfig
+from opt_train.supervisor.rules.restart_budget import is_used_up, restart_budget
 
-RESTART, REPLACE, HALT = "restart", "replace", "halt"
 
-CAUSES_PER_BUDGET = 3
-"""Restarts without progress for whatever causes, as a multiple of the budget for one."""
+class Action(StrEnum):
+    """What the supervisor can do about a cause."""
+
+    NOTE = "note"
+    """Nothing but the line in the journal."""
+    RESTART = "restart"
+    """Begin again on the same nodes, from the newest good checkpoint."""
+    REPLACE_NOW = "replace_now"
+    """Take the node out at once; a buffer node takes its place, or a person must decide."""
+    REPLACE_AT_CHECKPOINT = "replace_at_checkpoint"
+    """Train on, and replace the node when the next checkpoint has been committed and a buffer node
+    is there for it. Without one it stays."""
+    DRAIN = "drain"
+    """Train on, and begin no other attempt on the node as long as a buffer node can take its
+    place."""
+    HALT = "halt"
+    """Stop for a person."""
+
+
+class Mode(StrEnum):
+    """How far the supervisor may go by itself. In the first two the journal says what would have
+    been done; a run that has failed then waits for a person."""
+
+    OBSERVE = "observe"
+    """For a response that is being tried out: it is only recorded."""
+    ADVISE = "advise"
+    """The record is a recommendation to whoever reads the chronicle."""
+    ACT = "act"
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """`kind`: ``restart`` on the same nodes, ``replace`` the node first, or ``halt`` for a person.
+    """The response to a cause, or to one detail of it."""
 
-    `restarts`: how often before a person must decide; None: `supervisor.restarts_without_progress`.
-    `escalates`: the last restart of the budget replaces the node that the diagnosis names.
-    """
-
-    kind: str
+    action: Action
     restarts: int | None = None
+    """The cause's own restart budget; None: `supervisor.restarts_without_progress`."""
     escalates: bool = False
+    """The last restart of the budget replaces the node that the diagnosis names."""
+    mode: Mode = Mode.ACT
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What is done now. `action` is one sentence for the journal; `question`, when halting, is for
-    a person."""
+RESPONSES: Mapping[tuple[Cause, str], Response] = {
+    (Cause.GPU_ECC, ""): Response(Action.REPLACE_NOW),
+    (Cause.GPU_ECC, EccDetail.UNCONTAINED): Response(Action.REPLACE_NOW),
+    (Cause.GPU_ECC, EccDetail.REMAP_FAILED): Response(Action.REPLACE_NOW),
+    # The process that touched the bad memory is gone, and with it the page: a restart is enough,
+    # until it happens again.
+    (Cause.GPU_ECC, EccDetail.CONTAINED): Response(Action.RESTART, restarts=2, escalates=True),
+    # The row is set aside at the next reset; until then it costs nothing to train on.
+    (Cause.GPU_ECC, EccDetail.REMAP_PENDING): Response(Action.REPLACE_AT_CHECKPOINT),
+    (Cause.GPU_LOST, ""): Response(Action.REPLACE_NOW),
+    (Cause.GPU_FAULT, ""): Response(Action.REPLACE_NOW),
+    (Cause.SILENT_CORRUPTION, ""): Response(Action.REPLACE_NOW),
+    (Cause.NODE_FAILURE, ""): Response(Action.REPLACE_NOW),
+    (Cause.STRAGGLER, ""): Response(Action.REPLACE_NOW),
+    # A bug of a kernel, mostly; bad memory looks the same, so the last try is on another node.
+    (Cause.ILLEGAL_ACCESS, ""): Response(Action.RESTART, restarts=2, escalates=True),
+    (Cause.GPU_OOM, ""): Response(Action.RESTART, restarts=1),
+    (Cause.USER_CODE, ""): Response(Action.RESTART, restarts=1),
+    (Cause.HOST_OOM, ""): Response(Action.RESTART, restarts=2),
+    (Cause.NETWORK, ""): Response(Action.RESTART, escalates=True),
+    (Cause.COLLECTIVE_TIMEOUT, ""): Response(Action.RESTART, escalates=True),
+    (Cause.HANG, ""): Response(Action.RESTART, escalates=True),
+    (Cause.KILLED, ""): Response(Action.RESTART, escalates=True),
+    (Cause.STORAGE, ""): Response(Action.RESTART),
+    (Cause.CORRUPT_CHECKPOINT, ""): Response(Action.RESTART),
+    (Cause.DATA, ""): Response(Action.HALT),
+    (Cause.CONFIG, ""): Response(Action.HALT),
+    (Cause.LOSS_SCALE_FLOOR, ""): Response(Action.RESTART, restarts=1),
+    (Cause.LOSS_NAN, ""): Response(Action.RESTART, restarts=1),
+    (Cause.LOSS_SPIKE, ""): Response(Action.RESTART, restarts=1),
+    (Cause.DRIFT, ""): Response(Action.RESTART, restarts=1),
+    (Cause.PLATEAU, ""): Response(Action.HALT),
+    (Cause.PREEMPTION, ""): Response(Action.RESTART),
+    (Cause.STOPPED, ""): Response(Action.RESTART),
+    (Cause.NONE, ""): Response(Action.RESTART),
+    (Cause.UNKNOWN, ""): Response(Action.RESTART, escalates=True),
+}
+"""(Cause, detail) -> response. Every cause has a row without a detail, for all details that have
+none of their own. In the order of docs/causes.md."""
 
-    kind: str
-    action: str
-    question: str = ""
+
+def response_to(cause: str, detail: str) -> Response:
+    """The row of `cause` with `detail`, else of `cause`; of `unknown` for a label of another
+    version."""
+    known = cause_named(cause)
+    return RESPONSES.get((known, detail)) or RESPONSES[known, ""]
 
 
-RESPONSES: Mapping[Cause, Response] = {
-    Cause.GPU_ECC: Response(REPLACE),
-    Cause.GPU_LOST: Response(REPLACE),
-    Cause.GPU_FAULT: Response(REPLACE),
-    Cause.SILENT_CORRUPTION: Response(REPLACE),
-    Cause.NODE_FAILURE: Response(REPLACE),
-    Cause.STRAGGLER: Response(REPLACE),
-    Cause.ILLEGAL_ACCESS: Response(RESTART, restarts=2, escalates=True),
-    Cause.GPU_OOM: Response(RESTART, restarts=1),
-    Cause.USER_CODE: Response(RESTART, restarts=1),
-    Cause.HOST_OOM: Response(RESTART, restarts=2),
-    Cause.NETWORK: Response(RESTART, escalates=True),
-    Cause.COLLECTIVE_TIMEOUT: Response(RESTART, escalates=True),
-    Cause.HANG: Response(RESTART, escalates=True),
-    Cause.KILLED: Response(RESTART, escalates=True),
-    Cause.STORAGE: Response(RESTART),
-    Cause.CORRUPT_CHECKPOINT: Response(RESTART),
-    Cause.DATA: Response(HALT),
-    Cause.CONFIG: Response(HALT),
-    Cause.LOSS_SCALE_FLOOR: Response(RESTART, restarts=1),
-    Cause.LOSS_NAN: Response(RESTART, restarts=1),
-    Cause.LOSS_SPIKE: Response(RESTART, restarts=1),
-    Cause.DRIFT: Response(RESTART, restarts=1),
-    Cause.PLATEAU: Response(HALT),
-    Cause.PREEMPTION: Response(RESTART),
-    Cause.STOPPED: Response(RESTART),
-    Cause.NONE: Response(RESTART),
-    Cause.UNKNOWN: Response(RESTART, escalates=True),
+# Findings -----------------------------------------------------------------------------------------
+
+GIVES_NO_REASON = frozenset({Cause.UNKNOWN, Cause.NONE})
+AT_LEISURE = frozenset({Action.REPLACE_AT_CHECKPOINT, Action.DRAIN})
+"""Actions that can wait, as what they answer does not endanger the training of now."""
+
+
+def response_to_finding(cause: str, detail: str, *, permanent: bool) -> Response:
+    """What is done about a probe's finding.
+
+    A finding that gives no cause changes nothing (invariant 11: what cannot be read is unknown),
+    and what has passed is no reason to take a node out at leisure.
+    """
+    response = response_to(cause, detail)
+    if cause_named(cause) in GIVES_NO_REASON:
+        return Response(Action.NOTE)
+    if response.action in AT_LEISURE and not permanent:
+        return Response(Action.NOTE)
+    return response
+
+
+_FINDING_SENTENCES: Mapping[Action, str] = {
+    Action.NOTE: "nothing is done about it",
+    Action.RESTART: "end the ranks and restart on the same nodes from the newest good checkpoint",
+    Action.REPLACE_NOW: "end the ranks, take {node} out and put a buffer node in its place",
+    Action.REPLACE_AT_CHECKPOINT: "train on; after the next checkpoint take {node} out and put a "
+    "buffer node in its place",
+    Action.DRAIN: "train on; begin the next attempt without {node}",
+    Action.HALT: "end the ranks and stop for a person",
 }
 
 
-def budget_of(cause: str, config: SupervisorConfig) -> int:
-    """Restarts for `cause` without a new checkpoint after which a person must decide."""
-    response = RESPONSES[cause_named(cause)]
-    if response.kind == HALT:
-        return 0
-    budget = config.restarts_without_progress
-    return budget if response.restarts is None else min(response.restarts, budget)
+def finding_sentence(node: str, response: Response) -> str:
+    """What is done about a finding on `node`, or, in another mode than `act`, would have been."""
+    sentence = _FINDING_SENTENCES[response.action].format(node=node)
+    return _in_mode(sentence, response)
+
+
+def _in_mode(sentence: str, response: Response) -> str:
+    if response.mode is Mode.ACT or response.action is Action.NOTE:
+        return sentence
+    return f"nothing is done in mode {response.mode}; it would be: {sentence}"
+
+
+# Incidents ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What is done now about an incident."""
+
+    action: Action
+    """`RESTART`, `REPLACE_NOW` or `HALT`: nothing trains any more that could be waited for."""
+    sentence: str
+    """For the journal."""
+    question: str = ""
+    """When halting: what a person must decide."""
 
 
 def respond(
@@ -81,46 +182,72 @@ def respond(
     node: str,
     strikes: int,
     strikes_in_all: int,
-    spare: bool,
+    buffer_is_ready: bool,
     config: SupervisorConfig,
-) -> Verdict:
-    """What to do about `cause`.
+) -> Remedy:
+    """What to do about an incident of `cause`.
 
     Args:
+        node: the one that the diagnosis names; empty: none.
         strikes: incidents of this cause since the last progress, this one included.
         strikes_in_all: the same over all causes.
-        spare: a buffer node could take the place of `node`.
+        buffer_is_ready: a buffer node could take the place of `node`.
     """
-    response = RESPONSES[cause_named(cause)]
-    budget = budget_of(cause, config)
-    detail = detail.rstrip(".")  # a rank's own words may be a sentence already
-    if response.kind == HALT:
-        return Verdict(
-            HALT,
-            f"stop: {cause} is for a person to mend",
-            f"{cause}: {detail}. Mend it, then start the run again.",
-        )
-    if strikes > budget or strikes_in_all > CAUSES_PER_BUDGET * config.restarts_without_progress:
-        times = (
-            f"{strikes} times"
-            if strikes > budget
-            else f"in all {strikes_in_all} failures, this time"
-        )
-        question = (
-            f"{cause} struck {times} without a new checkpoint in between ({detail}). "
-            "Find out why, then start the run again."
-        )
-        return Verdict(HALT, f"stop: the restarts for {cause} are used up", question)
-    if node and response.kind == REPLACE:
-        return Verdict(
-            REPLACE,
+    response = response_to(cause, detail)
+    detail = detail.rstrip(".")  # a rank's own reason may be a sentence already
+    if response.action is Action.HALT:
+        question = f"{cause}: {detail}. Mend it, then start the run again."
+        return Remedy(Action.HALT, f"stop: {cause} is for a person to mend", question)
+    if is_used_up(strikes, strikes_in_all, response.restarts, config):
+        return _used_up(cause, detail, strikes, strikes_in_all, response, config)
+    remedy = _go_on(cause, node, strikes, response, buffer_is_ready, config)
+    if response.mode is Mode.ACT:
+        return remedy
+    question = (
+        f"{cause}: {detail}. In mode {response.mode} nothing is done about it; it would be: "
+        f"{remedy.sentence}. Do it, then start the run again."
+    )
+    return Remedy(Action.HALT, _in_mode(remedy.sentence, response), question)
+
+
+def _used_up(
+    cause: str,
+    detail: str,
+    strikes: int,
+    strikes_in_all: int,
+    response: Response,
+    config: SupervisorConfig,
+) -> Remedy:
+    times = f"in all {strikes_in_all} failures, this time"
+    if strikes > restart_budget(response.restarts, config):
+        times = f"{strikes} times"
+    question = (
+        f"{cause} struck {times} without a new checkpoint in between ({detail}). "
+        "Find out why, then start the run again."
+    )
+    return Remedy(Action.HALT, f"stop: the restarts for {cause} are used up", question)
+
+
+def _go_on(
+    cause: str,
+    node: str,
+    strikes: int,
+    response: Response,
+    buffer_is_ready: bool,
+    config: SupervisorConfig,
+) -> Remedy:
+    at_leisure = response.action in AT_LEISURE and buffer_is_ready
+    if node and (response.action is Action.REPLACE_NOW or at_leisure):
+        sentence = (
             f"take {node} out, put a buffer node in its place, restart from the newest good "
-            "checkpoint",
+            "checkpoint"
         )
-    if node and response.escalates and spare and 1 < strikes == budget:
-        return Verdict(
-            REPLACE,
+        return Remedy(Action.REPLACE_NOW, sentence)
+    last_restart = 1 < strikes == restart_budget(response.restarts, config)
+    if node and response.escalates and buffer_is_ready and last_restart:
+        sentence = (
             f"{cause} has struck {strikes} times: take {node} out, put a buffer node in its "
-            "place, restart",
+            "place, restart"
         )
-    return Verdict(RESTART, "restart on the same nodes from the newest good checkpoint")
+        return Remedy(Action.REPLACE_NOW, sentence)
+    return Remedy(Action.RESTART, "restart on the same nodes from the newest good checkpoint")
