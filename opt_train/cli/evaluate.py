@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opt_train.cli.chosen_model import choose_device, load_model
 from opt_train.config.run_config import RunConfig
 from opt_train.data import tokenizer
 from opt_train.data.batches import ValidationSet, open_split
@@ -65,13 +66,13 @@ def evaluate(
     folder, dataset = subject.dataset()
     config = subject.config
     length = config.data.sequence_length
-    device = subject.device()
+    device = choose_device(subject)
     check_fits(dataset, vocab_size=config.model.vocab_size, sequence_length=length)
     opened = {
         name: ValidationSet(open_split(folder, name, verify=True), length, name)
         for name in sets_named(folder, dataset, sets, length)
     }
-    model = subject.load(device, telling("reading the checkpoint", "bytes"))
+    model = load_model(subject, device, telling("reading the checkpoint", "bytes"))
     measured = {
         name: perplexity(
             model,
@@ -188,7 +189,7 @@ def harness(
     config = subject.config
     size = size_of(config.model)
     tasks = bridge.load_tasks(names, definitions)
-    device = subject.device()
+    device = choose_device(subject)
     with tempfile.TemporaryDirectory(prefix="opt-train-") as folder:
         export(
             config.model,
@@ -325,7 +326,7 @@ def generate(
     # Training saw each document behind the end of another one: so a text begins.
     ids = [tokenizer.EOS, *words.encode(_checked(prompt), add_special_tokens=False).ids]
     count = _room_for(len(ids), max_new_tokens, subject.config)
-    model = subject.load(subject.device(), telling("reading the checkpoint", "bytes"))
+    model = load_model(subject, choose_device(subject), telling("reading the checkpoint", "bytes"))
     tokens = generated(
         model,
         ids,

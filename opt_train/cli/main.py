@@ -147,10 +147,10 @@ def _call(arguments: list[str]) -> int:
 
 
 def _prepare(config: "RunConfig", _job: list[str], _config_directory: Path | None) -> int:
-    from opt_train.data.batches import verify_dataset
     from opt_train.data.manifest import check_fits
     from opt_train.data.prepare import prepare
     from opt_train.data.prepared import directory_of
+    from opt_train.data.verify import verify_dataset
 
     directory = directory_of(config.data, config.tokenizer)
     manifest = prepare(config.data, config.tokenizer, lambda line: print(line, flush=True))

@@ -42,7 +42,7 @@ from opt_train.cli.run import warn
 from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.checks import check
 from opt_train.config.run_config import RunConfig, sha256_of
-from opt_train.data.batches import verify_dataset
+from opt_train.data.verify import verify_dataset
 from opt_train.protocol.exits import (
     BAD_INPUT,
     DONE,

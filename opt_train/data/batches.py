@@ -2,7 +2,6 @@
 number of ranks."""
 
 import bisect
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from opt_train.data.manifest import HELD_OUT, TOKENIZER_FILE, TRAIN, DatasetManifest, Shard
+from opt_train.data.manifest import HELD_OUT, TRAIN, DatasetManifest
 from opt_train.data.order import Cursor, SampleOrder
 from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.data.tokenizer import PAD
+from opt_train.data.verify import check_shards
 from opt_train.protocol.exits import BadInput
-
-_HASH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +74,15 @@ def open_split(
     if split not in manifest.splits:
         raise BadInput(
             f"{directory} holds no validation set {split!r}; name it in data.validation_sets and "
-            "run "
-            "`opt-train prepare`"
+            "run `opt-train prepare`"
         )
-    shards = manifest.shards_of(split)
-    total = sum(shard.bytes for shard in shards)
-    done = 0
-    for shard in shards:
-        _check_size(directory, shard)
-        if verify:
-            done = _check_sum(directory, shard, done, total, progress)
+    check_shards(directory, manifest, split, verify=verify, progress=progress)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     return TokenStream(
-        [np.memmap(directory / shard.path, dtype=dtype, mode="r") for shard in shards]
+        [
+            np.memmap(directory / shard.path, dtype=dtype, mode="r")
+            for shard in manifest.shards_of(split)
+        ]
     )
 
 
@@ -152,24 +146,6 @@ class ValidationSet:
             )
 
 
-def verify_dataset(directory: Path) -> None:
-    """Read every shard and the tokenizer and compare them with their checksums.
-
-    Raises:
-        BadInput: one is missing or another than `prepare` wrote; the message names the file.
-    """
-    manifest = DatasetManifest.read(directory)
-    tokenizer = directory / TOKENIZER_FILE
-    try:
-        found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    except OSError as error:
-        raise _unreadable(tokenizer, directory, error) from None
-    if found != manifest.tokenizer_sha256:
-        raise _changed(tokenizer, directory)
-    for split in manifest.splits:
-        open_split(directory, split, verify=True)
-
-
 def _micro_batch(
     tokens: TokenStream, sequence_length: int, samples: list[int], rows: int
 ) -> MicroBatch:
@@ -194,58 +170,3 @@ def _samples_in(tokens: TokenStream, sequence_length: int, split: str) -> int:
             f"{len(tokens)}; use a shorter sequence or a larger corpus"
         )
     return samples
-
-
-def _check_size(directory: Path, shard: Shard) -> None:
-    path = directory / shard.path
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise _unreadable(path, directory, error) from None
-    if found != shard.bytes:
-        raise BadInput(
-            f"{path} has {found} bytes instead of {shard.bytes}; delete the folder {directory} "
-            "and run "
-            "`opt-train prepare` again"
-        )
-
-
-def _check_sum(
-    directory: Path,
-    shard: Shard,
-    done: int,
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    """Compare the shard's bytes with its checksum; returns the bytes done so far, this shard's
-    included."""
-    path = directory / shard.path
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_HASH_BYTES):
-                digest.update(piece)
-                done += len(piece)
-                if progress is not None:
-                    progress(done, total)
-    except OSError as error:
-        raise _unreadable(path, directory, error) from None
-    if digest.hexdigest() != shard.sha256:
-        raise _changed(path, directory)
-    return done
-
-
-def _unreadable(path: Path, directory: Path, error: OSError) -> BadInput:
-    if isinstance(error, FileNotFoundError):
-        return BadInput(
-            f"{path} is missing; delete the folder {directory} and run `opt-train prepare` again"
-        )
-    return BadInput(f"{path} cannot be read ({error.strerror}); mend its permissions or its disk")
-
-
-def _changed(path: Path, directory: Path) -> BadInput:
-    return BadInput(
-        f"{path} has a wrong checksum: its bytes changed since it was written; delete the folder "
-        f"{directory} and "
-        "run `opt-train prepare` again"
-    )

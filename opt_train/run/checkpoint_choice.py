@@ -3,7 +3,6 @@ without a run."""
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +22,7 @@ from opt_train.run.checkpoint import Checkpoint
 from opt_train.run.report import RunReport
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
-
-    from opt_train.model.decoder import OPT
 
 
 class CheckpointChoice:
@@ -139,16 +135,6 @@ class CheckpointChoice:
             "lists them"
         )
 
-    def device(self) -> "torch.device":
-        """Where to evaluate; sets the run's number of threads."""
-        import torch
-
-        from opt_train.evaluate.load import device_of
-
-        if self.config.train.threads:
-            torch.set_num_threads(self.config.train.threads)
-        return device_of(self.config)
-
     def dataset(self) -> tuple[Path, DatasetManifest]:
         """The prepared data's folder and manifest.
 
@@ -183,24 +169,13 @@ class CheckpointChoice:
             tokenizer_files.configuration_of(self.folder / tokenizer_files.FOLDER)
         )
 
-    def load(self, device: "torch.device", telling: Callable[[int, int], None]) -> "OPT":
-        """The model.
-
-        Raises:
-            BadInput: the checkpoint is damaged, or has gone meanwhile.
-        """
-        from opt_train.evaluate.load import load_model
-
-        try:
-            return load_model(
-                self.config, self.folder, self.checkpoint.manifest_sha256, device, telling
-            )
-        except CheckpointError as error:
-            if self.run is None:
-                raise BadInput(f"{error}; import the weights again") from None
-            raise BadInput(
-                f"{error}; give another --checkpoint of `opt-train checkpoints {self.run.path}`"
-            ) from None
+    def damaged(self, error: CheckpointError) -> BadInput:
+        """What to tell a person whose choice cannot be read, as `error` says."""
+        if self.run is None:
+            return BadInput(f"{error}; import the weights again")
+        return BadInput(
+            f"{error}; give another --checkpoint of `opt-train checkpoints {self.run.path}`"
+        )
 
     def tokenizer(self) -> "Tokenizer":
         """The run's own, or the one that came with imported weights.

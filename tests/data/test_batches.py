@@ -18,11 +18,11 @@ from opt_train.data.batches import (
     TokenStream,
     ValidationSet,
     open_split,
-    verify_dataset,
 )
 from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
 from opt_train.data.shares import micro_batches_of, share_of
+from opt_train.data.verify import verify_dataset
 from opt_train.protocol.exits import BadInput
 
 SEQUENCE = 4

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from opt_train.data import tokenizer as bpe
-from opt_train.data.batches import ValidationSet, open_split, verify_dataset
+from opt_train.data.batches import ValidationSet, open_split
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import is_held_out
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest, NamedSet
 from opt_train.data.named_sets import named_sets
 from opt_train.data.prepare import prepare
 from opt_train.data.prepared import check_prepared_by
+from opt_train.data.verify import verify_dataset
 from opt_train.data.workplace import Workplace
 from opt_train.protocol.exits import BadInput
 
