@@ -2,7 +2,7 @@
 only.
 
 Counted as a rehearsal counts (`opt_train.rehearsal.rehearse`): the bytes are those of the whole
-tensor that is gathered, scattered or reduced over its group. The step's word, a few hundred bytes
+tensor that is gathered, scattered or reduced over its group. The step stats, a few hundred bytes
 on the CPU, is left out.
 """
 

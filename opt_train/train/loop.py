@@ -11,16 +11,15 @@ from opt_train.train.training import Training
 def train(run: Training) -> ExitNotice:
     """Train until the steps are done or the world agrees to stop; returns the rank's last words.
 
-    Every decision here is taken from the step's word, at the same boundary on every rank.
+    Every decision here is taken from the step stats, at the same boundary on every rank.
     """
     state, config = run.state, run.config
     if state.step and config.checkpoint.every_steps:
         # one restored from memory: a save that was under way when the run broke is lost
         run.begin_save()
     while True:
-        run.hear(
-            before=state.step - 1
-        )  # the word of the step before last: it had a whole step to arrive
+        # The stats of the step before last: they had a whole step to arrive.
+        run.receive_stats(before=state.step - 1)
         if (leaving := run.obey()) is not None:
             return leaving
         if state.step >= config.train.steps:

@@ -1,7 +1,8 @@
-"""One step's metrics line, from the step's word."""
+"""One step's metrics line: the columns of its stats, and what rank 0 knows beside them."""
 
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from opt_train.config.run_config import RunConfig
 from opt_train.model.sizes import flops_per_token
 from opt_train.protocol.commands import Begin
+from opt_train.train.columns import Metric
 from opt_train.train.state import TrainState
-from opt_train.train.step_stats import StepStats
+from opt_train.train.step_stats import COLUMNS, StepStats, step_metrics
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense peak in bf16, and the same in fp16, by a part of the device's name (NVIDIA data sheets,
@@ -44,46 +46,23 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def metrics_line(
-    config: RunConfig,
-    begin: Begin,
-    state: TrainState,
-    word: StepStats,
-    learning_rate: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The line of the step that `word` speaks of; `state` has absorbed it and may be further on in
-    `step`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsSource:
+    """What the metrics of a step are made of, beside those that are columns of its stats."""
 
-    The line's `step`, `samples`, `updates` and `tokens` count that step in, as a checkpoint taken
-    behind it would.
-    """
-    rate = word.tokens / word.step_seconds if word.step_seconds > 0 else 0.0
-    return {
-        "attempt": begin.attempt,
-        "step": word.step + 1,
-        "updates": state.updates,
-        "samples": (word.step + 1) * config.train.global_batch,
-        "tokens": state.tokens,
-        "time": round(time.time(), 3),
-        "loss": word.loss,
-        "lr": learning_rate,
-        "grad_norm": word.grad_norm,
-        "grad_norm_clipped": word.clipped_norm,
-        "activation_norm": word.activation_norm,
-        "loss_scale": word.loss_scale,
-        "overflow": word.overflow,
-        "skipped": word.skipped,
-        "tokens_per_second": rate,
-        "mfu": _mfu(config, rate / begin.world_size, device),
-        "step_seconds": word.step_seconds,
-        "data_seconds": word.data_seconds,
-        "memory_bytes": word.memory_bytes,
-        **word.probed.metrics(),
-    }
+    config: RunConfig
+    begin: Begin
+    state: TrainState
+    """Has absorbed `stats`; may be further on in `step`."""
+    stats: StepStats
+    learning_rate: float
+    """Of the step's update."""
+    device: torch.device
 
 
-def _mfu(config: RunConfig, tokens_per_second_of_one: float, device: torch.device) -> float | None:
+def _mfu(source: MetricsSource) -> float | None:
+    """Model FLOPs utilisation; None where the device's peak is unknown."""
+    config, device = source.config, source.device
     if device.type != "cuda" or config.precision.compute == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -91,4 +70,75 @@ def _mfu(config: RunConfig, tokens_per_second_of_one: float, device: torch.devic
     if peak is None or any(board in name for board in OTHER_BOARDS):
         return None
     flops = flops_per_token(config.model, config.data.sequence_length)
-    return tokens_per_second_of_one * flops / peak
+    return source.stats.tokens_per_second / source.begin.world_size * flops / peak
+
+
+OTHER_METRICS = (
+    Metric(
+        "attempt",
+        "`lineage.attempt`, a string",
+        "a stretch in which `step` only grows; a restart opens the next",
+        lambda source: source.begin.attempt,
+    ),
+    # `step`, `updates`, `samples` and `tokens` count the step in, as a checkpoint behind it would.
+    Metric(
+        "step",
+        "batches",
+        "consumed so far, this one included",
+        lambda source: source.stats.step + 1,
+    ),
+    Metric(
+        "updates",
+        "updates",
+        "applied so far: steps that were not skipped",
+        lambda source: source.state.updates,
+    ),
+    Metric(
+        "samples",
+        "sequences",
+        "consumed so far",
+        lambda source: (source.stats.step + 1) * source.config.train.global_batch,
+    ),
+    Metric("tokens", "tokens", "trained on so far", lambda source: source.state.tokens),
+    Metric(
+        "time",
+        "Unix seconds",
+        "when rank 0 made the line, one step after the step itself",
+        lambda _: round(time.time(), 3),
+    ),
+    Metric("lr", "", "learning rate of this step's update", lambda source: source.learning_rate),
+    Metric(
+        "mfu",
+        "0 to 1",
+        "model FLOPs utilisation, below; `null` where the device's peak is unknown, as on a CPU",
+        _mfu,
+    ),
+)
+"""The metrics that are no column of the step stats: what rank 0 knows without the world."""
+
+JOURNAL_HEAD = Metric(
+    "journal_head",
+    "`seq hash`, a string",
+    "in an attempt's first line alone: where the journal stood",
+    lambda source: source.begin.journal_head,
+)
+
+METRICS = (
+    *OTHER_METRICS,
+    *(metric for column in COLUMNS for metric in column.metrics),
+    JOURNAL_HEAD,
+)
+"""All keys of a metrics line, as docs/metrics.md has them."""
+
+
+def metrics_line(source: MetricsSource, is_first: bool = False) -> dict[str, Any]:
+    """The metrics line of the step that `source.stats` are of.
+
+    Args:
+        is_first: of the attempt: it says where the journal stood.
+    """
+    line = {metric.key: metric.value(source) for metric in OTHER_METRICS}
+    line |= step_metrics(source.stats)
+    if is_first and source.begin.journal_head:
+        line[JOURNAL_HEAD.key] = JOURNAL_HEAD.value(source)
+    return line

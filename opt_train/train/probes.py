@@ -2,14 +2,15 @@
 own speed.
 
 They touch neither losses nor gradients nor random numbers, and never wait for the device: what they
-measure there comes to the host with the step's other numbers, and to the other ranks with the
-step's word.
+measure there comes to the host with the step's other numbers, and to the other ranks in the step
+stats.
 """
 
 import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from opt_train.data.batches import MicroBatch
 from opt_train.model.decoder import OPT, Attention
 from opt_train.parallel.engine import Engine, MeasuresLayers
 from opt_train.train.config import TrainConfig
-from opt_train.train.probe_results import RankProbes
 
 
 class Probes:
@@ -71,13 +71,23 @@ class Probes:
         """What is to come to the host."""
         return self._on_device
 
-    def results(self, values: Sequence[float]) -> RankProbes:
-        """This rank's part of the word. `values`: those of `on_device`, which the device has had by
-        now."""
+    def results(self, values: Sequence[float]) -> dict[str, Any]:
+        """The columns of this rank's stats that were measured on this step, by name.
+
+        Args:
+            values: those of `on_device`, which the device has had by now.
+        """
         rest = list(values)
-        logit = rest.pop(0) if self._logits else None
-        speed = self._product.tflops() if self._product is not None else None
-        return RankProbes(layer_squares=tuple(rest), attention_logit=logit, gemm_tflops=speed)
+        columns: dict[str, Any] = {}
+        if self._logits:
+            columns["attention_logit"] = rest.pop(0)
+        if rest:
+            layers = len(rest) // 2
+            columns["layer_grad_squares"] = tuple(rest[:layers])
+            columns["layer_weight_squares"] = tuple(rest[layers:])
+        if self._product is not None:
+            columns["gemm_tflops"] = (self._product.tflops(),)
+        return columns
 
 
 def _is_due(every: int, step: int, first: bool) -> bool:

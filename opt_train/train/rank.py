@@ -36,7 +36,7 @@ from opt_train.train.loop import train
 from opt_train.train.orders import NoOrders, OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, control_group, join
 from opt_train.train.state import TrainState
-from opt_train.train.step_stats import StatsReducer
+from opt_train.train.stats_reducer import StatsReducer
 from opt_train.train.training import Training
 
 Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
@@ -135,7 +135,7 @@ def start(
         batches=batches,
         validation_sets=validation_sets,
         data_fingerprint=dataset.fingerprint,
-        agreement=StatsReducer(group, begin.rank, begin.world_size),
+        reducer=StatsReducer(group, begin.rank, begin.world_size),
         staging=Staging(device),
         saving_group=control_group(config),
         snapshots=Snapshots(begin.rank, config.checkpoint.memory_keep, device)
@@ -143,7 +143,7 @@ def start(
         else None,
         orders=orders,
         signals=signals,
-        tell=tell,
+        publish=tell,
         state=state,
         saved_step=state.step if manifest is not None and manifest.state.get(PARTS) != OWN else -1,
     )

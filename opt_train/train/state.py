@@ -1,10 +1,11 @@
 """Where training stands: what a checkpoint carries beside its tensors (`state.json`)."""
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
+from math import isfinite
 from typing import Any
 
 import torch
@@ -22,19 +23,17 @@ RNG_RULE = "sha256(seed, step, rank) seeds every step"
 
 @dataclass(slots=True)
 class TrainState:
-    """Counters and recent history. `step` counts batches consumed; the rest lags it by the words
-    not heard yet."""
+    """Counters and recent history. `step` counts batches consumed; the rest lags it by the stats
+    not received yet."""
 
     step: int = 0
     updates: int = 0
     """Optimizer updates applied: steps without those that were skipped."""
     tokens: int = 0
     cursor: Cursor = field(default_factory=Cursor)
-    nonfinite_steps: int = 0
-    """Steps skipped in a row, up to the newest word."""
     floor_steps: int = 0
-    """Those of them that were skipped although the loss scale was as low as it goes; without a
-    scale, all."""
+    """Steps skipped in a row, up to the newest stats, although the loss scale was as low as it
+    goes; without a scale, all that were skipped."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
 
@@ -45,19 +44,22 @@ class TrainState:
 
     @property
     def healthy(self) -> bool:
-        """Whether the newest words heard were of training that goes well."""
-        return self.floor_steps == 0 and (not self.losses or math.isfinite(self.losses[-1]))
+        """Whether the newest stats were of training that goes well."""
+        return self.floor_steps == 0 and (not self.losses or isfinite(self.losses[-1]))
 
-    def absorb(self, word: StepStats, loss_scale_floor: float = 1.0) -> None:
+    def absorb(self, stats: StepStats, loss_scale_floor: float = 1.0) -> None:
         """Count what the world said of a step. Above its floor an overflow is but how a loss scale
         finds its place."""
-        hopeless = word.skipped and word.loss_scale <= loss_scale_floor
-        self.floor_steps = self.floor_steps + hopeless if word.skipped else 0
-        self.tokens += word.tokens
-        self.updates += not word.skipped
-        self.nonfinite_steps = self.nonfinite_steps + 1 if word.skipped else 0
-        self.losses.append(word.loss)
-        self.grad_norms.append(word.grad_norm)
+        hopeless = stats.skipped and stats.loss_scale <= loss_scale_floor
+        self.floor_steps = self.floor_steps + hopeless if stats.skipped else 0
+        self.tokens += int(stats.tokens)
+        self.updates += not stats.skipped
+        self.losses.append(stats.loss)
+        self.grad_norms.append(stats.grad_norm)
+
+    def _nonfinite_steps(self) -> int:
+        """Steps in a row, up to the newest stats, whose gradient was not finite: all skipped."""
+        return sum(1 for _ in takewhile(lambda norm: not isfinite(norm), reversed(self.grad_norms)))
 
     def to_json(self) -> dict[str, Any]:
         """The part of `state.json` that `from_json` reads; JSON values alone."""
@@ -75,7 +77,8 @@ class TrainState:
                 "guards": {
                     "losses": list(self.losses),
                     "grad_norms": list(self.grad_norms),
-                    "nonfinite_steps": self.nonfinite_steps,
+                    # A published field that this version does not read, but older ones do.
+                    "nonfinite_steps": self._nonfinite_steps(),
                     "floor_steps": self.floor_steps,
                 },
                 "healthy": self.healthy,
@@ -97,7 +100,6 @@ class TrainState:
             updates=int(counters["updates"]),
             tokens=int(counters["tokens"]),
             cursor=Cursor(int(state["cursor"]["samples"])),
-            nonfinite_steps=int(guards["nonfinite_steps"]),
             floor_steps=int(guards.get("floor_steps", guards["nonfinite_steps"])),
             losses=deque(map(float, guards["losses"]), maxlen=HISTORY_STEPS),
             grad_norms=deque(map(float, guards["grad_norms"]), maxlen=HISTORY_STEPS),

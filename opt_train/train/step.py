@@ -1,4 +1,4 @@
-"""One step on one rank: read, forward, backward, clip, update, and the word about it."""
+"""One step on one rank: read, forward, backward, clip, update, and the stats of it."""
 
 import time
 from datetime import UTC, datetime
@@ -12,8 +12,9 @@ from opt_train.optim.in_force import in_force
 from opt_train.train.fact_pipe import log_line
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.probes import Probes
+from opt_train.train.readback import Readback
 from opt_train.train.state import seed_step
-from opt_train.train.step_stats import RankStats, Readback
+from opt_train.train.step_stats import RankStats
 from opt_train.train.training import Training
 
 
@@ -31,8 +32,8 @@ def read_batch(run: Training) -> tuple[list[MicroBatch], float]:
 
 
 def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: float) -> None:
-    """Train on the batch and start the step's word. Afterwards `state.step` and the cursor are one
-    batch further."""
+    """Train on the batch and start to reduce the step's stats. Afterwards `state.step` and the
+    cursor are one batch further."""
     state, config = run.state, run.config
     values = in_force(config, (), state.step)
     seed_step(config.seed, state.step, run.begin.rank)
@@ -68,15 +69,16 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
         grad_norm=norm,
         clipped_norm=clipped_norm,
         loss_scale=scale_value,
-        skipped=skip != 0.0,
-        wants_to_stop=bool(run.signals.received),
-        saves=run.is_writing,
+        skipping_ranks=int(skip != 0.0),
+        stop_votes=int(bool(run.signals.received)),
+        saving_ranks=int(run.is_writing),
+        order_number=order_number,
         step_seconds=run.clock.lap(),
         data_seconds=data_seconds,
         memory_bytes=memory_bytes(run.device),
-        probed=probes.results(probed),
+        **probes.results(probed),
     )
-    run.agreement.start(state.step, own, order_number)
+    run.reducer.start(state.step, own)
     state.step += 1
     state.cursor = run.batches.after(state.cursor)
 

@@ -1,78 +1,104 @@
-"""The step's word: one small vector that all ranks reduce once a step, so that all of them know and
-decide the same.
+"""The step stats: one small vector that all ranks reduce once a step, as one table of columns.
 
-It travels on a CPU group of its own, starts after a step's backward and is read at the boundary one
-step later, so it costs the step nothing. What it says is a function of the reduction alone, hence
-identical on every rank.
+How it works
+------------
+**Why one vector.** After each step every rank has numbers that only the world can complete: its
+part of the loss, how long it took, whether it saw a SIGTERM. They travel together, one
+contribution a rank, reduced over all ranks. The result is the same everywhere, to the bit, so
+whatever is decided from it (count an update, stop, obey an order) every rank decides alike without
+asking again. What is decided from anything else, a clock or a pipe of one's own, ranks decide at
+different steps.
+
+**Why a CPU group.** The vector has a gloo group to itself. On NCCL it would queue behind the
+gradients' collectives, and to read it the host would have to wait for the device. A gloo
+all-reduce of up to 64 doubles takes 0.3 to 1 ms, on a thread of its own.
+
+**Why it is read one boundary late.** `StatsReducer.start` begins the reduction when the step is
+queued on the device; the result is read at the boundary *behind the next step*. It had a whole step
+to arrive, so nobody waits for it. Nothing needs it sooner: whether a gradient is applied, clipped
+or skipped is decided on the device from the norm that the device has reduced
+(`opt_train.optim.clip`), and this vector tells the host afterwards.
+
+    step n:    forward, backward, update queued ──► start(n)
+    step n+1:  forward, backward, update queued ──► start(n+1)
+    boundary:  collect(n): the same on every rank; count, publish, obey; then step n+2
+
+**Why orders ride in it.** The supervisor sends an order to rank 0 alone, which puts the order's
+number into its column. All ranks see the number at the same boundary, and only then is the order's
+body broadcast. Measured with four ranks that each read their own pipe instead: 19 to 20 of 20
+orders were obeyed at different steps. With the number in this vector: 0 of 20.
+
+**How it is packed.** `COLUMNS` says of each value how the world reduces it, and which metrics it
+becomes. `pack` and `unpack` walk the table, `opt_train.train.metrics` makes the metrics line of
+it, docs/generate.py the table of docs/metrics.md. Some columns are there on some steps alone, or
+hold a number a layer: a rank gives None, or as many numbers as every other rank on that step (which
+steps do is known to all alike, `opt_train.train.probes`), so the vector is as long on each.
+
+To add a column that becomes a metric: a field of `StatsColumns` and its line in `COLUMNS`, here,
+and its value where it is measured. Whoever reads it, a detector say, asks the metrics for its key.
 """
 
-import json
 import math
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from opt_train.protocol.framing import Message, from_payload, to_payload
-from opt_train.protocol.orders import Order, Save, SaveAndStop
-from opt_train.train.probe_results import RankProbes, WorldProbes
+from opt_train.train.columns import Column, Metric, Reduction, Value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankStats:
-    """What one rank puts into the word of a step."""
+class StatsColumns:
+    """One value for each of `COLUMNS`, which says what they are."""
 
     loss_sum: float = 0.0
-    """Nats, over the rank's tokens; ranks that read the same ones share sums and tokens out."""
     tokens: float = 0.0
     activation_squares: float = 0.0
-    """Sum over the rank's tokens of the squared L2 norm of the last layer's output."""
+    skipping_ranks: int = 0
+    stop_votes: int = 0
+    saving_ranks: int = 0
     grad_norm: float = 0.0
     clipped_norm: float = 0.0
     loss_scale: float = 1.0
-    """What the step was taken with."""
-    skipped: bool = False
-    """This rank's device skipped the update."""
-    wants_to_stop: bool = False
-    """It saw SIGTERM, SIGUSR1 or, alone, SIGINT."""
-    saves: bool = False
-    """It still writes the checkpoint that was begun last."""
+    order_number: int = 0
     step_seconds: float = 0.0
     data_seconds: float = 0.0
     memory_bytes: int = 0
-    probed: RankProbes = field(default_factory=RankProbes)
-    """What some steps measure; on every rank the same kinds of numbers."""
+    layer_grad_squares: tuple[float, ...] | None = None
+    layer_weight_squares: tuple[float, ...] | None = None
+    attention_logit: float | None = None
+    gemm_tflops: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepStats:
-    """What the world says of `step`: the same on every rank."""
+class RankStats(StatsColumns):
+    """What one rank contributes to the vector of a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats(StatsColumns):
+    """What the vector of `step` has come to: the world's values, the same on every rank."""
 
     step: int
-    loss: float
-    """Nats a token."""
-    tokens: int
-    activation_norm: float
-    """Root mean square over tokens of the L2 norm of the last layer's output."""
-    grad_norm: float
-    clipped_norm: float
-    loss_scale: float
-    """What the step was taken with; 1 where gradients are not scaled."""
-    skipped: bool
-    """The update was not applied, on any rank."""
-    stop_votes: int
-    saving_ranks: int
-    """Those that still wrote the checkpoint that was begun last."""
-    order_number: int
-    """The newest order that rank 0 had heard of."""
-    step_seconds: float
-    """The slowest rank's, like the two below."""
-    data_seconds: float
-    memory_bytes: int
-    probed: WorldProbes = field(default_factory=WorldProbes)
+    """The batch's number, from 0."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token; NaN where nobody had one."""
+        return self.loss_sum / self.tokens if self.tokens else math.nan
+
+    @property
+    def activation_norm(self) -> float:
+        """Root mean square over tokens of the L2 norm of the last layer's output."""
+        if not self.tokens or not self.activation_squares >= 0:
+            return math.nan
+        return math.sqrt(self.activation_squares / self.tokens)
+
+    @property
+    def skipped(self) -> bool:
+        """The update was not applied, on any rank (`StatsReducer.collect` refuses a part)."""
+        return self.skipping_ranks > 0
 
     @property
     def overflow(self) -> bool:
@@ -80,137 +106,279 @@ class StepStats:
         return not math.isfinite(self.grad_norm)
 
     @property
-    def verdict(self) -> str:
-        """``apply``, ``skip``, or ``stop`` (which says nothing about the update)."""
-        if self.stop_votes:
-            return "stop"
-        return "skip" if self.skipped else "apply"
+    def tokens_per_second(self) -> float:
+        """All ranks together; 0 before there was a step to time."""
+        return self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0
+
+    @property
+    def layer_grad_norms(self) -> tuple[float, ...] | None:
+        """L2 norm of each layer's averaged gradient, before clipping, without loss scale: of the
+        embedding, the layers, and what is behind them (`opt_train.optim.per_layer_norms`)."""
+        return _roots(self.layer_grad_squares)
+
+    @property
+    def layer_weight_norms(self) -> tuple[float, ...] | None:
+        """The same of the weights, before the update."""
+        return _roots(self.layer_weight_squares)
 
 
-class SplitDecision(RuntimeError):
-    """Some ranks applied a step and others skipped it: the copies of the model are no longer
-    one."""
+def _roots(squares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Square roots; NaN of what is no number, or has been summed below 0."""
+    if squares is None:
+        return None
+    return tuple(math.sqrt(square) if square >= 0 else math.nan for square in squares)
 
 
-class StatsReducer:
-    """Starts a word each step and reads it later. Every rank calls the same methods in the same
-    order."""
+# The table ----------------------------------------------------------------------------------------
 
-    def __init__(self, group: dist.ProcessGroup | None, rank: int, world_size: int) -> None:
-        """`group` reduces CPU tensors (gloo) and is used for nothing else that runs beside it."""
-        self.group = group
-        self._rank = rank
-        self._world_size = world_size
-        self._under_way: deque[tuple[int, RankProbes, Tensor, Tensor, list[dist.Work]]] = deque()
-
-    def start(self, step: int, own: RankStats, order_number: int) -> None:
-        """Begin to reduce the word of `step`; does not wait. Only rank 0's `order_number`, norms
-        and scale count."""
-        first = self._rank == 0
-        # A sum carries a NaN from any rank to all of them, which a maximum does not promise.
-        sums = [own.loss_sum, own.tokens, own.activation_squares]
-        sums += [float(flag) for flag in (own.skipped, own.wants_to_stop, own.saves)]
-        of_first = [own.grad_norm, own.clipped_norm, own.loss_scale, float(order_number)]
-        sums += of_first if first else [0.0] * len(of_first)
-        sums += own.probed.sums(self._rank, self._world_size)
-        maxima = [own.step_seconds, own.data_seconds, own.memory_bytes, *own.probed.maxima()]
-        summed, largest = (
-            torch.tensor(sums, dtype=torch.float64),
-            torch.tensor(maxima, dtype=torch.float64),
-        )
-        works = [
-            dist.all_reduce(summed, dist.ReduceOp.SUM, group=self.group, async_op=True),
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group, async_op=True),
-        ]
-        self._under_way.append(
-            (step, own.probed, summed, largest, [work for work in works if work is not None])
-        )
-
-    def heard(self, before: int) -> list[StepStats]:
-        """The words of all steps below `before` that were not read yet, oldest first; waits for
-        them.
-
-        Raises:
-            SplitDecision: the ranks did not all do the same.
-        """
-        words = []
-        while self._under_way and self._under_way[0][0] < before:
-            step, probed, summed, largest, works = self._under_way.popleft()
-            for work in works:
-                work.wait()
-            words.append(self._read(step, probed, summed.tolist(), largest.tolist()))
-        return words
-
-    def _read(
-        self, step: int, probed: RankProbes, summed: Sequence[float], largest: Sequence[float]
-    ) -> StepStats:
-        loss_sum, tokens, squares, skipped, votes, saving, *others = summed
-        grad_norm, clipped_norm, loss_scale, order_number, *rest = others
-        if skipped not in (0.0, float(self._world_size)):
-            raise SplitDecision(
-                f"step {step}: {int(skipped)} of {self._world_size} ranks skipped the update"
-            )
-        return StepStats(
-            step=step,
-            loss=loss_sum / tokens if tokens else math.nan,
-            tokens=round(tokens),
-            activation_norm=math.sqrt(squares / tokens) if tokens and squares >= 0 else math.nan,
-            grad_norm=grad_norm,
-            clipped_norm=clipped_norm,
-            loss_scale=loss_scale,
-            skipped=skipped > 0,
-            stop_votes=int(votes),
-            saving_ranks=int(saving),
-            order_number=int(order_number),
-            step_seconds=largest[0],
-            data_seconds=largest[1],
-            memory_bytes=int(largest[2]),
-            probed=probed.of_world(rest, largest[3:]),
-        )
-
-    def share_orders(self, orders: Sequence[Order]) -> list[Order]:
-        """Rank 0's `orders` on every rank; called by all of them, and only when a word's order
-        number has moved."""
-        payload = (
-            json.dumps([to_payload(order) for order in orders]).encode() if self._rank == 0 else b""
-        )
-        size = torch.tensor([len(payload)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self.group)
-        body = torch.zeros(int(size.item()), dtype=torch.uint8)
-        if self._rank == 0:
-            body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        dist.broadcast(body, src=0, group=self.group)
-        return [_order(from_payload(item)) for item in json.loads(bytes(body.tolist()))]
-
-    def sum(self, *values: float) -> list[float]:
-        """The sums of `values` over the world; waits."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return [float(value) for value in total.tolist()]
+DIGITS = 5
+"""Significant ones of what is listed by layer or probed: hundreds of numbers must fit the 4096
+bytes of a metrics line."""
 
 
-def _order(message: Message) -> Order:
-    assert isinstance(message, (Save, SaveAndStop))
-    return message
+def _rounded(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
 
 
-class Readback:
-    """Numbers of the device on their way to the host, copied without stopping the device."""
+def _rounded_list(numbers: tuple[float, ...] | None) -> list[float] | None:
+    return None if numbers is None else [_rounded(number) for number in numbers]
 
-    def __init__(self, *tensors: Tensor) -> None:
-        together = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-        self._event: torch.Event | None = None
-        if together.device.type != "cpu":
-            self._values = torch.empty(together.shape, dtype=torch.float64, pin_memory=True)
-            self._values.copy_(together, non_blocking=True)
-            self._event = torch.Event(together.device)
-            self._event.record()
-        else:
-            self._values = together
 
-    def values(self) -> list[float]:
-        """The numbers, of all tensors in a row. Waits until the device had them, not for what was
-        queued behind."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(value) for value in self._values.tolist()]
+def _largest_logit(stats: StepStats) -> float | None:
+    return None if stats.attention_logit is None else _rounded(stats.attention_logit)
+
+
+def _slowest_tflops(stats: StepStats) -> float | None:
+    return None if stats.gemm_tflops is None else _rounded(min(stats.gemm_tflops))
+
+
+def _median_tflops(stats: StepStats) -> float | None:
+    return None if stats.gemm_tflops is None else _rounded(statistics.median(stats.gemm_tflops))
+
+
+def _slowest_rank(stats: StepStats) -> int | None:
+    speeds = stats.gemm_tflops
+    return None if speeds is None else speeds.index(min(speeds))
+
+
+SUM, MAX, FIRST, EACH = Reduction
+
+COLUMNS = (
+    Column(
+        "loss_sum",
+        SUM,
+        "nats",
+        "cross entropies of the rank's tokens",
+        Metric(
+            "loss", "nats a token", "mean cross entropy over the global batch, before the update"
+        ),
+    ),
+    Column(
+        "grad_norm",
+        FIRST,
+        "",
+        "of the gradient of all ranks, which each of them has",
+        Metric(
+            "grad_norm",
+            "",
+            "L2 norm of the whole gradient of the mean loss, before clipping, loss scale taken out",
+        ),
+        Metric("overflow", "true, false", "the gradient was not finite"),
+    ),
+    Column(
+        "clipped_norm",
+        FIRST,
+        "",
+        "the same behind clipping",
+        Metric(
+            "grad_norm_clipped", "", "`grad_norm` after clipping", lambda stats: stats.clipped_norm
+        ),
+    ),
+    Column(
+        "skipping_ranks",
+        SUM,
+        "ranks",
+        "1 where the rank's device left the update out",
+        Metric("skipped", "true, false", "the update was left out, on every rank alike"),
+        is_whole=True,
+    ),
+    Column(
+        "loss_scale",
+        FIRST,
+        "",
+        "what the step was taken with",
+        Metric("loss_scale", "", "what the step was taken with; 1 where gradients are not scaled"),
+    ),
+    Column(
+        "activation_squares",
+        SUM,
+        "",
+        "squared L2 norms of the last layer's output, over the rank's tokens",
+        Metric(
+            "activation_norm",
+            "",
+            "root mean square over tokens of the L2 norm of the last layer's output: OPT's "
+            "sign of divergence",
+        ),
+    ),
+    Column(
+        "tokens",
+        SUM,
+        "tokens",
+        "the rank's; ranks that read the same ones share them out",
+        Metric(
+            "tokens_per_second",
+            "tokens a second",
+            "the global batch's tokens divided by `step_seconds`, all ranks together",
+        ),
+        is_whole=True,
+    ),
+    Column(
+        "step_seconds",
+        MAX,
+        "seconds",
+        "since the step before",
+        Metric(
+            "step_seconds",
+            "seconds",
+            "from the end of one step to the end of the next, without saves and validation; "
+            "of the slowest rank",
+        ),
+    ),
+    Column(
+        "data_seconds",
+        MAX,
+        "seconds",
+        "reading the rank's micro-batches",
+        Metric("data_seconds", "seconds", "reading the batch; of the slowest rank"),
+    ),
+    Column(
+        "memory_bytes",
+        MAX,
+        "bytes",
+        "the most the rank has had",
+        Metric(
+            "memory_bytes",
+            "bytes",
+            "the most so far on any rank: allocated on the GPU, or resident where there is none",
+        ),
+        is_whole=True,
+    ),
+    Column(
+        "layer_grad_squares",
+        SUM,
+        "",
+        "the rank's shares of the squared L2 norm of each layer's averaged gradient, before "
+        "clipping: embedding, layers, and what is behind them",
+        Metric(
+            "layer_grad_norms",
+            "",
+            "L2 norm of each layer's part of the gradient: a list, below",
+            lambda stats: _rounded_list(stats.layer_grad_norms),
+        ),
+    ),
+    Column(
+        "layer_weight_squares",
+        SUM,
+        "",
+        "the same of the weights, before the update",
+        Metric(
+            "layer_weight_norms",
+            "",
+            "L2 norm of each layer's weights: a list, below",
+            lambda stats: _rounded_list(stats.layer_weight_norms),
+        ),
+    ),
+    Column(
+        "attention_logit",
+        MAX,
+        "",
+        "largest attention logit of the rank's first micro-batch",
+        Metric(
+            "attention_logit_max", "", "largest attention logit of the model, below", _largest_logit
+        ),
+    ),
+    Column(
+        "gemm_tflops",
+        EACH,
+        "10^12 operations a second",
+        "the rank's speed at the fixed product",
+        Metric(
+            "gemm_tflops_min",
+            "10^12 operations a second",
+            "the fixed product's speed on the slowest rank, below",
+            _slowest_tflops,
+        ),
+        Metric(
+            "gemm_tflops_median",
+            "10^12 operations a second",
+            "the same on the rank in the middle",
+            _median_tflops,
+        ),
+        Metric("gemm_slowest_rank", "rank, from 0", "whose `gemm_tflops_min` it is", _slowest_rank),
+    ),
+    # What ranks agree by, and no metric.
+    Column(
+        "stop_votes",
+        SUM,
+        "ranks",
+        "1 where the rank saw SIGTERM, SIGUSR1 or, without an agent, SIGINT",
+        is_whole=True,
+    ),
+    Column(
+        "saving_ranks",
+        SUM,
+        "ranks",
+        "1 where the rank still writes the checkpoint that was begun last",
+        is_whole=True,
+    ),
+    Column(
+        "order_number",
+        FIRST,
+        "",
+        "the newest order that has come down rank 0's pipe",
+        is_whole=True,
+    ),
+)
+
+
+# The vector ---------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """The vector's two parts, each reduced by one collective."""
+
+    sums: list[float]
+    """Of SUM, FIRST and EACH. A sum carries a NaN from any rank to all of them, which a maximum
+    does not promise."""
+    maxima: list[float]
+
+
+def pack(own: StatsColumns, rank: int, world_size: int) -> Packed:
+    """`rank`'s contribution, in the order of `COLUMNS`."""
+    packed = Packed([], [])
+    for column in COLUMNS:
+        part = packed.maxima if column.reduction is Reduction.MAX else packed.sums
+        part += column.contribution(getattr(own, column.name), rank, world_size)
+    return packed
+
+
+def unpack(step: int, own: StatsColumns, world_size: int, reduced: Packed) -> StepStats:
+    """The world's values of `step`, from what all ranks' `pack` was reduced to.
+
+    Args:
+        own: what this rank packed, which tells how long each column is.
+    """
+    sums, maxima = iter(reduced.sums), iter(reduced.maxima)
+    values: dict[str, Any] = {}
+    for column in COLUMNS:
+        mine: Value = getattr(own, column.name)
+        part: Iterator[float] = maxima if column.reduction is Reduction.MAX else sums
+        numbers = list(islice(part, column.width(mine, world_size)))
+        values[column.name] = column.value(numbers, mine)
+    return StepStats(step=step, **values)
+
+
+def step_metrics(stats: StepStats) -> dict[str, Any]:
+    """The part of the step's metrics line that its columns become, by key."""
+    return {metric.key: metric.value(stats) for column in COLUMNS for metric in column.metrics}

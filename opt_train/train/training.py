@@ -38,10 +38,11 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.orders import Order, SaveAndStop
 from opt_train.train.fact_pipe import Publish, log_line
-from opt_train.train.metrics import Clock, metrics_line
+from opt_train.train.metrics import Clock, MetricsSource, metrics_line
 from opt_train.train.orders import OrderSource, StopSignals
 from opt_train.train.state import RNG_RULE, TrainState
-from opt_train.train.step_stats import StatsReducer, StepStats
+from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step_stats import StepStats
 
 PROGRESS_SECONDS = 0.5
 
@@ -61,7 +62,7 @@ class Training:
     validation_sets: Mapping[str, ValidationSet]
     """By name: ``validation``, the part of the corpus that is held out, and the named sets."""
     data_fingerprint: str
-    agreement: StatsReducer
+    reducer: StatsReducer
     staging: Staging
     saving_group: dist.ProcessGroup
     """gloo, for a save that goes on beside training."""
@@ -69,13 +70,13 @@ class Training:
     """None: there are to be none, or there is no agent that would hold them."""
     orders: OrderSource
     signals: StopSignals
-    tell: Publish
+    publish: Publish
     state: TrainState
     clock: Clock = field(default_factory=Clock)
     newest: StepStats | None = None
     """The last word heard."""
     stop_votes: int = 0
-    order_heard: int = 0
+    order_seen: int = 0
     """The newest order number that a word has carried."""
     order_obeyed: int = 0
     inbox: list[Order] = field(default_factory=list)
@@ -91,11 +92,11 @@ class Training:
     """A word has said that no rank writes any more at `saving`."""
     started_step: int = field(init=False)
     """Where this rank began: `state.step` before its first one."""
-    told_head: bool = False
-    progress_told: float = 0.0
+    has_published_metrics: bool = False
+    progress_published: float = 0.0
 
     def __post_init__(self) -> None:
-        self.order_heard = self.order_obeyed = self.begin.order_number
+        self.order_seen = self.order_obeyed = self.begin.order_number
         self.started_step = self.state.step
 
     @property
@@ -117,7 +118,7 @@ class Training:
 
     def enter(self, phase: str) -> None:
         """Say what the rank is busy with from now on."""
-        self.tell(Phase(phase, self.state.step))
+        self.publish(Phase(phase, self.state.step))
 
     # Between steps --------------------------------------------------------------------------------
 
@@ -130,23 +131,30 @@ class Training:
         self.inbox += [order for order in self.orders.poll() if order.number > self.order_obeyed]
         return max([self.order_obeyed, *(order.number for order in self.inbox)])
 
-    def hear(self, before: int) -> None:
-        """Take in the words of the steps below `before`: counters, metrics, votes, the newest
+    def receive_stats(self, before: int) -> None:
+        """Take in the stats of the steps below `before`: counters, metrics, votes, the newest
         order's number."""
         self.enter("waiting")
-        for word in self.agreement.heard(before):
-            self.newest = word
-            self.state.absorb(word, self.loss_scale.policy.floor)
-            self.stop_votes += word.stop_votes
-            self.order_heard = max(self.order_heard, word.order_number)
-            self.is_written = not word.saving_ranks
+        for stats in self.reducer.collect(before):
+            self.newest = stats
+            self.state.absorb(stats, self.loss_scale.policy.floor)
+            self.stop_votes += stats.stop_votes
+            self.order_seen = max(self.order_seen, stats.order_number)
+            self.is_written = not stats.saving_ranks
             if self.leads:
-                rate = in_force(self.config, (), word.step)["lr"]
-                line = metrics_line(self.config, self.begin, self.state, word, rate, self.device)
-                if not self.told_head and self.begin.journal_head:
-                    line["journal_head"] = self.begin.journal_head
-                self.told_head = True
-                self.tell(Metrics(line))
+                self._publish_metrics(stats)
+
+    def _publish_metrics(self, stats: StepStats) -> None:
+        source = MetricsSource(
+            config=self.config,
+            begin=self.begin,
+            state=self.state,
+            stats=stats,
+            learning_rate=in_force(self.config, (), stats.step)["lr"],
+            device=self.device,
+        )
+        self.publish(Metrics(metrics_line(source, is_first=not self.has_published_metrics)))
+        self.has_published_metrics = True
 
     def obey(self) -> ExitNotice | None:
         """Do what the words that were heard ask for; a `ExitNotice` ends training. The same on
@@ -163,7 +171,7 @@ class Training:
             # Told before the work: the order holds from here on, and a long save must not look like
             # a deaf rank.
             if self.leads:
-                self.tell(OrderObeyed(order.number, self.state.step))
+                self.publish(OrderObeyed(order.number, self.state.step))
             if isinstance(order, SaveAndStop):
                 return self._save_and_stop(f"order {order.number}: {order.reason}")
             self.begin_save()
@@ -180,14 +188,12 @@ class Training:
         return ExitNotice(RANK_UNSTABLE, self.state.step, reason, cause="loss_scale_floor")
 
     def _new_orders(self) -> list[Order]:
-        if self.order_heard <= self.order_obeyed:
+        if self.order_seen <= self.order_obeyed:
             return []
-        due = [
-            order for order in self.inbox if self.order_obeyed < order.number <= self.order_heard
-        ]
-        self.inbox = [order for order in self.inbox if order.number > self.order_heard]
-        self.order_obeyed = self.order_heard
-        return self.agreement.share_orders(sorted(due, key=lambda order: order.number))
+        due = [order for order in self.inbox if self.order_obeyed < order.number <= self.order_seen]
+        self.inbox = [order for order in self.inbox if order.number > self.order_seen]
+        self.order_obeyed = self.order_seen
+        return self.reducer.share_orders(sorted(due, key=lambda order: order.number))
 
     # Long work ------------------------------------------------------------------------------------
 
@@ -195,13 +201,13 @@ class Training:
         """Measure the loss over the whole of each of these validation sets."""
         if not names:
             return
-        self.hear(before=self.state.step)
+        self.receive_stats(before=self.state.step)
         self.enter("evaluation")
         self.engine.model.eval()
         for name in names:
             total, tokens = self._loss_over(self.validation_sets[name])
             if self.leads:
-                self.tell(Validation(name, self.state.step, total / tokens, round(tokens)))
+                self.publish(Validation(name, self.state.step, total / tokens, round(tokens)))
         self.engine.model.train()
         reshard(self.engine.model)
         self.clock.reset()
@@ -221,7 +227,7 @@ class Training:
         share_of_rank = (
             1 / self.layout.tensor
         )  # the ranks of a tensor group have read the same sequences
-        total, count = self.agreement.sum(loss_sum * share_of_rank, tokens * share_of_rank)
+        total, count = self.reducer.sum(loss_sum * share_of_rank, tokens * share_of_rank)
         return total, count
 
     def begin_save(self) -> None:
@@ -233,7 +239,7 @@ class Training:
         self.end_save()
         if self.saved_step == self.state.step:
             return
-        self.hear(before=self.state.step)
+        self.receive_stats(before=self.state.step)
         self.saving = BackgroundSave(
             self.state.step,
             self.staging,
@@ -266,7 +272,7 @@ class Training:
         if self.snapshots is None or self.snapshot_step == self.state.step:
             return
         self.end_snapshot()
-        self.hear(before=self.state.step)
+        self.receive_stats(before=self.state.step)
         if not self.state.healthy:
             return
         state = (
@@ -290,7 +296,7 @@ class Training:
         except CheckpointError as error:
             log_line(f"{error}; training goes on")
             return
-        self.tell(SnapshotTaken(snapshot.step, files, snapshot.seconds))
+        self.publish(SnapshotTaken(snapshot.step, files, snapshot.seconds))
 
     def end_save(self) -> None:
         """Wait for the save that goes on beside training, if one does, and tell how it went."""
@@ -303,8 +309,8 @@ class Training:
         while not saving.wait(PROGRESS_SECONDS):
             if saving.written != told:  # what stands still is not progress
                 told = saving.written
-                self.tell(Progress(*told))
-        self._tell_saved(saving.step, saving.folder, saving.files, lambda: saving.seconds)
+                self.publish(Progress(*told))
+        self._report_saved(saving.step, saving.folder, saving.files, lambda: saving.seconds)
 
     def save(self) -> bool:
         """Write this rank's part of a checkpoint, and return when that is done; True where all
@@ -312,7 +318,7 @@ class Training:
         self.end_save()
         if self.saved_step == self.state.step:
             return True
-        self.hear(before=self.state.step)
+        self.receive_stats(before=self.state.step)
         self.enter("checkpoint")
         began, folder = time.monotonic(), self._folder()
 
@@ -321,15 +327,15 @@ class Training:
                 self.engine.tensors(),
                 self._state_json(),
                 folder,
-                process_group=self.agreement.group,
+                process_group=self.reducer.group,
                 progress=self._progress,
             )
 
-        self._tell_saved(self.state.step, folder, write, lambda: time.monotonic() - began)
+        self._report_saved(self.state.step, folder, write, lambda: time.monotonic() - began)
         self.clock.reset()
         return self.saved_step == self.state.step
 
-    def _tell_saved(
+    def _report_saved(
         self,
         step: int,
         folder: Path,
@@ -342,10 +348,10 @@ class Training:
             written = files()
         except CheckpointError as error:
             # The save has failed on every rank alike.
-            self.tell(SaveFailed(step, str(error)))
+            self.publish(SaveFailed(step, str(error)))
             return
         self.saved_step = step
-        self.tell(ShardsSaved(step, str(folder), written, seconds()))
+        self.publish(ShardsSaved(step, str(folder), written, seconds()))
 
     def _folder(self) -> Path:
         return checkpoint_folder(
@@ -384,9 +390,9 @@ class Training:
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.progress_told >= PROGRESS_SECONDS:
-            self.progress_told = now
-            self.tell(Progress(min(done, total), total))
+        if now - self.progress_published >= PROGRESS_SECONDS:
+            self.progress_published = now
+            self.publish(Progress(min(done, total), total))
 
 
 def checkpoint_folder(run_directory: Path, attempt: str, step: int) -> Path:

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.timeout(300)
 def test_thousands_of_steps_and_every_rank_records_the_same(tmp_path: Path) -> None:
     records = run_script(ROOT / "tests/train/step_stats_ranks.py", 4, folder=tmp_path)
     assert all(record == records[0] for record in records[1:])
-    words = [entry for entry in records[0] if entry[0] == "word"]
+    stats = [entry for entry in records[0] if entry[0] == "stats"]
     orders = [entry for entry in records[0] if entry[0] == "order"]
-    assert [entry[1] for entry in words] == list(range(len(words)))
-    assert len(words) > 2300
+    assert [entry[1] for entry in stats] == list(range(len(stats)))
+    assert len(stats) > 2300
     # Every order was obeyed once and in turn, at boundaries all over the run.
     assert [entry[2] for entry in orders] == list(range(1, 41))
     assert len({entry[1] for entry in orders}) > 20
-    assert Counter(entry[2] for entry in words)["skip"] > 40
-    assert {entry[3] for entry in words if entry[2] == "skip"} == {"inf"}
-    assert words[-1][2] == "stop"
+    assert Counter(entry[2] for entry in stats)["skip"] > 40
+    assert {entry[3] for entry in stats if entry[2] == "skip"} == {"inf"}
+    assert stats[-1][2] == "stop"
     assert records[0][-1][0] == "stop"
 
 

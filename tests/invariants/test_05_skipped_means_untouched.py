@@ -25,8 +25,8 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
+from opt_train.train.readback import Readback
 from opt_train.train.step import read_batch, take_step
-from opt_train.train.step_stats import Readback
 from opt_train.train.training import Training
 from tests.optim.syncs import Syncs
 from tests.train.rig import begin_alone, tiny_config
@@ -216,6 +216,6 @@ def test_step_waits_for_the_device_at_one_place_alone(
             take_step(run, micro_batches, seconds)
         assert syncs.seen == []
         assert happened == ["the update", "the scale", "the readback", "tolist"]
-    run.hear(before=run.state.step)
+    run.receive_stats(before=run.state.step)
     assert run.newest is not None
-    assert None not in dataclasses.asdict(run.newest.probed).values()
+    assert None not in dataclasses.asdict(run.newest).values()

@@ -29,7 +29,7 @@ from opt_train.protocol.commands import Begin
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
 from opt_train.train.config import TrainConfig
-from opt_train.train.metrics import metrics_line
+from opt_train.train.metrics import MetricsSource, metrics_line
 from opt_train.train.state import TrainState
 from opt_train.train.step_stats import StepStats
 
@@ -109,14 +109,14 @@ class Life:
         self.note(started, name, state.step)
 
         micro_batch, every = self.draw.randint(1, 5), self.draw.randint(1, 6)
-        words: list[StepStats] = []
+        under_way: list[StepStats] = []
         while state.step < last:
-            self.hear(name, state, words, before=state.step - 1)
-            words.append(self.step(name, state, layout, micro_batch))
+            self.receive_stats(name, state, under_way, before=state.step - 1)
+            under_way.append(self.step(name, state, layout, micro_batch))
             if state.step % every == 0 or self.draw.random() < 0.05:  # as due, or as ordered
-                self.hear(name, state, words, before=state.step)
+                self.receive_stats(name, state, under_way, before=state.step)
                 self.save(name, state)
-        self.hear(name, state, words, before=state.step)
+        self.receive_stats(name, state, under_way, before=state.step)
         self.note(AttemptEnded(number + 1, "failed"), name, state.step)
 
     def step(self, name: str, state: TrainState, layout: Layout, micro_batch: int) -> StepStats:
@@ -141,37 +141,41 @@ class Life:
         skips = self.draw.random() < 0.15
         if skips:
             self.skipped.add((name, state.step + 1))
-        word = StepStats(
+        tokens = len(self.read[name][-1]) * SEQUENCE
+        stats = StepStats(
             step=state.step,
-            loss=math.nan if skips else 3.0,
-            tokens=len(self.read[name][-1]) * SEQUENCE,
-            activation_norm=1.0,
+            loss_sum=math.nan if skips else 3.0 * tokens,
+            tokens=tokens,
+            activation_squares=1.0 * tokens,
             grad_norm=1.0,
             clipped_norm=1.0,
-            loss_scale=1.0,
-            skipped=skips,
-            stop_votes=0,
-            saving_ranks=0,
-            order_number=0,
+            skipping_ranks=int(skips),
             step_seconds=0.1,
-            data_seconds=0.0,
             memory_bytes=1,
         )
         # What `train.step.take_step` does behind the update.
         state.step += 1
         state.cursor = self.batches.after(state.cursor)
-        return word
+        return stats
 
-    def hear(self, name: str, state: TrainState, words: list[StepStats], before: int) -> None:
-        """As `Training.hear`: a word arrives a step late, so a killed rank has not counted its last
-        ones."""
-        while words and words[0].step < before:
-            word = words.pop(0)
-            state.absorb(word)
+    def receive_stats(
+        self, name: str, state: TrainState, under_way: list[StepStats], before: int
+    ) -> None:
+        """As `Training.receive_stats`: stats arrive a step late, so a killed rank has not counted
+        its last ones."""
+        while under_way and under_way[0].step < before:
+            stats = under_way.pop(0)
+            state.absorb(stats)
             begin = Begin(1, name, "n0", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
-            self.lines[name, word.step + 1] = metrics_line(
-                self.config, begin, state, word, 1e-3, torch.device("cpu")
+            source = MetricsSource(
+                config=self.config,
+                begin=begin,
+                state=state,
+                stats=stats,
+                learning_rate=1e-3,
+                device=torch.device("cpu"),
             )
+            self.lines[name, stats.step + 1] = metrics_line(source)
 
     def save(self, name: str, state: TrainState) -> None:
         if self.draw.random() < 0.2:

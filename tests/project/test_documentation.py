@@ -29,7 +29,13 @@ def generator() -> ModuleType:
     return module
 
 
-GENERATED = ("README.md", "docs/configuration.md", "docs/architecture.md", "docs/causes.md")
+GENERATED = (
+    "README.md",
+    "docs/configuration.md",
+    "docs/architecture.md",
+    "docs/causes.md",
+    "docs/metrics.md",
+)
 
 
 @pytest.mark.parametrize("page", GENERATED)

@@ -2,14 +2,14 @@
 what each case saw.
 
 A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every
-case trains twice, with probes and without, with the trainer's own parts and its word.
+case trains twice, with probes and without, with the trainer's own parts and its step stats.
 """
 
 import hashlib
 import json
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,9 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes
-from opt_train.train.step_stats import RankStats, Readback, StatsReducer
+from opt_train.train.readback import Readback
+from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step_stats import RankStats, StepStats
 from tests.parallel.layout_ranks import MODEL, VALUES, share
 from tests.train.leave import leave_with
 
@@ -36,6 +38,15 @@ PROBED = TrainConfig(layer_norms_every=3, attention_logit_every=3, speed_probe_e
 UNPROBED = TrainConfig(layer_norms_every=0, attention_logit_every=0, speed_probe_every=0)
 
 
+def probed_of(stats: StepStats) -> dict[str, Any]:
+    return {
+        "layer_grad_norms": stats.layer_grad_norms,
+        "layer_weight_norms": stats.layer_weight_norms,
+        "attention_logit_max": stats.attention_logit,
+        "gemm_tflops": stats.gemm_tflops,
+    }
+
+
 def train(
     probed: TrainConfig,
     rank: int,
@@ -44,9 +55,9 @@ def train(
     model: ModelConfig,
     precision: PrecisionConfig,
 ) -> dict[str, Any]:
-    """Losses to the bit, weights to the bit, and what the words said of the probes."""
+    """Losses to the bit, weights to the bit, and what the step stats had of the probes."""
     engine = make_engine(model, precision, parallel, layout, CPU, values=VALUES, seed=3)
-    agreement = StatsReducer(dist.new_group(backend="gloo"), rank, dist.get_world_size())
+    reducer = StatsReducer(dist.new_group(backend="gloo"), rank, dist.get_world_size())
     losses = []
     scale = torch.tensor(SCALE)
     for step in range(1, STEPS + 1):
@@ -67,17 +78,16 @@ def train(
         losses.append(loss)
         put_in_force(engine.optimizer, VALUES)
         engine.apply(verdict)
-        agreement.start(
-            step, RankStats(grad_norm=grad_norm, tokens=tokens, probed=probes.results(values)), 0
-        )
+        own = RankStats(grad_norm=grad_norm, tokens=tokens, **probes.results(values))
+        reducer.start(step, own)
     local = [local_part(parameter) for parameter in engine.model.parameters()]
     weights = hashlib.sha256(
         b"".join(part.detach().float().numpy().tobytes() for part in local)
     ).hexdigest()
-    words = agreement.heard(before=STEPS + 1)
+    collected = reducer.collect(before=STEPS + 1)
     return {
         "trained": {"losses": [repr(loss) for loss in losses], "weights": weights},
-        "words": [{"grad_norm": word.grad_norm, **asdict(word.probed)} for word in words],
+        "stats": [{"grad_norm": stats.grad_norm, **probed_of(stats)} for stats in collected],
     }
 
 

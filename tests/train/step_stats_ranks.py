@@ -1,4 +1,5 @@
-"""The word and the orders without a model, for thousands of steps. Run by test_04; prints what the
+"""The step stats and the orders without a model, for thousands of steps. Run by test_04; prints
+what the
 rank recorded."""
 
 import os
@@ -14,7 +15,8 @@ from opt_train.optim.clip import clip, global_norm
 from opt_train.protocol.framing import to_line
 from opt_train.protocol.orders import Save
 from opt_train.train.orders import ControlPipe, StopSignals
-from opt_train.train.step_stats import RankStats, StatsReducer
+from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step_stats import RankStats, StepStats
 from tests.train.leave import leave_with
 
 STEPS = 2500
@@ -22,12 +24,18 @@ ORDERS = 40
 STOP = STEPS - 100
 
 
+def outcome_of(stats: StepStats) -> str:
+    if stats.stop_votes:
+        return "stop"
+    return "skip" if stats.skipped else "apply"
+
+
 def main(rank: int, world_size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
     )
-    agreement = StatsReducer(dist.new_group(backend="gloo"), rank, world_size)
+    reducer = StatsReducer(dist.new_group(backend="gloo"), rank, world_size)
     read_end, write_end = os.pipe()
     control, signals = ControlPipe(read_end), StopSignals()
     signals.listen()
@@ -37,27 +45,27 @@ def main(rank: int, world_size: int, store: str) -> None:
     chance = random.Random(rank)
     poisoned = set(random.Random(7).sample(range(STEPS), 60)) if rank == 2 else set()
     parameter = torch.nn.Parameter(torch.zeros(4))
-    obeyed, heard, inbox, record = 0, 0, [], []
+    obeyed, newest, inbox, record = 0, 0, [], []
     for step in range(STEPS):
-        for word in agreement.heard(before=step - 1):
-            heard = max(heard, word.order_number)
+        for stats in reducer.collect(before=step - 1):
+            newest = max(newest, stats.order_number)
             record.append(
                 [
-                    "word",
-                    word.step,
-                    word.verdict,
-                    repr(word.loss),
-                    word.order_number,
-                    word.stop_votes,
+                    "stats",
+                    stats.step,
+                    outcome_of(stats),
+                    repr(stats.loss),
+                    stats.order_number,
+                    stats.stop_votes,
                 ]
             )
-        if heard > obeyed:
-            due = [order for order in inbox if order.number <= heard]
-            inbox = [order for order in inbox if order.number > heard]
+        if newest > obeyed:
+            due = [order for order in inbox if order.number <= newest]
+            inbox = [order for order in inbox if order.number > newest]
             record += [
-                ["order", step, order.number, order.reason] for order in agreement.share_orders(due)
+                ["order", step, order.number, order.reason] for order in reducer.share_orders(due)
             ]
-            obeyed = heard
+            obeyed = newest
         if chance.random() < 0.02:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
@@ -73,15 +81,16 @@ def main(rank: int, world_size: int, store: str) -> None:
             loss_sum=float("inf") if step in poisoned else rank + step,
             tokens=2.0,
             grad_norm=float(verdict.norm),
-            skipped=bool(verdict.skip),
-            wants_to_stop=bool(signals.received),
+            skipping_ranks=int(verdict.skip),
+            stop_votes=int(bool(signals.received)),
+            order_number=max([obeyed, *(order.number for order in inbox)]),
             step_seconds=float(rank),
         )
-        agreement.start(step, own, max([obeyed, *(order.number for order in inbox)]))
-        if any(entry[0] == "word" and entry[2] == "stop" for entry in record[-3:]):
+        reducer.start(step, own)
+        if any(entry[0] == "stats" and entry[2] == "stop" for entry in record[-3:]):
             record.append(["stop", step])
             break
-    agreement.heard(before=STEPS)
+    reducer.collect(before=STEPS)
     leave_with(record)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,18 @@ from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES
 from opt_train.train.fact_pipe import fitting_line
-from opt_train.train.metrics import metrics_line
-from opt_train.train.probe_results import RankProbes, WorldProbes
+from opt_train.train.metrics import METRICS, MetricsSource, metrics_line
 from opt_train.train.state import TrainState
-from opt_train.train.step_stats import StepStats
+from opt_train.train.step_stats import (
+    COLUMNS,
+    Packed,
+    RankStats,
+    StatsColumns,
+    StepStats,
+    pack,
+    step_metrics,
+    unpack,
+)
 from tests.model.twins import hugging_face
 from tests.train.rig import World, tiny_config
 
@@ -36,40 +44,53 @@ LONG = 0.012345678901234567
 """Of 17 digits, as a double has them."""
 
 
+def source(
+    config: RunConfig,
+    begin: Begin,
+    state: TrainState,
+    stats: StepStats,
+    learning_rate: float,
+    device: torch.device,
+) -> MetricsSource:
+    return MetricsSource(
+        config=config,
+        begin=begin,
+        state=state,
+        stats=stats,
+        learning_rate=learning_rate,
+        device=device,
+    )
+
+
 @pytest.fixture(scope="module")
 def opt_175b() -> RunConfig:
     return compose(["experiment=opt-175b", *GIVEN])
 
 
-def told(config: RunConfig, norms: list[float]) -> bytes:
+def published(config: RunConfig, norms: list[float]) -> bytes:
     """The longest line of a run with all there is: of an attempt's first step, every number of full
     length."""
-    probed = WorldProbes(
-        layer_grad_norms=tuple(norms),
-        layer_weight_norms=tuple(norms),
-        attention_logit_max=123.456789,
-        gemm_tflops=(123.456789,) * 992,
-    )
-    word = StepStats(
+    squares = tuple(norm * abs(norm) for norm in norms)
+    stats = StepStats(
         step=299_999,
-        loss=LONG,
+        loss_sum=LONG * 2_031_616,
         tokens=2_031_616,
-        activation_norm=LONG,
+        activation_squares=LONG**2 * 2_031_616,
         grad_norm=LONG,
         clipped_norm=LONG,
         loss_scale=2.0**-5,
-        skipped=False,
-        stop_votes=0,
-        saving_ranks=0,
-        order_number=0,
         step_seconds=LONG,
         data_seconds=LONG,
         memory_bytes=80 << 30,
-        probed=probed,
+        layer_grad_squares=squares,
+        layer_weight_squares=squares,
+        attention_logit=123.456789,
+        gemm_tflops=(123.456789,) * 992,
     )
+    assert stats.loss == stats.activation_norm == LONG, "of full length"
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
     state = TrainState(updates=299_000, tokens=180_000_000_000)
-    line = metrics_line(config, begin, state, word, LONG, torch.device("cpu"))
+    line = metrics_line(source(config, begin, state, stats, LONG, torch.device("cpu")))
     return fitting_line(Metrics({**line, "mfu": LONG, "journal_head": "1000000 " + "ab" * 32}))
 
 
@@ -85,7 +106,7 @@ def test_opt_175bs_line_with_every_probe_fits_the_pipe(
     opt_175b: RunConfig, norms: list[float], most: int
 ) -> None:
     assert opt_175b.model.layers + 2 == 98
-    line = told(opt_175b, norms)
+    line = published(opt_175b, norms)
     assert len(line) <= most < MAX_FACT_BYTES
     read = json.loads(line)["line"]
     assert len(read["layer_grad_norms"]) == len(read["layer_weight_norms"]) == 98
@@ -102,7 +123,7 @@ def test_a_model_too_deep_for_the_line_loses_its_lists_and_nothing_else(
     opt_175b: RunConfig,
 ) -> None:
     deep = replace(opt_175b, model=replace(opt_175b.model, layers=300))
-    line = told(deep, [LONG] * 302)
+    line = published(deep, [LONG] * 302)
     assert len(line) <= MAX_FACT_BYTES
     read = json.loads(line)["line"]
     assert read["layer_grad_norms"] is None
@@ -110,20 +131,102 @@ def test_a_model_too_deep_for_the_line_loses_its_lists_and_nothing_else(
     assert (read["loss"], read["attention_logit_max"]) == (LONG, 123.46)
 
 
+def test_every_column_has_a_field_and_every_field_a_column() -> None:
+    assert sorted(column.name for column in COLUMNS) == sorted(
+        field.name for field in fields(StatsColumns)
+    )
+
+
+def test_every_metric_has_its_key_once_and_a_line_has_them_all(opt_175b: RunConfig) -> None:
+    keys = [metric.key for metric in METRICS]
+    assert len(set(keys)) == len(keys)
+    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0, "1 ab")
+    given = source(opt_175b, begin, TrainState(), StepStats(step=0), 1e-4, torch.device("cpu"))
+    assert list(metrics_line(given, is_first=True)) == keys
+    assert list(metrics_line(given)) == [key for key in keys if key != "journal_head"]
+
+
+def test_what_ranks_pack_is_what_the_world_unpacks() -> None:
+    """Each column is found where it was put, whatever others have put before it; a count comes back
+    as a count."""
+    ranks = [
+        RankStats(
+            loss_sum=10.0 + rank,
+            tokens=4.0,
+            activation_squares=100.0 + rank,
+            skipping_ranks=1,
+            stop_votes=rank,
+            saving_ranks=int(rank == 1),
+            grad_norm=0.5 + rank,
+            clipped_norm=0.25 + rank,
+            loss_scale=8.0 + rank,
+            order_number=7 + rank,
+            step_seconds=3.0 - rank,
+            data_seconds=0.1 + rank,
+            memory_bytes=1000 + rank,
+            layer_grad_squares=(1.0, 2.0 * rank, 3.0),
+            layer_weight_squares=(4.0, 5.0, 6.0 * rank),
+            attention_logit=-1.0 - rank,
+            gemm_tflops=(0.5 + rank,),
+        )
+        for rank in range(3)
+    ]
+    packed = [pack(own, rank, 3) for rank, own in enumerate(ranks)]
+    sums = [sum(each) for each in zip(*(rank.sums for rank in packed), strict=True)]
+    maxima = [max(each) for each in zip(*(rank.maxima for rank in packed), strict=True)]
+    expected = StepStats(
+        step=9,
+        loss_sum=33.0,
+        tokens=12,
+        activation_squares=303.0,
+        skipping_ranks=3,
+        stop_votes=3,
+        saving_ranks=1,
+        grad_norm=0.5,
+        clipped_norm=0.25,
+        loss_scale=8.0,
+        order_number=7,
+        step_seconds=3.0,
+        data_seconds=2.1,
+        memory_bytes=1002,
+        layer_grad_squares=(3.0, 6.0, 9.0),
+        layer_weight_squares=(12.0, 15.0, 18.0),
+        attention_logit=-1.0,
+        gemm_tflops=(0.5, 1.5, 2.5),
+    )
+    for own in ranks:
+        stats = unpack(9, own, 3, Packed(sums, maxima))
+        assert stats == expected
+        assert isinstance(stats.tokens, int)
+        assert isinstance(stats.order_number, int)
+
+
+def test_a_metrics_line_keeps_its_published_keys(opt_175b: RunConfig) -> None:
+    """By hand: those who read old runs, and detectors, ask for them by name."""
+    assert {metric.key for metric in METRICS} == {
+        *("attempt", "step", "updates", "samples", "tokens", "time", "loss", "lr", "grad_norm"),
+        *("grad_norm_clipped", "activation_norm", "loss_scale", "overflow", "skipped"),
+        *("tokens_per_second", "mfu", "step_seconds", "data_seconds", "memory_bytes"),
+        *("layer_grad_norms", "layer_weight_norms", "attention_logit_max", "gemm_tflops_min"),
+        *("gemm_tflops_median", "gemm_slowest_rank", "journal_head"),
+    }
+
+
 def test_the_slowest_rank_has_a_name() -> None:
     speeds = [4.0, 3.9, 1.23456789, 4.1]
-    owns = [RankProbes(layer_squares=(1.0, 3.0), gemm_tflops=speed) for speed in speeds]
-    summed = [
-        sum(each)
-        for each in zip(*(own.sums(rank, 4) for rank, own in enumerate(owns)), strict=True)
+    owns = [
+        RankStats(layer_grad_squares=(1.0,), layer_weight_squares=(3.0,), gemm_tflops=(speed,))
+        for speed in speeds
     ]
-    told = owns[0].of_world(summed, []).metrics()
-    assert (told["gemm_tflops_min"], told["gemm_tflops_median"], told["gemm_slowest_rank"]) == (
+    packed = [pack(own, rank, 4) for rank, own in enumerate(owns)]
+    sums = [sum(each) for each in zip(*(rank.sums for rank in packed), strict=True)]
+    line = step_metrics(unpack(0, owns[0], 4, Packed(sums, packed[0].maxima)))
+    assert (line["gemm_tflops_min"], line["gemm_tflops_median"], line["gemm_slowest_rank"]) == (
         1.2346,
         3.95,
         2,
     )
-    assert (told["layer_grad_norms"], told["layer_weight_norms"]) == ([2.0], [3.4641])
+    assert (line["layer_grad_norms"], line["layer_weight_norms"]) == ([2.0], [3.4641])
 
 
 @pytest.mark.parametrize(
@@ -145,23 +248,9 @@ def test_mfu_is_that_of_the_formula_and_null_for_another_peak(
     """N of the formula is the paper's 175B within a part in a hundred."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device)
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
-    word = StepStats(
-        step=9,
-        loss=2.0,
-        tokens=992 * 2048,
-        activation_norm=1.0,
-        grad_norm=1.0,
-        clipped_norm=1.0,
-        loss_scale=1.0,
-        skipped=False,
-        stop_votes=0,
-        saving_ranks=0,
-        order_number=0,
-        step_seconds=16.0,
-        data_seconds=0.1,
-        memory_bytes=1,
-    )
-    line = metrics_line(opt_175b, begin, TrainState(), word, 1e-4, torch.device("cuda", 0))
+    stats = StepStats(step=9, loss_sum=2.0 * 992 * 2048, tokens=992 * 2048, step_seconds=16.0)
+    cuda = torch.device("cuda", 0)
+    line = metrics_line(source(opt_175b, begin, TrainState(), stats, 1e-4, cuda))
     assert line["tokens_per_second"] == 992 * 2048 / 16.0
     if peak is None:
         assert line["mfu"] is None

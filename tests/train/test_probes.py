@@ -23,8 +23,8 @@ from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.train.config import TrainConfig
-from opt_train.train.probe_results import RankProbes
 from opt_train.train.probes import Probes, noting_logits
+from opt_train.train.step_stats import RankStats, pack, step_metrics, unpack
 from tests.parallel.layout_ranks import MODEL, VALUES, global_batch, share
 from tests.train.probe_ranks import STEPS
 from tests.train.rig import World, run_script, tensors_in, tiny_config
@@ -62,13 +62,13 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank of each case told."""
-    told: dict[str, list[dict[str, Any]]] = {}
+    """What each rank of each case reported."""
+    reports: dict[str, list[dict[str, Any]]] = {}
     for world, cases in WORLDS.items():
         folder = tmp_path_factory.mktemp("probes")
         ranks = run_script(SCRIPT, world, json.dumps(cases), folder=folder, seconds=300)
-        told |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
-    return told
+        reports |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
+    return reports
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -168,27 +168,27 @@ def test_probes_agree_with_plain_pytorch(
     name, degrees, _, changes, precision = case
     if changes.get("dropout"):
         pytest.skip("another draw of dropout in plain PyTorch")
-    words = seen[name][0]["words"]
-    assert all(rank["words"] == words for rank in seen[name]), "every rank heard the same"
+    steps = seen[name][0]["stats"]
+    assert all(rank["stats"] == steps for rank in seen[name]), "every rank read the same"
     tolerance = 0.02 if precision else 2e-5
     reference = textbook(changes == RELEASED_350M, Layout(*degrees).data_world)
-    for number, (word, expected) in enumerate(zip(words, reference, strict=True), start=1):
-        assert word["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
+    for number, (stats, expected) in enumerate(zip(steps, reference, strict=True), start=1):
+        assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
         if number not in (1, 3):
-            assert all(word[kind] is None for kind in KINDS)
+            assert all(stats[kind] is None for kind in KINDS)
             continue
-        assert word["layer_grad_norms"] == pytest.approx(
+        assert stats["layer_grad_norms"] == pytest.approx(
             expected["layer_grad_norms"], rel=tolerance, abs=1e-9
         )
-        assert word["layer_weight_norms"] == pytest.approx(
+        assert stats["layer_weight_norms"] == pytest.approx(
             expected["layer_weight_norms"], rel=tolerance, abs=1e-9
         )
-        assert word["attention_logit_max"] == pytest.approx(
+        assert stats["attention_logit_max"] == pytest.approx(
             expected["attention_logit_max"], rel=tolerance
         )
-        assert math.hypot(*word["layer_grad_norms"]) == pytest.approx(word["grad_norm"], rel=1e-6)
-        assert len(word["gemm_tflops"]) == world
-        assert all(0 < speed < 1000 for speed in word["gemm_tflops"])
+        assert math.hypot(*stats["layer_grad_norms"]) == pytest.approx(stats["grad_norm"], rel=1e-6)
+        assert len(stats["gemm_tflops"]) == world
+        assert all(0 < speed < 1000 for speed in stats["gemm_tflops"])
 
 
 def test_an_overflow_is_told_of_the_layer_that_has_it() -> None:
@@ -207,9 +207,10 @@ def test_an_overflow_is_told_of_the_layer_that_has_it() -> None:
 
 def test_a_logit_that_is_no_number_reaches_every_rank_as_infinity() -> None:
     """A maximum over ranks may lose a NaN."""
-    own = RankProbes(attention_logit=math.nan)
-    assert own.maxima() == [math.inf]
-    assert own.of_world([], own.maxima()).metrics()["attention_logit_max"] == math.inf
+    own = RankStats(attention_logit=math.nan)
+    packed = pack(own, 0, 1)
+    assert packed.maxima[-1:] == [math.inf]
+    assert step_metrics(unpack(0, own, 1, packed))["attention_logit_max"] == math.inf
 
 
 def test_logits_in_slices_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,10 +272,10 @@ def test_padding_does_not_count_and_an_engine_that_knows_no_layers_tells_none() 
     with probes.watching_attention([batch]):
         model(batch.tokens)
     probes.measure_layers(torch.ones((), dtype=torch.float64))
-    own = probes.results([float(value) for value in probes.on_device])
+    own = RankStats(**probes.results([float(value) for value in probes.on_device]))
     assert own.attention_logit == pytest.approx(min(each), rel=1e-5)
-    told = own.of_world([], own.maxima()).metrics()
-    assert (told["layer_grad_norms"], told["layer_weight_norms"]) == (None, None)
+    line = step_metrics(unpack(0, own, 1, pack(own, 0, 1)))
+    assert (line["layer_grad_norms"], line["layer_weight_norms"]) == (None, None)
 
 
 KEYS = (

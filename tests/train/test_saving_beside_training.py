@@ -134,7 +134,7 @@ def test_training_goes_on_while_a_file_system_stands_still(
     monkeypatch.setattr(background, "save", stalled)
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     for _ in range(4):
-        run.hear(before=run.state.step - 1)
+        run.receive_stats(before=run.state.step - 1)
         assert run.obey() is None
         take_step(run, *read_batch(run))
         if run.state.step == 1:
@@ -160,7 +160,7 @@ def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) 
     for _ in range(2):  # the word of the first of them says so
         assert not any(isinstance(fact, ShardsSaved) for fact in facts)
         take_step(run, *read_batch(run))
-        run.hear(before=run.state.step - 1)
+        run.receive_stats(before=run.state.step - 1)
         assert run.obey() is None
     assert [fact.step for fact in facts if isinstance(fact, ShardsSaved)] == [1]
     assert not any(isinstance(fact, Phase) and fact.phase == "checkpoint" for fact in facts)

@@ -94,7 +94,7 @@ class Agent:
         return [fact.step for fact in self.facts if isinstance(fact, kind)]  # type: ignore[attr-defined]
 
     def step(self) -> None:
-        self.run.hear(before=self.run.state.step - 1)
+        self.run.receive_stats(before=self.run.state.step - 1)
         assert self.run.obey() is None
         take_step(self.run, *read_batch(self.run))
 
@@ -151,7 +151,7 @@ def test_a_state_that_is_not_well_is_left_out(tmp_path: Path) -> None:
     agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path), 1))
     run = agent.run
     agent.step()
-    run.hear(before=1)
+    run.receive_stats(before=1)
     run.state.floor_steps = 1
     run.begin_snapshot()
     run.state.floor_steps = 0
@@ -205,7 +205,7 @@ def test_an_update_waits_for_the_copy_and_the_next_snapshot_for_the_last(
     agent.step()
     assert happened == ["backward", "update"]
     assert not agent.told(SnapshotTaken)
-    entered = agent.run.tell
+    entered = agent.run.publish
 
     def hashed_meanwhile(fact: Message) -> None:
         entered(fact)
