@@ -215,6 +215,19 @@ def read(folder: Path, manifest_sha256: str | None = None) -> Manifest:
     return manifest
 
 
+def check(folder: Path, manifest_sha256: str | None = None) -> Manifest:
+    """Read the manifest, and compare names and sizes of the files with it: all that can be known of
+    a checkpoint without reading it.
+
+    Raises:
+        CheckpointError: something is missing, short or long, or a shard lies there that nobody
+            vouches for.
+    """
+    manifest = read(folder, manifest_sha256)
+    check_sizes(folder, manifest)
+    return manifest
+
+
 def verify(
     folder: Path, manifest_sha256: str | None = None, progress: Progress | None = None
 ) -> Manifest:
@@ -224,8 +237,7 @@ def verify(
         CheckpointError: something is missing, short, long, flipped, or a shard lies there that
             nobody vouches for.
     """
-    manifest = read(folder, manifest_sha256)
-    check_sizes(folder, manifest)
+    manifest = check(folder, manifest_sha256)
     done = 0
     for path, entry in manifest.files.items():
         check_file(
@@ -269,9 +281,12 @@ def check_file(path: Path, entry: FileEntry, progress: Progress | None = None) -
 
 
 def patiently(
-    folder: Path, work: Callable[[], _Found], waiting: Callable[[], None] = lambda: None
+    folder: Path,
+    work: Callable[[], _Found],
+    waiting: Callable[[], None] = lambda: None,
+    seconds: float = LATE_SECONDS,
 ) -> _Found:
-    """`work`, and again while it may have met an old state of `folder`, for `LATE_SECONDS` at most.
+    """`work`, and again while it may have met an old state of `folder`, for `seconds` at most.
 
     Args:
         waiting: called before each time but the first.
@@ -279,7 +294,7 @@ def patiently(
     Raises:
         CheckpointError: what `work` raised last.
     """
-    end = time.monotonic() + LATE_SECONDS
+    end = time.monotonic() + seconds
     while True:
         try:
             return work()

@@ -123,7 +123,7 @@ def train(config: RunConfig) -> int:
         return lone
 
     try:
-        code = train_standalone(resolved, open_run, alone.tell)
+        code = train_standalone(resolved, open_run, alone.reject_checkpoint, alone.tell)
     except BadInput:
         if not alone.question:
             raise
@@ -276,7 +276,7 @@ class StandaloneRun:
             # Whoever trained it died without a word: the lock was free.
             self._append(AttemptEnded(state.live.generation, "failed"), attempt=state.live.name)
         self._keeper.clear(state.history, {saved.path for saved in state.checkpoints})
-        checkpoint = self._newest_verified()
+        checkpoint = self._newest_in_place()
         self._attempt = state.next_attempt(self._start.lineage)
         commit, dirty = git_state()
         started = AttemptStarted(
@@ -309,7 +309,26 @@ class StandaloneRun:
             journal_head=str(journal.head),
         )
 
-    def _newest_verified(self) -> Checkpoint | None:
+    def reject_checkpoint(self, why: str) -> StandaloneBegin:
+        """Journal that the ranks could not restore what the attempt began with, and begin another
+        with the one before.
+
+        Raises:
+            BadInput: there is none, or the journal takes no more.
+        """
+        assert self._journal is not None
+        failed = self._state.attempt
+        assert failed is not None
+        self._append(
+            CheckpointRejected(failed.checkpoint, f"a rank could not restore it: {why}"),
+            failed.parent,
+            failed.start_step,
+        )
+        return self._begin(self._journal)
+
+    def _newest_in_place(self) -> Checkpoint | None:
+        """The newest good checkpoint whose files are there in their sizes; the ranks verify what is
+        in them."""
         while (checkpoint := self._state.newest_good(shared_only=True)) is not None:
             verified = self._keeper.verify(checkpoint.path, checkpoint.manifest_sha256)
             if not verified.why:

@@ -134,13 +134,16 @@ def diagnose(case: Case) -> Diagnosis:
     root = suspects[0]
     others = [e for s in suspects[1:] if s.precedence == Precedence.VICTIM for e in s.evidence]
     evidence = tuple(dict.fromkeys((*root.evidence, *others)))[:MOST_EVIDENCE]
+    cause = root.indication.cause
+    # Whichever rank happened to read a bad file is its witness; the evidence names it.
+    is_of_nobody = cause == Cause.CORRUPT_CHECKPOINT
     return Diagnosis(
-        cause=root.indication.cause,
-        blame=blame_of(root.indication.cause),
+        cause=cause,
+        blame=blame_of(cause),
         detail=root.indication.detail,
         confidence=root.indication.confidence,
-        node=root.node,
-        rank=root.rank,
+        node="" if is_of_nobody else root.node,
+        rank=-1 if is_of_nobody else root.rank,
         evidence=evidence,
     )
 
@@ -195,6 +198,14 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
     reading = _read_log(exited.log_tail)
     if reading is not None and reading.precedence < Precedence.NODE_DOWN:
         return _by_log(node, rank, reading)
+    if (
+        notice is not None
+        and notice.cause == Cause.CORRUPT_CHECKPOINT
+        and notice.code == exited.code
+    ):
+        # Its log has the same sentence, with whatever words the file system has put into it: they
+        # say how it found the checkpoint bad, and not what else has happened.
+        return _given_reason(node, exited, notice)
     if exited.killed_by_agent:
         # It was alive until it was killed: what its log complains of did not end it.
         if reading is None or reading.precedence != Precedence.VICTIM:

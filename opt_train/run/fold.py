@@ -177,8 +177,8 @@ def _generation_killed(s: RunState, entry: Entry, event: GenerationKilled) -> Ru
 
 
 def _incident_diagnosed(s: RunState, entry: Entry, event: IncidentDiagnosed) -> RunState:
-    restarts = {**s.restarts, event.cause: s.restarts.get(event.cause, 0) + 1}
-    strikes, in_all = restarts[event.cause], sum(restarts.values())
+    restarts = s.restarts_after(event.cause)
+    strikes, in_all = restarts.get(event.cause, 0), sum(restarts.values())
     known = tuple(
         replace(
             i,

@@ -64,6 +64,7 @@ from opt_logbook.record.events import (
     ValidationMeasured,
 )
 
+from opt_train.diagnosis.causes import Cause
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import FASTEST_LAST, Checkpoint
 from opt_train.run.incident import Incident
@@ -335,6 +336,27 @@ class RunState:
         good = [c for c in self.chain() if not c.rejected and not (shared_only and c.is_held)]
         best = [c for c in good if c.healthy] or good
         return best[-1] if best else None
+
+    def speaks_against_checkpoint(self, cause: str) -> bool:
+        """Whether a failure of `cause` says that what the attempt began with is bad: its ranks
+        could not restore it."""
+        attempt = self.attempt
+        return (
+            cause == Cause.CORRUPT_CHECKPOINT
+            and attempt is not None
+            and attempt.checkpoint != ""
+            and not attempt.began
+        )
+
+    def restarts_after(self, cause: str) -> Mapping[str, int]:
+        """`restarts` with one more failure of `cause`.
+
+        One that speaks against a checkpoint uses up nothing: the next attempt begins with another
+        one, of which there are only so many, so it ends by itself.
+        """
+        if self.speaks_against_checkpoint(cause):
+            return self.restarts
+        return {**self.restarts, cause: self.restarts.get(cause, 0) + 1}
 
     def reconsidered(self) -> tuple[Checkpoint, ...]:
         """`checkpoints`, none of them rejected if all are: the storage may be mended, and each is

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.background import Staging
 from opt_train.checkpoint.manifest import CheckpointError, own_file_name
-from opt_train.checkpoint.restore import restore
+from opt_train.checkpoint.restore import load_files, restore, verify_files
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
 from opt_train.checkpoint.tensors import WeightsAlone
 from opt_train.config.run_config import RunConfig, from_json
@@ -97,6 +97,9 @@ def start(
     state = read_state(manifest, dataset)
 
     group = joins(begin, config, device, tell)
+    if manifest is not None:
+        # Before any memory is filled: a checkpoint that is bad costs a restart its reading alone.
+        verify(begin, manifest, group, tell)
     initial = (
         Path(config.train.initial_weights)
         if config.train.initial_weights and manifest is None
@@ -117,7 +120,7 @@ def start(
     )
     loss_scale = LossScale(policy_of(config.precision), device)
     if manifest is not None:
-        load(engine, begin, manifest, group, tell)
+        load(engine, begin, manifest, group)
         load_loss_scale(loss_scale, manifest)
     if initial is not None:
         begin_with(engine, initial, group, tell)
@@ -252,27 +255,49 @@ def read_state(
     return state
 
 
-def load(
-    engine: Engine,
+def verify(
     begin: Begin,
     manifest: checkpoint_manifest.Manifest,
     group: dist.ProcessGroup,
     tell: Publish,
 ) -> None:
-    """Fill the engine from the checkpoint.
+    """Read the checkpoint's files, each on one of the ranks, and compare them with the manifest.
 
     Raises:
-        CannotStart: its files do not verify.
+        CannotStart: they are not what was committed. On every rank.
     """
     assert begin.checkpoint is not None
-    folder = Path(begin.checkpoint)
     try:
-        restore(
-            engine,
-            folder,
+        verify_files(
+            Path(begin.checkpoint),
             manifest,
             process_group=group,
             progress=lambda done, all_: tell(Progress(done, all_)),
+            rank_file=own_file(begin, manifest),
+            patient=True,
+        )
+    except CheckpointError as error:
+        raise CannotStart("corrupt_checkpoint", str(error)) from None
+
+
+def load(
+    engine: Engine,
+    begin: Begin,
+    manifest: checkpoint_manifest.Manifest,
+    group: dist.ProcessGroup,
+) -> None:
+    """Fill the engine from the checkpoint, which was verified.
+
+    Raises:
+        CannotStart: it is not this model's. On every rank.
+    """
+    assert begin.checkpoint is not None
+    try:
+        load_files(
+            engine,
+            Path(begin.checkpoint),
+            manifest,
+            process_group=group,
             rank_file=own_file(begin, manifest),
         )
     except CheckpointError as error:

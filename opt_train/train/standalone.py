@@ -1,11 +1,13 @@
 """`opt-train train`: the same rank without an agent, alone or as torchrun starts it. It obeys
 nothing but signals."""
 
+import gc
 import json
 import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import BAD_INPUT, BadInput
-from opt_train.protocol.facts import ShardsSaved
+from opt_train.protocol.facts import ExitNotice, ShardsSaved
 from opt_train.protocol.framing import Message, from_line, to_line
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import run_rank
@@ -38,7 +40,10 @@ class StandaloneBegin:
 
 
 def train_standalone(
-    config: RunConfig, open_run: Callable[[], StandaloneBegin], tell: PublishFrom
+    config: RunConfig,
+    open_run: Callable[[], StandaloneBegin],
+    reject_checkpoint: Callable[[str], StandaloneBegin],
+    tell: PublishFrom,
 ) -> int:
     """Train to the end, in one process or as one of torchrun's; returns the rank's exit code
     (protocol/exits.py).
@@ -46,11 +51,13 @@ def train_standalone(
     Args:
         open_run: called on rank 0 alone, once the ranks have met: opens journal and run, and
             decides what to resume.
+        reject_checkpoint: called on rank 0 alone, with the reason, when the ranks have found that
+            what they were to resume is corrupt: decides what to resume instead.
         tell: called on rank 0 alone.
 
     Raises:
-        BadInput: the configuration cannot work here, or `open_run` says so (rank 0 alone; the
-            others return 2).
+        BadInput: the configuration cannot work here, or `open_run` or `reject_checkpoint` says so
+            (rank 0 alone; the others return 2).
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -67,20 +74,25 @@ def train_standalone(
         if "RANK" in os.environ
         else join(_begin(), config, device, _unheard)
     )
-    try:
-        lone = _decide(open_run, rank, group)
-    except BadInput:
-        dist.destroy_process_group()
-        raise
-    if lone is None:
-        dist.destroy_process_group()
-        return BAD_INPUT
-    begin = _begin(lone, rank, world_size, local_rank)
-    code = run_rank(
-        begin, _Gathering(tell, rank, world_size, group), NoOrders(), signals, lambda *_: group
-    )
-    dist.destroy_process_group()
-    return code
+    decide = open_run
+    while True:
+        try:
+            lone = _decide(decide, rank, group)
+        except BadInput:
+            dist.destroy_process_group()
+            raise
+        if lone is None:
+            dist.destroy_process_group()
+            return BAD_INPUT
+        begin = _begin(lone, rank, world_size, local_rank)
+        gathering = _Gathering(tell, rank, world_size, group)
+        code = run_rank(begin, gathering, NoOrders(), signals, gathering.join)
+        if not gathering.found_corrupt:
+            dist.destroy_process_group()
+            return code
+        # What the attempt had built is in cycles, and may fill a GPU that the next one needs.
+        gc.collect()
+        decide = partial(reject_checkpoint, gathering.exit_reason)
 
 
 def _begin(
@@ -131,8 +143,23 @@ class _Gathering:
         self, tell: PublishFrom, rank: int, world_size: int, group: dist.ProcessGroup
     ) -> None:
         self._tell, self._rank, self._world_size, self._group = tell, rank, world_size, group
+        self.exit_reason = ""
+        self.found_corrupt = False
+        """The ranks have agreed that the checkpoint cannot be restored; true on all or none."""
+        self._has_joined = False
+
+    def join(self, *_: object) -> dist.ProcessGroup:
+        """The group, which has met already."""
+        self._has_joined = True
+        return self._group
 
     def __call__(self, fact: Message) -> None:
+        if isinstance(fact, ExitNotice):
+            # Behind the joining such a verdict is one of all ranks. Before it, it is one rank's
+            # own: the others are in a collective by now, which cannot be met by asking for another
+            # checkpoint.
+            self.found_corrupt = self._has_joined and fact.cause == "corrupt_checkpoint"
+            self.exit_reason = fact.reason
         if not isinstance(fact, ShardsSaved):
             if self._rank == 0:
                 self._tell(0, fact)

@@ -161,8 +161,8 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    # The newest checkpoint is damaged: the one before must be taken, and the journal must say so.
-    # A later folder may be there too, of the save that the kill interrupted.
+    # The newest checkpoint is damaged: attempt 1.01 finds that as it reads it, and 1.02 goes on
+    # with the one before. A later folder may be there too, of the save that the kill interrupted.
     newest = (
         run.path
         / [
@@ -179,7 +179,7 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     process = start_and_wait_for_step(workplace, 0, "optim.decay_steps=12")
     deadline = time.monotonic() + 60
     while not (
-        run.metrics_of("1.01").exists() and run.metrics_of("1.01").read_text().count("\n") > 6
+        run.metrics_of("1.02").exists() and run.metrics_of("1.02").read_text().count("\n") > 6
     ):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -188,18 +188,20 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
     process.communicate(timeout=60)
 
     entries = read(run.journal).entries
-    assert any(isinstance(e.event, CheckpointRejected) for e in entries)
+    [rejected] = [e.event for e in entries if isinstance(e.event, CheckpointRejected)]
+    assert rejected.path == str(newest.relative_to(run.path))
+    assert f"{shard.name} has a wrong checksum" in rejected.why
     restart = [e for e in entries if isinstance(e.event, AttemptStarted)][-1]
     assert isinstance(restart.event, AttemptStarted)
     assert (restart.step or 0) % 4 == 0
     assert restart.step != int(newest.name.removeprefix("step-"))
     # The uninterrupted run has the same schedule: decay over 12 steps, warm-up of 2.
-    by_attempt: dict[str, dict[int, float]] = {"1.00": {}, "1.01": {}}
+    by_attempt: dict[str, dict[int, float]] = {"1.00": {}, "1.02": {}}
     for line in metrics.read(run).lines:
         by_attempt[line["attempt"]][line["step"]] = line["loss"]
-    common = by_attempt["1.00"].keys() & by_attempt["1.01"].keys()
+    common = by_attempt["1.00"].keys() & by_attempt["1.02"].keys()
     assert common
-    assert all(by_attempt["1.00"][step] == by_attempt["1.01"][step] for step in common)
+    assert all(by_attempt["1.00"][step] == by_attempt["1.02"][step] for step in common)
     whole = losses(finished)
     assert all(
         by_attempt["1.00"][step] == whole[step] for step in whole if step in by_attempt["1.00"]

@@ -40,7 +40,15 @@ def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(
         assert driving.finish(process, tmp_path, 60) == 75, driving.tail(tmp_path)
         [rejected] = driving.of_kind(run, "checkpoint_rejected")
         assert rejected.event.path == committed[-1].event.path
-        assert shard.name in rejected.event.why
+        # A rank found it, and nobody else had read it: the attempt that began with it never
+        # trained, and no node is the worse for it.
+        assert f"a rank could not restore it: {newest} cannot be" in rejected.event.why
+        assert f"{shard.name} has a wrong checksum" in rejected.event.why
+        starts = [entry.event.checkpoint for entry in driving.of_kind(run, "attempt_started")]
+        assert starts == ["", committed[-1].event.path, before.event.path]
+        [diagnosed] = driving.of_kind(run, "incident_diagnosed")
+        assert (diagnosed.event.cause, diagnosed.event.blame) == ("corrupt_checkpoint", "storage")
+        assert driving.of_kind(run, "node_failed") == []
         restarted = driving.of_kind(run, "attempt_started")[-1]
         assert (restarted.event.checkpoint, restarted.step) == (before.event.path, before.step)
         assert committed[-1].event.path in (run.chronicle / "chronicle.md").read_text()

@@ -196,9 +196,11 @@ class Child:
 
     def restore(self, folder: Path, sha256: str) -> None:
         from opt_train.checkpoint import manifest
-        from opt_train.checkpoint.restore import restore
+        from opt_train.checkpoint.restore import load_files, verify_files
 
-        restore(self, folder, manifest.read(folder, sha256))
+        read = manifest.patiently(folder, lambda: manifest.read(folder, sha256))
+        verify_files(folder, read, patient=True)
+        load_files(self, folder, read)
 
 
 def answer_in_a_fork(child: Child, case: Case) -> Answer:

@@ -248,9 +248,7 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
 ) -> None:
     run = start()
     path = run.wait_for_commit(15).path
-    shim.set(
-        Rule("ESTALE", "*/checkpoints/*.safetensors", ("open", "read"), process=SUPERVISOR, times=2)
-    )
+    shim.set(Rule("ESTALE", "*/checkpoints/*.safetensors", ("open", "read"), times=2))
     os.kill(driving.rank_process(run.folder, rank=0), signal.SIGKILL)
     run.ends()
     assert len(shim.fired()) == 2
@@ -264,7 +262,7 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
 def test_a_manifest_that_ranks_see_late_costs_steps_and_nothing_else(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, seconds: float
 ) -> None:
-    """The supervisor, whose node renamed it, has verified it, and the ranks cannot see it: they
+    """The supervisor, whose node renamed it, has checked it, and the ranks cannot see it: they
     wait a while for it."""
     shim.set(Rule("late", f"*/step-{15:08d}/{MANIFEST}", ("rename",), seconds=seconds))
     run = start()

@@ -7,9 +7,11 @@ from opt_logbook.record.run_directory import tier_of
 
 from opt_train.checkpoint.manifest import STATE, own_file_name
 from opt_train.optim.in_force import in_force
+from opt_train.protocol.exits import RANK_BAD_CONFIG
 from opt_train.protocol.facts import (
     ExitNotice,
     InForce,
+    LogLine,
     OrderObeyed,
     SavedFile,
     SaveFailed,
@@ -19,7 +21,7 @@ from opt_train.protocol.facts import (
 )
 from opt_train.run.checkpoint import MEMORY, SHARED, path_of_save
 from opt_train.supervisor.inputs import MetricsReceived
-from tests.supervisor.actors import START_SECONDS, STEP_SECONDS, Agent, Group, Rank, Slot
+from tests.supervisor.actors import START_SECONDS, STEP_SECONDS, TAIL_FILE, Agent, Group, Rank, Slot
 
 if TYPE_CHECKING:
     from tests.supervisor.world import World
@@ -46,14 +48,27 @@ def advance(world: "World", group: Group) -> None:
         return
     group.moved = world.now
     if parts[0][2].phase == "start":
-        _begin_steps(world, group, parts)
         restored = world.replayed.live.checkpoint if world.replayed.live is not None else ""
+        if restored in world.flipped:
+            _refuse(world, parts, world.flipped[restored])
+            return
+        _begin_steps(world, group, parts)
         if group.step >= world.config.train.steps and tier_of(restored) != SHARED:
             _save(world, group, parts)
     elif group.step < world.config.train.steps:
         _step(world, group, parts)
     if group.step >= world.config.train.steps:
         _leave(world, group, parts, 0, "all steps are done")
+
+
+def _refuse(world: "World", parts: list[tuple[Agent, Slot, Rank]], reason: str) -> None:
+    """One rank finds a bad file, and all leave: the last one knows it from the first."""
+    for agent, slot, rank in parts:
+        seen_by = "" if rank.begin.rank == 1 else "rank 1: "
+        leaving = ExitNotice(RANK_BAD_CONFIG, -1, seen_by + reason, cause="corrupt_checkpoint")
+        line = LogLine(TAIL_FILE, 3, f"leaving with code 78 at step -1: {leaving.reason}")
+        world.say_of(agent, rank, leaving)
+        world.end_rank(agent, slot, code=RANK_BAD_CONFIG, leaving=leaving, tail=(line,))
 
 
 def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:

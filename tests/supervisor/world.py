@@ -97,7 +97,9 @@ class World:
         self.down: dict[str, str] = {}
         self.groups: dict[int, Group] = {}
         self.disk: dict[str, str] = {}
-        """Committed checkpoint -> why it does not verify; empty: it does."""
+        """Committed checkpoint -> what the supervisor finds wrong with it; empty: nothing."""
+        self.flipped: dict[str, str] = {}
+        """Committed checkpoint -> what its ranks find wrong when they read its bytes."""
         self.node_disks: dict[str, dict[str, set[str]]] = {}
         """What agents wrote to their nodes' own disks: the next agent of the node finds it."""
         self.metrics: dict[tuple[str, int], float] = {}

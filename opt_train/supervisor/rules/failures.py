@@ -12,6 +12,7 @@ from opt_logbook.record.events import (
 from opt_train.diagnosis.verdict import Case, Diagnosis, diagnose
 from opt_train.optim.in_force import differences, in_force
 from opt_train.protocol.exits import DONE
+from opt_train.run.checkpoint import Checkpoint
 from opt_train.run.incident import Incident
 from opt_train.run.state import Stage
 from opt_train.supervisor.effects import FenceNode
@@ -128,12 +129,13 @@ def identify(s: Context) -> list[Decision]:
     if not s.attempt.killed or incident is None or incident.cause:
         return []
     found = diagnosis_of(s, incident)
+    restarts = s.state.restarts_after(found.cause)
     remedy = respond(
         found.cause,
         found.detail,
         found.node,
-        strikes=s.state.restarts.get(found.cause, 0) + 1,
-        strikes_in_all=sum(s.state.restarts.values()) + 1,
+        strikes=restarts.get(found.cause, 0),
+        strikes_in_all=sum(restarts.values()),
         buffer_is_ready=bool(s.buffer_nodes()),
         config=s.config.supervisor,
     )
@@ -198,28 +200,26 @@ def follow(s: Context) -> list[Decision]:
     incident = s.state.incident
     if incident is None or incident.restored_step >= 0:
         return []
+    suspect = _suspect(s, incident)
+    if suspect is not None:
+        why = f"a rank could not restore it: {incident.detail}"
+        return [Record(CheckpointRejected(suspect.path, why), suspect.step, suspect.attempt)]
     remedy = remedy_for(s, incident)
     if remedy.action is Action.HALT:
         return halt(s, question_of(incident, remedy), incident.cause)
-    last = s.state.attempt
-    if (
-        incident.cause == "corrupt_checkpoint"
-        and last is not None
-        and last.checkpoint
-        and not last.began
-    ):
-        suspect = [c for c in s.state.checkpoints if c.path == last.checkpoint and not c.rejected]
-        if suspect:
-            why = f"a rank could not restore it: {incident.detail}"
-            return [
-                Record(
-                    CheckpointRejected(suspect[0].path, why), suspect[0].step, suspect[0].attempt
-                )
-            ]
     culprit = incident.culprit
     if remedy.action is Action.REPLACE_NOW and culprit and not s.state.has_failed(culprit):
         return [Record(NodeFailed(culprit, incident.number, incident.cause)), FenceNode(culprit)]
     return []
+
+
+def _suspect(s: Context, incident: Incident) -> Checkpoint | None:
+    """The checkpoint that the ranks have found bad, until it is rejected."""
+    if not s.state.speaks_against_checkpoint(incident.cause):
+        return None
+    assert s.state.attempt is not None
+    path = s.state.attempt.checkpoint
+    return next((c for c in s.state.checkpoints if c.path == path and not c.rejected), None)
 
 
 def question_of(incident: Incident, remedy: Remedy) -> str:
