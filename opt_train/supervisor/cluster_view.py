@@ -7,6 +7,7 @@ decides anything. What belongs to a node is in its `NodeView`, what belongs to a
 one door for inputs.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from opt_train.protocol.facts import (
     SnapshotHeld,
     Stacks,
 )
+from opt_train.protocol.framing import Message
 from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.state import RunState, Stage
 from opt_train.supervisor.config import SupervisorConfig
@@ -62,6 +64,9 @@ HEARTBEAT_GAP_SECONDS = 3.0
 """Heartbeats come every second; across a longer gap the length of a phase is not known."""
 WATCH_SECONDS = 1.0
 """Between two looks of the rules that watch for what does not happen."""
+
+
+log = logging.getLogger(__name__)
 
 
 class ClusterView:
@@ -108,6 +113,7 @@ class ClusterView:
         self.shown: Show | None = None
         self.shown_at = float("-inf")
         self._sent = SentEffects()
+        self._unknown_kinds: set[str] = set()
 
     # Questions ------------------------------------------------------------------------------------
 
@@ -231,7 +237,8 @@ class ClusterView:
             case RankFact(fact=OrderObeyed(number, step)):
                 self.obeyed[number] = step
             case RankFact(generation, _, rank, own):
-                self._known(generation).apply_rank_fact(rank, own)
+                if not self._known(generation).apply_rank_fact(rank, own):
+                    self._note_unknown(node, own)
             case RankExited(generation):
                 self._known(generation).apply_exit(node, fact)
             case Stacks(generation):
@@ -244,7 +251,16 @@ class ClusterView:
             case Fetched():
                 self.inventory.apply_fetched(node, fact)
             case _:
-                pass
+                self._note_unknown(node, fact)
+
+    def _note_unknown(self, node: str, fact: Message) -> None:
+        """A fact that nothing is made of is kept and never acknowledged: it is for a supervisor
+        that knows it."""
+        if fact.kind not in self._unknown_kinds:
+            self._unknown_kinds.add(fact.kind)
+            log.warning(
+                "%s sent the fact %r, which means nothing here: it is kept", node, fact.kind
+            )
 
     def is_new_line(self, input_: MetricsReceived, state: RunState) -> bool:
         """Whether the line is of the current generation and of a step that has not come yet: others

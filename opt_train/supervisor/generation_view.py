@@ -94,8 +94,9 @@ class GenerationView:
 
     # What is reported -----------------------------------------------------------------------------
 
-    def apply_rank_fact(self, rank: int, fact: Message) -> None:
-        """What `rank` says of itself."""
+    def apply_rank_fact(self, rank: int, fact: Message) -> bool:
+        """Take in what `rank` says of itself; False: it is nothing that a generation is asked
+        for."""
         match fact:
             case Store():
                 self.store = fact
@@ -111,7 +112,8 @@ class GenerationView:
             case Validation(name, step):
                 self.validations[name, step] = fact
             case _:
-                pass
+                return False
+        return True
 
     def apply_exit(self, node: str, fact: RankExited) -> None:
         self.exits[fact.rank] = node, fact

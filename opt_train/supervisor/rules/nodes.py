@@ -1,5 +1,4 @@
-"""Rules about nodes and the facts they hold: who joins, who is out, who is told to leave, what is
-acknowledged."""
+"""Rules about nodes: who joins, who is out, who has to leave."""
 
 from opt_logbook.record.events import (
     IncidentClosed,
@@ -10,24 +9,8 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.protocol.commands import Kill, Leave
-from opt_train.protocol.facts import (
-    ExitNotice,
-    InForce,
-    OrderObeyed,
-    RankExited,
-    RankFact,
-    SaveFailed,
-    ShardsSaved,
-    SnapshotHeld,
-    Stacks,
-    Store,
-    Validation,
-)
-from opt_train.protocol.framing import Message
-from opt_train.run.attempt import Attempt
-from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.state import Stage
-from opt_train.supervisor.effects import AcknowledgeFact, FenceNode, Send
+from opt_train.supervisor.effects import FenceNode, Send
 from opt_train.supervisor.rules.context import REPEAT_SECONDS, Context, Decision, Record
 
 LEAVE_AGAIN_SECONDS = 10.0
@@ -167,55 +150,3 @@ def evict(s: Context) -> list[Decision]:
 
 
 LEAVE = Leave(reason="the node is out of this run")
-
-
-def acknowledge(s: Context) -> list[Decision]:
-    """Let agents forget what is durable, in order: a fact that still matters holds back those
-    behind it."""
-    decisions: list[Decision] = []
-    for node in sorted(s.view.pending):
-        view = s.view.node(node)
-        upto = view.acknowledged
-        for number, fact in sorted(view.facts.items()):
-            if not is_settled(s, fact):
-                break
-            upto = number
-        if upto > view.acknowledged or view.resent:
-            decisions.append(AcknowledgeFact(node, upto))
-    return decisions
-
-
-def is_settled(s: Context, fact: Message) -> bool:
-    """Nothing would be lost if the fact were never told again."""
-    live = s.state.live
-    match fact:
-        case RankExited(generation) | Stacks(generation):
-            return live is None or generation != live.generation
-        case RankFact(generation, _, _, told):
-            return (
-                live is None or generation != live.generation or _is_settled_of_live(s, live, told)
-            )
-        case SnapshotHeld(generation, _, _, step):
-            settled = live is None or path_of_save(live.name, step, MEMORY) in s.state.settled_saves
-            return settled or live is None or generation != live.generation
-        case _:
-            return True
-
-
-def _is_settled_of_live(s: Context, live: Attempt, told: Message) -> bool:
-    match told:
-        case Store():
-            return live.began
-        case InForce():
-            return live.in_force
-        case ExitNotice():
-            return False
-        case ShardsSaved(step) | SaveFailed(step):
-            return path_of_save(live.name, step) in s.state.settled_saves
-        case OrderObeyed(number):
-            order = s.state.order
-            return order is None or order.number != number or bool(order.outcome)
-        case Validation(name, step):
-            return (name, step) in s.state.validations
-        case _:
-            return True

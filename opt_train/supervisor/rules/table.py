@@ -14,6 +14,7 @@ from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import Identity
 from opt_train.supervisor.rules import (
+    acknowledgements,
     attempts,
     checkpoints,
     failures,
@@ -165,4 +166,4 @@ def end(s: Context) -> list[Decision]:
     return orders.leave(s) if s.state.stage in TERMINAL else []
 
 
-LAST: tuple[Rule, ...] = (snapshots.drop, nodes.acknowledge, show, end)
+LAST: tuple[Rule, ...] = (snapshots.drop, acknowledgements.acknowledge, show, end)
