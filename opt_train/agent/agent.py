@@ -33,7 +33,9 @@ from opt_train.host.log_thread import written_beside
 from opt_train.host.processes import NODE_MARK, mark_of, stat_of
 from opt_train.host.worker_thread import WorkerThread
 from opt_train.link.address import Address, read_address
-from opt_train.link.connection import Connection, LinkRefused, prove_agent
+from opt_train.link.connection import Connection, LinkRefused
+from opt_train.link.endpoint import dial
+from opt_train.link.handshake import prove_agent
 from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import (
     Acknowledge,
@@ -52,6 +54,8 @@ PULSE_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
 """The supervisor leads every second; a link that was silent this long is dropped and dialled
 anew."""
+CONNECT_SECONDS = 5.0
+"""A host that is gone answers nothing: TCP itself would wait for minutes."""
 DIAL_SECONDS_MAX = 1.0
 _DIAL_SECONDS_MIN = 0.05
 _PULSE_BACKLOG_BYTES = 1 << 20
@@ -177,9 +181,7 @@ class Agent:
         address, secret = await self._files.do(_read_meeting, self._options.run)
         if address.leader < self._leader:
             raise LinkRefused("no supervisor has published its address")
-        async with asyncio.timeout(5.0):
-            reader, writer = await asyncio.open_unix_connection(address.socket)
-        connection = Connection(reader, writer)
+        connection = Connection(*await dial(address.endpoint, CONNECT_SECONDS))
         try:
             await prove_agent(connection, secret, self._options.node, self._leader)
             self._led(connection.leader)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from opt_train.config.run_config import RunConfig
+from opt_train.link.endpoint import Endpoint
 
 
 class NodeState(StrEnum):
@@ -31,15 +32,17 @@ class Cluster(Protocol):
     A back end owes its caller these duties (docs/clusters.md says how to write one):
 
     1. `node_names` never change during a run; the first `cluster.nodes` of them train.
-    2. `start_agent` starts ``python -m opt_train.agent`` on a node, in an environment that bears
+    2. `make_endpoint` picks the transport: TCP is bound to one address, never to all interfaces
+       (invariant 13).
+    3. `start_agent` starts ``python -m opt_train.agent`` on a node, in an environment that bears
        `NODE_MARK`, deaf to the death of the supervisor: a supervisor that comes back adopts what
        its predecessor started. An agent that lives is left alone, whoever started it.
-    3. `fence` is certain or says no: after True no process of the run lives on the node. It asks
+    4. `fence` is certain or says no: after True no process of the run lives on the node. It asks
        neither the agent nor its good will.
-    4. `observe` reports what the cluster knows, not what it guesses: a node that does not answer
+    5. `observe` reports what the cluster knows, not what it guesses: a node that does not answer
        is unknown until something else speaks against it.
-    5. `release` gives the nodes back; no allocation outlives its run (invariant 9).
-    6. `check_before_start` refuses, in a sentence with its fix, what could never work here, before
+    6. `release` gives the nodes back; no allocation outlives its run (invariant 9).
+    7. `check_before_start` refuses, in a sentence with its fix, what could never work here, before
        anything has been started or changed.
 
     What ranks and agents must know of a kind without a cluster at hand (which ranks share a
@@ -58,6 +61,14 @@ class Cluster(Protocol):
 
         Raises:
             BadInput: one sentence that names the keys to change.
+        """
+
+    def make_endpoint(self) -> Endpoint:
+        """Where this run's supervisor shall listen, such that the agents of all nodes reach it and
+        as few others as can be: a new Unix socket, or one TCP address and port 0.
+
+        Raises:
+            OSError: this host has no such place.
         """
 
     def start_agent(self, node: str) -> None:

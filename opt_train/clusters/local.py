@@ -23,6 +23,7 @@ from opt_train.host.processes import (
     mark_of,
     send_signal,
 )
+from opt_train.link.endpoint import UnixEndpoint, make_socket_path
 from opt_train.protocol.exits import BadInput
 
 RANKS_PER_CORE_MAX = 8
@@ -80,6 +81,9 @@ class LocalCluster:
                 "set cluster.nodes=1 cluster.buffer_nodes=0 and cluster.slots_per_node to what it "
                 "holds"
             )
+
+    def make_endpoint(self) -> UnixEndpoint:
+        return UnixEndpoint(make_socket_path())
 
     def start_agent(self, node: str) -> None:
         """Start the agent, unless one lives. Should two be started at once, the node's lock lets

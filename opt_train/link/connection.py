@@ -1,17 +1,14 @@
-"""The link between an agent and the supervisor: lines of JSON over a stream, after both sides have
-proved the secret.
+"""Lines of JSON over a stream: how agent and supervisor talk once both have proved the secret.
 
-The handshake is a challenge and response by HMAC-SHA256 over role, node, the supervisor's number
-and both nonces. The role keeps one side's proof from serving as the other's; two fresh nonces make
-a recording worthless; the secret itself never travels. Whatever breaks the rules (a wrong proof, an
-overlong line, garbage, silence) ends that connection alone.
+A line is one message. Whatever breaks the rules (an overlong line, garbage, silence) ends that
+connection alone: the agent dials again, tells its whole state, and what was not acknowledged is
+sent once more. So a link needs no repair, and a lost line costs nothing.
+
+Lines from a peer that has not proved itself yet are short (`MAX_HANDSHAKE_BYTES`); `trust` lifts
+that limit. How the proof goes is in `handshake.py`.
 """
 
 import asyncio
-import hmac
-import json
-import re
-import secrets
 from typing import Any
 
 from opt_train.protocol import commands, facts, orders  # noqa: F401 - importing them fills the registry of messages
@@ -20,19 +17,16 @@ from opt_train.protocol.framing import (
     Message,
     ProtocolError,
     from_line,
-    parse,
     to_line,
 )
 
-HANDSHAKE_SECONDS = 5.0
-"""A peer that has not proved itself by then is cut off."""
 MAX_HANDSHAKE_BYTES = 1024
 """The longest line a peer may send before it has proved itself."""
 MAX_UNSENT_BYTES = 16 << 20
-"""A peer that reads so slowly that this much waits for it is cut off; it dials again and is told
+"""A peer that reads so slowly that this much waits for it is cut off; it dials again and is sent
 what matters."""
-NODE_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_VERSION = 1
+_UNSENT_AT_CLOSE_BYTES = 1 << 16
+_READ_BYTES = 1 << 16
 
 
 class LinkRefused(Exception):
@@ -44,7 +38,8 @@ class Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
-        self._writer = writer
+        self.writer = writer
+        """For what is no line: the bytes of a file, behind the last line that was received."""
         self._buffer = bytearray()
         self._limit = MAX_HANDSHAKE_BYTES
         self.node = ""
@@ -79,12 +74,12 @@ class Connection:
             raise LinkRefused(f"connection lost: {error}") from None
 
     async def _line(self) -> bytes:
-        searched = 0
+        searched = 0  # of the buffer: a line that comes in many pieces is not searched anew
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if searched > self._limit:
                 raise LinkRefused(f"a line longer than {self._limit} bytes")
-            chunk = await self._reader.read(1 << 16)
+            chunk = await self._reader.read(_READ_BYTES)
             if not chunk:
                 raise LinkRefused("closed by the peer")
             self._buffer += chunk
@@ -101,105 +96,39 @@ class Connection:
             LinkRefused: the peer reads so slowly that too much waits for it, or the connection is
                 closed.
         """
-        if self._writer.is_closing():
+        if self.writer.is_closing():
             raise LinkRefused("the connection is closed")
         if self.unsent_bytes > MAX_UNSENT_BYTES:
             self.close()
             raise LinkRefused(
                 f"more than {MAX_UNSENT_BYTES} bytes wait for a peer that does not read"
             )
-        self._writer.write(to_line(message))
+        self.writer.write(to_line(message))
 
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was sent. Raises `LinkRefused` when the
         connection is lost."""
         try:
-            await self._writer.drain()
+            await self.writer.drain()
         except OSError as error:
             raise LinkRefused(f"connection lost: {error}") from None
 
     @property
     def unsent_bytes(self) -> int:
-        return self._writer.transport.get_write_buffer_size()
+        return self.writer.transport.get_write_buffer_size()
 
     @property
     def closed(self) -> bool:
-        return self._writer.is_closing()
+        return self.writer.is_closing()
 
     def close(self) -> None:
         """Drop the connection at once, unsent bytes included if the peer does not take them."""
-        if self.unsent_bytes > 1 << 16:
-            self._writer.transport.abort()
+        # A close waits for the peer to take what is left: for a stuck one that would be for ever.
+        if self.unsent_bytes > _UNSENT_AT_CLOSE_BYTES:
+            self.abort()
         else:
-            self._writer.close()
+            self.writer.close()
 
-
-async def prove_agent(connection: Connection, secret: bytes, node: str, least_leader: int) -> None:
-    """The agent's side of the handshake, as `node`.
-
-    Raises:
-        LinkRefused: the supervisor does not know the secret, or leads with a number below
-            `least_leader`.
-    """
-    mine = secrets.token_hex(32)
-    connection.send({"link": _VERSION, "node": node, "nonce": mine})
-    challenge = await _object(connection)
-    theirs, leader = _text(challenge, "nonce"), challenge.get("leader")
-    if type(leader) is not int:
-        raise LinkRefused("the supervisor told no number")
-    if not hmac.compare_digest(
-        _proof(secret, "supervisor", node, leader, mine, theirs), _text(challenge, "proof")
-    ):
-        raise LinkRefused("the supervisor does not know this run's secret")
-    if leader < least_leader:
-        raise LinkRefused(f"supervisor {leader} has been succeeded by {least_leader}")
-    connection.send({"proof": _proof(secret, "agent", node, leader, mine, theirs)})
-    if (await _object(connection)).get("welcome") is not True:
-        raise LinkRefused("the supervisor did not take our proof")
-    connection.trust(node, leader)
-
-
-async def prove_supervisor(connection: Connection, secret: bytes, leader: int) -> None:
-    """The supervisor's side: after this, `connection.node` is who dialled in.
-
-    Raises:
-        LinkRefused: the peer does not know the secret, or does not speak this protocol.
-    """
-    hello = await _object(connection)
-    if hello.get("link") != _VERSION:
-        raise LinkRefused("the peer does not speak this link's version")
-    node, theirs = _text(hello, "node"), _text(hello, "nonce")
-    if not NODE_FORM.fullmatch(node) or not re.fullmatch(r"[0-9a-f]{64}", theirs):
-        raise LinkRefused("the peer's name or nonce is malformed")
-    mine = secrets.token_hex(32)
-    proof = _proof(secret, "supervisor", node, leader, theirs, mine)
-    connection.send({"nonce": mine, "leader": leader, "proof": proof})
-    answer = _text(await _object(connection), "proof")
-    if not hmac.compare_digest(_proof(secret, "agent", node, leader, theirs, mine), answer):
-        raise LinkRefused(f"whoever says to be {node} does not know this run's secret")
-    connection.send({"welcome": True})
-    connection.trust(node, leader)
-
-
-def _proof(
-    secret: bytes, role: str, node: str, leader: int, agent_nonce: str, supervisor_nonce: str
-) -> str:
-    # A JSON list keeps the parts apart: no two different lists of strings have the same bytes.
-    said = json.dumps(
-        ["opt_train link", _VERSION, role, node, leader, agent_nonce, supervisor_nonce]
-    )
-    return hmac.new(secret, said.encode(), "sha256").hexdigest()
-
-
-async def _object(connection: Connection) -> dict[str, Any]:
-    try:
-        return parse(await connection.receive_line(HANDSHAKE_SECONDS))
-    except ProtocolError as error:
-        raise LinkRefused(str(error)) from None
-
-
-def _text(payload: dict[str, Any], key: str) -> str:
-    value = payload.get(key)
-    if not isinstance(value, str) or not value.isascii():
-        raise LinkRefused(f"the handshake's {key!r} is missing or malformed")
-    return value
+    def abort(self) -> None:
+        """Drop the connection, and whatever is unsent."""
+        self.writer.transport.abort()

@@ -17,7 +17,14 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.config.run_config import RunConfig
 from opt_train.faults.config import FaultsConfig
 from opt_train.host.processes import NODE_MARK, mark_of
-from opt_train.link.address import Address, make_socket_path, publish, remove_socket
+from opt_train.link.address import Address, publish
+from opt_train.link.endpoint import (
+    Endpoint,
+    TcpEndpoint,
+    UnixEndpoint,
+    make_socket_path,
+    remove_endpoint,
+)
 from opt_train.link.secret import ensure_secret
 from opt_train.protocol.commands import Acknowledge, Begin
 from opt_train.protocol.facts import RankFact, SlotState
@@ -101,28 +108,39 @@ def begin(
     )
 
 
-class Listener:
-    """Use as ``async with Listener(run) as listener``; all told inputs stand in `told`, newest
+def make_endpoint(transport: str) -> Endpoint:
+    """A free place to listen at, by ``unix`` or ``tcp``."""
+    if transport == "tcp":
+        return TcpEndpoint("127.0.0.1")
+    return UnixEndpoint(make_socket_path())
+
+
+class SupervisorEnd:
+    """Use as ``async with SupervisorEnd(run) as listener``; all inputs stand in `told`, newest
     last."""
 
     def __init__(
-        self, run: RunDirectory, leader: int = 1, nodes: tuple[str, ...] = ("node-1", "node-2")
+        self,
+        run: RunDirectory,
+        leader: int = 1,
+        nodes: tuple[str, ...] = ("node-1", "node-2"),
+        transport: str = "unix",
     ) -> None:
         self.run, self.leader = run, leader
         self.told: list[Input] = []
-        self.socket = make_socket_path()
+        self.endpoint = make_endpoint(transport)
         self.server = AgentServer(
-            self.socket, ensure_secret(run.secret), leader, nodes, self.told.append
+            self.endpoint, ensure_secret(run.secret), leader, nodes, self.told.append
         )
 
-    async def __aenter__(self) -> "Listener":
-        await self.server.start()
-        publish(self.run.supervisor_address, Address(self.socket, self.leader))
+    async def __aenter__(self) -> "SupervisorEnd":
+        self.endpoint = await self.server.start()
+        publish(self.run.supervisor_address, Address(self.endpoint, self.leader))
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.server.stop()
-        remove_socket(self.socket)
+        remove_endpoint(self.endpoint)
 
     async def until(self, found: Callable[[], T | None], seconds: float = 20.0) -> T:
         """Wait until `found()` is true, and return it."""

@@ -19,7 +19,7 @@ from opt_train.protocol.commands import Begin, Kill, Leave, Relay
 from opt_train.protocol.facts import ExitNotice, GenerationGone, InForce, RankExited, Stacks, Store
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived, MetricsReceived
-from tests.agent.harness import Listener, begin, make_run, start_agent
+from tests.agent.harness import SupervisorEnd, begin, make_run, start_agent
 from tests.processes import processes_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,16 +33,19 @@ def play(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-async def leave(listener: Listener, agent: Any, node: str = "node-1") -> None:
+async def leave(listener: SupervisorEnd, agent: Any, node: str = "node-1") -> None:
     listener.server.send(node, Leave("the test is over"))
     await listener.until(lambda: agent.poll() is not None)
     assert agent.returncode == 0
 
 
-def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(run: RunDirectory) -> None:
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(
+    run: RunDirectory, transport: str
+) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             await listener.connected()
             warm = await listener.until(lambda: (s := listener.slot()) and s.stage == "warm" and s)
             assert warm.spare
@@ -74,7 +77,7 @@ def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(run: RunDirectory)
 def test_begin_waits_for_a_spare_that_still_warms_and_is_obeyed_once(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             for _ in range(3):
                 listener.server.send("node-1", begin(run, steps=1000))
@@ -94,7 +97,7 @@ def test_the_next_spare_warms_after_the_first_step_and_takes_over_at_once(
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, step_seconds=0.05))
             spare = await listener.until(
@@ -118,7 +121,7 @@ def test_a_newer_generation_ends_the_one_that_runs_in_its_slot(run: RunDirectory
 
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, step_seconds=0.05, steps=10_000))
             await listener.until(
@@ -141,7 +144,7 @@ def test_unacknowledged_facts_come_again_on_a_new_connection_and_acknowledged_on
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run, leader=1) as first:
+        async with SupervisorEnd(run, leader=1) as first:
             await first.connected()
             first.server.send("node-1", begin(run, steps=1000, step_seconds=0.02))
             await first.fact(InForce)
@@ -149,7 +152,7 @@ def test_unacknowledged_facts_come_again_on_a_new_connection_and_acknowledged_on
             await first.until(lambda: (s := first.slot()) and s.step > 3)
             first.server.send("node-1", Kill(1, stacks=False))
             await first.fact(GenerationGone)
-        async with Listener(run, leader=2) as second:
+        async with SupervisorEnd(run, leader=2) as second:
             state = (await second.connected()).state
             assert state.leader_generation == 2
             await second.fact(GenerationGone)
@@ -165,12 +168,12 @@ def test_metrics_of_the_time_without_a_supervisor_arrive_with_the_next_one(
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run, leader=1) as first:
+        async with SupervisorEnd(run, leader=1) as first:
             await first.connected()
             first.server.send("node-1", begin(run, steps=60, step_seconds=0.02))
             await first.until(lambda: (s := first.slot()) and s.step > 3)
         await asyncio.sleep(0.5)
-        async with Listener(run, leader=2) as second:
+        async with SupervisorEnd(run, leader=2) as second:
 
             def known() -> set[int]:
                 return {
@@ -189,12 +192,12 @@ def test_metrics_of_the_time_without_a_supervisor_arrive_with_the_next_one(
 def test_a_supervisor_that_was_succeeded_is_not_obeyed(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run, leader=5) as newer:
+        async with SupervisorEnd(run, leader=5) as newer:
             await newer.connected()
-        async with Listener(run, leader=4) as older:
+        async with SupervisorEnd(run, leader=4) as older:
             await asyncio.sleep(2.0)
             assert not [i for i in older.told if isinstance(i, AgentConnected)]
-        async with Listener(run, leader=5) as newer:
+        async with SupervisorEnd(run, leader=5) as newer:
             await newer.connected()
             await leave(newer, agent)
 
@@ -205,7 +208,7 @@ def test_a_supervisor_that_was_succeeded_is_not_obeyed(run: RunDirectory) -> Non
 def test_a_deaf_or_stopped_generation_dies_on_command(run: RunDirectory, stopped: bool) -> None:
     async def scene() -> None:
         agent = start_agent(run, slots=2)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             for rank in (0, 1):
                 listener.server.send(
@@ -248,7 +251,7 @@ def test_a_rank_that_dies_by_itself_is_told_with_its_log_and_is_not_called_kille
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, exit_at=3, exit_code=1))
             exited = await listener.fact(RankExited)
@@ -275,7 +278,7 @@ def test_a_rank_that_dies_by_itself_is_told_with_its_log_and_is_not_called_kille
 def test_an_order_reaches_rank_0_and_its_obedience_comes_back(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run))
             await listener.until(lambda: (s := listener.slot()) and s.step > 0)
@@ -293,7 +296,7 @@ def test_an_order_reaches_rank_0_and_its_obedience_comes_back(run: RunDirectory)
 def test_garbage_on_the_pipe_is_counted_and_harms_nothing(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, steps=3, garbage=30))
             exited = await listener.fact(RankExited)
@@ -312,7 +315,7 @@ def test_a_rank_that_floods_its_pipe_silences_neither_agent_nor_neighbour(
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run, slots=2)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, rank=0, slot=0, flood=True))
             listener.server.send("node-1", begin(run, rank=1, slot=1, step_seconds=0.02))
@@ -334,7 +337,7 @@ def test_a_spare_that_cannot_import_is_tried_again_and_then_told_as_the_ranks_de
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run, STDLIB_RANK_FAILS="1")
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run))
             exited = await listener.fact(RankExited)
@@ -354,7 +357,7 @@ def test_a_run_directory_that_takes_no_logs_keeps_no_rank_from_training(run: Run
 
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, steps=5))
             exited = await listener.fact(RankExited)
@@ -373,7 +376,7 @@ def test_a_rank_that_dies_while_its_stacks_are_asked_for_takes_nobody_along(
 ) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", begin(run, dies_when_asked=True))
             await listener.until(lambda: (s := listener.slot()) and s.step >= 0)
@@ -392,7 +395,7 @@ def test_a_rank_that_dies_while_its_stacks_are_asked_for_takes_nobody_along(
     play(scene())
 
 
-async def trains(listener: Listener, run: RunDirectory) -> None:
+async def trains(listener: SupervisorEnd, run: RunDirectory) -> None:
     """Until its agent's rank has taken some steps."""
     await listener.connected()
     listener.server.send("node-1", begin(run))
@@ -404,7 +407,7 @@ def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
 
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await trains(listener, run)
             await asyncio.sleep(7.0)
             assert agent.poll() is None, "a led agent stays, however long"
@@ -422,7 +425,7 @@ def test_orphans_leave_though_the_run_directory_stands_still(tmp_path: Path) -> 
 
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await trains(listener, run)
             run.supervisor_address.unlink()
             os.mkfifo(run.supervisor_address)
@@ -440,7 +443,7 @@ def test_orphans_leave_though_the_run_directory_stands_still(tmp_path: Path) -> 
 def test_the_death_of_an_agent_takes_its_ranks_along(run: RunDirectory, tmp_path: Any) -> None:
     async def scene() -> None:
         agent = start_agent(run, slots=2)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             for rank in (0, 1):
                 listener.server.send("node-1", begin(run, rank=rank, slot=rank, deaf=True))
@@ -456,7 +459,7 @@ def test_the_death_of_an_agent_takes_its_ranks_along(run: RunDirectory, tmp_path
 def test_signals_of_a_scheduler_do_not_end_an_agent(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(agent.pid, number)
@@ -470,7 +473,7 @@ def test_signals_of_a_scheduler_do_not_end_an_agent(run: RunDirectory) -> None:
 def test_a_node_has_one_agent(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             second = start_agent(run)
             await listener.until(lambda: second.poll() is not None)
@@ -484,7 +487,7 @@ def test_a_node_has_one_agent(run: RunDirectory) -> None:
 def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send("node-1", Kill(3, stacks=False))
             await listener.fact(GenerationGone)

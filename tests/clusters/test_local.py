@@ -16,7 +16,7 @@ from opt_train.clusters.cluster import NodeState
 from opt_train.clusters.config import ClusterConfig
 from opt_train.clusters.local import LocalCluster
 from opt_train.host.processes import NODE_MARK, bears_mark, is_alive, mark_of, stat_of
-from tests.agent.harness import HERE, Listener, begin
+from tests.agent.harness import HERE, SupervisorEnd, begin
 from tests.processes import processes_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -85,7 +85,7 @@ def test_a_fence_leaves_nothing_of_the_node_and_harms_no_other(
     run: RunDirectory, cluster: LocalCluster, tmp_path: Path, agent_is_dead: bool
 ) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             for node in ("node-1", "node-2"):
                 cluster.start_agent(node)
                 await listener.connected(node)
@@ -146,7 +146,7 @@ def test_an_agent_that_leaves_makes_room_for_the_next_one(
     from opt_train.protocol.commands import Leave
 
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             cluster.start_agent("node-1")
             first = (await listener.connected()).state.pid
             listener.server.send("node-1", Leave("the run is stopped"))

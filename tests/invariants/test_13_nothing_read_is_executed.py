@@ -16,13 +16,14 @@ from opt_logbook.record.events import Note
 from opt_logbook.record.run_directory import RunDirectory
 
 import opt_train
-from opt_train.link.address import read_address, remove_socket
+from opt_train.link.address import read_address
+from opt_train.link.endpoint import dial, remove_socket
 from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.facts import RankExited
 from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived
 from opt_train.supervisor.shell.status_line import printable
-from tests.agent.harness import HERE, Listener, begin, make_run, start_agent
+from tests.agent.harness import HERE, SupervisorEnd, begin, make_run, start_agent
 from tests.processes import nothing_is_left  # noqa: F401 - an autouse fixture
 from tests.supervisor.shell.test_supervise import run_shell
 from tests.supervisor.shell.tiny_core import TinyCore
@@ -126,6 +127,12 @@ def test_a_planted_address_leads_nowhere_and_removes_nothing(tmp_path: Path) -> 
         {"address": "unix:/" + "d" * 200, "leader": 1},
         {"address": "unix:/a\0b", "leader": 1},
         {"address": "http://example.org", "leader": 1},
+        {"address": "tcp:example.org:80", "leader": 1},
+        {"address": "tcp:0.0.0.0:80", "leader": 1},
+        {"address": "tcp:127.0.0.1:0", "leader": 1},
+        {"address": "tcp:127.0.0.1:99999", "leader": 1},
+        {"address": "tcp:127.0.0.1:-1", "leader": 1},
+        {"address": "tcp::80", "leader": 1},
         {"address": ["unix:/x"], "leader": 1},
         {"address": "unix:/x", "leader": True},
         {"address": "unix:/x", "leader": "1"},
@@ -196,7 +203,7 @@ def test_a_rank_that_tells_pickles_is_heard_as_garbage(run: RunDirectory, tmp_pa
 
     async def scene() -> None:
         agent = start_agent(run)
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             await listener.connected()
             listener.server.send(
                 "node-1", begin(run, steps=3, say=[line.hex() for line in hostile(sign)])
@@ -215,9 +222,9 @@ def test_whoever_speaks_pickle_to_the_socket_is_cut_off(run: RunDirectory, tmp_p
     sign = tmp_path / "sign"
 
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             for content in hostile(sign):
-                reader, writer = await asyncio.open_unix_connection(listener.socket)
+                reader, writer = await dial(listener.endpoint, 5)
                 writer.write(content + b"\n")
                 began = time.monotonic()
                 while await reader.read(1 << 16):

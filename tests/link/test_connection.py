@@ -1,4 +1,5 @@
-"""Strangers at the supervisor's socket: they get nothing, and harm nobody else."""
+"""Strangers at the supervisor's door, by Unix socket and TCP: they get nothing, and harm nobody
+else."""
 
 import asyncio
 import json
@@ -12,20 +13,28 @@ from typing import Any
 import pytest
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.link import address
 from opt_train.link import connection as link
-from opt_train.link.address import Address, make_socket_path, publish, read_address, remove_socket
-from opt_train.link.connection import Connection, LinkRefused, prove_agent
+from opt_train.link import endpoint, handshake
+from opt_train.link.address import Address, publish, read_address
+from opt_train.link.connection import Connection, LinkRefused
+from opt_train.link.endpoint import UnixEndpoint, dial, make_socket_path, remove_socket
+from opt_train.link.handshake import prove_agent
 from opt_train.link.secret import SecretUnusable, ensure_secret, read_secret
 from opt_train.protocol.commands import LeaderLease
 from opt_train.protocol.facts import AgentState, Heartbeat
 from opt_train.protocol.framing import MAX_MESSAGE_BYTES, to_line
 from opt_train.supervisor.inputs import AgentConnected, AgentDisconnected, HeartbeatReceived
 from opt_train.supervisor.shell import agent_server as server
-from tests.agent.harness import Listener
+from tests.agent.harness import SupervisorEnd
 
 pytestmark = pytest.mark.timeout(60)
 STATE = AgentState("node-1", 1, ())
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Whatever a stranger may try, it fares the same by both ways in."""
+    return str(request.param)
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
@@ -36,13 +45,13 @@ def play(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-async def dial(listener: Listener) -> Connection:
-    return Connection(*await asyncio.open_unix_connection(listener.socket))
+async def connect(listener: SupervisorEnd) -> Connection:
+    return Connection(*await dial(listener.endpoint, 5))
 
 
-async def join(listener: Listener, node: str = "node-1") -> Connection:
+async def join(listener: SupervisorEnd, node: str = "node-1") -> Connection:
     """An honest agent."""
-    connection = await dial(listener)
+    connection = await connect(listener)
     await prove_agent(connection, read_secret(listener.run.secret), node, 0)
     connection.send(AgentState(node, 1, ()))
     assert await connection.receive(5) == LeaderLease(listener.leader)
@@ -57,7 +66,7 @@ async def is_cut_off(connection: Connection) -> bool:
         return "silent" not in str(refused)
 
 
-async def still_serves(listener: Listener, connection: Connection) -> None:
+async def still_serves(listener: SupervisorEnd, connection: Connection) -> None:
     """The honest agent's link works, and nobody else is connected."""
     before = len(listener.told)
     connection.send(Heartbeat(()))
@@ -67,9 +76,9 @@ async def still_serves(listener: Listener, connection: Connection) -> None:
     assert listener.server.connected == {"node-1"}
 
 
-def test_both_sides_prove_themselves_and_talk(run: RunDirectory) -> None:
+def test_both_sides_prove_themselves_and_talk(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             connection = await join(listener)
             assert connection.leader == listener.leader
             await still_serves(listener, connection)
@@ -81,15 +90,15 @@ def test_both_sides_prove_themselves_and_talk(run: RunDirectory) -> None:
     play(scene())
 
 
-def test_an_agent_with_another_secret_is_not_heard(run: RunDirectory) -> None:
+def test_an_agent_with_another_secret_is_not_heard(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             honest = await join(listener)
-            stranger = await dial(listener)
+            stranger = await connect(listener)
             with pytest.raises(LinkRefused, match="does not know this run's secret"):
                 await prove_agent(stranger, secrets.token_bytes(32), "node-1", 0)
             # One that does not check the supervisor's proof comes no further.
-            rude = await dial(listener)
+            rude = await connect(listener)
             rude.send({"link": 1, "node": "node-1", "nonce": secrets.token_hex(32)})
             await rude.receive_line(5)
             rude.send({"proof": secrets.token_hex(32)})
@@ -100,30 +109,30 @@ def test_an_agent_with_another_secret_is_not_heard(run: RunDirectory) -> None:
 
 
 def test_an_agent_does_not_obey_a_supervisor_with_another_secret(
-    run: RunDirectory, tmp_path: Path
+    run: RunDirectory, transport: str, tmp_path: Path
 ) -> None:
     async def scene() -> None:
         other = RunDirectory(tmp_path / "other")
         other.path.mkdir()
-        async with Listener(other) as impostor:
-            connection = await dial(impostor)
+        async with SupervisorEnd(other, transport=transport) as impostor:
+            connection = await connect(impostor)
             with pytest.raises(LinkRefused, match="does not know this run's secret"):
                 await prove_agent(connection, read_secret(run.secret), "node-1", 0)
 
     play(scene())
 
 
-def test_a_recorded_handshake_is_worth_nothing(run: RunDirectory) -> None:
+def test_a_recorded_handshake_is_worth_nothing(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             said: list[bytes] = []
-            honest = await dial(listener)
+            honest = await connect(listener)
             send = honest.send
             honest.send = lambda m: (said.append(to_line(m)), send(m))[1]  # type: ignore[method-assign] # a wire tap
             await prove_agent(honest, read_secret(run.secret), "node-1", 0)
             send(STATE)
             await honest.receive(5)
-            reader, writer = await asyncio.open_unix_connection(listener.socket)
+            reader, writer = await dial(listener.endpoint, 5)
             writer.write(b"".join(said) + to_line(AgentState("node-1", 666, ())))
             assert await is_cut_off(Connection(reader, writer))
             assert [i.state.pid for i in listener.told if isinstance(i, AgentConnected)] == [1]
@@ -132,10 +141,12 @@ def test_a_recorded_handshake_is_worth_nothing(run: RunDirectory) -> None:
     play(scene())
 
 
-def test_the_supervisors_own_proof_does_not_serve_as_an_agents(run: RunDirectory) -> None:
+def test_the_supervisors_own_proof_does_not_serve_as_an_agents(
+    run: RunDirectory, transport: str
+) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
-            mirror = await dial(listener)
+        async with SupervisorEnd(run, transport=transport) as listener:
+            mirror = await connect(listener)
             mirror.send({"link": 1, "node": "node-1", "nonce": secrets.token_hex(32)})
             challenge = json.loads(await mirror.receive_line(5))
             mirror.send({"proof": challenge["proof"]})
@@ -159,12 +170,12 @@ def test_the_supervisors_own_proof_does_not_serve_as_an_agents(run: RunDirectory
     ids=["http", "pickle", "nesting", "path", "types", "overlong", "proof"],
 )
 def test_garbage_before_the_proof_ends_that_connection_alone(
-    run: RunDirectory, junk: bytes
+    run: RunDirectory, transport: str, junk: bytes
 ) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             honest = await join(listener)
-            reader, writer = await asyncio.open_unix_connection(listener.socket)
+            reader, writer = await dial(listener.endpoint, 5)
             writer.write(junk)
             assert await is_cut_off(Connection(reader, writer))
             await still_serves(listener, honest)
@@ -185,12 +196,12 @@ def test_garbage_before_the_proof_ends_that_connection_alone(
     ids=["text", "kind", "overlong", "command", "metrics", "nested"],
 )
 def test_garbage_of_a_proven_agent_ends_its_link_and_it_may_dial_again(
-    run: RunDirectory, junk: bytes
+    run: RunDirectory, transport: str, junk: bytes
 ) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             honest = await join(listener, "node-1")
-            reader, writer = await asyncio.open_unix_connection(listener.socket)
+            reader, writer = await dial(listener.endpoint, 5)
             broken = Connection(reader, writer)
             await prove_agent(broken, read_secret(run.secret), "node-2", 0)
             broken.send(AgentState("node-2", 1, ()))
@@ -203,11 +214,13 @@ def test_garbage_of_a_proven_agent_ends_its_link_and_it_may_dial_again(
     play(scene())
 
 
-def test_a_node_of_another_run_or_with_anothers_name_is_refused(run: RunDirectory) -> None:
+def test_a_node_of_another_run_or_with_anothers_name_is_refused(
+    run: RunDirectory, transport: str
+) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             for proved, stated in (("node-9", "node-9"), ("node-1", "node-2")):
-                connection = await dial(listener)
+                connection = await connect(listener)
                 await prove_agent(connection, read_secret(run.secret), proved, 0)
                 connection.send(AgentState(stated, 1, ()))
                 assert await is_cut_off(connection)
@@ -217,15 +230,15 @@ def test_a_node_of_another_run_or_with_anothers_name_is_refused(run: RunDirector
 
 
 def test_dawdlers_and_silent_ones_do_not_keep_others_out(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "HANDSHAKE_SECONDS", 3.0)
-    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 2.0)
+    monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 3.0)
+    monkeypatch.setattr(server, "ADMISSION_SECONDS", 6.0)
 
     async def scene() -> None:
-        async with Listener(run) as listener:
-            silent = [await dial(listener) for _ in range(100)]
-            reader, writer = await asyncio.open_unix_connection(listener.socket)
+        async with SupervisorEnd(run, transport=transport) as listener:
+            silent = [await connect(listener) for _ in range(100)]
+            reader, writer = await dial(listener.endpoint, 5)
             honest = await join(listener)
 
             async def dawdle() -> None:
@@ -244,9 +257,9 @@ def test_dawdlers_and_silent_ones_do_not_keep_others_out(
     play(scene())
 
 
-def test_a_newer_connection_of_a_node_replaces_the_older(run: RunDirectory) -> None:
+def test_a_newer_connection_of_a_node_replaces_the_older(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             older = await join(listener)
             newer = await join(listener)
             assert await is_cut_off(older)
@@ -259,12 +272,12 @@ def test_a_newer_connection_of_a_node_replaces_the_older(run: RunDirectory) -> N
 
 
 def test_an_agent_that_does_not_read_does_not_fill_the_supervisors_memory(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "MAX_UNSENT_BYTES", 1 << 20)
 
     async def scene() -> None:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run, transport=transport) as listener:
             stuck = await join(listener, "node-2")
             honest = await join(listener, "node-1")
             stuck._reader._transport.pause_reading()  # type: ignore[attr-defined] # the test plays a stuck process
@@ -280,12 +293,13 @@ def test_an_agent_that_does_not_read_does_not_fill_the_supervisors_memory(
 
 def test_the_socket_is_for_this_user_alone_and_goes_with_its_folder(run: RunDirectory) -> None:
     async def scene() -> None:
-        async with Listener(run) as listener:
-            assert stat.S_IMODE(listener.socket.stat().st_mode) == 0o600
-            assert stat.S_IMODE(listener.socket.parent.stat().st_mode) == 0o700
+        async with SupervisorEnd(run) as listener:
+            assert isinstance(listener.endpoint, UnixEndpoint)
+            assert stat.S_IMODE(listener.endpoint.path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(listener.endpoint.path.parent.stat().st_mode) == 0o700
             published = read_address(run.supervisor_address)
-            assert published == Address(listener.socket, listener.leader)
-        assert not listener.socket.parent.exists()
+            assert published == Address(listener.endpoint, listener.leader)
+        assert not listener.endpoint.path.parent.exists()
 
     play(scene())
 
@@ -295,7 +309,7 @@ def test_a_deep_temporary_folder_does_not_make_the_socket_too_long(
 ) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    monkeypatch.setattr(address.tempfile, "gettempdir", lambda: str(deep))
+    monkeypatch.setattr(endpoint.tempfile, "gettempdir", lambda: str(deep))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
     socket = make_socket_path()
     try:
@@ -318,6 +332,8 @@ def test_the_secret_is_made_once_and_refused_when_others_can_read_it(tmp_path: P
 def test_publishing_replaces_the_address_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
     for leader in (1, 2):
-        publish(path, Address(Path("/tmp/opt-train-x/supervisor.sock"), leader))
-        assert read_address(path) == Address(Path("/tmp/opt-train-x/supervisor.sock"), leader)
+        publish(path, Address(UnixEndpoint(Path("/tmp/opt-train-x/supervisor.sock")), leader))
+        assert read_address(path) == Address(
+            UnixEndpoint(Path("/tmp/opt-train-x/supervisor.sock")), leader
+        )
     assert list(tmp_path.iterdir()) == [path]

@@ -17,7 +17,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.snapshots import transfer
 from opt_train.agent.snapshots.store import (
-    NotHeld,
+    SnapshotMissing,
     SnapshotStore,
     check_words,
     directory_of,
@@ -36,6 +36,7 @@ from opt_train.checkpoint.manifest import (
     may_be_late,
 )
 from opt_train.host.worker_thread import WorkerThread
+from opt_train.link.interface import address_of_interface
 from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import Begin, Drop, Fetch
 from opt_train.protocol.facts import (
@@ -105,7 +106,7 @@ class SnapshotService:
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 self.address = await self._server.start(
-                    await self._helper.do(transfer.host_of, interface)
+                    await self._helper.do(address_of_interface, interface)
                 )
         except (OSError, TimeoutError) as trouble:
             log.error(
@@ -151,7 +152,7 @@ class SnapshotService:
             parse(
                 to_line(NumberedFact(0, held))
             )  # a state that the supervisor could not read would cost the link
-        except (NotHeld, OSError, ProtocolError, ValueError, RecursionError) as trouble:
+        except (SnapshotMissing, OSError, ProtocolError, ValueError, RecursionError) as trouble:
             log.warning(
                 "the snapshot of rank %d at step %d is not held: %s",
                 begin.rank,
@@ -166,10 +167,10 @@ class SnapshotService:
         content = self.shelf.small_file(path, STATE, STATE_BYTES_MAX)
         said = next((file.sha256 for file in taken.files if file.path == STATE), "")
         if hashlib.sha256(content).hexdigest() != said:
-            raise NotHeld(f"{STATE} of {path} has another hash than the rank said")
+            raise SnapshotMissing(f"{STATE} of {path} has another hash than the rank said")
         state = json.loads(content)
         if not isinstance(state, dict):
-            raise NotHeld(f"{STATE} of {path} is not a JSON object")
+            raise SnapshotMissing(f"{STATE} of {path} is not a JSON object")
         return state
 
     # Commands -------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class SnapshotService:
             task.cancel()
         try:
             self.shelf.drop(command.path)
-        except NotHeld as trouble:
+        except SnapshotMissing as trouble:
             log.error("nothing is dropped: %s", trouble)
 
     async def _fetch(self, command: Fetch, before: "asyncio.Task[None] | None") -> None:
@@ -201,7 +202,7 @@ class SnapshotService:
                 manifest, content = await self._manifest(command)
                 await self._hold_all(command, manifest)
                 folder = await self.shelf.link(command.path, command.names, content)
-            except (CheckpointError, NotHeld) as trouble:
+            except (CheckpointError, SnapshotMissing) as trouble:
                 why = str(trouble)
             except OSError as trouble:
                 why = f"{self.shelf.folder} cannot be used: {trouble.strerror or trouble}"
@@ -215,7 +216,7 @@ class SnapshotService:
 
     async def _manifest(self, command: Fetch) -> tuple[Manifest, bytes]:
         """As `manifests.patiently`, with the helper free meanwhile. Raises `CheckpointError` or
-        `NotHeld`."""
+        `SnapshotMissing`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + LATE_SECONDS
         while True:
@@ -228,7 +229,7 @@ class SnapshotService:
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
     async def _hold_all(self, command: Fetch, manifest: Manifest) -> None:
-        """Hold every file that can be had. Raises `NotHeld` if that is not all of them."""
+        """Hold every file that can be had. Raises `SnapshotMissing` if that is not all of them."""
         failed = []
         unreachable: dict[str, Unreachable] = {}
         # Each node begins at its own part, so that not all of them ask the first one at once.
@@ -239,12 +240,12 @@ class SnapshotService:
             source = command.sources.get(name, "")
             try:
                 if name not in manifest.files:
-                    raise NotHeld(f"the manifest of {command.path} names no file {name!r}")
+                    raise SnapshotMissing(f"the manifest of {command.path} names no file {name!r}")
                 if not await self._is_here(command, name, manifest.files[name]):
                     if source in unreachable:
                         raise unreachable[source]
                     await self._get(command, name, manifest.files[name], source)
-            except NotHeld as trouble:
+            except SnapshotMissing as trouble:
                 failed.append(str(trouble))
                 if isinstance(trouble, Unreachable):
                     unreachable[source] = trouble
@@ -254,7 +255,7 @@ class SnapshotService:
                 )
         if failed:
             more = f" ({len(failed) - 1} more files are missing)" if len(failed) > 1 else ""
-            raise NotHeld(failed[0] + more)
+            raise SnapshotMissing(failed[0] + more)
 
     async def _is_here(self, command: Fetch, name: str, entry: FileEntry) -> bool:
         """Whether the file is held and good, after copying what is held under the origin's path."""
@@ -269,7 +270,7 @@ class SnapshotService:
                 async with self.shelf.draft(command.path, name, entry) as draft:
                     await draft.copy(file)
                     await draft.shelve()
-        except NotHeld:
+        except SnapshotMissing:
             # A rank has written over it. Whether it did is found out by reading it once more, and
             # then it goes.
             await self.shelf.is_good(command.origin, name, entry)
@@ -278,13 +279,13 @@ class SnapshotService:
 
     async def _get(self, command: Fetch, name: str, entry: FileEntry, source: str) -> None:
         if not source:
-            raise NotHeld(
+            raise SnapshotMissing(
                 f"{name} of {command.path} is not held here, and nobody was named who holds it"
             )
         try:
             secret = await self._secret()
         except SecretUnusable as trouble:
-            raise NotHeld(str(trouble)) from None
+            raise SnapshotMissing(str(trouble)) from None
         async with self.shelf.draft(command.path, name, entry) as draft:
             await transfer.get(source, secret, command.origin or command.path, name, entry, draft)
             await draft.shelve()
@@ -298,12 +299,12 @@ class SnapshotService:
 
 
 def _read_manifest(run_directory: Path, command: Fetch) -> tuple[Manifest, bytes]:
-    """The checkpoint's manifest, and its bytes. Raises `CheckpointError` or `NotHeld`."""
+    """The checkpoint's manifest, and its bytes. Raises `CheckpointError` or `SnapshotMissing`."""
     for name in command.names or (STATE,):
         check_words(command.path, name)
     folder = run_directory / command.path
     manifest = manifests.read(folder, command.manifest_sha256)
     content = (folder / MANIFEST).read_bytes()
     if hashlib.sha256(content).hexdigest() != command.manifest_sha256:
-        raise NotHeld(f"{folder / MANIFEST} has changed while it was read")
+        raise SnapshotMissing(f"{folder / MANIFEST} has changed while it was read")
     return manifest, content

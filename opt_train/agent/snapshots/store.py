@@ -43,7 +43,7 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 log = logging.getLogger(__name__)
 
 
-class NotHeld(Exception):
+class SnapshotMissing(Exception):
     """A file that cannot be held, or that a source does not give. One sentence."""
 
 
@@ -112,7 +112,7 @@ class SnapshotStore:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != bytes:
             os.close(descriptor)
-            raise NotHeld(
+            raise SnapshotMissing(
                 f"{name} has {status.st_size} bytes in the rank's memory instead of {bytes}"
             )
         inode = (status.st_dev, status.st_ino)
@@ -141,16 +141,16 @@ class SnapshotStore:
         """
         held = self._held.get((path, name))
         if held is None or held.descriptor < 0:
-            raise NotHeld(f"{name} of {path} is not in memory")
+            raise SnapshotMissing(f"{name} of {path} is not in memory")
         if held.bytes > most_bytes:
-            raise NotHeld(
+            raise SnapshotMissing(
                 f"{name} of {path} has {held.bytes} bytes; {most_bytes} at most were expected"
             )
         return os.pread(held.descriptor, most_bytes, 0)
 
-    def reading(self, path: str, name: str) -> "HeldFile":
+    def reading(self, path: str, name: str) -> "OpenSnapshot":
         """The file for reading: ``async with shelf.reading(path, name) as file``."""
-        return HeldFile(self._held.get((path, name)), f"{name} of {path}", self._helper)
+        return OpenSnapshot(self._held.get((path, name)), f"{name} of {path}", self._helper)
 
     async def is_good(self, path: str, name: str, entry: FileEntry) -> bool:
         """Whether the file is held with these very bytes: all are read. One that is not good is not
@@ -175,7 +175,7 @@ class SnapshotStore:
         """Hold nothing of a checkpoint, from now on; its memory and disk are free when the result
         is done."""
         if not PATH_FORM.fullmatch(path):
-            raise NotHeld(f"{path!r} is no checkpoint that agents hold")
+            raise SnapshotMissing(f"{path!r} is no checkpoint that agents hold")
         for key in [key for key in self._held if key[0] == path]:
             self._forget(key, keep=True)  # the folders go as a whole
         return self._helper.do(self._remove_folders, path)
@@ -200,7 +200,7 @@ class SnapshotStore:
         for name in names:
             held = self._held.get((path, name))
             if held is None:
-                raise NotHeld(f"{name} of {path} is not held any more")
+                raise SnapshotMissing(f"{name} of {path} is not held any more")
             targets[name] = held.opened_as
             self._linked.add((path, name))
         folder = self.folder / _RESTORE / path
@@ -237,7 +237,7 @@ class SnapshotStore:
                     return False
                 while count := await self._helper.do(_hash_piece, file.descriptor, offset, digest):
                     offset += count
-        except (NotHeld, OSError) as trouble:
+        except (SnapshotMissing, OSError) as trouble:
             log.warning("%s of %s cannot be read: %s", name, path, trouble)
             return False
         return digest.hexdigest() == entry.sha256
@@ -313,7 +313,7 @@ class SnapshotStore:
             folder = folder.parent
 
 
-class HeldFile:
+class OpenSnapshot:
     """One held file, open for reading on a descriptor of its own: whatever becomes of the
     shelf's."""
 
@@ -331,9 +331,9 @@ class HeldFile:
         return self._held is not None and _may_be(self._held, entry)
 
     async def __aenter__(self) -> Self:
-        """Raises `NotHeld` if it is not held, OSError if it cannot be opened."""
+        """Raises `SnapshotMissing` if it is not held, OSError if it cannot be opened."""
         if self._held is None:
-            raise NotHeld(f"{self._what} is not held")
+            raise SnapshotMissing(f"{self._what} is not held")
         try:
             # Given to the helper before the shelf can let go of it.
             await self._helper.do(self._open, self._held.opened_as)
@@ -395,7 +395,7 @@ class PartialFile:
         for example."""
         return self._helper.do(self._append, piece)
 
-    async def copy(self, file: HeldFile) -> None:
+    async def copy(self, file: OpenSnapshot) -> None:
         """Append all of `file`. Raises OSError if it cannot be read or written."""
         offset = 0
         while count := await self._helper.do(self._append_from, file, offset):
@@ -409,7 +409,7 @@ class PartialFile:
             OSError: the disk does not take it.
         """
         if (self._written, self._digest.hexdigest()) != (self._entry.bytes, self._entry.sha256):
-            raise NotHeld(
+            raise SnapshotMissing(
                 f"{self._name} of {self._path} came with other bytes than the manifest names"
             )
         held = await self._helper.do(self._finish)
@@ -441,7 +441,7 @@ class PartialFile:
         self._written += len(piece)
         return len(piece)
 
-    def _append_from(self, file: HeldFile, offset: int) -> int:
+    def _append_from(self, file: OpenSnapshot, offset: int) -> int:
         return self._append(os.pread(file.descriptor, PIECE_BYTES, offset))
 
     def _finish(self) -> _Held:
@@ -478,11 +478,12 @@ def directory_of(configured: str) -> Path:
 
 
 def check_words(path: str, name: str) -> None:
-    """Raises `NotHeld` if these are no names of a checkpoint that agents hold and a file in it."""
+    """Raises `SnapshotMissing` if these are no names of a checkpoint that agents hold and a file in
+    it."""
     if not PATH_FORM.fullmatch(path):
-        raise NotHeld(f"{path!r} is no checkpoint that agents hold")
+        raise SnapshotMissing(f"{path!r} is no checkpoint that agents hold")
     if not _is_name(name):
-        raise NotHeld(f"{name!r} is no name of a checkpoint's file")
+        raise SnapshotMissing(f"{name!r} is no name of a checkpoint's file")
 
 
 def _is_name(name: str) -> bool:

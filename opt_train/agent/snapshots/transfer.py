@@ -8,134 +8,123 @@ and hash, so a source need not be believed.
 """
 
 import asyncio
-import contextlib
-import fcntl
-import hmac
-import ipaddress
-import json
 import logging
 import os
-import re
-import secrets
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opt_train.agent.snapshots.store import HeldFile, NotHeld, PartialFile, SnapshotStore
+from opt_train.agent.snapshots.store import (
+    OpenSnapshot,
+    PartialFile,
+    SnapshotMissing,
+    SnapshotStore,
+)
 from opt_train.checkpoint.manifest import FileEntry
-from opt_train.link.connection import HANDSHAKE_SECONDS, Connection, LinkRefused
-from opt_train.link.secret import SecretUnusable
-from opt_train.protocol.framing import ProtocolError, parse
+from opt_train.link.connection import Connection, LinkRefused
+from opt_train.link.endpoint import TcpEndpoint, dial, parse_host_and_port
+from opt_train.link.handshake import (
+    HANDSHAKE_SECONDS,
+    NONCE_FORM,
+    is_same,
+    make_nonce,
+    prove,
+    receive_object,
+)
+from opt_train.link.listener import AuthenticatedListener
 
 STALL_SECONDS = 20.0
 """A peer that takes longer for one piece is given up: `PIECE_BYTES` when getting, `_SLICE_BYTES`
 when sending."""
-MAX_STRANGERS = 64
+ADMISSION_SECONDS = 2 * HANDSHAKE_SECONDS
+STRANGERS_MAX = 64
 """Connections that have not proved themselves yet; more are closed at the door."""
-MAX_SERVED = 64
+SERVED_MAX = 64
 """Files sent at a time."""
 PIECE_BYTES = 1 << 20
 _SLICE_BYTES = 1 << 22
 _MAX_WHY = 300
+_BACKLOG = 128
 _VERSION = 1
-_NONCE = re.compile(r"[0-9a-f]{64}")
-_SIOCGIFADDR = 0x8915
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class Request:
+    """A file of a checkpoint, of the size that the manifest names."""
+
     path: str
     name: str
     bytes: int
 
 
 class TransferServer:
-    """Gives what its agent holds to other agents of the run."""
+    """Gives the files that its agent has to other agents of the run."""
 
     def __init__(
         self,
-        shelf: SnapshotStore,
+        store: SnapshotStore,
         secret: Callable[[], Awaitable[bytes]],
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        self._shelf, self._secret, self._stall_seconds = shelf, secret, stall_seconds
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers = 0
+        self._store, self._secret, self._stall_seconds = store, secret, stall_seconds
         self._served = 0
-        self._server: asyncio.Server | None = None
+        self._listener = AuthenticatedListener(
+            self._admit,
+            self._serve,
+            admission_seconds=ADMISSION_SECONDS,
+            strangers_max=STRANGERS_MAX,
+        )
 
     async def start(self, host: str) -> str:
         """Listen at `host`, an IPv4 address, on a free port. Returns ``host:port``. Raises
         OSError."""
-        self._server = await asyncio.start_server(self._accept, host, 0, backlog=128)
-        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+        bound = await self._listener.start(TcpEndpoint(host), backlog=_BACKLOG)
+        return str(bound).removeprefix("tcp:")
 
     async def stop(self) -> None:
         """Listen no more, and cut off who is being served."""
-        if self._server is not None:
-            self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._listener.stop()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._strangers >= MAX_STRANGERS:
-            writer.transport.abort()
-            return
-        self._strangers += 1
-        task = asyncio.create_task(self._serve(Connection(reader, writer), writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _admit(self, connection: Connection) -> Request:
+        return await prove_holder(connection, await self._secret())
 
-    async def _serve(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
-        stranger = True
+    async def _serve(self, connection: Connection, request: Request) -> None:
+        self._served += 1
         try:
-            async with asyncio.timeout(
-                2 * HANDSHAKE_SECONDS
-            ):  # a byte now and then does not hold the door open
-                request = await prove_holder(connection, await self._secret())
-            self._strangers -= 1
-            stranger = False
-            self._served += 1
-            try:
-                await self._answer(connection, writer, request)
-            finally:
-                self._served -= 1
-        except (LinkRefused, NotHeld, SecretUnusable, TimeoutError, OSError) as trouble:
+            await self._answer(connection, request)
+        except (LinkRefused, TimeoutError, OSError) as trouble:
             log.info("a transfer ended: %s", str(trouble) or "the peer was too slow")
         finally:
-            self._strangers -= stranger
-            # after a close in good order the bytes have left, and this does nothing
-            writer.transport.abort()
+            self._served -= 1
+            # After a close in good order the bytes have left, and this does nothing. A peer that
+            # does not read would keep the rest of its file in our memory.
+            connection.abort()
 
-    async def _answer(
-        self, connection: Connection, writer: asyncio.StreamWriter, request: _Request
-    ) -> None:
+    async def _answer(self, connection: Connection, request: Request) -> None:
+        writer = connection.writer
         try:
-            if self._served > MAX_SERVED:
-                raise NotHeld("too many files are being sent already")
-            async with self._shelf.reading(request.path, request.name) as file:
+            if self._served > SERVED_MAX:
+                raise SnapshotMissing("too many files are being sent already")
+            async with self._store.reading(request.path, request.name) as file:
                 if file.bytes != request.bytes:
-                    raise NotHeld(
+                    raise SnapshotMissing(
                         f"{request.name} of {request.path} has {file.bytes} bytes here, not "
                         f"{request.bytes}"
                     )
                 connection.send({"bytes": file.bytes})
                 # Only then: the getter reads lines up to here, and bytes from here on.
-                if (await _object(connection)).get("go") is not True:
+                if (await receive_object(connection)).get("go") is not True:
                     raise LinkRefused("the getter wants no bytes")
                 await self._send(writer, file)
-        except NotHeld as refused:
-            connection.send({"why": _words(refused)})
+        except SnapshotMissing as refused:
+            connection.send({"why": _one_line(refused)})
         async with asyncio.timeout(self._stall_seconds):
             writer.close()
             await writer.wait_closed()
 
-    async def _send(self, writer: asyncio.StreamWriter, file: HeldFile) -> None:
+    async def _send(self, writer: asyncio.StreamWriter, file: OpenSnapshot) -> None:
         loop, offset = asyncio.get_running_loop(), 0
         with os.fdopen(file.descriptor, "rb", buffering=0, closefd=False) as content:
             while offset < file.bytes:
@@ -173,22 +162,22 @@ async def get(
         NotHeld: the source does not give the file, or not all of it, or too slowly.
         OSError: the draft cannot be written.
     """
-    host, _, port = address.rpartition(":")
     try:
-        ipaddress.IPv4Address(host)  # a name would have to be looked up
-        async with asyncio.timeout(HANDSHAKE_SECONDS):
-            reader, writer = await asyncio.open_connection(host, int(port), limit=PIECE_BYTES)
-    except (OSError, ValueError, OverflowError, TimeoutError) as trouble:
+        endpoint = parse_host_and_port(address)
+        reader, writer = await dial(endpoint, HANDSHAKE_SECONDS, limit=PIECE_BYTES)
+    except (OSError, ValueError, TimeoutError) as trouble:
         raise Unreachable(f"{address} cannot be reached: {_reason(trouble)}") from None
     connection = Connection(reader, writer)
     try:
-        await prove_getter(connection, secret, _Request(path, name, entry.bytes))
-        answer = await _object(connection)
+        await prove_getter(connection, secret, Request(path, name, entry.bytes))
+        answer = await receive_object(connection)
         if "why" in answer:
-            raise NotHeld(f"{address} does not give {name} of {path}: {_words(answer['why'])}")
+            raise SnapshotMissing(
+                f"{address} does not give {name} of {path}: {_one_line(answer['why'])}"
+            )
         if answer.get("bytes") != entry.bytes:
-            offered = _words(answer.get("bytes"))
-            raise NotHeld(
+            offered = _one_line(answer.get("bytes"))
+            raise SnapshotMissing(
                 f"{address} offers {offered} bytes for {name} of {path} instead of {entry.bytes}"
             )
         connection.send({"go": True})
@@ -200,12 +189,12 @@ async def get(
             f"{address} sent only {{}} of {name} of {path}",
         )
     except LinkRefused as refused:
-        raise NotHeld(f"{address} does not give {name} of {path}: {refused}") from None
+        raise SnapshotMissing(f"{address} does not give {name} of {path}: {refused}") from None
     finally:
-        writer.transport.abort()
+        connection.abort()
 
 
-class Unreachable(NotHeld):
+class Unreachable(SnapshotMissing):
     """Nobody answers at an address: asking it for another file is of no use."""
 
 
@@ -226,7 +215,7 @@ async def _receive(
             came = offset + (
                 len(trouble.partial) if isinstance(trouble, asyncio.IncompleteReadError) else 0
             )
-            raise NotHeld(f"{short.format(f'{came} of {size} bytes')}, {why}") from None
+            raise SnapshotMissing(f"{short.format(f'{came} of {size} bytes')}, {why}") from None
         if written is not None:
             await written
         written = draft.write(piece)
@@ -238,101 +227,60 @@ async def _receive(
 # The handshake ------------------------------------------------------------------------------------
 
 
-async def prove_holder(connection: Connection, secret: bytes) -> _Request:
-    """The server's side; returns what the getter asks for. Raises `LinkRefused` if it does not know
-    the secret."""
-    hello = await _object(connection)
-    theirs = hello.get("nonce")
+async def prove_holder(connection: Connection, secret: bytes) -> Request:
+    """Prove this end to be the holder of files; returns what the getter asks for, once it has
+    proved itself too. Raises `LinkRefused` if it does not know the secret."""
+    greeting = await receive_object(connection)
+    getter_nonce = greeting.get("nonce")
     if (
-        hello.get("transfer") != _VERSION
-        or not isinstance(theirs, str)
-        or not _NONCE.fullmatch(theirs)
+        greeting.get("transfer") != _VERSION
+        or not isinstance(getter_nonce, str)
+        or not NONCE_FORM.fullmatch(getter_nonce)
     ):
         raise LinkRefused("the peer does not speak this version of transfers")
-    mine = secrets.token_hex(32)
-    connection.send({"nonce": mine, "proof": _proof(secret, "holder", theirs, mine)})
-    asked = await _object(connection)
+    holder_nonce = make_nonce()
+    proof = _proof(secret, "holder", getter_nonce, holder_nonce)
+    connection.send({"nonce": holder_nonce, "proof": proof})
+    asked = await receive_object(connection)
     path, name, size = asked.get("path"), asked.get("name"), asked.get("bytes")
-    proof = _proof(secret, "getter", theirs, mine, path, name, size)
-    if not _same(proof, asked.get("proof")):
+    # The request is part of the proof: nobody on the way can ask for another file.
+    proof = _proof(secret, "getter", getter_nonce, holder_nonce, path, name, size)
+    if not is_same(proof, asked.get("proof")):
         raise LinkRefused("whoever asks for a file does not know this run's secret")
     if not isinstance(path, str) or not isinstance(name, str) or type(size) is not int:
         raise LinkRefused("the request is malformed")
-    return _Request(path, name, size)
+    return Request(path, name, size)
 
 
-async def prove_getter(connection: Connection, secret: bytes, request: _Request) -> None:
-    """The client's side, and its request. Raises `LinkRefused` if the server does not know the
-    secret."""
-    mine = secrets.token_hex(32)
-    connection.send({"transfer": _VERSION, "nonce": mine})
-    challenge = await _object(connection)
-    theirs = challenge.get("nonce")
-    if not isinstance(theirs, str) or not _same(
-        _proof(secret, "holder", mine, theirs), challenge.get("proof")
+async def prove_getter(connection: Connection, secret: bytes, request: Request) -> None:
+    """Prove this end to be a getter, and ask for a file. Raises `LinkRefused` if the holder does
+    not know the secret."""
+    getter_nonce = make_nonce()
+    connection.send({"transfer": _VERSION, "nonce": getter_nonce})
+    challenge = await receive_object(connection)
+    holder_nonce = challenge.get("nonce")
+    if not isinstance(holder_nonce, str) or not is_same(
+        _proof(secret, "holder", getter_nonce, holder_nonce), challenge.get("proof")
     ):
         raise LinkRefused("it does not know this run's secret")
-    words = (request.path, request.name, request.bytes)
-    proof = _proof(secret, "getter", mine, theirs, *words)
+    fields = (request.path, request.name, request.bytes)
+    proof = _proof(secret, "getter", getter_nonce, holder_nonce, *fields)
     connection.send(
         {"proof": proof, "path": request.path, "name": request.name, "bytes": request.bytes}
     )
 
 
-def _proof(secret: bytes, role: str, getter_nonce: str, holder_nonce: str, *words: Any) -> str:
+def _proof(secret: bytes, role: str, getter_nonce: str, holder_nonce: str, *request: Any) -> str:
     # Another first word than the link's: no proof of the one is one of the other.
-    said = json.dumps(["opt_train transfer", _VERSION, role, getter_nonce, holder_nonce, *words])
-    return hmac.new(secret, said.encode(), "sha256").hexdigest()
+    return prove(secret, "opt_train transfer", _VERSION, role, getter_nonce, holder_nonce, *request)
 
 
-def _same(proof: str, said: Any) -> bool:
-    return isinstance(said, str) and said.isascii() and hmac.compare_digest(proof, said)
-
-
-async def _object(connection: Connection) -> dict[str, Any]:
-    try:
-        return parse(await connection.receive_line(HANDSHAKE_SECONDS))
-    except ProtocolError as error:
-        raise LinkRefused(str(error)) from None
-
-
-def _words(said: Any) -> str:
-    return " ".join(str(said).split())[:_MAX_WHY]
+def _one_line(value: Any) -> str:
+    """What a peer sent, or a sentence for one, as a short line for a log."""
+    return " ".join(str(value).split())[:_MAX_WHY]
 
 
 def _reason(trouble: BaseException) -> str:
     if isinstance(trouble, OSError) and trouble.errno and trouble.errno > 0:
-        return os.strerror(trouble.errno)  # asyncio's own words repeat the address
+        return os.strerror(trouble.errno)  # asyncio's own sentence repeats the address
     return str(trouble) or f"no answer for {HANDSHAKE_SECONDS:g} s"
-
-
-# Where to listen ----------------------------------------------------------------------------------
-
-
-def host_of(interface: str) -> str:
-    """The IPv4 address of a network interface; without one, what this host's name stands for. May
-    ask a name server.
-
-    As for NCCL, `interface` may be several names, with commas, and the beginning of a name.
-
-    Raises:
-        OSError: there is no such interface, it has no address, or the name is unknown.
-    """
-    if not interface:
-        return str(socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0])
-    names = [name for _, name in socket.if_nameindex()]
-    wanted = interface.removeprefix("=").split(",")
-    found = [
-        n
-        for w in wanted
-        for n in sorted(names, key=lambda name: name != w)
-        if n.startswith(w) and w
-    ]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for name in found:
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                return socket.inet_ntoa(answer[20:24])
-    raise OSError(
-        f"no network interface {interface!r} with an IPv4 address; there are: {', '.join(names)}"
-    )

@@ -1,13 +1,18 @@
-"""The supervisor's end of all links: agents dial in, prove themselves, tell their state, and are
-heard."""
+"""The supervisor's end of all links: agents dial in, prove themselves and report their state; from
+then on what they send becomes input of the core.
+
+A node has one link. A newer one takes the place of the older: an agent that dials again knows that
+its old connection is dead, and the supervisor may not have noticed yet.
+"""
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Collection
-from pathlib import Path
 
-from opt_train.link.connection import HANDSHAKE_SECONDS, Connection, LinkRefused, prove_supervisor
+from opt_train.link.connection import Connection, LinkRefused
+from opt_train.link.endpoint import Endpoint
+from opt_train.link.handshake import HANDSHAKE_SECONDS, prove_supervisor
+from opt_train.link.listener import AuthenticatedListener
 from opt_train.protocol.commands import LeaderLease
 from opt_train.protocol.facts import (
     AgentState,
@@ -27,46 +32,50 @@ from opt_train.supervisor.inputs import (
     MetricsReceived,
 )
 
-LEAD_SECONDS = 1.0
+LEASE_SECONDS = 1.0
+"""Between two renewals of the agents' lease."""
 SILENCE_SECONDS = 30.0
-"""An agent pulses every second; a link that was silent this long is dropped, and the agent dials
-again."""
-MAX_STRANGERS = 1024
-"""Connections that have not proved themselves yet; more are closed at the door."""
+"""An agent's heart beats every second; a link that was silent this long is dropped, and the agent
+dials again."""
+ADMISSION_SECONDS = 3 * HANDSHAKE_SECONDS
+"""For the handshake and the agent's state, which may be long."""
+STRANGERS_MAX = 1024
+"""Connections that have not proved themselves yet; more are closed at the door. All agents of a
+large run may dial at once when a supervisor comes back."""
 
 log = logging.getLogger(__name__)
 
 
 class AgentServer:
-    """Listens on a Unix socket and turns what agents tell into inputs of the core, in the order
-    each one tells it."""
+    """Turns what agents send into inputs of the core, in the order each one sends it."""
 
     def __init__(
         self,
-        socket: Path,
+        endpoint: Endpoint,
         secret: bytes,
         leader: int,
         nodes: Collection[str],
-        tell: Callable[[Input], None],
+        handle_input: Callable[[Input], None],
     ) -> None:
-        self._socket = socket
+        self._endpoint = endpoint
         self._secret = secret
         self._leader = leader
         self._nodes = frozenset(nodes)
-        self._tell = tell
+        self._handle_input = handle_input
         self._current: dict[str, Connection] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers = 0
-        self._server: asyncio.Server | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._listener = AuthenticatedListener(
+            self._admit,
+            self._serve,
+            admission_seconds=ADMISSION_SECONDS,
+            strangers_max=STRANGERS_MAX,
+        )
 
-    async def start(self) -> None:
-        """Listen, and pulse to every agent from now on."""
-        mask = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._accept, self._socket, backlog=1024)
-        finally:
-            os.umask(mask)
-        self._keep(asyncio.create_task(self._lead()))
+    async def start(self) -> Endpoint:
+        """Listen, and renew every agent's lease from now on. Returns the endpoint to publish."""
+        bound = await self._listener.start(self._endpoint, backlog=STRANGERS_MAX)
+        self._renewing = asyncio.create_task(self._renew_leases())
+        return bound
 
     @property
     def connected(self) -> frozenset[str]:
@@ -88,75 +97,52 @@ class AgentServer:
 
     async def stop(self) -> None:
         """Close every link and stop listening."""
-        if self._server is not None:
-            self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+        await self._listener.stop()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._strangers >= MAX_STRANGERS:
-            writer.transport.abort()
-            return
-        self._strangers += 1
-        self._keep(asyncio.create_task(self._serve(Connection(reader, writer))))
-
-    async def _serve(self, connection: Connection) -> None:
-        stranger = True
-        try:
-            async with asyncio.timeout(
-                3 * HANDSHAKE_SECONDS
-            ):  # a byte now and then does not hold the door open
-                await prove_supervisor(connection, self._secret, self._leader)
-                state = await connection.receive(HANDSHAKE_SECONDS)
-            if (
-                not isinstance(state, AgentState)
-                or state.node != connection.node
-                or state.node not in self._nodes
-            ):
-                raise LinkRefused(
-                    f"{connection.node} is no node of this run, or did not begin with its state"
-                )
-            self._strangers -= 1
-            stranger = False
-            await self._hear(connection, state)
-        except (LinkRefused, TimeoutError) as refused:
-            log.info(
-                "link to %s ended: %s",
-                connection.node or "a stranger",
-                str(refused) or "handshake took too long",
+    async def _admit(self, connection: Connection) -> AgentState:
+        await prove_supervisor(connection, self._secret, self._leader)
+        state = await connection.receive(HANDSHAKE_SECONDS)
+        if (
+            not isinstance(state, AgentState)
+            or state.node != connection.node
+            or state.node not in self._nodes
+        ):
+            raise LinkRefused(
+                f"{connection.node} is no node of this run, or did not begin with its state"
             )
-        finally:
-            self._strangers -= stranger
-            connection.close()
-            if self._current.get(connection.node) is connection:
-                del self._current[connection.node]
-                self._tell(AgentDisconnected(connection.node))
+        return state
 
-    async def _hear(self, connection: Connection, state: AgentState) -> None:
+    async def _serve(self, connection: Connection, state: AgentState) -> None:
         node = connection.node
         older = self._current.get(node)
         self._current[node] = connection
         if older is not None:
             older.close()
-        connection.send(LeaderLease(self._leader))
-        self._tell(AgentConnected(node, state))
-        while self._current.get(node) is connection:
-            message = await connection.receive(SILENCE_SECONDS)
-            # While we waited a newer connection of the node may have taken over; the older one is
-            # not heard any more.
+        try:
+            connection.send(LeaderLease(self._leader))
+            self._handle_input(AgentConnected(node, state))
+            while self._current.get(node) is connection:
+                message = await connection.receive(SILENCE_SECONDS)
+                # While we waited a newer connection of the node may have taken over; from the older
+                # one nothing is taken any more.
+                if self._current.get(node) is connection:
+                    self._handle_input(_input(node, message))
+        except LinkRefused as refused:
+            log.info("link to %s ended: %s", node, refused)
+        finally:
+            connection.close()
             if self._current.get(node) is connection:
-                self._tell(_input(node, message))
+                del self._current[node]
+                self._handle_input(AgentDisconnected(node))
 
-    async def _lead(self) -> None:
+    async def _renew_leases(self) -> None:
         while True:
-            await asyncio.sleep(LEAD_SECONDS)
+            await asyncio.sleep(LEASE_SECONDS)
             for node in tuple(self._current):
                 self.send(node, LeaderLease(self._leader))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _input(node: str, message: Message) -> Input:
@@ -167,4 +153,4 @@ def _input(node: str, message: Message) -> Input:
             return HeartbeatReceived(node, message)
         case RankFact(generation=generation, fact=Metrics(line=line)) if is_metrics_line(line):
             return MetricsReceived(node, generation, line)
-    raise LinkRefused(f"{node} told {message.kind!r}, which an agent does not tell")
+    raise LinkRefused(f"{node} sent {message.kind!r}, which an agent does not send")

@@ -27,7 +27,8 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.clusters.cluster import Cluster, NodeState
 from opt_train.faults.plan import FaultPlan
 from opt_train.host import signals
-from opt_train.link.address import Address, make_socket_path, publish, read_address, remove_socket
+from opt_train.link.address import Address, publish, read_address
+from opt_train.link.endpoint import remove_endpoint
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
 from opt_train.supervisor.effects import Effect, Finish
@@ -88,8 +89,10 @@ class EventLoop:
     ) -> None:
         self._run, self._cluster, self._plan = run, cluster, plan
         self._core, self._identity, self._status = core, identity, status
-        self._socket = make_socket_path()
-        self._server = AgentServer(self._socket, secret, identity.leader, identity.nodes, self.tell)
+        self._endpoint = cluster.make_endpoint()
+        self._server = AgentServer(
+            self._endpoint, secret, identity.leader, identity.nodes, self.tell
+        )
         self._performer = EffectRunner(
             journal,
             MetricsWriter(run),
@@ -123,7 +126,7 @@ class EventLoop:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._server.stop()
-            remove_socket(self._socket)
+            remove_endpoint(self._endpoint)
             if self._rendering is not None and self._rendering.returncode is None:
                 self._rendering.kill()
                 await self._rendering.wait()
@@ -151,9 +154,9 @@ class EventLoop:
         log.info("supervisor %d, process %d, begins", self._identity.leader, os.getpid())
         older = read_address(self._run.supervisor_address)
         if older is not None:  # its supervisor is gone: we hold the lock
-            remove_socket(older.socket)
-        await self._server.start()
-        publish(self._run.supervisor_address, Address(self._socket, self._identity.leader))
+            remove_endpoint(older.endpoint)
+        bound = await self._server.start()
+        publish(self._run.supervisor_address, Address(bound, self._identity.leader))
         loop = asyncio.get_running_loop()
         for number in signals.ASK_TO_STOP:
             loop.add_signal_handler(number, partial(self.tell, StopAsked(number.name)))

@@ -30,7 +30,7 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.framing import Message
 from opt_train.supervisor.inputs import AgentConnected, FactReceived
-from tests.agent.harness import Listener, begin, make_run, start_agent
+from tests.agent.harness import SupervisorEnd, begin, make_run, start_agent
 from tests.agent.snapshots.stores import (
     MEMORY,
     NODE,
@@ -92,7 +92,7 @@ def snapshot_of(
     return Begin(**{**values, "node": node, "attempt": "1.00"})
 
 
-async def fetched(listener: Listener, node: str, command: Fetch) -> Fetched:
+async def fetched(listener: SupervisorEnd, node: str, command: Fetch) -> Fetched:
     """The next answer to `command`."""
     before = len(listener.told)
     listener.server.send(node, command)
@@ -111,12 +111,12 @@ async def fetched(listener: Listener, node: str, command: Fetch) -> Fetched:
 @contextlib.asynccontextmanager
 async def agents(
     run: RunDirectory, *nodes: str
-) -> AsyncIterator[tuple[Listener, dict[str, subprocess.Popen[bytes]]]]:
+) -> AsyncIterator[tuple[SupervisorEnd, dict[str, subprocess.Popen[bytes]]]]:
     """Agents of `nodes`, each with one slot, and who leads them; they leave at the end, in good
     order."""
     started = {node: start_agent(run, node) for node in nodes}
     try:
-        async with Listener(run) as listener:
+        async with SupervisorEnd(run) as listener:
             for node in nodes:
                 await listener.connected(node)
             yield listener, started
@@ -132,7 +132,7 @@ async def agents(
 
 
 async def snapshot_held(
-    listener: Listener, run: RunDirectory, node: str = "node-1"
+    listener: SupervisorEnd, run: RunDirectory, node: str = "node-1"
 ) -> SnapshotHeld:
     listener.server.send(node, snapshot_of(run, node))
     return await listener.fact(SnapshotHeld)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opt_train.agent.snapshots import store as shelf_module
-from opt_train.agent.snapshots.store import NotHeld
+from opt_train.agent.snapshots.store import SnapshotMissing
 from opt_train.checkpoint.manifest import FileEntry
 from tests.agent.snapshots.stores import (
     MEMORY,
@@ -118,7 +118,10 @@ def test_memory_taken_again_for_a_later_step_is_not_told_as_the_earlier_one(tmp_
 def test_memory_of_another_size_than_said_is_not_taken(tmp_path: Path, size: int) -> None:
     async def scene() -> None:
         async with shelf_in(tmp_path) as shelf:
-            with child(content(1, 1000)) as rank, pytest.raises(NotHeld, match="1000 bytes"):
+            with (
+                child(content(1, 1000)) as rank,
+                pytest.raises(SnapshotMissing, match="1000 bytes"),
+            ):
                 shelf.take(MEMORY, "shard", rank.pid, rank.fd, size, "")
             assert not shelf.held()
 
@@ -131,7 +134,7 @@ def test_memory_of_another_size_than_said_is_not_taken(tmp_path: Path, size: int
 def test_no_file_is_held_under_a_name_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
     async def scene() -> None:
         async with shelf_in(tmp_path) as shelf:
-            with pytest.raises(NotHeld, match="no name of a checkpoint's file"):
+            with pytest.raises(SnapshotMissing, match="no name of a checkpoint's file"):
                 shelf.draft(NODE, name, entry(b""))
 
     play(scene())
@@ -144,9 +147,9 @@ def test_no_file_is_held_under_a_name_that_leads_elsewhere(tmp_path: Path, name:
 def test_no_checkpoint_is_held_under_a_path_that_leads_elsewhere(tmp_path: Path, path: str) -> None:
     async def scene() -> None:
         async with shelf_in(tmp_path) as shelf:
-            with pytest.raises(NotHeld, match="no checkpoint that agents hold"):
+            with pytest.raises(SnapshotMissing, match="no checkpoint that agents hold"):
                 shelf.draft(path, "shard", entry(b""))
-            with pytest.raises(NotHeld, match="no checkpoint that agents hold"):
+            with pytest.raises(SnapshotMissing, match="no checkpoint that agents hold"):
                 shelf.drop(path)
 
     play(scene())
@@ -162,7 +165,7 @@ def test_a_draft_with_other_bytes_than_the_manifests_leaves_nothing(
         before = memory_descriptors(os.getpid())
         async with shelf_in(tmp_path) as shelf:
             for wrong in (data[:-1], data + b"x", content(2)):
-                with pytest.raises(NotHeld, match="other bytes than the manifest names"):
+                with pytest.raises(SnapshotMissing, match="other bytes than the manifest names"):
                     await put(shelf, path, "shard", wrong, entry(data))
             assert not shelf.held()
             await shelf.drop(path)
@@ -360,7 +363,7 @@ def test_linked_files_are_read_by_another_process_and_gone_after_the_end(tmp_pat
                 assert hash_of(folder / "shard-1") == entry(data).sha256
                 assert hash_of(folder / "shard-2") == entry(late).sha256
                 assert (folder / "shard-1").stat().st_size == len(data)
-            with pytest.raises(NotHeld, match="not held any more"):
+            with pytest.raises(SnapshotMissing, match="not held any more"):
                 await shelf.link(MEMORY, ["shard-3"], b"{}")
             # A descriptor's number is used again: a link must never lead to what came after.
             shelf.let_go(MEMORY, ["shard-1"])

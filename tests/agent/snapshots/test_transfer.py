@@ -17,18 +17,18 @@ import pytest
 
 from opt_train.agent.snapshots import store as shelf
 from opt_train.agent.snapshots import transfer
-from opt_train.agent.snapshots.store import NotHeld, PartialFile, SnapshotStore
+from opt_train.agent.snapshots.store import PartialFile, SnapshotMissing, SnapshotStore
 from opt_train.agent.snapshots.transfer import (
     TransferServer,
     Unreachable,
     get,
-    host_of,
     prove_getter,
     prove_holder,
 )
 from opt_train.checkpoint.manifest import FileEntry
-from opt_train.link import connection as link
+from opt_train.link import handshake
 from opt_train.link.connection import Connection, LinkRefused
+from opt_train.link.interface import address_of_interface
 from tests.agent.snapshots.stores import (
     MEMORY,
     NODE,
@@ -109,7 +109,7 @@ async def fetch(
 async def refused(target: SnapshotStore, address: str, path: str = MEMORY, **more: Any) -> str:
     """The sentence of a fetch that fails; nothing is held after it, in memory or on disk."""
     before = memory_descriptors(os.getpid())
-    with pytest.raises(NotHeld) as raised:
+    with pytest.raises(SnapshotMissing) as raised:
         await fetch(target, address, path, **more)
     assert not target.held()
     await target.drop("node/1.00/step-00000001")  # what was given to the helper before is done
@@ -180,7 +180,7 @@ def test_no_path_on_disk_is_made_of_a_peers_words(tmp_path: Path) -> None:
 
     async def asked(address: str, path: Any, name: Any) -> dict[str, Any]:
         reader, writer = await asyncio.open_connection(*address.split(":"))
-        await prove_getter(Connection(reader, writer), SECRET, transfer._Request(path, name, 4))
+        await prove_getter(Connection(reader, writer), SECRET, transfer.Request(path, name, 4))
         answer = await reader.readline()
         writer.close()
         return json.loads(answer or b"{}")
@@ -232,7 +232,7 @@ def test_a_changed_request_is_not_answered(tmp_path: Path) -> None:
             connection.send = lambda said: send(
                 {**said, "name": "other"} if "name" in said else said
             )  # type: ignore[method-assign]
-            await prove_getter(connection, SECRET, transfer._Request(MEMORY, "shard", len(DATA)))
+            await prove_getter(connection, SECRET, transfer.Request(MEMORY, "shard", len(DATA)))
             assert await reader.read() == b""
             writer.close()
 
@@ -242,7 +242,7 @@ def test_a_changed_request_is_not_answered(tmp_path: Path) -> None:
 def test_a_proof_of_the_supervisors_link_is_no_proof_here(tmp_path: Path) -> None:
     async def with_the_links_proof(connection: Connection, _: asyncio.StreamWriter) -> None:
         hello = json.loads(await connection.receive_line(5))
-        for_link = link._proof(SECRET, "holder", "", 0, hello["nonce"], "1" * 64)
+        for_link = handshake._proof(SECRET, "holder", "", 0, hello["nonce"], "1" * 64)
         connection.send({"nonce": "1" * 64, "proof": for_link})
         await connection.receive_line(5)
 
@@ -356,9 +356,9 @@ def test_nobody_there_is_one_sentence(tmp_path: Path, address: str) -> None:
 def test_strangers_do_not_keep_an_honest_agent_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "MAX_STRANGERS", 20)
-    monkeypatch.setattr(link, "HANDSHAKE_SECONDS", 2.0)
-    monkeypatch.setattr(transfer, "HANDSHAKE_SECONDS", 2.0)
+    monkeypatch.setattr(transfer, "STRANGERS_MAX", 20)
+    monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 2.0)
+    monkeypatch.setattr(transfer, "ADMISSION_SECONDS", 4.0)
 
     async def scene() -> None:
         async with pair(tmp_path) as (source, address, target):
@@ -400,7 +400,7 @@ def test_a_getter_that_does_not_read_is_cut_off(
                     reader, writer = await asyncio.open_connection(sock=deaf.dup(), limit=1 << 10)
                     connection = Connection(reader, writer)
                     await prove_getter(
-                        connection, SECRET, transfer._Request(path, "shard", len(data))
+                        connection, SECRET, transfer.Request(path, "shard", len(data))
                     )
                     await connection.receive_line(5)
                     connection.send({"go": True})
@@ -421,7 +421,7 @@ def test_a_file_that_is_dropped_while_it_is_sent_arrives(tmp_path: Path) -> None
                 await put(source, path, "shard", DATA)
                 reader, writer = await asyncio.open_connection(*address.split(":"))
                 connection = Connection(reader, writer)
-                await prove_getter(connection, SECRET, transfer._Request(path, "shard", len(DATA)))
+                await prove_getter(connection, SECRET, transfer.Request(path, "shard", len(DATA)))
                 assert json.loads(await connection.receive_line(5)) == {"bytes": len(DATA)}
                 await source.drop(path)
                 connection.send({"go": True})
@@ -463,12 +463,12 @@ def test_memory_stays_flat_while_a_large_file_comes_faster_than_it_is_written(
 
 
 def test_an_interfaces_address_is_found() -> None:
-    assert host_of("lo") == "127.0.0.1"
-    assert host_of("no-such-0,lo") == "127.0.0.1"
+    assert address_of_interface("lo") == "127.0.0.1"
+    assert address_of_interface("no-such-0,lo") == "127.0.0.1"
     with pytest.raises(
         OSError, match=r"no network interface 'no-such-0' with an IPv4 address; there are: .*lo"
     ):
-        host_of("no-such-0")
+        address_of_interface("no-such-0")
 
 
 def test_a_piece_on_the_way_is_no_larger_than_one_that_is_written() -> None:

@@ -76,7 +76,7 @@ def test_a_run_from_start_to_end_leaves_files_and_no_process(
     assert journal.read(run.journal).damaged == ()
     assert live_holder_of(run) is None, "the lock was not released"
     published = read_address(run.supervisor_address)
-    assert published is None or not published.socket.parent.exists()
+    assert published is None or not published.endpoint.path.parent.exists()
     assert not processes_of(tmp_path)
     assert "training" in output
     assert output.rstrip().endswith("done")
@@ -299,7 +299,7 @@ def test_a_killed_supervisor_is_replaced_while_the_same_ranks_train_on(
         "metrics of the time without a supervisor were lost or written twice"
     )
     assert published is not None
-    assert not published.socket.parent.exists(), (
+    assert not published.endpoint.path.parent.exists(), (
         "the killed supervisor's socket folder is still there"
     )
 
