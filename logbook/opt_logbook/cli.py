@@ -24,7 +24,7 @@ DONE, NO, BAD_INPUT = 0, 1, 2
 FOLLOW_SECONDS = 0.5
 
 
-class BadInput(Exception):
+class UsageError(Exception):
     """What a user gave cannot work; the message is one sentence that names the file and the
     mend."""
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().parse_args(arguments, chosen)
         command: Callable[[argparse.Namespace], int] = chosen.command
         return command(chosen)
-    except BadInput as error:
+    except UsageError as error:
         print(f"logbook: {error}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:
@@ -55,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
 
 
-class _Parser(argparse.ArgumentParser):
+class _LogbookParser(argparse.ArgumentParser):
     """argparse, with mistakes as sentences."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; see `{self.prog} --help`")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _LogbookParser(
         prog="logbook",
         description="Read, check and annotate the journal of a run.",
         epilog="exit codes: 0 done, 1 the answer is no, 2 bad input",
@@ -101,12 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run_of(chosen: argparse.Namespace) -> RunDirectory:
     run = RunDirectory(chosen.run)
     if not run.path.is_dir():
-        raise BadInput(
+        raise UsageError(
             f"there is no run at {run.path}; give the folder that holds journal.jsonl, such as "
             "runs/demo"
         )
     if not any(path.exists() for path in (run.journal, run.config, run.config_json, run.metrics)):
-        raise BadInput(
+        raise UsageError(
             f"{run.path} is no run: it holds no journal.jsonl; give the folder of one, such as "
             "runs/demo"
         )
@@ -125,10 +125,10 @@ def _render(chosen: argparse.Namespace) -> int:
 
 def _verify(chosen: argparse.Namespace) -> int:
     run = _run_of(chosen)
-    findings = verify(run)
-    for finding in findings:
-        print(finding)
-    if findings:
+    defects = verify(run)
+    for defect in defects:
+        print(defect)
+    if defects:
         return NO
     reading = read(run.journal)
     print(f"verified: {reading.line_count} lines, head {reading.head}")
@@ -139,7 +139,7 @@ def _note(chosen: argparse.Namespace) -> int:
     run = _run_of(chosen)
     text = " ".join(chosen.text).strip()
     if not text:
-        raise BadInput("the note is empty; write what should stand in the chronicle")
+        raise UsageError("the note is empty; write what should stand in the chronicle")
     author = chosen.author or _user()
     try:
         with Lock.acquire(run) as lock:
@@ -148,7 +148,7 @@ def _note(chosen: argparse.Namespace) -> int:
         try:
             inbox.drop(run, {"kind": "note", "author": author, "text": text})
         except ValueError as error:
-            raise BadInput(f"the note cannot be left: {error}") from None
+            raise UsageError(f"the note cannot be left: {error}") from None
         if held.holder.leader == 0:
             # A lone `opt-train train` reads no inbox.
             print("left in the inbox; the next `opt-train run` journals it")
@@ -160,7 +160,7 @@ def _note(chosen: argparse.Namespace) -> int:
 
 def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
     if not run.journal.exists():
-        raise BadInput(f"{run.path} has no journal yet; start the run first")
+        raise UsageError(f"{run.path} has no journal yet; start the run first")
     damaged = [
         e.line
         for e in repairs_of(read(run.journal), read_head(run))
@@ -170,7 +170,7 @@ def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
         # Journalled here, the damage would count as told, and the supervisor would not ask about it
         # any more.
         lines = f"line {damaged[0]}" if len(damaged) == 1 else f"lines {listed_briefly(damaged)}"
-        raise BadInput(
+        raise UsageError(
             f"{run.journal} is damaged ({lines}); restore it from a copy, or start the run, which "
             "asks what to do, and "
             "note it then"
@@ -187,7 +187,7 @@ def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
 def _tail(chosen: argparse.Namespace) -> int:
     run = _run_of(chosen)
     if chosen.count < 0:
-        raise BadInput(f"-n {chosen.count} is less than no lines; give 0 or more")
+        raise UsageError(f"-n {chosen.count} is less than no lines; give 0 or more")
     entries = read(run.journal).entries
     seen = entries[-1].seq if entries else 0
     _print(

@@ -7,7 +7,8 @@ from typing import Any
 from opt_logbook.record import journal, lock, metrics
 from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
-from opt_logbook.story.incidents import Incident, Story, fold_story
+from opt_logbook.story.fold import fold_story
+from opt_logbook.story.records import IncidentRecord, Story
 
 from opt_train.protocol.exits import BadInput
 from opt_train.run.fold import fold
@@ -116,7 +117,7 @@ class RunReport:
         }
 
 
-def _facts_of(incident: Incident) -> dict[str, Any]:
+def _facts_of(incident: IncidentRecord) -> dict[str, Any]:
     """An incident's facts: the diagnosis where there is one, else the first sign."""
     first, diagnosed, closed = (
         incident.seen[0] if incident.seen else None,

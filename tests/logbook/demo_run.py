@@ -63,12 +63,12 @@ class DemoRun:
         self.generation = 0
         self.latest: tuple[str, str] = ("", "")
 
-    def tell(self, event: Event, step: int | None = None, seconds: float = 0.0) -> Entry:
+    def append(self, event: Event, step: int | None = None, seconds: float = 0.0) -> Entry:
         self.now += seconds
         return self.journal.append(Entry(self.now, self.attempt, step, event))
 
     def create(self, name: str = "demo", steps: int = 200) -> None:
-        self.tell(
+        self.append(
             RunCreated(
                 name=name,
                 seed=0,
@@ -85,16 +85,16 @@ class DemoRun:
                 learning_rate=2e-3,
             )
         )
-        self.tell(LineageOpened(1, "c0ffee" * 10 + "beef"))
-        self.tell(SupervisorStarted(1, "laptop", 4242, "0.1.0", resumed=False))
+        self.append(LineageOpened(1, "c0ffee" * 10 + "beef"))
+        self.append(SupervisorStarted(1, "laptop", 4242, "0.1.0", resumed=False))
         for node, role in (("node-1", "active"), ("node-2", "active"), ("node-3", "buffer")):
-            self.tell(NodeJoined(node, role, 1), seconds=0.4)
+            self.append(NodeJoined(node, role, 1), seconds=0.4)
 
     def start(
         self, attempt: str, step: int, nodes: tuple[str, ...], buffer: tuple[str, ...], **how: Any
     ) -> None:
         parent, self.attempt, self.generation = self.attempt, attempt, self.generation + 1
-        self.tell(
+        self.append(
             AttemptStarted(
                 generation=self.generation,
                 parent=parent,
@@ -111,14 +111,14 @@ class DemoRun:
             step,
             seconds=0.3,
         )
-        self.tell(
+        self.append(
             InForceReported({"lr": 2e-3, "beta1": 0.9, "clip": 1.0, "cursor": step * 16}),
             step,
             seconds=0.9,
         )
         self.now += 0.9
         self.metrics.append(self.attempt, metrics_line(step + 1, self.now), str(self.journal.head))
-        self.tell(TrainingBegan(self.generation, 1.8), step + 1)
+        self.append(TrainingBegan(self.generation, 1.8), step + 1)
 
     def train(self, first: int, last: int, save_every: int = 50, validate_every: int = 50) -> None:
         for step in range(first, last + 1):
@@ -129,7 +129,7 @@ class DemoRun:
                 self.save(step)
             if step % validate_every == 0:
                 loss = loss_at(step) + 0.12
-                self.tell(
+                self.append(
                     ValidationMeasured("validation", loss, math.exp(loss), 81_920),
                     step,
                     seconds=0.8,
@@ -142,18 +142,18 @@ class DemoRun:
         (folder / "manifest.json").write_bytes(text)
         path, sha256 = str(folder.relative_to(self.run.path)), hashlib.sha256(text).hexdigest()
         self.latest = (path, sha256)
-        self.tell(
+        self.append(
             CheckpointCommitted(path, sha256, 44_300_000, 5, 0.41, healthy=True), step, seconds=0.4
         )
 
     def lose_node(self) -> None:
         """node-2, agent and ranks, is gone after step 60."""
-        self.tell(
+        self.append(
             FailureSeen(1, 1, "node-2", 1, "node-2 went silent: its agent's connection closed"),
             60,
             seconds=0.7,
         )
-        self.tell(GenerationKilled(1, 1, 1), 60, seconds=1.0)
+        self.append(GenerationKilled(1, 1, 1), 60, seconds=1.0)
         evidence = (
             Evidence("", 0, "the cluster says node-2 is down: its agent's process is gone"),
             Evidence("", 0, "no word from node-2 for 1.0 s"),
@@ -164,7 +164,7 @@ class DemoRun:
                 "peer [127.0.0.1]:41873",
             ),
         )
-        self.tell(
+        self.append(
             IncidentDiagnosed(
                 1,
                 "node_failure",
@@ -179,22 +179,22 @@ class DemoRun:
             60,
             seconds=0.1,
         )
-        self.tell(NodeFailed("node-2", 1, "node_failure"), 60)
-        self.tell(NodePromoted("node-3", "node-2", 1), 60)
-        self.tell(AttemptEnded(1, "failed"), 60)
+        self.append(NodeFailed("node-2", 1, "node_failure"), 60)
+        self.append(NodePromoted("node-3", "node-2", 1), 60)
+        self.append(AttemptEnded(1, "failed"), 60)
         self.start(
             "1.01", 50, ("node-1", "node-3"), (), reason="node_failure on node-2", incident=1
         )
-        self.tell(IncidentClosed(1, "recovered", 10, 4.5 + 10 * STEP_SECONDS, 4.5), 51)
+        self.append(IncidentClosed(1, "recovered", 10, 4.5 + 10 * STEP_SECONDS, 4.5), 51)
 
     def lose_rank(self) -> None:
         """Somebody kills rank 0 after step 120."""
-        self.tell(
+        self.append(
             FailureSeen(2, 2, "node-1", 0, "rank 0 was ended by SIGKILL in phase step"),
             120,
             seconds=0.6,
         )
-        self.tell(GenerationKilled(2, 2, 1), 120, seconds=1.0)
+        self.append(GenerationKilled(2, 2, 1), 120, seconds=1.0)
         evidence = (
             Evidence("", 0, "rank 0 on node-1 ended by signal 9; its agent did not send it"),
             Evidence(
@@ -203,7 +203,7 @@ class DemoRun:
                 "RuntimeError: Connection closed by peer [127.0.0.1]:52110",
             ),
         )
-        self.tell(
+        self.append(
             IncidentDiagnosed(
                 2,
                 "killed",
@@ -218,20 +218,20 @@ class DemoRun:
             120,
             seconds=0.1,
         )
-        self.tell(AttemptEnded(2, "failed"), 120)
+        self.append(AttemptEnded(2, "failed"), 120)
         self.start(
             "1.02", 100, ("node-1", "node-3"), (), reason="killed: rank 0 on node-1", incident=2
         )
-        self.tell(IncidentClosed(2, "recovered", 20, 4.4 + 20 * STEP_SECONDS, 4.4), 101)
-        self.tell(Note("maria", "Rank 0 was me, sorry: wrong terminal."), 101, seconds=1.0)
+        self.append(IncidentClosed(2, "recovered", 20, 4.4 + 20 * STEP_SECONDS, 4.4), 101)
+        self.append(Note("maria", "Rank 0 was me, sorry: wrong terminal."), 101, seconds=1.0)
 
     def finish(self) -> None:
-        self.tell(OrderGiven(1, "save", "the last step is near"), 199)
-        self.tell(OrderEnded(1, "obeyed"), 200)
-        self.tell(CheckpointRetired("checkpoints/1.00/step-00000050"), 200)
+        self.append(OrderGiven(1, "save", "the last step is near"), 199)
+        self.append(OrderEnded(1, "obeyed"), 200)
+        self.append(CheckpointRetired("checkpoints/1.00/step-00000050"), 200)
         loss = loss_at(200) + 0.12
-        self.tell(AttemptEnded(3, "finished"), 200)
-        self.tell(
+        self.append(AttemptEnded(3, "finished"), 200)
+        self.append(
             RunFinished(loss_at(200), math.exp(loss), 200 * TOKENS_PER_STEP, self.now - START), 200
         )
 

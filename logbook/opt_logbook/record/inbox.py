@@ -19,7 +19,7 @@ MESSAGE_BYTES_MAX = 1 << 16
 REFUSED = "refused"
 """Folder inside the inbox for files that are no message; they lie there for a person to look at."""
 
-_NO_LETTER = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
+_NOT_A_MESSAGE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
 """What opening says of a link, a socket, a device or a file that is not for us; any other error may
 pass."""
 
@@ -75,7 +75,7 @@ def waiting(run: RunDirectory) -> list[Dropped]:
         except OSError as error:
             # A sick disk or too many open files say nothing about the letter: it waits for the next
             # time.
-            if error.errno in _NO_LETTER:
+            if error.errno in _NOT_A_MESSAGE:
                 _refuse(run, path)
         except (ValueError, RecursionError):
             _refuse(run, path)

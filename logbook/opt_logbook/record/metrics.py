@@ -139,7 +139,7 @@ def read(run: RunDirectory) -> MetricsReading:
                 broken.append((attempt, number))
             elif payload["step"] not in by_step:
                 by_step[payload["step"]] = payload | {"attempt": attempt}
-            elif _told(by_step[payload["step"]]) != _told(payload | {"attempt": attempt}):
+            elif _content(by_step[payload["step"]]) != _content(payload | {"attempt": attempt}):
                 conflicts.append((attempt, payload["step"], number))
         lines += [by_step[step] for step in sorted(by_step)]
     return MetricsReading(tuple(lines), tuple(conflicts), tuple(broken), tuple(torn))
@@ -181,7 +181,7 @@ def is_not_finite(line: Mapping[str, Any], key: str) -> bool:
     )
 
 
-def _told(line: dict[str, Any]) -> dict[str, Any]:
+def _content(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if k != JOURNAL_HEAD}
 
 

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Defect:
     """Something that is not as it should be: a sentence about `file`, and the line in it (0: the
     whole file)."""
 
@@ -37,11 +37,11 @@ class Finding:
         return f"{self.file}{f':{self.line}' if self.line else ''}: {self.what}"
 
 
-def verify(run: RunDirectory) -> list[Finding]:
+def verify(run: RunDirectory) -> list[Defect]:
     """All that is wrong with the record of `run`; empty: nothing. Reads without a lock, while a run
     may live."""
     if not run.journal.exists():
-        return [Finding(run.journal.name, 0, "is missing")]
+        return [Defect(run.journal.name, 0, "is missing")]
     # Anchors first: what they name was durable before they were written, so a live writer cannot
     # make them look wrong.
     anchors = _anchors(run)
@@ -55,30 +55,30 @@ def verify(run: RunDirectory) -> list[Finding]:
     )
 
 
-def verify_bytes(data: bytes) -> list[Finding]:
+def verify_bytes(data: bytes) -> list[Defect]:
     """What the lines of a journal alone tell: hashes, sequence and tear."""
     return verify_lines(read_bytes(data))
 
 
-def verify_lines(reading: Reading) -> list[Finding]:
+def verify_lines(reading: Reading) -> list[Defect]:
     """The same, of a journal that has been read."""
     name = "journal.jsonl"
-    findings = [Finding(name, line, why) for line, why in reading.damaged]
+    defects = [Defect(name, line, why) for line, why in reading.damaged]
     if reading.torn_bytes:
         what = f"the last line is torn ({reading.torn_bytes} bytes); the next writer cuts it off"
-        findings.append(Finding(name, reading.line_count + 1, what))
+        defects.append(Defect(name, reading.line_count + 1, what))
     broken = {line for line, _ in reading.damaged}
     before = 0
     for line, entry in zip(reading.lines, reading.entries, strict=True):
         # A gap that damaged lines account for has been told already.
         if entry.seq != before + 1 and line - 1 not in broken:
-            findings.append(
-                Finding(
+            defects.append(
+                Defect(
                     name, line, f"seq is {entry.seq} after {before}: lines are missing or repeated"
                 )
             )
         before = entry.seq
-    return sorted(findings, key=lambda finding: finding.line)
+    return sorted(defects, key=lambda defect: defect.line)
 
 
 def _anchors(run: RunDirectory) -> list[tuple[str, int, str]]:
@@ -106,17 +106,17 @@ def _heads_in(data: bytes) -> list[str]:
 
 def _verify_anchors(
     run: RunDirectory, reading: Reading, anchors: list[tuple[str, int, str]]
-) -> list[Finding]:
-    findings: list[Finding] = []
+) -> list[Defect]:
+    defects: list[Defect] = []
     if reading.line_count and not run.head.exists():
-        findings.append(Finding(run.head.name, 0, "is missing, though the journal has lines"))
+        defects.append(Defect(run.head.name, 0, "is missing, though the journal has lines"))
     elif run.head.exists() and read_head(run) is None:
-        findings.append(Finding(run.head.name, 0, "cannot be read as `seq hash`"))
+        defects.append(Defect(run.head.name, 0, "cannot be read as `seq hash`"))
     for file, line, text in anchors:
         what = _wrong_with(text, reading)
         if what:
-            findings.append(Finding(file, line, what))
-    return findings
+            defects.append(Defect(file, line, what))
+    return defects
 
 
 def _wrong_with(anchor: str, reading: Reading) -> str:
@@ -148,27 +148,27 @@ def _wrong_with(anchor: str, reading: Reading) -> str:
 
 def _verify_metrics(
     run: RunDirectory, reading: Reading, measured: metrics.MetricsReading
-) -> list[Finding]:
-    findings = [
-        Finding(
+) -> list[Defect]:
+    defects = [
+        Defect(
             _relative(run, run.metrics_of(attempt)),
             line,
             f"contradicts an earlier line of step {step}",
         )
         for attempt, step, line in measured.conflicts
     ]
-    findings += [
-        Finding(_relative(run, run.metrics_of(attempt)), line, "is no metrics line")
+    defects += [
+        Defect(_relative(run, run.metrics_of(attempt)), line, "is no metrics line")
         for attempt, line in measured.broken
     ]
     for entry in reading.entries:
         if isinstance(entry.event, TrainingBegan) and not run.metrics_of(entry.attempt).exists():
             what = f"is missing, though attempt {entry.attempt} trained (journal line {entry.seq})"
-            findings.append(Finding(_relative(run, run.metrics_of(entry.attempt)), 0, what))
-    return findings
+            defects.append(Defect(_relative(run, run.metrics_of(entry.attempt)), 0, what))
+    return defects
 
 
-def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Finding]:
+def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Defect]:
     """Every checkpoint that should still be there has the manifest that was committed. Its shards
     are not read here."""
     expected: dict[str, tuple[int, str]] = {}
@@ -190,23 +190,23 @@ def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Finding]:
                 }
             case _:
                 pass
-    findings: list[Finding] = []
+    defects: list[Defect] = []
     for path, (seq, sha256) in expected.items():
         manifest = run.path / path / MANIFEST
         try:
             found = hashlib.sha256(manifest.read_bytes()).hexdigest()
         except OSError:
-            findings.append(
-                Finding(
+            defects.append(
+                Defect(
                     f"{path}/{MANIFEST}", 0, f"is missing, though journal line {seq} committed it"
                 )
             )
             continue
         if found != sha256:
-            findings.append(
-                Finding(f"{path}/{MANIFEST}", 0, f"is not what journal line {seq} committed")
+            defects.append(
+                Defect(f"{path}/{MANIFEST}", 0, f"is not what journal line {seq} committed")
             )
-    return findings
+    return defects
 
 
 def _relative(run: RunDirectory, path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from opt_logbook.record import metrics
 from opt_logbook.record.events import HELD_OUT, RunFinished, RunHalted, RunStopped
-from opt_logbook.story.attempt import attempt_sentences, tell_before
+from opt_logbook.story.attempt import describe_attempt, describe_before
 from opt_logbook.story.format import (
     duration,
     listed,
@@ -23,8 +23,8 @@ from opt_logbook.story.format import (
     sentence,
     short,
 )
-from opt_logbook.story.incident import IncidentStory, incident_sentences, place_of
-from opt_logbook.story.incidents import Attempt, Story, by_set
+from opt_logbook.story.incident import IncidentStory, describe_incident, place_of
+from opt_logbook.story.records import AttemptRecord, Story, by_set
 from opt_logbook.story.sentences import Sentence
 from opt_logbook.story.summary import end_lines, summarize
 
@@ -38,7 +38,7 @@ class AttemptStory:
     heading: str
     incidents: tuple[IncidentStory, ...]
     """Those it recovered from: why it was started."""
-    said: tuple[Sentence, ...]
+    sentences: tuple[Sentence, ...]
     contents: tuple[str, str, str, str, str]
     """Its row in the index: begun, attempt, steps, lasted, why it was started."""
 
@@ -72,10 +72,10 @@ def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
     are the journal's."""
     title = story.created.event.name if story.created else name
     status, status_words = _status(story)
-    told = {incident.number: incident_sentences(incident, story) for incident in story.incidents}
+    stories = {incident.number: describe_incident(incident, story) for incident in story.incidents}
     placed = {incident.number: place_of(incident, story.attempts) for incident in story.incidents}
     entries = tuple(
-        _attempt_story(index, attempt, story, [told[n] for n in told if placed[n] == index])
+        _attempt_story(index, attempt, story, [stories[n] for n in stories if placed[n] == index])
         for index, attempt in reversed(list(enumerate(story.attempts)))
     )
     top = Chronicle(
@@ -87,9 +87,9 @@ def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
         warnings=_warnings(story),
         card=_card(story, status_words),
         time_spent=_time_spent(story),
-        open_incidents=tuple(told[n] for n in reversed(told) if placed[n] is None),
+        open_incidents=tuple(stories[n] for n in reversed(stories) if placed[n] is None),
         entries=entries,
-        before=tell_before(story.before),
+        before=describe_before(story.before),
         journal_lines={},
     )
     return replace(
@@ -101,7 +101,7 @@ def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
 
 
 def _attempt_story(
-    index: int, attempt: Attempt, story: Story, incidents: list[IncidentStory]
+    index: int, attempt: AttemptRecord, story: Story, incidents: list[IncidentStory]
 ) -> AttemptStory:
     heading = f"{moment(attempt.since)} · attempt {attempt.name}"
     why = origin = ""
@@ -132,7 +132,7 @@ def _attempt_story(
     )
     anchor = f"attempt-{re.sub('[^0-9.]', '', attempt.name)}-{index + 1}"
     return AttemptStory(
-        attempt.name, anchor, heading, tuple(reversed(incidents)), attempt_sentences(attempt), row
+        attempt.name, anchor, heading, tuple(reversed(incidents)), describe_attempt(attempt), row
     )
 
 
@@ -154,12 +154,12 @@ def _status(story: Story) -> tuple[str, str]:
 
 
 def _warnings(story: Story) -> tuple[Sentence, ...]:
-    said: list[Sentence] = []
+    sentences: list[Sentence] = []
     damaged = [damage.line for damage in story.reading.damaged]
     if damaged:
         lines = "Line" if len(damaged) == 1 else "Lines"
         verb = "does" if len(damaged) == 1 else "do"
-        said.append(
+        sentences.append(
             Sentence(
                 f"{lines} {listed_briefly(damaged)} of the journal {verb} not verify and had to "
                 "be left out: what "
@@ -167,25 +167,25 @@ def _warnings(story: Story) -> tuple[Sentence, ...]:
             )
         )
     if story.reading.torn_bytes:
-        said.append(
+        sentences.append(
             Sentence(
                 f"The journal's last line is torn ({many(story.reading.torn_bytes, 'byte')}) and "
                 "is left out."
             )
         )
     if story.reading.entries and story.created is None:
-        said.append(
+        sentences.append(
             Sentence("The journal does not say what this run is: its first line is missing.")
         )
     if story.measured.broken:
         left = "is" if len(story.measured.broken) == 1 else "are"
-        said.append(
+        sentences.append(
             Sentence(
                 f"{many(len(story.measured.broken), 'metrics line')} could not be read and {left} "
                 "left out."
             )
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
 def _card(story: Story, status_words: str) -> tuple[tuple[str, Sentence], ...]:
@@ -223,7 +223,7 @@ def _card(story: Story, status_words: str) -> tuple[tuple[str, Sentence], ...]:
             f", {listed_briefly(started.event.buffer)} standing by" if started.event.buffer else ""
         )
         failed = sorted(
-            {told.event.node for incident in story.incidents for told in incident.failed_nodes}
+            {failed.event.node for incident in story.incidents for failed in incident.failed_nodes}
         )
         nodes += f", {listed_briefly(failed)} out" if failed else ""
         rows.append(("Nodes", Sentence(nodes, (started.line,))))
@@ -254,7 +254,7 @@ def _result_rows(story: Story) -> list[tuple[str, Sentence]]:
         )
     unigram = story.created.event.unigram_perplexity if story.created else 0.0
     for name, validated in by_set(
-        told for attempt in story.attempts for told in attempt.validated
+        measured for attempt in story.attempts for measured in attempt.validated
     ).items():
         last = validated[-1]
         text = f"{last.event.perplexity:.1f} at step {last.step or 0:,}"
@@ -293,11 +293,13 @@ def _time_spent(story: Story) -> tuple[tuple[str, float, str], ...]:
 
 
 def _referred(chronicle: Chronicle) -> set[int]:
-    said = [*chronicle.warnings, *chronicle.before, *(row[1] for row in chronicle.card)]
-    said += [s for paragraph in chronicle.summary for s in paragraph]
+    sentences = [*chronicle.warnings, *chronicle.before, *(row[1] for row in chronicle.card)]
+    sentences += [s for paragraph in chronicle.summary for s in paragraph]
     incidents = list(chronicle.open_incidents)
     for entry in chronicle.entries:
-        said += entry.said
+        sentences += entry.sentences
         incidents += entry.incidents
-    said += [s for incident in incidents for section in incident.sections for s in section.said]
-    return {line for s in said for line in s.lines}
+    sentences += [
+        s for incident in incidents for section in incident.sections for s in section.sentences
+    ]
+    return {line for s in sentences for line in s.lines}

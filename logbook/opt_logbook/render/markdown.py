@@ -54,11 +54,13 @@ def to_markdown(chronicle: Chronicle, figures: tuple[str, ...]) -> str:
             f"Status: {escaped(chronicle.status_words)} · as of {chronicle.as_of} · "
             "\\[J12\\] means line 12 of `journal.jsonl`"
         )
-    parts += [f"> **Attention.** {_said(said)}" for said in chronicle.warnings]
+    parts += [f"> **Attention.** {_sentence(sentence)}" for sentence in chronicle.warnings]
     parts.append("## What happened")
-    parts += [" ".join(_said(said) for said in paragraph) for paragraph in chronicle.summary]
+    parts += [_paragraph(paragraph) for paragraph in chronicle.summary]
     if chronicle.card:
-        rows = "\n".join(f"| {escaped(name)} | {_said(said)} |" for name, said in chronicle.card)
+        rows = "\n".join(
+            f"| {escaped(name)} | {_sentence(sentence)} |" for name, sentence in chronicle.card
+        )
         parts.append(f"| | |\n|---|---|\n{rows}")
     if chronicle.time_spent:
         parts.append("## How the time was spent")
@@ -91,7 +93,7 @@ def to_markdown(chronicle: Chronicle, figures: tuple[str, ...]) -> str:
         for incident in entry.incidents:
             parts += _incident(incident)
         parts.append(f"**Attempt {escaped(entry.name)}**")
-        parts += _list(entry.said)
+        parts += _list(entry.sentences)
     if chronicle.before:
         parts.append("### Before the first attempt")
         parts += _list(chronicle.before)
@@ -102,7 +104,7 @@ def _incident(incident: IncidentStory) -> list[str]:
     parts = [f"#### {escaped(incident.heading)}"]
     for section in incident.sections:
         parts.append(f"**{section.title}**")
-        parts += _list(section.said)
+        parts += _list(section.sentences)
         parts += [_quote(quote) for quote in section.quotes]
     return parts
 
@@ -112,19 +114,25 @@ def _quote(quote: Quote) -> str:
     return f"{where}\n\n{fenced(quote.text)}"
 
 
-def _list(said: tuple[Sentence, ...]) -> list[str]:
+def _list(sentences: tuple[Sentence, ...]) -> list[str]:
     parts: list[str] = []
     items: list[str] = []
-    for one in said:
+    for one in sentences:
         if one.author:
             parts += ["\n".join(items)] if items else []
             items = []
-            parts.append(f"> **Note by {escaped(one.author)}:** {_said(one)}")
+            parts.append(f"> **Note by {escaped(one.author)}:** {_sentence(one)}")
         else:
-            items.append(f"- {_said(one)}")
+            items.append(f"- {_sentence(one)}")
     return [*parts, "\n".join(items)] if items else parts
 
 
-def _said(said: Sentence) -> str:
-    references = f" \\[{', '.join(f'J{line}' for line in said.lines)}\\]" if said.lines else ""
-    return escaped(said.text) + references
+def _sentence(sentence: Sentence) -> str:
+    if not sentence.lines:
+        return escaped(sentence.text)
+    references = ", ".join(f"J{line}" for line in sentence.lines)
+    return f"{escaped(sentence.text)} \\[{references}\\]"
+
+
+def _paragraph(sentences: tuple[Sentence, ...]) -> str:
+    return " ".join(map(_sentence, sentences))

@@ -41,7 +41,7 @@ def to_html(chronicle: Chronicle, figures: dict[str, str]) -> str:
     """`index.html`. `figures` are SVG texts by name."""
     body = [
         _header(chronicle),
-        *(f'<p class="warning">{_said(said)}</p>' for said in chronicle.warnings),
+        *(f'<p class="warning">{_sentence(sentence)}</p>' for sentence in chronicle.warnings),
         _summary(chronicle),
         _card(chronicle),
         _time_spent(chronicle),
@@ -62,15 +62,19 @@ def _text(text: str) -> str:
     return escape(printable(text))
 
 
-def _said(said: Sentence) -> str:
-    if not said.lines:
-        return _text(said.text)
-    shown = said.lines if len(said.lines) <= REFERENCES_MAX else said.lines[: REFERENCES_MAX - 1]
+def _sentence(sentence: Sentence) -> str:
+    if not sentence.lines:
+        return _text(sentence.text)
+    shown = (
+        sentence.lines
+        if len(sentence.lines) <= REFERENCES_MAX
+        else sentence.lines[: REFERENCES_MAX - 1]
+    )
     links = ", ".join(f'<a href="#J{line}">J{line}</a>' for line in shown)
-    if shown != said.lines:
-        rest = ", ".join(f"J{line}" for line in said.lines[len(shown) :])
-        links += f', <span title="{rest}">and {len(said.lines) - len(shown)} more</span>'
-    return f'{_text(said.text)} <span class="ref">[{links}]</span>'
+    if shown != sentence.lines:
+        rest = ", ".join(f"J{line}" for line in sentence.lines[len(shown) :])
+        links += f', <span title="{rest}">and {len(sentence.lines) - len(shown)} more</span>'
+    return f'{_text(sentence.text)} <span class="ref">[{links}]</span>'
 
 
 # The top ------------------------------------------------------------------------------------------
@@ -88,14 +92,14 @@ def _header(chronicle: Chronicle) -> str:
 
 def _summary(chronicle: Chronicle) -> str:
     paragraphs = "\n".join(
-        f"<p>{' '.join(_said(said) for said in paragraph)}</p>" for paragraph in chronicle.summary
+        f"<p>{' '.join(map(_sentence, paragraph))}</p>" for paragraph in chronicle.summary
     )
     return f'<section class="summary" aria-label="What happened">\n{paragraphs}\n</section>'
 
 
 def _card(chronicle: Chronicle) -> str:
     rows = "\n".join(
-        f"<dt>{_text(name)}</dt><dd>{_said(said)}</dd>" for name, said in chronicle.card
+        f"<dt>{_text(name)}</dt><dd>{_sentence(sentence)}</dd>" for name, sentence in chronicle.card
     )
     return f'<dl class="card">\n{rows}\n</dl>' if rows else ""
 
@@ -181,7 +185,7 @@ def _entry(entry: AttemptStory, colour: str) -> str:
     return (
         f'<section class="entry" id="{entry.anchor}" '
         f'style="--attempt:{colour}">\n<h3>{_text(entry.heading)}</h3>\n'
-        f"{incidents}\n{_list(entry.said)}\n</section>"
+        f"{incidents}\n{_list(entry.sentences)}\n</section>"
     )
 
 
@@ -197,7 +201,7 @@ def _incident(incident: IncidentStory) -> str:
 
 def _section(section: Section) -> str:
     quotes = "\n".join(_quote(quote) for quote in section.quotes)
-    return f'<p class="label">{section.title}</p>\n{_list(section.said)}\n{quotes}'
+    return f'<p class="label">{section.title}</p>\n{_list(section.sentences)}\n{quotes}'
 
 
 def _quote(quote: Quote) -> str:
@@ -217,19 +221,19 @@ def _quote(quote: Quote) -> str:
     )
 
 
-def _list(said: tuple[Sentence, ...]) -> str:
+def _list(sentences: tuple[Sentence, ...]) -> str:
     parts: list[str] = []
     items: list[str] = []
-    for one in said:
+    for one in sentences:
         if not one.author:
-            items.append(f"<li>{_said(one)}</li>")
+            items.append(f"<li>{_sentence(one)}</li>")
             continue
         if items:
             parts.append('<ul class="said">' + "\n".join(items) + "</ul>")
             items = []
         parts.append(
             '<blockquote class="note"><span class="by">Note by '
-            f"{_text(one.author)}</span>{_said(one)}</blockquote>"
+            f"{_text(one.author)}</span>{_sentence(one)}</blockquote>"
         )
     if items:
         parts.append('<ul class="said">' + "\n".join(items) + "</ul>")

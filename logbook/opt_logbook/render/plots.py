@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from opt_logbook.record import metrics
 from opt_logbook.record.events import HELD_OUT, ValidationMeasured
 from opt_logbook.story.format import moment, printable
-from opt_logbook.story.incidents import Incident, Recorded, Story, by_set
+from opt_logbook.story.records import IncidentRecord, Recorded, Story, by_set
 
 INK, FAINT, GRID, ALARM = "#22272e", "#68717c", "#d9dde2", "#c03a2b"
 ATTEMPT_COLOURS = ("#3273c8", "#d07a1f", "#2a9387", "#8a5cc0", "#7f8f1f", "#b0567f", "#9a6b3f")
@@ -71,7 +71,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(slots=True)
-class Part:
+class AttemptLines:
     """An attempt's metrics lines, by whether the newest state has their work."""
 
     kept: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +82,7 @@ def draw(story: Story) -> dict[str, str]:
     """The figures that the run has data for: name to SVG text (`steps`, `wall_clock`,
     `validation`)."""
     drawn: dict[str, str] = {}
-    parts = _parts(story)
+    parts = _lines_by_attempt(story)
     # Metrics without any attempt (the journal is missing or all damaged) belong to no curve.
     if parts and any(metrics.number_of(line, "loss") is not None for line in story.measured.lines):
         drawn["steps"] = _svg("steps", (7.2, 6.4), lambda figure: _draw_steps(figure, story, parts))
@@ -120,7 +120,7 @@ def _svg(name: str, inches: tuple[float, float], paint: Callable[[Figure], None]
 # Figures ------------------------------------------------------------------------------------------
 
 
-def _draw_steps(figure: Figure, story: Story, parts: list[Part]) -> None:
+def _draw_steps(figure: Figure, story: Story, parts: list[AttemptLines]) -> None:
     panels = (
         ("loss", "training loss\n(nats a token)"),
         ("lr", "learning rate"),
@@ -138,7 +138,7 @@ def _draw_steps(figure: Figure, story: Story, parts: list[Part]) -> None:
     figure.align_ylabels()
 
 
-def _draw_wall_clock(figure: Figure, story: Story, parts: list[Part]) -> None:
+def _draw_wall_clock(figure: Figure, story: Story, parts: list[AttemptLines]) -> None:
     axes = figure.subplots()
     begin = (
         story.created.time if story.created else min(attempt.since for attempt in story.attempts)
@@ -180,25 +180,25 @@ def _draw_validation(figure: Figure, story: Story) -> None:
 
 
 def _validated(story: Story) -> dict[str, list[Recorded[ValidationMeasured]]]:
-    return by_set(told for attempt in story.attempts for told in attempt.validated)
+    return by_set(measured for attempt in story.attempts for measured in attempt.validated)
 
 
 def _draw_set(
     axes: Axes, story: Story, name: str, measured: list[Recorded[ValidationMeasured]]
 ) -> None:
     everything = [
-        (float(told.step or 0), told.event.perplexity)
-        for told in measured
-        if (told.step or 0) < STEPS_MAX
+        (float(point.step or 0), point.event.perplexity)
+        for point in measured
+        if (point.step or 0) < STEPS_MAX
     ]
     axes.plot(*_columns(sorted(dict(everything).items())), color=FAINT, linewidth=0.9)
     for index, attempt in enumerate(story.attempts):
         points = [
-            (float(told.step or 0), told.event.perplexity)
-            for told in attempt.validated
-            if told.event.name == name
-            and 0 < told.event.perplexity < math.inf
-            and (told.step or 0) < STEPS_MAX
+            (float(point.step or 0), point.event.perplexity)
+            for point in attempt.validated
+            if point.event.name == name
+            and 0 < point.event.perplexity < math.inf
+            and (point.step or 0) < STEPS_MAX
         ]
         if points:
             axes.plot(
@@ -236,7 +236,7 @@ def _draw_set(
 
 def _curves(
     axes: Axes,
-    part: Part,
+    part: AttemptLines,
     index: int,
     most: int,
     x: str,
@@ -251,10 +251,10 @@ def _curves(
             axes.plot(*_columns(thinned(points, most)), color=colour_of(index), alpha=alpha)
 
 
-def _parts(story: Story) -> list[Part]:
+def _lines_by_attempt(story: Story) -> list[AttemptLines]:
     """One for each attempt, in one pass over what may be hundreds of thousands of lines."""
     kept = {(line["attempt"], line["step"]) for line in story.kept}
-    parts = {attempt.name: Part() for attempt in story.attempts}
+    parts = {attempt.name: AttemptLines() for attempt in story.attempts}
     for line in story.measured.lines:
         part = parts.get(line["attempt"])
         if part is not None:
@@ -298,7 +298,7 @@ def thinned(points: Points, most: int) -> Points:
     return [points[index] for index in sorted(kept)]
 
 
-def _mark_steps(axes: Axes, incidents: list[Incident]) -> None:
+def _mark_steps(axes: Axes, incidents: list[IncidentRecord]) -> None:
     for incident in incidents:
         step = incident.seen[0].step if incident.seen else None
         if step is not None and step < STEPS_MAX:
@@ -347,7 +347,7 @@ def _legend(axes: Axes, story: Story, incidents: bool = True) -> None:
     )
 
 
-def _back_at(incident: Incident, story: Story) -> float:
+def _back_at(incident: IncidentRecord, story: Story) -> float:
     """When training went on after the incident: the first step of an attempt that followed; else
     the newest time."""
     for attempt in story.attempts:

@@ -17,7 +17,7 @@ from opt_logbook.render import plots
 from opt_logbook.render.chronicle import Chronicle, compose
 from opt_logbook.render.markdown import to_markdown
 from opt_logbook.render.page import to_html
-from opt_logbook.story.incidents import fold_story
+from opt_logbook.story.fold import fold_story
 
 UNNAMED = "an unnamed run"
 """Title where the journal does not tell: the folder's name would make the page depend on its

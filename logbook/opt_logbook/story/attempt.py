@@ -1,5 +1,4 @@
-"""One attempt as the chronicle tells it, and the lines of the journal that belong to no
-incident."""
+"""Sentences about one attempt, and about the lines of the journal that belong to no incident."""
 
 import json
 from collections.abc import Iterable
@@ -20,10 +19,10 @@ from opt_logbook.story.format import (
     perplexity_on,
     sentence,
 )
-from opt_logbook.story.incidents import Attempt, Recorded, by_set
+from opt_logbook.story.records import AttemptRecord, Recorded, by_set
 from opt_logbook.story.sentences import Sentence
 
-_TOLD_ELSEWHERE = (
+_SHOWN_ELSEWHERE = (
     kinds.RunCreated,
     kinds.AttemptStarted,
     kinds.TrainingBegan,
@@ -36,135 +35,147 @@ _TOLD_ELSEWHERE = (
     kinds.NodePromoted,
     kinds.IncidentClosed,
 )
-"""Kinds that the attempt's own sentences, an incident or the top of the page tell."""
+"""Kinds that stand in the attempt's own sentences, in an incident or at the top of the page."""
+
+VALUES_CHARACTERS_MAX = 400
+"""Of values whose shape is not known; what is longer is cut."""
 
 
-def attempt_sentences(attempt: Attempt) -> tuple[Sentence, ...]:
+def describe_attempt(attempt: AttemptRecord) -> tuple[Sentence, ...]:
     """The attempt from its start to its end; notes stand where they were made."""
-    said: list[Sentence] = []
-    if attempt.started:
-        event = attempt.started.event
-        spare = (
-            f"; {listed_briefly(event.buffer)} stood by" if event.buffer else "; no node stood by"
-        )
-        ranks = many(event.world_size, "rank")
-        said.append(
-            Sentence(
-                f"Ran on {listed_briefly(event.nodes)} with {ranks}{spare}.",
-                (attempt.started.line,),
-            )
-        )
-        if event.difference:
-            said.append(
-                Sentence(
-                    f"Configuration changed: {listed(event.difference)}.", (attempt.started.line,)
-                )
-            )
-    if attempt.began:
-        text = f"The first step was done {duration(attempt.began.event.seconds)} after the start."
-        said.append(Sentence(text, (attempt.began.line,)))
-    elif attempt.started and attempt.last_step is None:
-        said.append(Sentence("No step of it was done."))
-    said += tell_entries(attempt.entries, attempt.since)
-    said += _saved([told for told in attempt.saved if told.event.tier == "shared"])
-    said += _held(attempt.saved, "memory", "held in the nodes' memory")
-    said += _held(attempt.saved, "node", "copied to the nodes' own disks")
-    said += _validated(attempt.validated)
-    retired = [
-        entry.seq
-        for entry in attempt.entries
-        if isinstance(entry.event, kinds.CheckpointRetired)
-        and tier_of(entry.event.path) == "shared"
-    ]
-    if retired:
-        said.append(
-            Sentence(
-                f"{many(len(retired), 'older checkpoint')} removed by the retention rule.",
-                tuple(retired),
-            )
-        )
-    if attempt.ended:
-        step = f" after step {attempt.ended.step:,}" if attempt.ended.step is not None else ""
-        said.append(
-            Sentence(f"It ended{step}: {attempt.ended.event.outcome}.", (attempt.ended.line,))
-        )
-    return tuple(said)
+    return (
+        *_start(attempt),
+        *describe_entries(attempt.entries, attempt.since),
+        *_checkpoints([one for one in attempt.saved if one.event.tier == "shared"]),
+        *_snapshots(attempt.saved, "memory", "held in the nodes' memory"),
+        *_snapshots(attempt.saved, "node", "copied to the nodes' own disks"),
+        *_validations(attempt.validated),
+        *_retirements(attempt.entries),
+        *_end(attempt),
+    )
 
 
-def tell_before(entries: Iterable[Entry]) -> tuple[Sentence, ...]:
+def describe_before(entries: Iterable[Entry]) -> tuple[Sentence, ...]:
     """What was journalled before the first attempt."""
-    return tuple(tell_entries(entries, None))
+    return tuple(describe_entries(entries, None))
 
 
-def tell_entries(entries: Iterable[Entry], shown: float | None) -> list[Sentence]:
+def describe_entries(entries: Iterable[Entry], shown: float | None) -> list[Sentence]:
     """Lines that have a sentence of their own, in order. `shown` is the time that the reader saw
     last."""
-    said: list[Sentence] = []
+    sentences: list[Sentence] = []
     for entry in entries:
         if isinstance(entry.event, kinds.Note):
             author = f"{entry.event.author}, {clock(entry.time, shown)}"
-            said.append(Sentence(entry.event.text, (entry.seq,), author=author))
+            sentences.append(Sentence(entry.event.text, (entry.seq,), author=author))
             shown = entry.time
-        elif not isinstance(entry.event, _TOLD_ELSEWHERE):
+        elif not isinstance(entry.event, _SHOWN_ELSEWHERE):
             text = _sentence_of(entry)
             if text:
-                said.append(Sentence(f"{clock(entry.time, shown)}: {text}", (entry.seq,)))
+                sentences.append(Sentence(f"{clock(entry.time, shown)}: {text}", (entry.seq,)))
                 shown = entry.time
-    return said
+    return sentences
 
 
-def _saved(saved: list[Recorded[kinds.CheckpointCommitted]]) -> list[Sentence]:
+def _start(attempt: AttemptRecord) -> list[Sentence]:
+    sentences: list[Sentence] = []
+    if attempt.started:
+        event, line = attempt.started.event, (attempt.started.line,)
+        standby = "no node stood by"
+        if event.buffer:
+            standby = f"{listed_briefly(event.buffer)} stood by"
+        ranks = many(event.world_size, "rank")
+        sentences.append(
+            Sentence(f"Ran on {listed_briefly(event.nodes)} with {ranks}; {standby}.", line)
+        )
+        if event.difference:
+            sentences.append(Sentence(f"Configuration changed: {listed(event.difference)}.", line))
+    if attempt.began:
+        text = f"The first step was done {duration(attempt.began.event.seconds)} after the start."
+        sentences.append(Sentence(text, (attempt.began.line,)))
+    elif attempt.started and attempt.last_step is None:
+        sentences.append(Sentence("No step of it was done."))
+    return sentences
+
+
+def _checkpoints(saved: list[Recorded[kinds.CheckpointCommitted]]) -> list[Sentence]:
     if not saved:
         return []
-    steps = listed_briefly(f"{told.step:,}" for told in saved if told.step is not None)
-    slowest = max(told.event.seconds for told in saved)
+    slowest = max(one.event.seconds for one in saved)
     size = bytes_in_words(saved[-1].event.bytes)
     where = "step" if len(saved) == 1 else "steps"
     text = (
-        f"{many(len(saved), 'checkpoint')} of {size} saved, at {where} {steps}; the slowest "
-        f"took {duration(slowest)}."
+        f"{many(len(saved), 'checkpoint')} of {size} saved, at {where} {_steps(saved)}; the "
+        f"slowest took {duration(slowest)}."
     )
-    said = [Sentence(text, tuple(told.line for told in saved))]
-    ill = [told for told in saved if not told.event.healthy]
+    sentences = [Sentence(text, _lines(saved))]
+    ill = [one for one in saved if not one.event.healthy]
     if ill:
-        steps = listed_briefly(f"{told.step:,}" for told in ill if told.step is not None)
-        saved_then = f"step {steps} was saved" if len(ill) == 1 else f"steps {steps} were saved"
-        said.append(
-            Sentence(f"Training was not well when {saved_then}.", tuple(told.line for told in ill))
-        )
-    return said
+        were_saved = "step {} was saved" if len(ill) == 1 else "steps {} were saved"
+        text = f"Training was not well when {were_saved.format(_steps(ill))}."
+        sentences.append(Sentence(text, _lines(ill)))
+    return sentences
 
 
-def _held(
+def _snapshots(
     saved: list[Recorded[kinds.CheckpointCommitted]], tier: str, where: str
 ) -> list[Sentence]:
-    held = [told for told in saved if told.event.tier == tier]
-    if not held:
+    snapshots = [one for one in saved if one.event.tier == tier]
+    if not snapshots:
         return []
-    newest, size = held[-1], bytes_in_words(held[-1].event.bytes)
+    newest = snapshots[-1]
     text = (
-        f"{many(len(held), 'snapshot')} of {size} {where}, the newest at step {newest.step or 0:,}."
+        f"{many(len(snapshots), 'snapshot')} of {bytes_in_words(newest.event.bytes)} {where}, "
+        f"the newest at step {newest.step or 0:,}."
     )
     return [Sentence(text, (newest.line,))]
 
 
-def _validated(validated: list[Recorded[kinds.ValidationMeasured]]) -> list[Sentence]:
-    said: list[Sentence] = []
+def _validations(validated: list[Recorded[kinds.ValidationMeasured]]) -> list[Sentence]:
+    sentences: list[Sentence] = []
     for name, measured in by_set(validated).items():
         points = listed_briefly(
-            f"{told.event.perplexity:.1f} at step {told.step or 0:,}" for told in measured
+            f"{one.event.perplexity:.1f} at step {one.step or 0:,}" for one in measured
         )
         colon = "" if name == kinds.HELD_OUT else ":"
-        said.append(
-            Sentence(
-                f"{perplexity_on(name)}{colon} {points}.", tuple(told.line for told in measured)
-            )
-        )
-    return said
+        sentences.append(Sentence(f"{perplexity_on(name)}{colon} {points}.", _lines(measured)))
+    return sentences
+
+
+def _retirements(entries: list[Entry]) -> list[Sentence]:
+    # Snapshots come and go every few steps; only what left the run directory is news.
+    retired = tuple(
+        entry.seq
+        for entry in entries
+        if isinstance(entry.event, kinds.CheckpointRetired)
+        and tier_of(entry.event.path) == "shared"
+    )
+    if not retired:
+        return []
+    text = f"{many(len(retired), 'older checkpoint')} removed by the retention rule."
+    return [Sentence(text, retired)]
+
+
+def _end(attempt: AttemptRecord) -> list[Sentence]:
+    if attempt.ended is None:
+        return []
+    after = ""
+    if attempt.ended.step is not None:
+        after = f" after step {attempt.ended.step:,}"
+    text = f"It ended{after}: {attempt.ended.event.outcome}."
+    return [Sentence(text, (attempt.ended.line,))]
+
+
+def _steps(saved: list[Recorded[kinds.CheckpointCommitted]]) -> str:
+    return listed_briefly(f"{one.step:,}" for one in saved if one.step is not None)
+
+
+def _lines(recorded: Iterable[Recorded[Any]]) -> tuple[int, ...]:
+    return tuple(one.line for one in recorded)
 
 
 def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kind
-    """What the line says, in words; empty where an incident tells it."""
+    """The sentence for the line, without its time; empty where an incident has it."""
     match entry.event:
         case kinds.LineageOpened(lineage=lineage, difference=difference):
             changes = f", changing {listed(difference)}" if difference else ""
@@ -189,15 +200,13 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.InForceReported(values=values):
             return (
                 "the values in force were read back from the ranks and are as they should be: "
-                f"{_plainly(values)}."
+                f"{_pairs(values)}."
             )
         case kinds.OrderGiven(number=number, order=order, reason=reason):
             return f"order {number}, {order}: {sentence(reason)}"
         case kinds.OrderEnded(number=number, outcome=outcome):
-            return (
-                f"order {number} was "
-                f"{outcome}{f' before step {entry.step:,}' if entry.step is not None else ''}."
-            )
+            before = f" before step {entry.step:,}" if entry.step is not None else ""
+            return f"order {number} was {outcome}{before}."
         case kinds.CheckpointRejected(path=path, why=why):
             return (
                 f"the {TIERS[tier_of(path)]} {path} did not verify ({why}); an older one was "
@@ -221,24 +230,25 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.MetricsDropped(rank=rank, count=count):
             return f"rank {rank} dropped {many(count, 'metrics line')} rather than wait."
         case kinds.RunStopped(by=by, saved_step=saved):
-            return f"the run was stopped by {by}; " + (
-                f"saved at step {saved:,}." if saved >= 0 else "nothing was saved."
-            )
+            state = f"saved at step {saved:,}" if saved >= 0 else "nothing was saved"
+            return f"the run was stopped by {by}; {state}."
         case kinds.RunHalted(question=question, cause=cause):
             return f"the run halted ({cause}); a person must decide: {sentence(question)}"
         case kinds.RunFinished(tokens=tokens, seconds=seconds):
             return f"the run finished: {many(tokens, 'token')} in {duration(seconds)}."
         case kinds.Unknown(name=name, fields=fields):
-            return f"{name} (a kind that this version does not know): {_plainly(fields)}."
+            return f"{name} (a kind that this version does not know): {_pairs(fields)}."
         case other:
-            return f"{other.kind}: {_plainly(to_json_value(other))}."
+            return f"{other.kind}: {_pairs(to_json_value(other))}."
 
 
-def _plainly(values: Any) -> str:
-    """Values of unknown shape as `key value`, at most a few hundred characters."""
+def _pairs(values: Any) -> str:
+    """Values of unknown shape as `key value`, at most `VALUES_CHARACTERS_MAX`."""
     pairs = (
         f"{key} {value if isinstance(value, str) else json.dumps(value)}"
         for key, value in values.items()
     )
     text = ", ".join(pairs)
-    return text if len(text) <= 400 else text[:400] + "…"
+    if len(text) <= VALUES_CHARACTERS_MAX:
+        return text
+    return text[:VALUES_CHARACTERS_MAX] + "…"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from opt_logbook.record.events import IncidentClosed, RunHalted
 from opt_logbook.record.run_directory import tier_of
 from opt_logbook.story.format import CAUSES, TIERS, clock, duration, listed, many, moment, sentence
-from opt_logbook.story.incidents import Attempt, Incident, Recorded, Story
+from opt_logbook.story.records import AttemptRecord, IncidentRecord, Recorded, Story
 from opt_logbook.story.sentences import Sentence
 
 QUOTES_MAX = 12
@@ -24,7 +24,7 @@ class Quote:
 @dataclass(frozen=True, slots=True)
 class Section:
     title: str
-    said: tuple[Sentence, ...]
+    sentences: tuple[Sentence, ...]
     quotes: tuple[Quote, ...] = ()
 
 
@@ -35,7 +35,7 @@ class IncidentStory:
     sections: tuple[Section, ...]
 
 
-def place_of(incident: Incident, attempts: list[Attempt]) -> int | None:
+def place_of(incident: IncidentRecord, attempts: list[AttemptRecord]) -> int | None:
     """Index of the attempt whose entry tells the incident: the one it led to; None: none has
     followed yet."""
     for index, attempt in enumerate(attempts):
@@ -48,7 +48,7 @@ def place_of(incident: Incident, attempts: list[Attempt]) -> int | None:
     return None
 
 
-def incident_sentences(incident: Incident, story: Story) -> IncidentStory:
+def describe_incident(incident: IncidentRecord, story: Story) -> IncidentStory:
     """The incident in five parts. What the journal does not tell is said to be missing."""
     return IncidentStory(
         incident.number,
@@ -63,7 +63,7 @@ def incident_sentences(incident: Incident, story: Story) -> IncidentStory:
     )
 
 
-def _heading(incident: Incident) -> str:
+def _heading(incident: IncidentRecord) -> str:
     heading = f"Incident {incident.number}"
     if incident.diagnosed:
         event = incident.diagnosed.event
@@ -81,37 +81,39 @@ def _heading(incident: Incident) -> str:
     return heading
 
 
-def _seen(incident: Incident) -> tuple[Sentence, ...]:
+def _seen(incident: IncidentRecord) -> tuple[Sentence, ...]:
     if not incident.seen:
         return (Sentence("The line of the journal that told the first sign is missing."),)
-    said = []
+    sentences = []
     shown = incident.seen[0].time
-    for told in incident.seen:
-        event = told.event
+    for sign in incident.seen:
+        event = sign.event
         named = event.rank < 0 or f"rank {event.rank} " in event.what.lower()
         where = event.node if named else f"rank {event.rank} on {event.node}"
         of = f", {where}" if where and where not in event.what else ""
         step = (
-            f", after step {told.step:,} of attempt {told.entry.attempt}"
-            if told.step is not None
+            f", after step {sign.step:,} of attempt {sign.entry.attempt}"
+            if sign.step is not None
             else ""
         )
-        said.append(
-            Sentence(f"{clock(told.time, shown)}{of}{step}: {sentence(event.what)}", (told.line,))
+        sentences.append(
+            Sentence(f"{clock(sign.time, shown)}{of}{step}: {sentence(event.what)}", (sign.line,))
         )
-        shown = told.time
-    return tuple(said)
+        shown = sign.time
+    return tuple(sentences)
 
 
-def _cause(incident: Incident) -> Section:
+def _cause(incident: IncidentRecord) -> Section:
     title = "Cause and evidence"
     if incident.diagnosed is None:
         return Section(title, (Sentence("It has not been diagnosed."),))
     event, line = incident.diagnosed.event, (incident.diagnosed.line,)
     words = CAUSES.get(event.cause)
-    said = [Sentence(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)]
+    sentences = [
+        Sentence(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)
+    ]
     if event.detail:
-        said.append(Sentence(sentence(event.detail), line))
+        sentences.append(Sentence(sentence(event.detail), line))
     most = (
         f" (the first {QUOTES_MAX} of {len(event.evidence)})"
         if len(event.evidence) > QUOTES_MAX
@@ -122,19 +124,19 @@ def _cause(incident: Incident) -> Section:
         if event.evidence
         else "No evidence."
     )
-    said.append(Sentence(words, line))
+    sentences.append(Sentence(words, line))
     quotes = [
         Quote(evidence.file, evidence.line, evidence.text)
         for evidence in event.evidence[:QUOTES_MAX]
     ]
-    return Section(title, tuple(said), tuple(quotes))
+    return Section(title, tuple(sentences), tuple(quotes))
 
 
-def _done(incident: Incident) -> tuple[Sentence, ...]:
-    said: list[Sentence] = []
+def _done(incident: IncidentRecord) -> tuple[Sentence, ...]:
+    sentences: list[Sentence] = []
     shown = incident.seen[-1].time if incident.seen else None
     if incident.diagnosed and incident.diagnosed.event.action:
-        said.append(
+        sentences.append(
             Sentence(
                 f"Decided: {incident.diagnosed.event.action.rstrip('.')}.",
                 (incident.diagnosed.line,),
@@ -143,15 +145,15 @@ def _done(incident: Incident) -> tuple[Sentence, ...]:
     if incident.killed:
         count = incident.killed.event.killed
         alive = f"; {many(count, 'rank')} still alive had to be killed" if count else ""
-        said.append(
+        sentences.append(
             Sentence(f"All ranks of the generation were ended{alive}.", (incident.killed.line,))
         )
     for failed in incident.failed_nodes:
-        said.append(
+        sentences.append(
             Sentence(f"{failed.event.node} was taken out and is not used again.", (failed.line,))
         )
     for promoted in incident.promoted:
-        said.append(
+        sentences.append(
             Sentence(
                 f"{promoted.event.node} took the place of {promoted.event.replaces}.",
                 (promoted.line,),
@@ -163,7 +165,7 @@ def _done(incident: Incident) -> tuple[Sentence, ...]:
             f"({rejected.event.why}); "
             "an older one was looked for."
         )
-        said.append(Sentence(text, (rejected.line,)))
+        sentences.append(Sentence(text, (rejected.line,)))
     for restart in incident.restarts:
         event = restart.event
         source = (
@@ -172,7 +174,7 @@ def _done(incident: Incident) -> tuple[Sentence, ...]:
             if event.checkpoint
             else "the initial weights"
         )
-        said.append(
+        sentences.append(
             Sentence(
                 f"{clock(restart.time, shown)}: attempt {restart.entry.attempt} was started on "
                 f"{listed(event.nodes)} "
@@ -181,10 +183,10 @@ def _done(incident: Incident) -> tuple[Sentence, ...]:
             )
         )
         shown = restart.time
-    return tuple(said) or (Sentence("Nothing yet."),)
+    return tuple(sentences) or (Sentence("Nothing yet."),)
 
 
-def _cost(incident: Incident, story: Story) -> tuple[Sentence, ...]:
+def _cost(incident: IncidentRecord, story: Story) -> tuple[Sentence, ...]:
     if incident.closed is None:
         return (Sentence("Not known yet: it was not over when the journal was last written."),)
     event, line = incident.closed.event, (incident.closed.line,)
@@ -221,7 +223,7 @@ def _time_until_the_end(closed: Recorded[IncidentClosed]) -> str:
     return f"Training did not go on; {duration(event.seconds_lost)} until {end}."
 
 
-def _outcome(incident: Incident, story: Story) -> tuple[Sentence, ...]:
+def _outcome(incident: IncidentRecord, story: Story) -> tuple[Sentence, ...]:
     if incident.closed is None:
         return (Sentence("Open when the journal was last written."),)
     line = (incident.closed.line,)

@@ -9,10 +9,10 @@ from opt_logbook.record.events import (
     SupervisorStarted,
 )
 from opt_logbook.story.format import CAUSES, clock, duration, many, moment, sentence, short
-from opt_logbook.story.incidents import Incident, Story
+from opt_logbook.story.records import IncidentRecord, Story
 from opt_logbook.story.sentences import Sentence
 
-INCIDENTS_TOLD_ONE_BY_ONE = 6
+INCIDENTS_SHOWN_ONE_BY_ONE = 6
 """More than these are counted by cause in the summary; below, each has its own entry anyway."""
 
 
@@ -21,15 +21,15 @@ def summarize(story: Story) -> tuple[tuple[Sentence, ...], ...]:
     if not story.reading.entries:
         return ((Sentence("The journal has no entries yet: there is nothing to tell."),),)
     paragraphs = [_what_ran(story), *_what_broke(story), _what_it_cost(story)]
-    return tuple(tuple(said) for said in paragraphs if said)
+    return tuple(tuple(sentences) for sentences in paragraphs if sentences)
 
 
 def _what_ran(story: Story) -> list[Sentence]:
-    said: list[Sentence] = []
+    sentences: list[Sentence] = []
     if story.created:
         event = story.created.event
         on = f" on {event.data}" if event.data else ""
-        said.append(
+        sentences.append(
             Sentence(
                 f"The run {event.name} set out at {moment(story.created.time)} to train "
                 f"{event.model}, a model of "
@@ -40,7 +40,7 @@ def _what_ran(story: Story) -> list[Sentence]:
         )
     if story.created and story.aimed:
         lineage = story.aimed.event.lineage
-        said.append(
+        sentences.append(
             Sentence(
                 f"Lineage {lineage} made that {many(story.steps, 'step')}.", (story.aimed.line,)
             )
@@ -56,21 +56,21 @@ def _what_ran(story: Story) -> list[Sentence]:
                 f"of {end.loss:.3f} nats a token and a validation perplexity of "
                 f"{end.validation_perplexity:.1f}{bar}."
             )
-            said.append(Sentence(text, end_lines(story)))
+            sentences.append(Sentence(text, end_lines(story)))
         case RunStopped(by=by, saved_step=saved):
             state = (
                 f"its state is saved at step {saved:,}"
                 if saved >= 0
                 else "nothing had been saved yet"
             )
-            said.append(
+            sentences.append(
                 Sentence(
                     f"It was stopped by {by} at {moment(_end_time(story))}; {state}.",
                     end_lines(story),
                 )
             )
         case RunHalted(question=question, cause=cause):
-            said.append(
+            sentences.append(
                 Sentence(
                     f"It halted at {moment(_end_time(story))} because of {cause}, and a person "
                     "must decide: "
@@ -89,15 +89,15 @@ def _what_ran(story: Story) -> list[Sentence]:
                 "The run was going on "
                 "then, or its supervisor had died."
             )
-            said.append(Sentence(text, (story.reading.entries[-1].seq,)))
-    return said
+            sentences.append(Sentence(text, (story.reading.entries[-1].seq,)))
+    return sentences
 
 
 def _what_broke(story: Story) -> list[list[Sentence]]:
     incidents = story.incidents
     if not incidents:
         return [[Sentence("Nothing broke.")]] if story.attempts else []
-    if len(incidents) > INCIDENTS_TOLD_ONE_BY_ONE:
+    if len(incidents) > INCIDENTS_SHOWN_ONE_BY_ONE:
         return [_counted(incidents)]
     opening = Sentence(
         "One thing broke on the way."
@@ -107,31 +107,31 @@ def _what_broke(story: Story) -> list[list[Sentence]]:
     return [[opening], *(_in_brief(incident, _end_time(story)) for incident in incidents)]
 
 
-def _counted(incidents: list[Incident]) -> list[Sentence]:
-    by_cause: dict[str, list[Incident]] = {}
+def _counted(incidents: list[IncidentRecord]) -> list[Sentence]:
+    by_cause: dict[str, list[IncidentRecord]] = {}
     for incident in incidents:
         cause = incident.diagnosed.event.cause if incident.diagnosed else "not diagnosed"
         by_cause.setdefault(cause, []).append(incident)
     order = sorted(by_cause, key=lambda cause: (-len(by_cause[cause]), cause))
-    said = [Sentence(f"{many(len(incidents), 'thing')} broke on the way.")]
+    sentences = [Sentence(f"{many(len(incidents), 'thing')} broke on the way.")]
     for cause in order:
         lines = tuple(i.diagnosed.line for i in by_cause[cause] if i.diagnosed)
         words = f" ({CAUSES[cause]})" if cause in CAUSES else ""
-        said.append(Sentence(f"{many(len(by_cause[cause]), 'time')} {cause}{words}.", lines))
-    return said
+        sentences.append(Sentence(f"{many(len(by_cause[cause]), 'time')} {cause}{words}.", lines))
+    return sentences
 
 
-def _in_brief(incident: Incident, shown: float) -> list[Sentence]:
+def _in_brief(incident: IncidentRecord, shown: float) -> list[Sentence]:
     """What broke, when, why, what was done, what it cost: a few sentences for somebody who has not
     seen the code.
 
     `shown` is the time that the reader saw last.
     """
-    said: list[Sentence] = []
+    sentences: list[Sentence] = []
     if incident.seen:
         seen = incident.seen[0]
         after = f", after step {seen.step:,}" if seen.step is not None else ""
-        said.append(
+        sentences.append(
             Sentence(
                 f"At {clock(seen.time, shown)}{after}: {sentence(seen.event.what)}", (seen.line,)
             )
@@ -140,18 +140,18 @@ def _in_brief(incident: Incident, shown: float) -> list[Sentence]:
         event = incident.diagnosed.event
         words = CAUSES.get(event.cause, event.cause)
         blame = f" Blame: {event.blame}." if event.blame not in ("", "none") else ""
-        said.append(
+        sentences.append(
             Sentence(f"The cause: {words} ({event.cause}).{blame}", (incident.diagnosed.line,))
         )
     for promoted in incident.promoted:
-        said.append(
+        sentences.append(
             Sentence(
                 f"{promoted.event.node} took the place of {promoted.event.replaces}.",
                 (promoted.line,),
             )
         )
     for restart in incident.restarts[-1:]:
-        said.append(
+        sentences.append(
             Sentence(
                 f"Training was started again from step {restart.step or 0:,} as attempt "
                 f"{restart.entry.attempt}.",
@@ -167,7 +167,7 @@ def _in_brief(incident: Incident, shown: float) -> list[Sentence]:
                 if event_.steps_lost
                 else "no step"
             )
-            said.append(
+            sentences.append(
                 Sentence(
                     f"It cost {steps} and {duration(event_.seconds_lost)}, of which "
                     f"{duration(event_.down_seconds)} without training.",
@@ -175,19 +175,19 @@ def _in_brief(incident: Incident, shown: float) -> list[Sentence]:
                 )
             )
         else:
-            said.append(
+            sentences.append(
                 Sentence(f"It ended with the run {event_.outcome}.", (incident.closed.line,))
             )
     else:
-        said.append(Sentence("It was not over when the journal was last written."))
-    return said
+        sentences.append(Sentence("It was not over when the journal was last written."))
+    return sentences
 
 
 def _what_it_cost(story: Story) -> list[Sentence]:
     totals = story.totals
     if totals.effective_ratio is None or not totals.kept:
         return []
-    said = [
+    sentences = [
         Sentence(
             f"Of {duration(totals.wall)} in all, {totals.effective_ratio:.0%} went into training "
             "steps whose work was "
@@ -202,13 +202,13 @@ def _what_it_cost(story: Story) -> list[Sentence]:
         and len(recovered) == len(story.incidents)
         and _finished_unattended(story)
     ):
-        said.append(
+        sentences.append(
             Sentence(
                 "The supervisor recovered from all of it; nobody had to act.",
                 tuple(c.line for c in recovered),
             )
         )
-    return said
+    return sentences
 
 
 def _finished_unattended(story: Story) -> bool:

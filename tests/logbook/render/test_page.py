@@ -49,15 +49,15 @@ def hostile_run(path: Path) -> RunDirectory:
     demo.start("1.00", 0, (*NODES, HOSTILE[1]), (), reason=HOSTILE[3], difference=HOSTILE)
     demo.train(2, 60)
     for number, text in enumerate(HOSTILE, 1):
-        demo.tell(FailureSeen(number, 1, text, 0, text), 60)
+        demo.append(FailureSeen(number, 1, text, 0, text), 60)
         evidence = (
             Evidence(text, 1, text),
             Evidence("javascript:alert(1)", 2, text),
             Evidence("../../x", 3, text),
         )
-        demo.tell(IncidentDiagnosed(number, text, text, text, 0.5, text, 0, evidence, text), 60)
-        demo.tell(Note(text, text))
-        demo.tell(Unknown(text, {text: text}))
+        demo.append(IncidentDiagnosed(number, text, text, text, 0.5, text, 0, evidence, text), 60)
+        demo.append(Note(text, text))
+        demo.append(Unknown(text, {text: text}))
     return demo.close()
 
 

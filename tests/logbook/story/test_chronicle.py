@@ -38,7 +38,7 @@ from opt_logbook.record.verify import verify
 from opt_logbook.render.chronicle import Chronicle
 from opt_logbook.render.plots import ALARM, ATTEMPT_COLOURS
 from opt_logbook.render.render import render
-from opt_logbook.story.incidents import fold_story
+from opt_logbook.story.fold import fold_story
 from opt_logbook.story.sentences import Sentence
 
 from tests.logbook.demo_run import NODES, DemoRun, metrics_line, write_demo
@@ -64,31 +64,36 @@ def spoil(run: RunDirectory, old: bytes, new: bytes) -> None:
     run.journal.write_bytes(data.replace(old, new, 1))
 
 
-def said_in(chronicle: Chronicle) -> list[Sentence]:
+def sentences_in(chronicle: Chronicle) -> list[Sentence]:
     incidents = [
         *chronicle.open_incidents,
         *(i for entry in chronicle.entries for i in entry.incidents),
     ]
     return [
-        *(said for entry in chronicle.entries for said in entry.said),
-        *(said for incident in incidents for section in incident.sections for said in section.said),
+        *(sentence for entry in chronicle.entries for sentence in entry.sentences),
+        *(
+            sentence
+            for incident in incidents
+            for section in incident.sections
+            for sentence in section.sentences
+        ),
         *chronicle.before,
     ]
 
 
 def test_five_questions_about_the_lost_node_are_answered(demo: RunDirectory) -> None:
     text = markdown_of(demo)
-    told = text[text.index("#### Incident 1") : text.index("**Attempt 1.01**")]
-    assert "node-2 went silent: its agent's connection closed" in told, "what broke"
-    assert "2026-11-22 14:03:4" in told
-    assert "after step 60" in told, "when"
-    assert "node_failure: a whole node was lost. Blame: hardware." in told, "why"
-    assert "logs/1.00/node-1/rank0.log:41" in told, "with evidence"
-    assert "node-3 took the place of node-2" in told, "what was done"
-    assert "from the checkpoint of step 50" in told
-    assert "10 steps (40,960 tokens) had to be done again" in told, "what it cost"
-    assert "10.0 s from the failure" in told
-    assert "Recovered: training went on in attempt 1.01" in told
+    section = text[text.index("#### Incident 1") : text.index("**Attempt 1.01**")]
+    assert "node-2 went silent: its agent's connection closed" in section, "what broke"
+    assert "2026-11-22 14:03:4" in section
+    assert "after step 60" in section, "when"
+    assert "node_failure: a whole node was lost. Blame: hardware." in section, "why"
+    assert "logs/1.00/node-1/rank0.log:41" in section, "with evidence"
+    assert "node-3 took the place of node-2" in section, "what was done"
+    assert "from the checkpoint of step 50" in section
+    assert "10 steps (40,960 tokens) had to be done again" in section, "what it cost"
+    assert "10.0 s from the failure" in section
+    assert "Recovered: training went on in attempt 1.01" in section
 
 
 def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_a_run_that_goes_on_for_more_steps_is_not_told_as_past_its_end(tmp_path:
     demo.create(steps=40)
     demo.start("1.00", 0, NODES, ("node-3",), reason="the run begins")
     demo.train(2, 40)
-    demo.tell(LineageOpened(2, "c1", ("optim.lr: 0.1 -> 0.2", "train.steps: 40 -> 60")))
+    demo.append(LineageOpened(2, "c1", ("optim.lr: 0.1 -> 0.2", "train.steps: 40 -> 60")))
     demo.start("2.00", 40, NODES, ("node-3",), reason="the run goes on")
     demo.train(42, 60)
     text = markdown_of(demo.close())
@@ -149,9 +154,9 @@ def test_entries_stand_newest_first_under_dated_headings(demo: RunDirectory) -> 
 
 def test_every_sentence_can_be_traced_to_lines_of_the_journal(demo: RunDirectory) -> None:
     rendered = render(demo)
-    for said in said_in(rendered.chronicle):
-        assert said.lines, said.text
-        assert set(said.lines) <= set(rendered.chronicle.journal_lines)
+    for sentence in sentences_in(rendered.chronicle):
+        assert sentence.lines, sentence.text
+        assert set(sentence.lines) <= set(rendered.chronicle.journal_lines)
     page = rendered.page.read_text()
     lines = demo.journal.read_text().splitlines()
     for number, line in rendered.chronicle.journal_lines.items():
@@ -179,7 +184,9 @@ def test_the_time_adds_up_and_later_notes_do_not_stretch_it(demo: RunDirectory) 
     after = render(demo).chronicle
     assert after.time_spent == before.time_spent
     assert after.as_of == "2026-11-29 12:43:05 UTC"
-    assert any(said.text == "Looked at it a week later." for said in after.entries[0].said)
+    assert any(
+        sentence.text == "Looked at it a week later." for sentence in after.entries[0].sentences
+    )
 
 
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_a_supervisor_that_died_in_the_middle_of_an_incident_leaves_a_readable_c
     tmp_path: Path,
 ) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(FailureSeen(1, 1, "node-2", -1, "node-2 went silent"), 60)
+    demo.append(FailureSeen(1, 1, "node-2", -1, "node-2 went silent"), 60)
     rendered = render(demo.run)
     assert [incident.number for incident in rendered.chronicle.open_incidents] == [1]
     text = rendered.markdown.read_text()
@@ -216,26 +223,26 @@ def test_a_supervisor_that_died_in_the_middle_of_an_incident_leaves_a_readable_c
         "Open when the journal was last written",
     ):
         assert words in text
-    demo.tell(SupervisorStarted(2, "laptop", 4243, "0.1.0", resumed=True), 60, seconds=9.0)
-    demo.tell(JournalStalled(12.5))
+    demo.append(SupervisorStarted(2, "laptop", 4243, "0.1.0", resumed=True), 60, seconds=9.0)
+    demo.append(JournalStalled(12.5))
     assert "took over the run where the journal left it" in markdown_of(demo.run)
     assert "kept the journal waiting for 12.5 s" in markdown_of(demo.run)
 
 
 def test_a_run_that_a_person_must_decide_about_asks_the_question_at_the_top(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(FailureSeen(1, 1, "node-1", 0, "rank 0 exited with 1"), 60)
-    demo.tell(
+    demo.append(FailureSeen(1, 1, "node-1", 0, "rank 0 exited with 1"), 60)
+    demo.append(
         IncidentDiagnosed(
             1, "user_code", "software", "ValueError in loss", 0.9, "node-1", 0, (), "stop"
         ),
         60,
     )
-    demo.tell(
+    demo.append(
         CheckpointRejected("checkpoints/1.00/step-00000050", "model.safetensors: wrong sha256")
     )
-    demo.tell(IncidentClosed(1, "halted", 0, 0.0, 0.0), 60)
-    demo.tell(
+    demo.append(IncidentClosed(1, "halted", 0, 0.0, 0.0), 60)
+    demo.append(
         RunHalted("the same error came three times; is the loss function right?", "user_code"), 60
     )
     rendered = render(demo.run)
@@ -250,9 +257,9 @@ def test_a_run_that_a_person_must_decide_about_asks_the_question_at_the_top(tmp_
 
 def test_a_stopped_and_resumed_run_is_not_called_unattended(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(RunStopped("maria", 50), 60)
+    demo.append(RunStopped("maria", 50), 60)
     assert "It was stopped by maria" in markdown_of(demo.run)
-    demo.tell(SupervisorStarted(2, "laptop", 4243, "0.1.0", resumed=True))
+    demo.append(SupervisorStarted(2, "laptop", 4243, "0.1.0", resumed=True))
     assert render(demo.run).chronicle.status == "open"
     demo.lose_node()
     demo.train(52, 200)
@@ -277,7 +284,7 @@ def test_a_run_that_somebody_had_to_help_is_not_called_unattended(
     demo = half_a_run(tmp_path / "demo")
     demo.lose_node()
     if event is not None:
-        demo.tell(event)
+        demo.append(event)
     demo.train(52, 200)
     demo.finish()
     if event is None:
@@ -304,7 +311,7 @@ def test_a_damaged_and_torn_journal_is_told_and_its_rest_stands(demo: RunDirecto
 
 def test_kinds_of_a_newer_version_are_shown_not_dropped(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(Unknown("gpu_sang", {"tune": "ode"}), 60)
+    demo.append(Unknown("gpu_sang", {"tune": "ode"}), 60)
     assert "gpu_sang (a kind that this version does not know): tune ode." in markdown_of(demo.run)
 
 
@@ -312,12 +319,12 @@ def test_many_incidents_are_counted_at_the_top_and_told_below(tmp_path: Path) ->
     demo = half_a_run(tmp_path / "demo")
     for number in range(1, 10):
         cause = "killed" if number % 3 else "network"
-        demo.tell(FailureSeen(number, 1, "node-1", 0, "rank 0 is gone"), 60)
-        demo.tell(
+        demo.append(FailureSeen(number, 1, "node-1", 0, "rank 0 is gone"), 60)
+        demo.append(
             IncidentDiagnosed(number, cause, "unknown", "", 0.5, "node-1", 0, (), "restart"), 60
         )
         demo.start(f"1.{number:02d}", 50, NODES, (), reason=cause, incident=number)
-        demo.tell(IncidentClosed(number, "recovered", 10, 9.0, 4.0), 51)
+        demo.append(IncidentClosed(number, "recovered", 10, 9.0, 4.0), 51)
     text = markdown_of(demo.run)
     assert "9 things broke on the way." in text
     assert "6 times killed (a process was killed and nobody owned up to it)." in text
@@ -342,12 +349,12 @@ def test_an_attempt_whose_first_line_is_damaged_keeps_its_lines_and_its_steps(
     assert steps == "50 to 120"
     assert [[i.number for i in entry.incidents] for entry in chronicle.entries] == [[2], [1], []]
     assert chronicle.time_spent == whole.time_spent
-    assert chronicle.entries[2].said == whole.entries[2].said, (
+    assert chronicle.entries[2].sentences == whole.entries[2].sentences, (
         "nothing of it is told of the attempt before"
     )
-    assert [said for said in whole.entries[1].said if "Ran on" not in said.text] == list(
-        chronicle.entries[1].said
-    )
+    assert [
+        sentence for sentence in whole.entries[1].sentences if "Ran on" not in sentence.text
+    ] == list(chronicle.entries[1].sentences)
 
 
 def test_metrics_without_a_journal_can_be_rendered(demo: RunDirectory) -> None:
@@ -362,10 +369,10 @@ def test_an_incident_that_ended_with_the_run_is_not_said_to_have_brought_trainin
 ) -> None:
     demo = half_a_run(tmp_path / "demo")
     for number, lost, seconds, down in ((1, 0, 5.0, 5.0), (2, 1, 9.0, 4.0)):
-        demo.tell(FailureSeen(number, 1, "node-1", 0, "rank 0 exited with 1"), 60)
-        demo.tell(IncidentClosed(number, "halted", lost, seconds, down), 60, seconds=seconds)
-        demo.tell(RunHalted(f"question {number}?", "user_code"), 60)
-        demo.tell(SupervisorStarted(number + 1, "laptop", 4243, "0.1.0", resumed=True))
+        demo.append(FailureSeen(number, 1, "node-1", 0, "rank 0 exited with 1"), 60)
+        demo.append(IncidentClosed(number, "halted", lost, seconds, down), 60, seconds=seconds)
+        demo.append(RunHalted(f"question {number}?", "user_code"), 60)
+        demo.append(SupervisorStarted(number + 1, "laptop", 4243, "0.1.0", resumed=True))
     text = markdown_of(demo.run)
     assert "- Training did not go on; 5.0 s until the run halted." in text
     assert "- The work of 1 step (4,096 tokens) was lost." in text
@@ -381,22 +388,23 @@ def test_an_incident_that_ended_with_the_run_is_not_said_to_have_brought_trainin
 def test_each_halted_incident_has_the_question_of_its_own_halt(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
     for number in (1, 2):
-        demo.tell(FailureSeen(number, 1, "node-1", 0, "rank 0 exited with 1"), 60)
-        demo.tell(IncidentClosed(number, "halted", 0, 1.0, 1.0), 60)
-        demo.tell(RunHalted(f"question {number}?", "user_code"), 60)
+        demo.append(FailureSeen(number, 1, "node-1", 0, "rank 0 exited with 1"), 60)
+        demo.append(IncidentClosed(number, "halted", 0, 1.0, 1.0), 60)
+        demo.append(RunHalted(f"question {number}?", "user_code"), 60)
     outcomes = [
-        incident.sections[-1].said[0].text for incident in render(demo.run).chronicle.open_incidents
+        incident.sections[-1].sentences[0].text
+        for incident in render(demo.run).chronicle.open_incidents
     ]
     assert outcomes == [f"Halted; a person must decide: Question {number}?" for number in (2, 1)]
 
 
 def test_two_incidents_at_once_do_not_stop_training_twice(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), 60)
-    demo.tell(FailureSeen(2, 1, "node-2", 1, "rank 1 is gone"), 60, seconds=4.0)
-    demo.tell(IncidentClosed(1, "stopped", 0, 10.0, 10.0), 60, seconds=6.0)
-    demo.tell(IncidentClosed(2, "stopped", 0, 6.0, 6.0), 60)
-    demo.tell(RunStopped("maria", 50), 60)
+    demo.append(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), 60)
+    demo.append(FailureSeen(2, 1, "node-2", 1, "rank 1 is gone"), 60, seconds=4.0)
+    demo.append(IncidentClosed(1, "stopped", 0, 10.0, 10.0), 60, seconds=6.0)
+    demo.append(IncidentClosed(2, "stopped", 0, 6.0, 6.0), 60)
+    demo.append(RunStopped("maria", 50), 60)
     spent = {name: seconds for name, seconds, _ in render(demo.run).chronicle.time_spent}
     assert spent["down"] == pytest.approx(10.0)
 
@@ -428,10 +436,10 @@ def test_an_attempt_with_metrics_is_not_said_to_have_done_nothing(demo: RunDirec
 
 def test_a_rejected_checkpoint_is_told_once(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(CheckpointRejected("checkpoints/a", "told by the attempt"))
-    demo.tell(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), 60)
-    demo.tell(FailureSeen(2, 1, "node-2", 1, "rank 1 is gone"), 60)
-    demo.tell(CheckpointRejected("checkpoints/b", "told by incident 2"))
+    demo.append(CheckpointRejected("checkpoints/a", "told by the attempt"))
+    demo.append(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), 60)
+    demo.append(FailureSeen(2, 1, "node-2", 1, "rank 1 is gone"), 60)
+    demo.append(CheckpointRejected("checkpoints/b", "told by incident 2"))
     text = markdown_of(demo.run)
     assert text.count("told by the attempt") == 1
     assert text.count("told by incident 2") == 1
@@ -442,11 +450,11 @@ def test_a_rejected_checkpoint_is_told_once(tmp_path: Path) -> None:
 def test_numbers_that_no_axis_and_no_calendar_has_do_not_stop_the_chronicle(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
     huge = 10**400
-    demo.tell(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), huge)
-    demo.tell(IncidentClosed(1, "recovered", huge, math.inf, math.nan), huge)
-    demo.tell(ValidationMeasured("validation", 4.0, 50.0, huge), huge)
-    demo.tell(CheckpointCommitted("checkpoints/x", "", huge, 1, math.inf, healthy=True), huge)
-    demo.tell(JournalStalled(math.nan))
+    demo.append(FailureSeen(1, 1, "node-1", 0, "rank 0 is gone"), huge)
+    demo.append(IncidentClosed(1, "recovered", huge, math.inf, math.nan), huge)
+    demo.append(ValidationMeasured("validation", 4.0, 50.0, huge), huge)
+    demo.append(CheckpointCommitted("checkpoints/x", "", huge, 1, math.inf, healthy=True), huge)
+    demo.append(JournalStalled(math.nan))
     with demo.run.metrics_of("1.00").open("a") as file:
         file.write(f'{{"step":61,"loss":{huge},"time":1e300,"step_seconds":1e308}}\n')
         file.write(f'{{"step":{huge},"loss":4.0,"tokens":{huge}}}\n')
@@ -490,17 +498,17 @@ def test_snapshots_are_told_in_a_sentence_and_restarts_say_where_they_came_from(
     for step in (10, 20, 30):
         for tier in ("memory", "node") if step == 20 else ("memory",):
             path = f"{tier}/1.00/step-{step:08d}"
-            demo.tell(
+            demo.append(
                 CheckpointCommitted(
                     path, "ab", 44_300_000, 3, 0.2, healthy=True, tier=tier, world_size=2
                 ),
                 step,
             )
-    demo.tell(CheckpointRetired("memory/1.00/step-00000010"), 30)
-    demo.tell(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 33)
-    demo.tell(IncidentDiagnosed(1, "killed", "unknown", "", 0.9, "node-2", 1, (), "restart"), 33)
-    demo.tell(AttemptEnded(1, "failed"), 33)
-    demo.tell(
+    demo.append(CheckpointRetired("memory/1.00/step-00000010"), 30)
+    demo.append(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 33)
+    demo.append(IncidentDiagnosed(1, "killed", "unknown", "", 0.9, "node-2", 1, (), "restart"), 33)
+    demo.append(AttemptEnded(1, "failed"), 33)
+    demo.append(
         CheckpointRejected(
             "memory/1.00/step-00000030", "no node that is left holds shard-00001.safetensors"
         ),
@@ -521,7 +529,7 @@ def test_snapshots_are_told_in_a_sentence_and_restarts_say_where_they_came_from(
     assert "older checkpoint" not in text, "snapshots come and go without a word"
     missing = {finding.file for finding in verify(demo.run)}
     assert missing == {f"{tier}/1.00/step-00000020/manifest.json" for tier in ("memory", "node")}
-    demo.tell(RunStopped("a person", -1))
+    demo.append(RunStopped("a person", -1))
     missing = {finding.file for finding in verify(demo.run)}
     assert missing == {"node/1.00/step-00000020/manifest.json"}, (
         "what was in memory went with the agents"
@@ -535,15 +543,15 @@ def figures_of(run: RunDirectory) -> dict[str, str]:
 def test_sentences_agree_with_their_numbers(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
     evidence = tuple(Evidence("", 0, f"sign {number}") for number in range(15))
-    demo.tell(JournalMended(1))
+    demo.append(JournalMended(1))
     for step in (70, 80):
-        demo.tell(CheckpointCommitted(f"checkpoints/{step}", "", 1, 1, 0.1, healthy=False), step)
-    demo.tell(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 60)
-    demo.tell(
+        demo.append(CheckpointCommitted(f"checkpoints/{step}", "", 1, 1, 0.1, healthy=False), step)
+    demo.append(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 60)
+    demo.append(
         IncidentDiagnosed(1, "gpu_ecc", "hardware", "", 0.9, "node-2", 1, evidence, "restart"), 60
     )
-    demo.tell(NodeFailed("node-2", 1, "gpu_ecc"), 60)
-    demo.tell(IncidentClosed(1, "recovered", 0, 5.0, 4.0), 60)
+    demo.append(NodeFailed("node-2", 1, "gpu_ecc"), 60)
+    demo.append(IncidentClosed(1, "recovered", 0, 5.0, 4.0), 60)
     with demo.run.metrics_of("1.00").open("a") as file:
         file.write("no line\n")
     text = markdown_of(demo.run)
@@ -568,11 +576,11 @@ def test_a_run_without_incidents_does_not_count_them_behind_its_restarts(tmp_pat
 
 def test_times_have_their_date_where_a_day_has_passed(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
-    demo.tell(Note("maria", "the same day"), seconds=60.0)
-    demo.tell(Note("maria", "a day later"), seconds=86400.0)
-    demo.tell(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 60, seconds=60.0)
+    demo.append(Note("maria", "the same day"), seconds=60.0)
+    demo.append(Note("maria", "a day later"), seconds=86400.0)
+    demo.append(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 60, seconds=60.0)
     demo.start("1.01", 50, NODES, (), reason="killed", incident=1)
-    demo.tell(IncidentClosed(1, "recovered", 10, 9.0, 4.0), 51)
+    demo.append(IncidentClosed(1, "recovered", 10, 9.0, 4.0), 51)
     demo.train(52, 60)
     demo.finish()
     text = markdown_of(demo.run)

@@ -24,7 +24,7 @@ def measured(path: Path, *sets: str) -> DemoRun:
     for step in (10, 20, 30, 40, 50):
         for number, name in enumerate(sets):
             perplexity = 10 * (number + 1) * (1 + 0.01 * (step - 10))
-            demo.tell(
+            demo.append(
                 ValidationMeasured(name, math.log(perplexity), perplexity, 640), step, seconds=0.2
             )
     return demo
@@ -62,18 +62,20 @@ def test_two_sets_are_never_one_curve(tmp_path: Path) -> None:
 def test_each_set_has_its_row_and_its_sentence(tmp_path: Path) -> None:
     run = measured(tmp_path / "demo", "web", HELD_OUT).run
     chronicle = render(run).chronicle
-    card = {name: said for name, said in chronicle.card if "erplexity" in name}
+    card = {name: sentence for name, sentence in chronicle.card if "erplexity" in name}
     assert list(card) == ["Validation perplexity", "Perplexity on web"]
     assert card["Perplexity on web"].text == "14.0 at step 50"
     assert card["Validation perplexity"].text.startswith("28.0 at step 50; unigram model 702.4")
-    told = {said.text: said.lines for said in chronicle.entries[0].said if "erplexity" in said.text}
-    assert list(told) == [
+    lines_of = {
+        one.text: one.lines for one in chronicle.entries[0].sentences if "erplexity" in one.text
+    }
+    assert list(lines_of) == [
         "Validation perplexity 20.0 at step 10, 22.0 at step 20, 24.0 at step 30, 26.0 at step 40 "
         "and 28.0 at step 50.",
         "Perplexity on web: 10.0 at step 10, 11.0 at step 20, 12.0 at step 30, 13.0 at step 40 "
         "and 14.0 at step 50.",
     ]
-    held, web = told.values()
+    held, web = lines_of.values()
     assert not set(held) & set(web)
     lines = run.journal.read_text().splitlines()
     assert all('"name":"web"' in lines[number - 1] for number in web)
