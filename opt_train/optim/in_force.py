@@ -9,6 +9,7 @@ from opt_train.optim.config import OptimConfig
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.optim.schedule import learning_rate
 from opt_train.parallel.config import PrecisionConfig
+from opt_train.protocol.orders import LedgerEntry
 
 
 class Portions(Protocol):
@@ -32,28 +33,27 @@ class Configuration(Protocol):
     def precision(self) -> PrecisionConfig: ...
 
 
-Ledger = Sequence[Mapping[str, Any]]
-"""The interventions in force, oldest first. This version knows none: the ledger is empty."""
+SCHEDULED = frozenset({"lr"})
+"""An intervention may lower these below the schedule, and never raise them above it."""
 
 
-def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, float]:
+def in_force(config: Configuration, ledger: Sequence[LedgerEntry], step: int) -> dict[str, float]:
     """The values that batch `step` (from 0) is trained with.
 
     `samples` is the number of sequences consumed before the step, which is where the cursor stands.
     A dynamic loss scale is not in here: it is state, and `report_in_force` compares it with the
     checkpoint's.
 
+    Args:
+        ledger: lasting orders, oldest first (`run.ledger`); those that begin later change nothing.
+
     Raises:
-        ValueError: the ledger holds an intervention that this version does not know.
+        ValueError: an order in force is one that this version does not know.
     """
-    if ledger:
-        raise ValueError(
-            f"the ledger holds an intervention that this version does not know: {dict(ledger[0])}"
-        )
     optim = config.optim
     policy = policy_of(config.precision)
     fixed_scale = {} if policy.window_steps else {"loss_scale": policy.initial}
-    return {
+    scheduled = {
         "lr": learning_rate(optim, step, config.train.steps),
         "beta1": optim.beta1,
         "beta2": optim.beta2,
@@ -61,8 +61,13 @@ def in_force(config: Configuration, ledger: Ledger, step: int) -> dict[str, floa
         "weight_decay": optim.weight_decay,
         "clip": optim.clip,
         **fixed_scale,
-        "samples": step * config.train.global_batch,
     }
+    values: Mapping[str, float] = scheduled
+    for entry in ledger:
+        if entry.step <= step:
+            values = entry.order.change(values, step - entry.step)
+    capped = {name: min(values[name], scheduled[name]) for name in SCHEDULED}
+    return {**values, **capped, "samples": step * config.train.global_batch}
 
 
 def differences(expected: Mapping[str, float], reported: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opt_train.protocol.framing import Message
+from opt_train.protocol.orders import LedgerEntry, Order
 
 
 class Command(Message):
@@ -50,6 +51,8 @@ class Begin(Command, kind="begin"):
     manifest_sha256: str | None
     order_number: int
     """The newest order already obeyed or withdrawn; only higher numbers are news."""
+    ledger: tuple[LedgerEntry, ...] = ()
+    """Lasting orders of the whole run, those that begin behind the checkpoint's step too."""
     journal_head: str = ""
     """Hash of the newest journal line at the start: goes into the attempt's first metrics line and
     its manifests."""
@@ -77,11 +80,11 @@ class Relay(Command, kind="relay"):
     """Pass `order` to the control pipe of rank 0 of `generation`."""
 
     generation: int
-    order: Message
+    order: Order
 
     @property
     def key(self) -> tuple[str, ...]:
-        return (str(self.generation), repr(self.order))
+        return (str(self.generation), str(self.order.number))
 
 
 @dataclass(frozen=True, slots=True)

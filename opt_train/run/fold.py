@@ -42,10 +42,12 @@ from opt_logbook.record.events import (
     ValidationMeasured,
 )
 
+from opt_train.protocol.orders import SaveAndStop, make_order
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import NODE, SHARED, Checkpoint
 from opt_train.run.incident import Incident
-from opt_train.run.state import SUPERSEDED, Node, OrderRecord, RunState, Stage, next_stage
+from opt_train.run.ledger import with_order
+from opt_train.run.state import OBEYED, SUPERSEDED, Node, OrderRecord, RunState, Stage, next_stage
 
 PATHS_REMEMBERED = 64
 """Retired and abandoned paths that a new supervisor removes again: a crash may have kept their
@@ -78,7 +80,7 @@ def _supervisor_started(s: RunState, entry: Entry, event: SupervisorStarted) -> 
     # A person has looked and started it again: budgets begin anew after a halt.
     if s.stage is Stage.HALTED:
         s = replace(s, restarts={}, checkpoints=s.reconsidered())
-    return replace(s, order=None, question="")
+    return replace(s, orders=(), question="")
 
 
 def _agents_adopted(s: RunState, entry: Entry, event: AgentsAdopted) -> RunState:
@@ -245,16 +247,29 @@ def _save_abandoned(s: RunState, entry: Entry, event: SaveAbandoned) -> RunState
 
 
 def _order_given(s: RunState, entry: Entry, event: OrderGiven) -> RunState:
-    order = OrderRecord(event.number, event.order, event.reason, leader=s.leader)
-    return replace(s, order=order, orders=max(s.orders, event.number))
+    order = make_order(event.order, event.number, event.reason, event.parameters)
+    return replace(
+        s,
+        orders=(*s.orders, OrderRecord(order, leader=s.leader)),
+        orders_given=max(s.orders_given, event.number),
+    )
 
 
 def _order_ended(s: RunState, entry: Entry, event: OrderEnded) -> RunState:
-    if s.order is None or s.order.number != event.number:
+    ended = next((record for record in s.orders if record.number == event.number), None)
+    if ended is None:
         return s
-    if event.outcome == SUPERSEDED:
-        return replace(s, order=None)
-    return replace(s, order=replace(s.order, outcome=event.outcome))
+    ledger = s.ledger
+    if event.outcome == OBEYED:
+        ledger = with_order(ledger, ended.order, entry.step or 0)
+    # A stop that was obeyed or withdrawn is still wanted: the run is on its way down.
+    stays = isinstance(ended.order, SaveAndStop) and event.outcome != SUPERSEDED
+    orders = tuple(
+        replace(record, outcome=event.outcome) if record is ended else record
+        for record in s.orders
+        if record is not ended or stays
+    )
+    return replace(s, orders=orders, ledger=ledger)
 
 
 def _validation(s: RunState, entry: Entry, event: ValidationMeasured) -> RunState:
@@ -284,7 +299,7 @@ def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
 def _at_rest(s: RunState, *tiers: str) -> RunState:
     """Agents leave, and what they hold in memory goes with them; of `tiers` checkpoints stay."""
     stay = tuple(c for c in s.checkpoints if c.tier in tiers)
-    return replace(s, checkpoints=stay, open_incidents=(), order=None)
+    return replace(s, checkpoints=stay, open_incidents=(), orders=())
 
 
 def _journal_damaged(s: RunState, entry: Entry, event: JournalDamaged) -> RunState:
@@ -297,7 +312,7 @@ def _journal_damaged(s: RunState, entry: Entry, event: JournalDamaged) -> RunSta
         leader=s.leader + lost,
         generation=s.generation + lost,
         attempts_lost=s.attempts_lost + lost,
-        orders=s.orders + lost,
+        orders_given=s.orders_given + lost,
         incidents=s.incidents + lost,
     )
 

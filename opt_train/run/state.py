@@ -65,13 +65,15 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.diagnosis.causes import Cause
+from opt_train.protocol.orders import Order, SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import FASTEST_LAST, Checkpoint
 from opt_train.run.incident import Incident
+from opt_train.run.ledger import Ledger
 
-SAVE_AND_STOP = "save_and_stop"
-SUPERSEDED = "superseded"
-"""The outcome of a stop that somebody has countermanded by starting the run again."""
+OBEYED, WITHDRAWN, SUPERSEDED = "obeyed", "withdrawn", "superseded"
+"""Outcomes of orders. Superseded: a stop that somebody has countermanded by starting the run
+again."""
 
 
 class Stage(StrEnum):
@@ -132,7 +134,7 @@ Trigger = type[Event] | Case
 ENDED_FINISHED = Case(AttemptEnded, "finished")
 ENDED_STOPPED = Case(AttemptEnded, "stopped")
 ENDED_FAILED = Case(AttemptEnded, "failed")
-STOP_ORDERED = Case(OrderGiven, SAVE_AND_STOP)
+STOP_ORDERED = Case(OrderGiven, SaveAndStop.kind)
 RANKS_FAILED = Case(FailureSeen, "ranks may live")
 
 
@@ -220,14 +222,20 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
-    """The newest order. `outcome` is empty while it is outstanding."""
+    """An order that was given. `outcome` is empty while it is outstanding."""
 
-    number: int
-    order: str
-    reason: str
+    order: Order
     outcome: str = ""
     leader: int = 0
     """The supervisor that gave it."""
+
+    @property
+    def number(self) -> int:
+        return self.order.number
+
+    @property
+    def reason(self) -> str:
+        return self.order.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +277,12 @@ class RunState:
     """For the status line: what was seen, then what was behind it."""
     restarts: Mapping[str, int] = field(default_factory=dict)
     """Cause -> incidents since the last progress."""
-    orders: int = 0
-    """Orders ever given."""
-    order: OrderRecord | None = None
-    """The newest order, until the run has come to rest."""
+    orders_given: int = 0
+    """Over the life of the run: the number of the newest."""
+    orders: tuple[OrderRecord, ...] = ()
+    """The queue: outstanding orders, oldest first, and a stop until the run has come to rest."""
+    ledger: Ledger = ()
+    """Lasting orders that the ranks obeyed."""
     validations: frozenset[tuple[str, int]] = frozenset()
     """(name, step) of validations journalled in the current attempt."""
     validation: ValidationMeasured | None = None
@@ -297,7 +307,19 @@ class RunState:
     @property
     def stop_wanted(self) -> OrderRecord | None:
         """The stop that was asked for and that the run has not yet come to the end of."""
-        return self.order if self.order is not None and self.order.order == SAVE_AND_STOP else None
+        stops = (record for record in self.orders if isinstance(record.order, SaveAndStop))
+        return next(stops, None)
+
+    @property
+    def outstanding_orders(self) -> tuple[OrderRecord, ...]:
+        """Orders that neither were obeyed nor withdrawn, oldest first."""
+        return tuple(record for record in self.orders if not record.outcome)
+
+    @property
+    def settled_order(self) -> int:
+        """The number up to which orders are no news to ranks that begin now."""
+        waiting = self.outstanding_orders
+        return waiting[0].number - 1 if waiting else self.orders_given
 
     def next_attempt(self, lineage: int) -> str:
         """The name of the attempt to begin in `lineage`: one that no attempt has ever had."""

@@ -342,7 +342,7 @@ class ClusterView:
                 # since.
                 self.inventory.fetched = {}
                 self._sent.forget_fetches()
-        if before.orders != state.orders:
+        if before.orders_given != state.orders_given:
             self.order_since = now
         if before.generation != state.generation:
             self.moved_at = now

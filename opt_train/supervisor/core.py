@@ -12,13 +12,13 @@ from opt_logbook.record.events import (
     JournalStalled,
     LineageOpened,
     Note,
-    OrderGiven,
     SupervisorStarted,
 )
 
 from opt_train.config.run_config import RunConfig
+from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.fold import fold
-from opt_train.run.state import SAVE_AND_STOP, TERMINAL, RunState, Stage
+from opt_train.run.state import TERMINAL, RunState, Stage
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint, StartAgent, WriteMetrics
 from opt_train.supervisor.inputs import (
@@ -31,7 +31,7 @@ from opt_train.supervisor.inputs import (
     StopAsked,
 )
 from opt_train.supervisor.rules.context import Context, Record
-from opt_train.supervisor.rules.orders import farewell
+from opt_train.supervisor.rules.orders import farewell, order_given
 from opt_train.supervisor.rules.table import decide
 
 MOST_ROUNDS = 10_000
@@ -135,4 +135,4 @@ class Supervisor:
     def _stop(self, by: str) -> list[Event]:
         if self.state.stop_wanted is not None or self.state.stage in (*TERMINAL, Stage.FINISHING):
             return []
-        return [OrderGiven(self.state.orders + 1, SAVE_AND_STOP, by)]
+        return [order_given(SaveAndStop(self.state.orders_given + 1, by))]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import MAX_MESSAGE_BYTES, Message, ProtocolError, from_line
-from opt_train.protocol.orders import Order, Save, SaveAndStop
+from opt_train.protocol.orders import Order
 from opt_train.train.fact_pipe import log_line
 
 _READ_BYTES = 1 << 16
@@ -66,9 +66,7 @@ class ControlPipe:
         return orders
 
     def _keep(self, messages: list[Message]) -> None:
-        self._orders += [
-            message for message in messages if isinstance(message, (Save, SaveAndStop))
-        ]
+        self._orders += [message for message in messages if isinstance(message, Order)]
 
     def _read(self) -> list[Message]:
         while True:

@@ -37,6 +37,7 @@ from opt_train.train.orders import NoOrders, OrderSource, StopSignals
 from opt_train.train.rendezvous import choose_device, control_group, join
 from opt_train.train.state import TrainState
 from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step import values_of
 from opt_train.train.training import Training
 
 Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
@@ -95,6 +96,7 @@ def start(
     dataset, batches, validation_sets = open_data(config)
     manifest = read_manifest(begin, tell)
     state = read_state(manifest, dataset)
+    state.ledger = begin.ledger
 
     group = joins(begin, config, device, tell)
     if manifest is not None:
@@ -113,7 +115,7 @@ def start(
         config.parallel,
         layout,
         device,
-        values=in_force(config, (), state.step),
+        values=in_force(config, state.ledger, state.step),
         seed=seed,
         fused=config.optim.fused,
         progress=lambda done, all_: tell(Progress(done, all_)),
@@ -124,7 +126,7 @@ def start(
         load_loss_scale(loss_scale, manifest)
     if initial is not None:
         begin_with(engine, initial, group, tell)
-    report_in_force(config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
+    report_in_force(begin, config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
     engine.model.train()
     # Whoever gives orders is an agent; without one nobody would hold a snapshot.
     takes_snapshots = config.checkpoint.memory_every_steps and not isinstance(orders, NoOrders)
@@ -361,6 +363,7 @@ def saved_loss_scale(manifest: checkpoint_manifest.Manifest | None) -> Mapping[s
 
 
 def report_in_force(
+    begin: Begin,
     config: RunConfig,
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale,
@@ -377,11 +380,11 @@ def report_in_force(
             another count of updates than the checkpoint's state, or the loss scale is not the
             checkpoint's.
     """
-    expected = in_force(config, (), state.step)
+    expected = in_force(config, begin.ledger, state.step)
     expected["loss_scale"] = expected_scale(loss_scale.policy, saved_loss_scale(manifest))
     values = {
         **really_in_force(optimizer),
-        "clip": config.optim.clip,
+        "clip": values_of(config, state)["clip"],
         "loss_scale": loss_scale.scale.item(),
         "samples": state.cursor.samples,
         "step": state.step,

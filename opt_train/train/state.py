@@ -12,6 +12,8 @@ import torch
 
 from opt_train.data.order import Cursor
 from opt_train.protocol.framing import to_payload
+from opt_train.run import ledger as ledgers
+from opt_train.run.ledger import Ledger
 from opt_train.train.step_stats import StepStats
 
 HISTORY_STEPS = 128
@@ -31,6 +33,8 @@ class TrainState:
     """Optimizer updates applied: steps without those that were skipped."""
     tokens: int = 0
     cursor: Cursor = field(default_factory=Cursor)
+    ledger: Ledger = ()
+    """Lasting orders; those of the run, which may know more than the checkpoint did."""
     floor_steps: int = 0
     """Steps skipped in a row, up to the newest stats, although the loss scale was as low as it
     goes; without a scale, all that were skipped."""
@@ -74,6 +78,7 @@ class TrainState:
                     "tokens": self.tokens,
                 },
                 "cursor": {"samples": self.cursor.samples},
+                "ledger": ledgers.to_json(self.ledger),
                 "guards": {
                     "losses": list(self.losses),
                     "grad_norms": list(self.grad_norms),
@@ -100,6 +105,7 @@ class TrainState:
             updates=int(counters["updates"]),
             tokens=int(counters["tokens"]),
             cursor=Cursor(int(state["cursor"]["samples"])),
+            ledger=ledgers.from_json(state.get("ledger", ())),
             floor_steps=int(guards.get("floor_steps", guards["nonfinite_steps"])),
             losses=deque(map(float, guards["losses"]), maxlen=HISTORY_STEPS),
             grad_norms=deque(map(float, guards["grad_norms"]), maxlen=HISTORY_STEPS),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opt_train.protocol.framing import Message, from_payload, to_payload
-from opt_train.protocol.orders import Order, Save, SaveAndStop
+from opt_train.protocol.orders import Order
 from opt_train.train.step_stats import Packed, RankStats, StepStats, pack, unpack
 
 
@@ -102,5 +102,5 @@ class StatsReducer:
 
 
 def _order(message: Message) -> Order:
-    assert isinstance(message, (Save, SaveAndStop))
+    assert isinstance(message, Order)
     return message

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip
@@ -13,7 +14,7 @@ from opt_train.train.fact_pipe import log_line
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.probes import Probes
 from opt_train.train.readback import Readback
-from opt_train.train.state import seed_step
+from opt_train.train.state import TrainState, seed_step
 from opt_train.train.step_stats import RankStats
 from opt_train.train.training import Training
 
@@ -31,11 +32,16 @@ def read_batch(run: Training) -> tuple[list[MicroBatch], float]:
     return micro_batches, time.monotonic() - began
 
 
+def values_of(config: RunConfig, state: TrainState) -> dict[str, float]:
+    """What the batch at `state.step` is trained with: LR, betas, eps, decay, clip."""
+    return in_force(config, state.ledger, state.step)
+
+
 def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: float) -> None:
     """Train on the batch and start to reduce the step's stats. Afterwards `state.step` and the
     cursor are one batch further."""
     state, config = run.state, run.config
-    values = in_force(config, (), state.step)
+    values = values_of(config, state)
     seed_step(config.seed, state.step, run.begin.rank)
     scale = run.loss_scale.scale
     grad_scale = scale * run.predivision

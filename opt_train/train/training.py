@@ -37,6 +37,7 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.orders import Order, SaveAndStop
+from opt_train.run.ledger import with_order
 from opt_train.train.fact_pipe import Publish, log_line
 from opt_train.train.metrics import Clock, MetricsSource, metrics_line
 from opt_train.train.orders import OrderSource, StopSignals
@@ -150,7 +151,7 @@ class Training:
             begin=self.begin,
             state=self.state,
             stats=stats,
-            learning_rate=in_force(self.config, (), stats.step)["lr"],
+            learning_rate=in_force(self.config, self.state.ledger, stats.step)["lr"],
             device=self.device,
         )
         self.publish(Metrics(metrics_line(source, is_first=not self.has_published_metrics)))
@@ -174,7 +175,7 @@ class Training:
                 self.publish(OrderObeyed(order.number, self.state.step))
             if isinstance(order, SaveAndStop):
                 return self._save_and_stop(f"order {order.number}: {order.reason}")
-            self.begin_save()
+            self.state.ledger = with_order(self.state.ledger, order, self.state.step)
         if self.stop_votes:
             what = self.signals.received or "a signal to another rank"
             return self._save_and_stop(f"asked to stop by {what}")
@@ -379,7 +380,6 @@ class Training:
             **self.state.to_json(),
             "data_fingerprint": self.data_fingerprint,
             "loss_scale": self.loss_scale.to_json(),
-            "ledger": [],
             "rng": {"rule": RNG_RULE, "seed": self.config.seed},
             "layout": dataclasses.asdict(self.layout),
             "attempt": self.begin.attempt,

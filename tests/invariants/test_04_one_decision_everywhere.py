@@ -10,6 +10,7 @@ import pytest
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config.run_config import RunConfig, to_json
+from opt_train.optim.schedule import learning_rate
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from tests.train.rig import ROOT, World, run_script, tiny_config
@@ -96,8 +97,15 @@ def test_orders_and_a_stop_signal_reach_all_ranks_at_one_boundary(tmp_path: Path
     assert all(each == saves[0] for each in saves)
     # The state was saved where it stopped; what is seen in step n is obeyed at a boundary right
     # behind it.
-    assert saves[0] == [7, 17, 42]
+    assert saves[0] == [42]
     assert leavings[0]["step"] == 42
+    # Each order halves the learning rate of the batches behind its boundary.
+    lines = [fact["line"] for fact in answers[0]["facts"] if fact["kind"] == "metrics"]
+    for line in lines:
+        factor = 0.5 if 7 < line["step"] <= 17 else 0.125 if line["step"] > 17 else 1.0
+        assert line["lr"] == factor * learning_rate(config.optim, line["step"] - 1, 4000)
+    assert len(lines) == 42
+    assert [entry["step"] for entry in answers[2]["state"]["ledger"]] == [7, 17, 17]
     obeyed = [
         (fact["number"], fact["step"])
         for fact in answers[0]["facts"]

@@ -1,12 +1,17 @@
 """The LR by step, at every corner of its line."""
 
+import json
+
 import pytest
 
 from opt_train.config.run_config import RunConfig
 from opt_train.optim.config import OptimConfig
 from opt_train.optim.in_force import differences, in_force
 from opt_train.optim.schedule import learning_rate
+from opt_train.protocol.orders import LedgerEntry, Order, SaveAndStop, make_order, parameters_of
+from opt_train.run import ledger as ledgers
 from opt_train.train.config import TrainConfig
+from tests.train.lr_factor import LrFactor
 
 OPTIM = OptimConfig(lr=1.0, warmup_steps=10, decay_steps=109, final_fraction=0.1)
 
@@ -51,9 +56,45 @@ def test_in_force_is_what_the_configuration_says() -> None:
     }
 
 
-def test_unknown_intervention_is_not_silently_ignored() -> None:
-    with pytest.raises(ValueError, match="does not know"):
-        in_force(RunConfig(), [{"kind": "lr_factor", "factor": 0.5}], 3)
+def test_orders_of_the_ledger_hold_from_their_step_on() -> None:
+    config = RunConfig(optim=OPTIM, train=TrainConfig(steps=200, global_batch=8))
+    ledger = (LedgerEntry(3, LrFactor(1, "", 0.5)), LedgerEntry(5, LrFactor(2, "", 0.5)))
+    scheduled = [in_force(config, (), step)["lr"] for step in range(8)]
+    factors = [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]
+    assert [in_force(config, ledger, step)["lr"] for step in range(8)] == [
+        rate * factor for rate, factor in zip(scheduled, factors, strict=True)
+    ]
+    others = in_force(config, ledger, 7)
+    assert {**others, "lr": None} == {**in_force(config, (), 7), "lr": None}
+
+
+def test_no_order_raises_the_rate_above_its_schedule() -> None:
+    doubled = (LedgerEntry(0, LrFactor(1, "", 2.0)),)
+    assert in_force(RunConfig(), doubled, 3) == in_force(RunConfig(), (), 3)
+
+
+def test_order_of_a_newer_version_is_not_silently_ignored() -> None:
+    """Training under values that nobody here can name would be a guess."""
+    unknown = make_order("of_the_future", 4, "because", {"factor": 0.5})
+    with pytest.raises(ValueError, match="order 4 \\(of_the_future\\) in the ledger is not known"):
+        in_force(RunConfig(), (LedgerEntry(2, unknown),), 3)
+    assert in_force(RunConfig(), (LedgerEntry(4, unknown),), 3) == in_force(RunConfig(), (), 3)
+
+
+@pytest.mark.parametrize("order", [SaveAndStop(3, "a person"), LrFactor(4, "spike", 0.5)])
+def test_order_is_its_own_payload_in_journal_and_checkpoint(order: Order) -> None:
+    again = make_order(order.kind, order.number, order.reason, parameters_of(order))
+    assert again == order
+    written = json.loads(json.dumps(ledgers.to_json((LedgerEntry(7, order),))))
+    assert ledgers.from_json(written) == (LedgerEntry(7, order),)
+
+
+def test_ledger_takes_lasting_orders_alone_and_each_once() -> None:
+    half = LrFactor(2, "spike", 0.5)
+    assert ledgers.with_order((), SaveAndStop(1, "a person"), 5) == ()
+    ledger = ledgers.with_order((), half, 5)
+    assert ledger == (LedgerEntry(5, half),)
+    assert ledgers.with_order(ledger, half, 9) == ledger
 
 
 def test_each_difference_is_named() -> None:

@@ -9,7 +9,7 @@ from opt_train.clusters.config import ClusterConfig
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.commands import Begin, Fetch
 from opt_train.protocol.framing import Message
-from opt_train.protocol.orders import SaveAndStop
+from opt_train.protocol.orders import Order
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.train.config import TrainConfig
 
@@ -52,7 +52,7 @@ class Rank:
     step: int = 0
     since: float = 0.0
     stopped: bool = False
-    ordered: SaveAndStop | None = None
+    orders: list[Order] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Group:
     step: int
     born: float
     moved: float
+    order_obeyed: int
     saving: int = -1
     slow_save_until: float = -1.0
     validated: bool = False

@@ -19,6 +19,7 @@ from opt_train.protocol.facts import (
     SnapshotHeld,
     Validation,
 )
+from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.checkpoint import MEMORY, SHARED, path_of_save
 from opt_train.supervisor.inputs import MetricsReceived
 from tests.supervisor.actors import START_SECONDS, STEP_SECONDS, TAIL_FILE, Agent, Group, Rank, Slot
@@ -72,7 +73,7 @@ def _refuse(world: "World", parts: list[tuple[Agent, Slot, Rank]], reason: str) 
 
 
 def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-    expected = in_force(world.config, (), group.step)
+    expected = in_force(world.config, parts[0][2].begin.ledger, group.step)
     for agent, _, rank in parts:
         agent.verified.clear()
         values = dict(expected)
@@ -83,11 +84,16 @@ def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Ra
 
 
 def _step(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-    order = next((rank.ordered for _, _, rank in parts if rank.ordered is not None), None)
-    if order is not None:
+    given = (order for _, _, rank in parts for order in rank.orders)
+    for order in sorted(given, key=lambda order: order.number):
+        if order.number <= group.order_obeyed:
+            continue
         for agent, _, rank in parts:
             if rank.begin.rank == 0:
                 world.say_of(agent, rank, OrderObeyed(order.number, group.step))
+        if not isinstance(order, SaveAndStop):
+            group.order_obeyed = order.number
+            continue
         if world.snapshot_at_stop and group.slow_save_until < 0:
             _snapshot(world, group, parts)
             group.slow_save_until = world.now + 5.0

@@ -42,7 +42,7 @@ from opt_train.protocol.facts import (
     Store,
 )
 from opt_train.protocol.framing import Message
-from opt_train.protocol.orders import SaveAndStop
+from opt_train.protocol.orders import Order
 from opt_train.run.checkpoint import MEMORY, NODE, SHARED, path_of_save
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
@@ -76,6 +76,8 @@ from opt_train.supervisor.inputs import (
     StopAsked,
     Tick,
 )
+from opt_train.supervisor.rules.context import Record
+from opt_train.supervisor.rules.orders import order_given
 from tests.supervisor.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
 from tests.supervisor.lockstep import advance
 
@@ -131,6 +133,8 @@ class World:
         self.begun: list[tuple[int, int, str]] = []
         self._pids = 100
         self._order = 0
+        self.deaf = False
+        """Ranks receive no orders."""
 
     # The supervisor -------------------------------------------------------------------------------
 
@@ -351,14 +355,12 @@ class World:
                             self.say(agent, told)
                         self.end_rank(agent, slot, signal=9, by_agent=True)
                 self.say(agent, GenerationGone(generation))
+            case Relay() if self.deaf:
+                pass
             case Relay(generation, order):
                 for slot in agent.slots:
-                    if (
-                        slot.rank
-                        and slot.rank.begin.generation == generation
-                        and isinstance(order, SaveAndStop)
-                    ):
-                        slot.rank.ordered = order
+                    if slot.rank and slot.rank.begin.generation == generation:
+                        slot.rank.orders.append(order)
             case Fetch():
                 agent.fetching.append((self.now + 1.0, command))
             case Drop(path):
@@ -393,7 +395,13 @@ class World:
         self.begun.append((begin.generation, begin.rank, agent.node))
         group = self.groups.setdefault(
             begin.generation,
-            Group(begin.generation, self.replayed.live.start_step, self.now, self.now),
+            Group(
+                begin.generation,
+                self.replayed.live.start_step,
+                self.now,
+                self.now,
+                begin.order_number,
+            ),
         )
         if begin.rank == 0:
             self.say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
@@ -650,6 +658,13 @@ class World:
                 return self
             self.second()
         raise AssertionError(f"no {kind.__name__}: {self.replayed.stage}, {self.kinds()[-8:]}")
+
+    def give(self, *orders: Order) -> None:
+        """Orders in the queue, as rules of the supervisor would give them."""
+        assert self.core is not None
+        for order in orders:
+            self._carry_out(self.core._append(Record(order_given(order))))
+        self._drain()
 
     def ask_stop(self, by: str = "a person") -> None:
         self.tell(StopAsked(by))

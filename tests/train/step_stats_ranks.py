@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from opt_train.optim.clip import clip, global_norm
 from opt_train.protocol.framing import to_line
-from opt_train.protocol.orders import Save
 from opt_train.train.orders import ControlPipe, StopSignals
 from opt_train.train.stats_reducer import StatsReducer
 from opt_train.train.step_stats import RankStats, StepStats
 from tests.train.leave import leave_with
+from tests.train.lr_factor import LrFactor
 
 STEPS = 2500
 ORDERS = 40
@@ -74,7 +74,7 @@ def main(rank: int, world_size: int, store: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         while moments and moments[0] == step:
             number = ORDERS - len(moments) + 1
-            os.write(write_end, to_line(Save(number, f"order {number}")))
+            os.write(write_end, to_line(LrFactor(number, f"order {number}", 0.5)))
             moments.pop(0)
         inbox += control.poll()
         own = RankStats(

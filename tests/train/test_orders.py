@@ -9,8 +9,9 @@ import pytest
 
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import to_line
-from opt_train.protocol.orders import Save, SaveAndStop
+from opt_train.protocol.orders import SaveAndStop
 from opt_train.train.orders import AgentGone, ControlPipe, StopSignals
+from tests.train.lr_factor import LrFactor
 
 BEGIN = Begin(
     generation=1,
@@ -34,9 +35,9 @@ BEGIN = Begin(
 def test_orders_behind_begin_in_one_piece_are_kept() -> None:
     reader, writer = os.pipe()
     control = ControlPipe(reader)
-    os.write(writer, to_line(BEGIN) + to_line(Save(1, "because")))
+    os.write(writer, to_line(BEGIN) + to_line(LrFactor(1, "because", 0.5)))
     assert control.wait_for_begin() == BEGIN
-    assert control.poll() == [Save(1, "because")]
+    assert control.poll() == [LrFactor(1, "because", 0.5)]
     assert control.poll() == []
 
 
@@ -53,8 +54,8 @@ def test_line_that_comes_in_pieces_is_one_order() -> None:
 def test_rubbish_does_not_end_training(capfd: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     control = ControlPipe(reader)
-    os.write(writer, b'not json\n{"kind":"of_the_future"}\n' + to_line(Save(2, "x")))
-    assert control.poll() == [Save(2, "x")]
+    os.write(writer, b'not json\n{"kind":"of_the_future"}\n' + to_line(LrFactor(2, "x", 0.5)))
+    assert control.poll() == [LrFactor(2, "x", 0.5)]
     assert "control pipe" in capfd.readouterr().out
 
 

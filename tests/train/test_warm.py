@@ -6,14 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from opt_train.checkpoint import manifest
 from opt_train.data.batches import ValidationSet, open_split
+from opt_train.optim.schedule import learning_rate
 from opt_train.protocol.exits import STOPPED
-from opt_train.protocol.facts import Phase, Progress, SaveFailed, ShardsSaved, Validation, Warm
-from opt_train.protocol.orders import Save, SaveAndStop
+from opt_train.protocol.facts import (
+    OrderObeyed,
+    Phase,
+    Progress,
+    SaveFailed,
+    ShardsSaved,
+    Validation,
+    Warm,
+)
+from opt_train.protocol.orders import LedgerEntry, SaveAndStop
+from opt_train.run.ledger import to_json
+from tests.train.lr_factor import LrFactor
 from tests.train.rig import ROOT, Rank, World, environment, tiny_config
 
 pytestmark = pytest.mark.timeout(300)
@@ -128,35 +141,54 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_save_order_saves_and_save_and_stop_leaves(tmp_path: Path) -> None:
-    with World(tmp_path, tiny_config(tmp_path, steps=100_000)) as world:
+def test_orders_are_obeyed_at_one_step_and_the_ledger_goes_along(tmp_path: Path) -> None:
+    """An order that every rank did not take at the same step, or that a restart forgot, would be
+    training under values that nobody chose."""
+    config = tiny_config(tmp_path, steps=100_000)
+    module = "tests.train.lr_factor_rank"
+    with World(tmp_path, config, module=module) as world:
         world.begin()
         world.wait_for_step(3)
-        world.ranks[0].send(Save(1, "a person asked"))
-        world.wait(lambda: all(rank.told(ShardsSaved) for rank in world.ranks), "the save")
-        step = world.ranks[0].told(ShardsSaved)[0].step
-        world.commit(step)
+        half = LrFactor(1, "a person asked", 0.5)
+        world.ranks[0].send(half)
+        world.wait(lambda: bool(world.ranks[0].told(OrderObeyed)), "the order")
+        step = world.ranks[0].told(OrderObeyed)[0].step
         world.wait_for_step(step + 2)
         world.ranks[0].send(SaveAndStop(2, "enough"))
         leavings = world.finish()
         assert {(leaving.code, leaving.cause) for leaving in leavings} == {(STOPPED, "stopped")}
         assert "enough" in leavings[1].reason  # rank 1 never saw the order's pipe
-        world.commit(leavings[0].step)
-        obeyed = [
-            (fact.number, fact.step) for fact in world.ranks[0].facts if fact.kind == "order_obeyed"
-        ]
+        saved = world.commit(leavings[0].step)
+        obeyed = [(fact.number, fact.step) for fact in world.ranks[0].told(OrderObeyed)]
         assert obeyed == [(1, step), (2, leavings[0].step)]
+        rates = {number: line["lr"] for number, line in world.ranks[0].metrics.items()}
+    ledger = (LedgerEntry(step, half),)
+    scheduled = {number: learning_rate(config.optim, number - 1, 100_000) for number in rates}
+    # A metrics line is numbered after its batch: that of batch `step` is `step + 1`.
+    assert rates == {n: rate * (0.5 if n > step else 1) for n, rate in scheduled.items()}
+    assert manifest.read(saved).state["ledger"] == to_json(ledger)
+
+    later = LedgerEntry(leavings[0].step + 2, LrFactor(3, "and again", 0.5))
+    with World(tmp_path, config, module=module) as world:
+        world.begin(checkpoint=saved, generation=2, ledger=(*ledger, later), order_number=3)
+        world.wait_for_step(later.step + 2)
+        assert world.in_force()["lr"] == 0.5 * learning_rate(
+            config.optim, leavings[0].step, 100_000
+        )
+        for number, line in world.ranks[0].metrics.items():
+            factor = 0.25 if number > later.step else 0.5
+            assert line["lr"] == factor * learning_rate(config.optim, number - 1, 100_000)
 
 
 def test_failed_save_does_not_kill_training(tmp_path: Path) -> None:
-    with World(tmp_path, tiny_config(tmp_path, steps=100_000)) as world:
+    config = tiny_config(tmp_path, steps=100_000)
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=4))
+    with World(tmp_path, config) as world:
         run_directory = tmp_path / "run"
         run_directory.mkdir()
         # A file where the folder should be: fails for root too, as a read-only mode would not.
         (run_directory / "checkpoints").write_text("")
         world.begin()
-        world.wait_for_step(2)
-        world.ranks[0].send(Save(1, "a person asked"))
         world.wait(lambda: all(rank.told(SaveFailed) for rank in world.ranks), "the failure")
         world.wait_for_step(world.ranks[0].told(SaveFailed)[0].step + 3)
         os.kill(world.ranks[1].process.pid, signal.SIGTERM)

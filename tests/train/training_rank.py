@@ -22,12 +22,12 @@ from opt_train.model.decoder import Loss
 from opt_train.optim.clip import local_part
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.framing import Message, to_line, to_payload
-from opt_train.protocol.orders import Save
 from opt_train.train.loop import train
 from opt_train.train.orders import ControlPipe, StopSignals
 from opt_train.train.rank import start
 from opt_train.train.training import Training
 from tests.train.leave import leave_with
+from tests.train.lr_factor import LrFactor
 
 
 def plant(
@@ -46,7 +46,7 @@ def plant(
         if run.state.step == terminate_step:
             os.kill(os.getpid(), signal.SIGTERM)
         while orders and orders[0][0] <= run.state.step:
-            os.write(orders_fd, to_line(Save(orders.pop(0)[1], "a test wants it")))
+            os.write(orders_fd, to_line(LrFactor(orders.pop(0)[1], "a test wants it", 0.5)))
         assert isinstance(loss, Loss)
         return (
             loss._replace(loss_sum=loss.loss_sum * math.inf)

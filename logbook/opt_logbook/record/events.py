@@ -341,6 +341,8 @@ class OrderGiven(Event, kind="order_given"):
     number: int
     order: str
     reason: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What the order has beside number and reason, as it goes over the wire."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,7 @@ def _when_snapshot_is_settled(s: Context, live: Attempt, fact: SnapshotHeld) -> 
 
 
 def _when_order_is_ended(s: Context, live: Attempt, fact: OrderObeyed) -> bool:
-    order = s.state.order
-    return order is None or order.number != fact.number or bool(order.outcome)
+    return all(order.number != fact.number for order in s.state.outstanding_orders)
 
 
 def _when_validation_is_measured(s: Context, live: Attempt, fact: Validation) -> bool:

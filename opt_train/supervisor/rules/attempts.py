@@ -22,8 +22,10 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import Store
+from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
+from opt_train.run.state import OBEYED, WITHDRAWN
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.rules import snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -175,7 +177,8 @@ def _begin(
         run_directory=s.identity.run_directory,
         checkpoint=checkpoint,
         manifest_sha256=attempt.manifest_sha256 or None,
-        order_number=s.state.orders,
+        order_number=s.state.settled_order,
+        ledger=s.state.ledger,
     )
 
 
@@ -255,15 +258,13 @@ def end_by_itself(s: Context) -> list[Decision]:
     if len(exits) < attempt.world_size or s.generation.deaths or saves_in_flight(s):
         return []
     stopped = any(exited.code == STOPPED for _, exited in exits.values())
-    decisions = [
+    decisions: list[Decision] = [
         *abandon_unfinished(s, "the ranks left before it was complete"),
         *report_dropped(s),
     ]
-    order = s.state.order
-    if order is not None and not order.outcome:
-        decisions.append(
-            Record(OrderEnded(order.number, "obeyed" if stopped else "withdrawn"), step=s.step)
-        )
+    for order in s.state.outstanding_orders:
+        outcome = OBEYED if stopped and isinstance(order.order, SaveAndStop) else WITHDRAWN
+        decisions.append(Record(OrderEnded(order.number, outcome), step=s.step))
     ended = AttemptEnded(attempt.generation, "stopped" if stopped else "finished")
     announced = [e.leaving.step for _, e in exits.values() if e.leaving is not None]
     return [

@@ -78,7 +78,7 @@ def see_difference(s: Context) -> list[Decision]:
     told = s.generation.in_force
     if attempt.in_force or not told:
         return []
-    expected = in_force(s.config, (), attempt.start_step)
+    expected = in_force(s.config, s.state.ledger, attempt.start_step)
     for rank, values in sorted(told.items()):
         wrong = differences(expected, values)
         if wrong:

@@ -1,16 +1,23 @@
-"""Rules of stopping: an order first, a kill when it is not agreed on, rest when nothing lives."""
+"""Rules about orders: given, relayed to rank 0 until the ranks obeyed; a stop on its way down.
 
-from opt_logbook.record.events import AttemptEnded, OrderEnded, RunStopped
+An order that the ranks do not agree on in time is withdrawn, and the generation dies: nobody can
+know which ranks would still take it. A stop then goes on by force; any other order has failed, and
+the run restarts without it. What was not obeyed when ranks die of something else stays in the
+queue and is relayed to the next generation.
+"""
+
+from opt_logbook.record.events import AttemptEnded, OrderEnded, OrderGiven, RunStopped
 
 from opt_train.protocol.commands import Relay
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
-from opt_train.protocol.orders import SaveAndStop
+from opt_train.protocol.orders import Order, parameters_of
 from opt_train.run.checkpoint import MEMORY
-from opt_train.run.state import SUPERSEDED, OrderRecord, Stage
+from opt_train.run.state import OBEYED, SUPERSEDED, WITHDRAWN, OrderRecord, Stage
 from opt_train.supervisor.effects import Finish, Send
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
+from opt_train.supervisor.rules.failures import failure
 from opt_train.supervisor.rules.nodes import LEAVE, LEAVE_AGAIN_SECONDS, close_incidents
 
 RELAY_AGAIN_SECONDS = 5.0
@@ -19,30 +26,53 @@ IMPATIENT_STOPS = 2
 """Asked this often, the supervisor stops without waiting for the ranks to save."""
 
 
+def order_given(order: Order) -> OrderGiven:
+    """The journal line that gives `order`: it is in the queue from here on."""
+    return OrderGiven(order.number, order.kind, order.reason, parameters_of(order))
+
+
 def is_withdrawn(s: Context) -> bool:
     stop = s.state.stop_wanted
-    return stop is not None and stop.outcome == "withdrawn"
+    return stop is not None and stop.outcome == WITHDRAWN
 
 
-def hear_obedience(s: Context) -> list[Decision]:
-    """The ranks took the order at one boundary."""
-    order = s.state.order
-    if order is None or order.outcome or order.number not in s.view.obeyed:
-        return []
-    return [Record(OrderEnded(order.number, "obeyed"), step=s.view.obeyed[order.number])]
+def report_obedience(s: Context) -> list[Decision]:
+    """The ranks took orders, each at one boundary."""
+    return [
+        Record(OrderEnded(order.number, OBEYED), step=s.view.obeyed[order.number])
+        for order in s.state.outstanding_orders
+        if order.number in s.view.obeyed
+    ]
 
 
 def withdraw(s: Context) -> list[Decision]:
-    """The order is not agreed on in time, or is not worth the wait: it becomes a kill."""
+    """The stop is not agreed on in time, or is not worth the wait: it becomes a kill."""
     stop = s.state.stop_wanted
-    if stop is None or stop.outcome == "withdrawn":
+    if stop is None or stop.outcome == WITHDRAWN:
         return []
     nothing_new = not s.attempt.began
     impatient = s.view.stops >= IMPATIENT_STOPS
     late = not stop.outcome and s.view.watching and _is_late(s)
     if not (nothing_new or impatient or late):
         return []
-    return [Record(OrderEnded(stop.number, "withdrawn"), step=s.step)]
+    return [Record(OrderEnded(stop.number, WITHDRAWN), step=s.step)]
+
+
+def fail_late_order(s: Context) -> list[Decision]:
+    """An order other than a stop is not agreed on in time: withdrawn, and the ranks are killed."""
+    if not s.state.outstanding_orders or not s.attempt.began:
+        return []
+    if not s.view.watching or not _is_late(s):
+        return []
+    oldest = s.state.outstanding_orders[0]
+    node, _ = s.attempt.place_of(0)
+    waited = s.view.age(s.view.order_since)
+    what = f"the ranks did not agree on order {oldest.number} within {waited:.0f} s"
+    withdrawn = [
+        Record(OrderEnded(order.number, WITHDRAWN), step=s.step)
+        for order in s.state.outstanding_orders
+    ]
+    return [*withdrawn, *failure(s, node, 0, what, "hang")]
 
 
 def _is_late(s: Context) -> bool:
@@ -60,16 +90,17 @@ def _is_late(s: Context) -> bool:
 
 
 def relay(s: Context) -> list[Decision]:
-    """Tell rank 0, again and again: a number it has heard is no news to it."""
-    stop = s.state.stop_wanted
-    if stop is None or stop.outcome:
-        return []
+    """Send what is outstanding to rank 0, oldest first and again and again: a number that it has
+    received is no news to it."""
     node, _ = s.attempt.place_of(0)
-    order = Relay(s.attempt.generation, SaveAndStop(stop.number, stop.reason))
-    connected = s.view.node(node).connected
-    if not connected or s.view.was_sent(Send(node, order), within=RELAY_AGAIN_SECONDS):
+    if not s.view.node(node).connected:
         return []
-    return [Send(node, order)]
+    decisions: list[Decision] = []
+    for record in s.state.outstanding_orders:
+        command = Relay(s.attempt.generation, record.order)
+        if not s.view.was_sent(Send(node, command), within=RELAY_AGAIN_SECONDS):
+            decisions.append(Send(node, command))
+    return decisions
 
 
 def end_stopped(s: Context) -> list[Decision]:
@@ -93,9 +124,9 @@ def rest(s: Context) -> list[Decision]:
         return []
     if stop is not None and last is not None and last.outcome == "failed" and _began_anew(s, stop):
         return [Record(OrderEnded(stop.number, SUPERSEDED))]
-    decisions: list[Decision] = []
-    if stop is not None and not stop.outcome:
-        decisions.append(Record(OrderEnded(stop.number, "withdrawn")))
+    decisions: list[Decision] = [
+        Record(OrderEnded(order.number, WITHDRAWN)) for order in s.state.outstanding_orders
+    ]
     told = s.view.generation(last.generation).notices if last is not None else {}
     by = (
         stop.reason

@@ -60,6 +60,7 @@ GATHER: tuple[Rule, ...] = (
     attempts.start,
 )
 TRAIN: tuple[Rule, ...] = (
+    orders.report_obedience,
     *REPORT,
     *SAVE,
     *HOLD,
@@ -68,10 +69,12 @@ TRAIN: tuple[Rule, ...] = (
     attempts.end_by_itself,
     *SIGNS,
     attempts.begin_ranks,
+    orders.fail_late_order,
+    orders.relay,
     *KEEP,
 )
 STOP: tuple[Rule, ...] = (
-    orders.hear_obedience,
+    orders.report_obedience,
     *REPORT,
     *SAVE,
     *HOLD,
@@ -91,7 +94,7 @@ STAGES: Mapping[Stage, tuple[Rule, ...]] = {
     Stage.STARTING: TRAIN,
     Stage.TRAINING: TRAIN,
     Stage.STOPPING: STOP,
-    Stage.FAILING: (*KILL, failures.identify, failures.end_failed),
+    Stage.FAILING: (orders.report_obedience, *KILL, failures.identify, failures.end_failed),
     Stage.FINISHING: (attempts.finish,),
 }
 
