@@ -17,10 +17,10 @@ from opt_logbook.record.events import (
     TrainingBegan,
 )
 
+from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.fold import HANDLERS, fold
 from opt_train.run.state import (
     REGARDLESS,
-    SAVE_AND_STOP,
     TERMINAL,
     TRANSITIONS,
     Case,
@@ -97,7 +97,7 @@ def test_nothing_to_kill_is_no_failing_run() -> None:
 def test_only_an_order_to_stop_stops(stage: Stage) -> None:
     after = next_stage(stage, OrderGiven(1, "save", "a person"), lives=True)
     assert after is stage
-    stopped = next_stage(stage, OrderGiven(1, SAVE_AND_STOP, "a person"), lives=True)
+    stopped = next_stage(stage, OrderGiven(1, SaveAndStop.kind, "a person"), lives=True)
     ranks_may_live = stage in (Stage.STARTING, Stage.TRAINING)
     assert stopped is (Stage.STOPPING if ranks_may_live else stage)
 
