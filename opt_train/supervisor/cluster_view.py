@@ -3,17 +3,14 @@ settled, metrics.
 
 Not state: it begins empty with each supervisor, and the agents report it again. Nothing here
 decides anything. What belongs to a node is in its `NodeView`, what belongs to a set of ranks in its
-`GenerationView`, which files agents have in the `SnapshotInventory`; here is what is left, and the
-one door for inputs.
+`GenerationView`, how training moves in the `TrainingView`, which files agents have in the
+`SnapshotInventory`; here is what is left, and the one door for inputs.
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from opt_train.protocol.commands import Begin, Command, Drop, Kill
 from opt_train.protocol.facts import (
-    AgentState,
     Fetched,
     GenerationGone,
     OrderObeyed,
@@ -24,7 +21,6 @@ from opt_train.protocol.facts import (
     Stacks,
 )
 from opt_train.protocol.framing import Message
-from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.state import RunState, Stage
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.effects import (
@@ -48,20 +44,19 @@ from opt_train.supervisor.inputs import (
     HeartbeatReceived,
     Input,
     ManifestCommitted,
+    MetricsRecalled,
     MetricsReceived,
     Now,
     StopAsked,
     Tick,
 )
 from opt_train.supervisor.node_view import NodeView
-from opt_train.supervisor.phase_timeouts import FIRST_STEPS, PhaseTimeouts
 from opt_train.supervisor.sent_effects import Repeatable, SentEffects
 from opt_train.supervisor.snapshot_inventory import SnapshotInventory
+from opt_train.supervisor.training_view import TrainingView
 
 STOP_ECHO_SECONDS = 2.0
 """A Ctrl-C this soon after another is the same one: a nervous finger must not cost the state."""
-HEARTBEAT_GAP_SECONDS = 3.0
-"""Heartbeats come every second; across a longer gap the length of a phase is not known."""
 WATCH_SECONDS = 1.0
 """Between two looks of the rules that watch for what does not happen."""
 
@@ -83,7 +78,7 @@ class ClusterView:
         self.generations: dict[int, GenerationView] = {}
         """Of the newest generation, and of any other that an agent reports of."""
         self.inventory = SnapshotInventory()
-        self.timeouts = PhaseTimeouts(config)
+        self.training = TrainingView(config, now.monotonic)
         self.pending: set[str] = set()
         """Nodes with facts that are not acknowledged, or whose acknowledgement was lost."""
         self.connected_now: set[str] = set()
@@ -97,14 +92,6 @@ class ClusterView:
         self.obeyed: dict[int, int] = {}
         """Order -> the step at whose boundary all ranks took it."""
         self.finished = False
-        self.moved_at = now.monotonic
-        """When training was last seen to move."""
-        self.step = -1
-        """Steps known to be done in the current attempt; -1: none."""
-        self.line: Mapping[str, Any] = {}
-        """The newest metrics line of the current attempt."""
-        self.last_line: Mapping[str, Any] = {}
-        """The newest metrics line of any attempt."""
         self.committing: dict[str, float] = {}
         """Checkpoint -> since when its manifest is being written."""
         self.committed: dict[str, ManifestCommitted] = {}
@@ -155,15 +142,16 @@ class ClusterView:
                 self._apply_slots(self.node(node), heartbeat.slots, state)
             case FactReceived():
                 self._apply_fact(input_)
-            case MetricsReceived():
-                self._apply_metrics(input_, state)
+            case MetricsReceived() | MetricsRecalled():
+                self.training.apply_metrics(input_, state, now.monotonic)
             case ClusterObserved():
                 for node, status in input_.nodes.items():
                     self.node(node).observe(status, input_.reasons.get(node, ""), now.monotonic)
             case AgentConnected(node, agent):
                 self.connected_now.add(node)
                 self.inventory.apply_connection(node, agent)
-                self._apply_connection(self.node(node), agent, state)
+                self.node(node).connect(agent, state.generation, now.monotonic)
+                self._apply_slots(self.node(node), agent.slots, state)
             case AgentDisconnected(node):
                 self.node(node).disconnect(now.monotonic)
             case CheckpointVerified(path):
@@ -186,16 +174,6 @@ class ClusterView:
         self.stops += 1
         self._stopped_at = self.now.monotonic
 
-    def _apply_connection(self, view: NodeView, agent: AgentState, state: RunState) -> None:
-        view.connect(agent, state.generation, self.now.monotonic)
-        self._apply_slots(view, agent.slots, state)
-        # Nothing was sent on this connection yet, so what does not run now will not, unless it is
-        # begun again.
-        alive = [s.generation for s in agent.slots if s.stage == "running"]
-        view.gone_generation = max(
-            view.gone_generation, min(alive, default=state.generation + 1) - 1
-        )
-
     def _apply_slots(self, view: NodeView, slots: tuple[SlotState, ...], state: RunState) -> None:
         now = self.now.monotonic
         gap, view.slots_at = now - view.slots_at, now
@@ -208,22 +186,9 @@ class ClusterView:
             view.absent_since.pop(slot.slot, None)
             self.highest_generation = max(self.highest_generation, slot.generation)
             self._known(slot.generation).rank(slot.rank).was_running = True
-            if before is not None and (before.stage, before.generation) == (
-                "running",
-                slot.generation,
-            ):
-                self._learn(before, slot, gap, state)
-
-    def _learn(self, before: SlotState, slot: SlotState, gap: float, state: RunState) -> None:
-        """How long the phase of `before` took, if it is over; `gap` seconds lie between the two."""
-        moved = (before.phase, before.step) != (slot.phase, slot.step)
-        if not moved and slot.phase_seconds >= before.phase_seconds:
-            return
-        self.moved_at = self.now.monotonic
-        seconds = before.phase_seconds
-        if moved and gap <= HEARTBEAT_GAP_SECONDS:
-            seconds += max(0.0, gap - slot.phase_seconds)
-        self.timeouts.learn(before.phase, is_first(before.step, state), seconds)
+            if before is None or (before.stage, before.generation) != ("running", slot.generation):
+                continue
+            self.training.apply_slot(before, slot, gap, state, now)
 
     def _apply_fact(self, input_: FactReceived) -> None:
         node, fact = input_.node, input_.fact
@@ -261,28 +226,6 @@ class ClusterView:
             log.warning(
                 "%s sent the fact %r, which means nothing here: it is kept", node, fact.kind
             )
-
-    def is_new_line(self, input_: MetricsReceived, state: RunState) -> bool:
-        """Whether the line is of the current generation and of a step that has not come yet: others
-        are fenced off."""
-        live = state.live
-        return (
-            live is not None
-            and input_.generation == live.generation
-            and int(input_.line.get("step", -1)) > self.step
-        )
-
-    def _apply_metrics(self, input_: MetricsReceived, state: RunState) -> None:
-        if not self.is_new_line(input_, state):
-            return
-        self.step = int(input_.line["step"])
-        self.line = self.last_line = input_.line
-        self.moved_at = self.now.monotonic
-        first = is_first(self.step, state)
-        for phase in ("step", "data"):
-            seconds = input_.line.get(f"{phase}_seconds")
-            if isinstance(seconds, (int, float)):
-                self.timeouts.learn(phase, first, float(seconds))
 
     # What was decided -----------------------------------------------------------------------------
 
@@ -345,8 +288,7 @@ class ClusterView:
         if before.orders_given != state.orders_given:
             self.order_since = now
         if before.generation != state.generation:
-            self.moved_at = now
-            self.step, self.line = -1, {}
+            self.training.begin_attempt(state, now)
             self.verified = {}
             self._sent.forget()
             self.inventory.passed_on = {}
@@ -357,19 +299,12 @@ class ClusterView:
     def _forget_settled(self, before: RunState, state: RunState) -> None:
         """An attempt may last for weeks: what is journalled of its saves and validations is not
         kept here as well."""
-        known = self.generation(state.generation)
-        name = state.attempt.name if state.attempt is not None else ""
-        settled = state.settled_saves
-        if before.settled_saves != settled:
-            self.inventory.forget_settled(settled)
-            for step in list(known.saves):
-                if path_of_save(name, step) in settled:
-                    known.forget_shared_save(step)
-                if path_of_save(name, step, MEMORY) in settled:
-                    known.forget_snapshot(step)
+        generation = self.generation(state.generation)
+        if before.settled_saves != state.settled_saves and state.attempt is not None:
+            self.inventory.forget_settled(state.settled_saves)
+            generation.forget_settled(state.attempt.name, state.settled_saves)
         if before.validations != state.validations:
-            for key in known.validations.keys() & state.validations:
-                del known.validations[key]
+            generation.forget_validations(state.validations)
 
     def _known(self, generation: int) -> GenerationView:
         """The view of `generation`, kept from now on."""
@@ -379,8 +314,3 @@ class ClusterView:
 
     def _connections_of(self, effect: Repeatable) -> int:
         return self.node(effect.node).connections if isinstance(effect, Send) else 0
-
-
-def is_first(step: int, state: RunState) -> bool:
-    """Whether `step` is among the first after the current attempt's start."""
-    return state.attempt is not None and step <= state.attempt.start_step + FIRST_STEPS

@@ -113,7 +113,9 @@ class Supervisor:
     def _announce(self, input_: Input) -> list[Effect]:
         """A metrics line that is news goes to its attempt's file; older generations are fenced
         off."""
-        if not isinstance(input_, MetricsReceived) or not self.view.is_new_line(input_, self.state):
+        if not isinstance(input_, MetricsReceived) or not self.view.training.is_new_line(
+            input_, self.state
+        ):
             return []
         assert self.state.attempt is not None
         return [WriteMetrics(self.state.attempt.name, input_.line)]

@@ -22,6 +22,7 @@ from opt_train.protocol.facts import (
     Validation,
 )
 from opt_train.protocol.framing import Message
+from opt_train.run.checkpoint import MEMORY, path_of_save
 
 
 @dataclass(slots=True)
@@ -144,26 +145,26 @@ class GenerationView:
         """(step, what agents have by rank) of every snapshot that is not settled, oldest first."""
         return sorted((step, save.snapshots) for step, save in self.saves.items() if save.snapshots)
 
-    def forget_shared_save(self, step: int) -> None:
-        """The journal says what became of the save at `step`."""
-        if step in self.saves:
-            self.saves[step].reports, self.saves[step].failure = {}, None
-            self._forget_if_empty(step)
+    def forget_settled(self, attempt: str, settled: frozenset[str]) -> None:
+        """Forget the saves of `attempt`, this generation's, whose paths are in `settled`: the
+        journal says what became of them."""
+        for step, save in list(self.saves.items()):
+            if path_of_save(attempt, step) in settled:
+                save.reports, save.failure = {}, None
+            if path_of_save(attempt, step, MEMORY) in settled:
+                save.snapshots = {}
+            if save == SaveView():
+                del self.saves[step]
 
-    def forget_snapshot(self, step: int) -> None:
-        """The journal says what became of the snapshot at `step`."""
-        if step in self.saves:
-            self.saves[step].snapshots = {}
-            self._forget_if_empty(step)
+    def forget_validations(self, journalled: frozenset[tuple[str, int]]) -> None:
+        """Forget those in the journal, given by name and step."""
+        for key in self.validations.keys() & journalled:
+            del self.validations[key]
 
     def _save(self, step: int) -> SaveView:
         if step not in self.saves:
             self.saves[step] = SaveView()
         return self.saves[step]
-
-    def _forget_if_empty(self, step: int) -> None:
-        if self.saves[step] == SaveView():
-            del self.saves[step]
 
 
 def is_announced(exited: RankExited) -> bool:

@@ -87,6 +87,16 @@ class MetricsReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsRecalled:
+    """Metrics lines that the supervisor before has filed, of the live chain, oldest first: the
+    first input, so that a new supervisor knows where training was. `of_attempt` are those of the
+    attempt that may still live, `before` those of the attempts that it descends from."""
+
+    before: tuple[Mapping[str, Any], ...]
+    of_attempt: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterObserved:
     """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Told every
     second."""
@@ -155,6 +165,7 @@ Input = (
     | FactReceived
     | HeartbeatReceived
     | MetricsReceived
+    | MetricsRecalled
     | ClusterObserved
     | CheckpointVerified
     | ManifestCommitted

@@ -60,6 +60,11 @@ class NodeView:
         self.connected_at = now
         self.connections += 1
         self.caught_up = self.resent = False
+        # Nothing was sent on this connection yet, so what does not run now will not, unless it is
+        # begun again.
+        alive = [slot.generation for slot in state.slots if slot.stage == "running"]
+        oldest = min(alive, default=generation + 1)
+        self.gone_generation = max(self.gone_generation, oldest - 1)
 
     def disconnect(self, now: float) -> None:
         """The connection ended. That means nothing by itself."""

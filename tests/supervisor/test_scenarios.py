@@ -311,8 +311,9 @@ def test_metrics_of_an_older_generation_are_fenced_off_and_repeats_are_dropped()
     assert world.core is not None
     before = len([e for e in world.effects if isinstance(e, WriteMetrics)])
     world.tell(MetricsReceived("n0", 1, {"step": 99, "loss": 0.0}))
-    newest = dict(world.core.view.line)
-    world.tell(MetricsReceived("n0", 2, newest))
+    newest = world.core.view.training.history.step
+    assert newest > 0
+    world.tell(MetricsReceived("n0", 2, {"step": newest, "loss": 0.0}))
     assert len([e for e in world.effects if isinstance(e, WriteMetrics)]) == before
 
 
@@ -347,7 +348,7 @@ def test_a_stopped_rank_is_named_though_its_waiting_peer_exceeds_its_limit_first
 
 def limit_of(world: World, phase: str, first: bool) -> float:
     assert world.core is not None
-    return world.core.view.timeouts.limit(phase, first)
+    return world.core.view.training.timeouts.limit(phase, first)
 
 
 def test_timeouts_are_learned_from_what_the_pulses_show() -> None:

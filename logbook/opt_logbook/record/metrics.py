@@ -145,16 +145,28 @@ def read(run: RunDirectory) -> MetricsReading:
     return MetricsReading(tuple(lines), tuple(conflicts), tuple(broken), tuple(torn))
 
 
-def newest(run: RunDirectory, attempt: str) -> dict[str, Any] | None:
-    """The attempt's last whole line; None where there is none. Reads the end of the file alone."""
+def newest_lines(
+    run: RunDirectory, attempt: str, count: int, upto: int | None = None
+) -> list[dict[str, Any]]:
+    """The attempt's last `count` whole lines, of steps up to `upto`, oldest first; fewer where it
+    has fewer. Reads the end of the file alone."""
     try:
-        with run.metrics_of(attempt).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            data = file.read()
+        file = run.metrics_of(attempt).open("rb")
     except FileNotFoundError:
-        return None
-    whole = data[: data.rfind(b"\n") + 1].splitlines()
-    return next((line for text in reversed(whole) if (line := _parse(text)) is not None), None)
+        return []
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        length = _TAIL_BYTES
+        while True:
+            file.seek(max(0, size - length))
+            data = file.read(min(size, length))
+            # Where the reading began in the middle of a line, its rest is no line.
+            texts = data[: data.rfind(b"\n") + 1].splitlines()[length < size :]
+            lines = [line for text in texts if (line := _parse(text)) is not None]
+            lines = [line for line in lines if upto is None or line["step"] <= upto]
+            if len(lines) >= count or length >= size:
+                return lines[-count:] if count > 0 else []
+            length *= 4
 
 
 def number_of(line: Mapping[str, Any], key: str) -> float | None:

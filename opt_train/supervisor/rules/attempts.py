@@ -29,7 +29,7 @@ from opt_train.run.state import OBEYED, WITHDRAWN
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.rules import snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
-from opt_train.supervisor.rules.context import Context, Decision, Record, number_in
+from opt_train.supervisor.rules.context import Context, Decision, Record
 from opt_train.supervisor.rules.nodes import close_incidents, halt, is_warm
 
 BUFFER_SECONDS = 5.0
@@ -209,17 +209,21 @@ def report_in_force(s: Context) -> list[Decision]:
 
 def begin_training(s: Context) -> list[Decision]:
     attempt = s.attempt
-    if attempt.began or s.view.step <= attempt.start_step:
+    if attempt.began or s.view.training.history.step <= attempt.start_step:
         return []
     seconds = max(0.0, s.view.now.wall - attempt.started)
-    return [Record(TrainingBegan(attempt.generation, round(seconds, 3)), step=s.view.step)]
+    return [
+        Record(
+            TrainingBegan(attempt.generation, round(seconds, 3)), step=s.view.training.history.step
+        )
+    ]
 
 
 def close_recovered(s: Context) -> list[Decision]:
     """An incident is over when training is again where it was when it failed."""
     decisions: list[Decision] = []
     for incident in s.state.open_incidents:
-        if not incident.first_step or s.view.step < incident.step:
+        if not incident.first_step or s.view.training.history.step < incident.step:
             continue
         closed = IncidentClosed(
             incident.number,
@@ -228,7 +232,7 @@ def close_recovered(s: Context) -> list[Decision]:
             seconds_lost=round(max(0.0, s.view.now.wall - incident.opened), 3),
             down_seconds=round(max(0.0, incident.first_step - incident.opened), 3),
         )
-        decisions.append(Record(closed, step=s.view.step))
+        decisions.append(Record(closed, step=s.view.training.history.step))
     return decisions
 
 
@@ -285,13 +289,13 @@ def report_dropped(s: Context) -> list[Decision]:
 def finish(s: Context) -> list[Decision]:
     """All steps are done."""
     measured = s.state.validation
-    loss = number_in(s.view.last_line, "loss")
+    loss = s.view.training.history.newest("loss")
     if loss is None:
         loss = measured.loss if measured else math.nan
     train = s.config.train
-    tokens = s.view.last_line.get(
-        "tokens", train.steps * train.global_batch * s.config.data.sequence_length
-    )
+    tokens = s.view.training.history.newest("tokens")
+    if tokens is None:
+        tokens = train.steps * train.global_batch * s.config.data.sequence_length
     finished = RunFinished(
         loss=loss,
         validation_perplexity=measured.perplexity if measured else math.nan,

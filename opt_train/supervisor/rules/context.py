@@ -1,10 +1,9 @@
 """What the rules of the policy look at: state, observation and configuration in one, and questions
 about them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from opt_logbook.record.events import Event
 
@@ -72,8 +71,8 @@ class Context:
         attempt = self.state.attempt
         if attempt is None:
             return 0
-        if self.view.step >= 0:
-            return self.view.step
+        if self.view.training.history.step >= 0:
+            return self.view.training.history.step
         # A supervisor that has just come has heard no metrics yet; where the ranks are is the next
         # best.
         running = [slot.step for _, slot in self.running(attempt.generation)]
@@ -154,12 +153,3 @@ class Context:
         if self.view.was_sent(FenceNode(node), within=FENCE_AGAIN_SECONDS):
             return False
         return self.view.is_down(node) or self.view.age(view.silent_since) >= UNREACHABLE_SECONDS
-
-
-def number_in(line: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key` of a metrics line, NaN and infinities too, which travel as words;
-    None: there is none."""
-    try:
-        return float(line[key])
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -5,7 +5,6 @@ Silence is unknown, not dead: it counts only together with training that does no
 """
 
 from opt_train.protocol.facts import SlotState
-from opt_train.supervisor.cluster_view import is_first
 from opt_train.supervisor.rules.context import (
     LEASE_MARGIN,
     UNREACHABLE_SECONDS,
@@ -13,6 +12,7 @@ from opt_train.supervisor.rules.context import (
     Decision,
 )
 from opt_train.supervisor.rules.failures import failure
+from opt_train.supervisor.training_view import is_first
 
 FRESH_SECONDS = 5.0
 """A pulse comes every second; what is older than this tells nothing of now."""
@@ -31,7 +31,10 @@ def watch_hang(s: Context) -> list[Decision]:
     moves, nobody hangs, and while a stopped one is within its limit, nobody else is named in its
     place.
     """
-    if not s.view.watching or s.view.age(s.view.moved_at) < s.config.supervisor.minimum_seconds:
+    if (
+        not s.view.watching
+        or s.view.age(s.view.training.moved_at) < s.config.supervisor.minimum_seconds
+    ):
         return []
     attempt = s.attempt
     ended = s.generation.exits
@@ -84,7 +87,9 @@ def _is_fresh(s: Context, node: str) -> bool:
 
 
 def is_over(s: Context, node: str, rank: SlotState) -> bool:
-    return _seconds(s, node, rank) > s.view.timeouts.limit(rank.phase, is_first(rank.step, s.state))
+    return _seconds(s, node, rank) > s.view.training.timeouts.limit(
+        rank.phase, is_first(rank.step, s.state)
+    )
 
 
 def _seconds(s: Context, node: str, rank: SlotState) -> float:
@@ -100,7 +105,7 @@ def watch_silence(s: Context) -> list[Decision]:
     patience = LEASE_MARGIN * s.config.supervisor.orphan_seconds + UNREACHABLE_SECONDS
     if attempt.leader != s.state.leader:
         patience = max(patience, s.config.supervisor.join_seconds)
-    if s.view.age(s.view.moved_at) <= patience:
+    if s.view.age(s.view.training.moved_at) <= patience:
         return []
     for node in attempt.nodes:
         view = s.view.node(node)

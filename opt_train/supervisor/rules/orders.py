@@ -77,7 +77,7 @@ def fail_late_order(s: Context) -> list[Decision]:
 
 def _is_late(s: Context) -> bool:
     """No agreement within a step's limit, phases apart in which no step ends."""
-    limit = s.view.timeouts.limit("step", first=False)
+    limit = s.view.training.timeouts.limit("step", first=False)
     if s.view.age(s.view.order_since) <= limit:
         return False
     generation = s.attempt.generation
@@ -86,7 +86,7 @@ def _is_late(s: Context) -> bool:
         for node, slot in s.running(generation)
         if s.view.node(node).connected
     )
-    return not busy or s.view.age(s.view.moved_at) > limit
+    return not busy or s.view.age(s.view.training.moved_at) > limit
 
 
 def relay(s: Context) -> list[Decision]:

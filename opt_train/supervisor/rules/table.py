@@ -23,7 +23,7 @@ from opt_train.supervisor.rules import (
     orders,
     snapshots,
 )
-from opt_train.supervisor.rules.context import Context, Decision, number_in
+from opt_train.supervisor.rules.context import Context, Decision
 
 Rule = Callable[[Context], list[Decision]]
 
@@ -150,13 +150,12 @@ def show(s: Context) -> list[Decision]:
     standing = [
         n for n, r in s.state.nodes.items() if r.role == "buffer" and s.view.node(n).connected
     ]
-    line = s.view.line
     now = Show(
         stage=s.state.stage,
         step=s.step,
         steps=s.config.train.steps,
-        loss=number_in(line, "loss"),
-        tokens_per_second=number_in(line, "tokens_per_second"),
+        loss=s.view.training.history.newest_of_attempt("loss"),
+        tokens_per_second=s.view.training.history.newest_of_attempt("tokens_per_second"),
         active_nodes=sum(s.view.node(n).connected for n in places),
         buffer_nodes=len(standing),
         attempt=s.state.attempt.name if s.state.attempt else "",

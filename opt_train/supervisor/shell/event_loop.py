@@ -110,8 +110,8 @@ class EventLoop:
         self._lost_link = asyncio.Event()
         self._letters: set[Path] = set()
         self._rendering: asyncio.subprocess.Process | None = None
-        self.recalls: Input | None = None
-        """Told to the core first: what was known when the supervisor before died."""
+        self.recalled: Input | None = None
+        """The core's first input: what was known when the supervisor before died."""
 
     async def run(self) -> Finish:
         """Supervise to the end. A failure of the supervisor itself is an end too, with code 3."""
@@ -162,8 +162,8 @@ class EventLoop:
             loop.add_signal_handler(number, partial(self.tell, StopAsked(number.name)))
         performing = self._start(self._performer.run())
         self._performer.take(self._core.begin(_now()))
-        if self.recalls is not None:
-            self._performer.take(self._core.handle(self.recalls, _now()))
+        if self.recalled is not None:
+            self._performer.take(self._core.handle(self.recalled, _now()))
         self._performer.then(
             lambda: self._start(self._observe())
         )  # agents that were just started are seen as such

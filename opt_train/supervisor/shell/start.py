@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TextIO
+from typing import Any, TextIO
 
 from opt_logbook.record import metrics
 from opt_logbook.record.events import Entry, Event, JournalDamaged, RunCreated
@@ -24,7 +24,8 @@ from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
-from opt_train.supervisor.inputs import Identity, MetricsReceived
+from opt_train.supervisor.inputs import Identity, MetricsRecalled
+from opt_train.supervisor.metric_history import HISTORY_STEPS
 from opt_train.supervisor.shell.event_loop import Core, EventLoop
 from opt_train.supervisor.shell.status_line import StatusLine, printable
 from opt_train.supervisor.shell.supervisor_log import SupervisorLog
@@ -101,7 +102,7 @@ def supervise(
                     supervision = EventLoop(
                         run, lock, journal, cluster, plan, core, identity, status, secret
                     )
-                    supervision.recalls = _recalled(run, state)
+                    supervision.recalled = _recalled(run, state)
                     finish = asyncio.run(supervision.run())
                 finally:
                     status.close()
@@ -116,16 +117,22 @@ def supervise(
     return finish.code
 
 
-def _recalled(run: RunDirectory, state: RunState) -> MetricsReceived | None:
-    """The newest line that the supervisor before heard of the attempt that may still live: where
-    training was."""
+def _recalled(run: RunDirectory, state: RunState) -> MetricsRecalled | None:
+    """The newest lines that the supervisor before filed of the attempt that may still live, and of
+    those that it descends from: where training was, and how it came there."""
     live = state.live
-    line = None if live is None else metrics.newest(run, live.name)
-    return (
-        None
-        if live is None or line is None
-        else MetricsReceived(live.nodes[0], live.generation, line)
-    )
+    if live is None:
+        return None
+    of_attempt = metrics.newest_lines(run, live.name, HISTORY_STEPS)
+    before: list[Mapping[str, Any]] = []
+    name, limit = state.history.get(live.name, ("", 0))
+    while name and len(before) + len(of_attempt) < HISTORY_STEPS:
+        missing = HISTORY_STEPS - len(before) - len(of_attempt)
+        before = [*metrics.newest_lines(run, name, missing, limit), *before]
+        # A parent's steps beyond its child's start are no part of the chain.
+        name, start = state.history.get(name, ("", 0))
+        limit = min(limit, start)
+    return MetricsRecalled(tuple(before), tuple(of_attempt))
 
 
 def _folded(journal: Journal) -> RunState:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from opt_logbook.record.metrics import JOURNAL_HEAD, MetricsWriter, newest, number_of, read
+from opt_logbook.record.metrics import JOURNAL_HEAD, MetricsWriter, newest_lines, number_of, read
 from opt_logbook.record.run_directory import RunDirectory
 
 
@@ -70,12 +70,33 @@ def test_what_is_no_number_is_none() -> None:
 
 def test_the_newest_line_is_the_last_whole_one_however_long_the_file(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    assert newest(run, "1.00") is None
+    assert newest_lines(run, "1.00", 1) == []
     with MetricsWriter(run) as writer:
         for step in range(1, 2001):
             writer.append("1.00", {"step": step, "padding": "x" * 100})
     with run.metrics_of("1.00").open("ab") as file:
         file.write(b'{"step":2001,"lo')
-    line = newest(run, "1.00")
-    assert line is not None
+    (line,) = newest_lines(run, "1.00", 1)
     assert line["step"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("count", "upto", "expected"),
+    [
+        (3, None, [1998, 1999, 2000]),
+        (0, None, []),
+        (1500, None, list(range(501, 2001))),
+        (9000, None, list(range(1, 2001))),
+        (2, 7, [6, 7]),
+        (9, 0, []),
+    ],
+)
+def test_the_newest_lines_are_read_from_the_end(
+    tmp_path: Path, count: int, upto: int | None, expected: list[int]
+) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricsWriter(run) as writer:
+        for step in range(1, 2001):
+            writer.append("1.00", {"step": step, "padding": "x" * 100})
+    lines = newest_lines(run, "1.00", count, upto)
+    assert [line["step"] for line in lines] == expected
