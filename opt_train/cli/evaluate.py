@@ -18,7 +18,7 @@ from opt_train.data.batches import ValidationSet, open_split
 from opt_train.data.manifest import HELD_OUT, TRAIN, DatasetManifest, check_fits
 from opt_train.evaluate.generate import Sampling
 from opt_train.evaluate.generate import generate as generated
-from opt_train.evaluate.perplexity import Measured, perplexity
+from opt_train.evaluate.perplexity import MeanLoss, perplexity
 from opt_train.protocol.exits import DONE, BadInput
 from opt_train.run.checkpoint_choice import CheckpointChoice
 
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _as_json(
-    subject: CheckpointChoice, dataset: DatasetManifest, measured: Mapping[str, Measured]
+    subject: CheckpointChoice, dataset: DatasetManifest, measured: Mapping[str, MeanLoss]
 ) -> str:
     payload = {
         "name": subject.name,
@@ -110,7 +110,7 @@ def _as_json(
 
 
 def _as_table(
-    subject: CheckpointChoice, dataset: DatasetManifest, measured: Mapping[str, Measured]
+    subject: CheckpointChoice, dataset: DatasetManifest, measured: Mapping[str, MeanLoss]
 ) -> str:
     width = max(len(name) for name in ("set", *measured))
     lines = [f"{subject.name} at step {subject.checkpoint.step}; loss in nats a token"]

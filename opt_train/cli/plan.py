@@ -11,10 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from opt_train.config.run_config import RunConfig
-from opt_train.plan.comparison import TOLERANCE, Row, collective_rows, memory_rows, reason
+from opt_train.config.sentences import listed
+from opt_train.plan.comparison import (
+    TOLERANCE,
+    Comparison,
+    compare_collectives,
+    compare_memory,
+    reason_for_difference,
+)
 from opt_train.plan.page import in_units, page, table
 from opt_train.plan.plan import Plan, plan_of
-from opt_train.plan.refusals import listed, refusals
+from opt_train.plan.refusals import refusals
 from opt_train.plan.throughput import GPUS, OPT_MFU, Gpu
 from opt_train.protocol.exits import DONE, NO, BadInput
 
@@ -129,9 +136,9 @@ def plan(configs: Sequence[RunConfig], wishes: PlanOptions) -> int:
 class Compared:
     """A plan's figures beside those of its rehearsals."""
 
-    memory: Mapping[str, list[Row]]
+    memory: Mapping[str, list[Comparison]]
     """By mode of activation checkpointing."""
-    collectives: list[Row]
+    collectives: list[Comparison]
     """Under the mode that is configured."""
     rehearsals: Mapping[str, Mapping[str, Any]]
 
@@ -139,8 +146,8 @@ class Compared:
 def _compare(made: Plan) -> Compared:
     rehearsals = dict(zip((one.mode for one in made.memory), _rehearse(made), strict=True))
     return Compared(
-        {one.mode: memory_rows(one, rehearsals[one.mode]) for one in made.memory},
-        collective_rows(made.collectives, rehearsals[made.configured.mode]),
+        {one.mode: compare_memory(one, rehearsals[one.mode]) for one in made.memory},
+        compare_collectives(made.collectives, rehearsals[made.configured.mode]),
         rehearsals,
     )
 
@@ -178,7 +185,7 @@ def _comparison_page(made: Plan, compared: Compared) -> str:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row.agrees:
-            reasons.setdefault(reason(row, made.config), []).append(row.what)
+            reasons.setdefault(reason_for_difference(row, made.config), []).append(row.what)
     for why, which in reasons.items():
         parts.append(
             f"{'; '.join(dict.fromkeys(which))}: differ by more than {TOLERANCE:.0%}, because {why}"
@@ -188,7 +195,7 @@ def _comparison_page(made: Plan, compared: Compared) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[str, list[str]]:
+def _cells(row: Comparison) -> tuple[str, list[str]]:
     numbers = [f"{n:,}" if row.is_count else in_units(n) for n in (row.planned, row.rehearsed)]
     return row.what, [*numbers, "" if row.difference is None else f"{row.difference:+.1%}"]
 
@@ -221,7 +228,7 @@ def _payload(made: Plan, against: list[str], compared: Compared | None) -> dict[
         payload["rehearsals"] = dict(compared.rehearsals)
         payload["comparison"] = [
             {"mode": mode, **asdict(row), "difference": row.difference}
-            | ({} if row.agrees else {"reason": reason(row, config)})
+            | ({} if row.agrees else {"reason": reason_for_difference(row, config)})
             for mode, row in rows
         ]
     return payload

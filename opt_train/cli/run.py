@@ -30,7 +30,7 @@ from opt_train.run.lineage import (
     write_configuration,
 )
 from opt_train.run.report import summary
-from opt_train.sinks.start import SinkProcesses
+from opt_train.sinks.sink_processes import SinkProcesses
 
 
 def run(config: RunConfig, prepare: Callable[[], int]) -> int:

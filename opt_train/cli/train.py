@@ -83,7 +83,7 @@ from opt_train.run.lineage import (
 from opt_train.run.report import summary
 from opt_train.run.retention import dispensable
 from opt_train.run.state import RunState
-from opt_train.sinks.start import SinkProcesses
+from opt_train.sinks.sink_processes import SinkProcesses
 from opt_train.supervisor.effects import CommitManifest
 from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.shell.start import damage_question

@@ -1,12 +1,12 @@
 """Frozen dataclasses from plain mappings, strictly: each name and each type is checked, and a
 mistake is a sentence."""
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from opt_train.config.sentences import did_you_mean, shown
 from opt_train.protocol.exits import BadInput
 
 Room = TypeVar("Room")
@@ -82,19 +82,3 @@ def _example(kind: type, default: object) -> str:
     if default is MISSING or isinstance(default, bool):
         return "true" if kind is bool else "1"
     return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def shown(value: object) -> str:
-    return '""' if value == "" else str(value)
-
-
-def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """`; did you mean ...?` with the nearest candidate, or where to look them up."""
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong room: lr for optim.lr
-        near = [c for c in candidates if c.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    if near:
-        return f"; did you mean {near[0]}?"
-    if len(candidates) <= 12:
-        return f"; choose from {', '.join(candidates)}"
-    return "; `opt-train run --cfg job` prints them all"

@@ -4,10 +4,10 @@ failure is a sentence with the key and the fix. What a value must be by itself s
 
 import importlib.util
 import socket
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opt_train.config.keys import obey_laws
+from opt_train.config.sentences import listed
 from opt_train.data.named_sets import named_sets
 from opt_train.optim.loss_scale_policy import CEILING, SMALLEST, policy_of
 from opt_train.protocol.exits import BadInput
@@ -111,7 +111,7 @@ def _files(config: "RunConfig") -> None:
             )
         case missing:
             examples = " ".join(f"{key}={EXAMPLE_FILES[key]}" for key in missing)
-            raise BadInput(f"{_listed(missing, 'and')} have no value; give them, as {examples}")
+            raise BadInput(f"{listed(missing, 'and')} have no value; give them, as {examples}")
 
 
 def _batches(config: "RunConfig") -> None:
@@ -254,7 +254,7 @@ def _tensor(config: "RunConfig") -> None:
                 n for n in range(1, size + 1) if all(each % n == 0 for each in split.values())
             ]
             raise BadInput(
-                f"parallel.tensor={degree} must divide {key}={size}; use {_listed(divisors)}"
+                f"parallel.tensor={degree} must divide {key}={size}; use {listed(divisors)}"
             )
 
 
@@ -268,7 +268,7 @@ def _tensor_groups(config: "RunConfig") -> None:
         raise BadInput(
             f"parallel.tensor={degree} must divide cluster.slots_per_node={slots}, because the "
             "ranks that compute one "
-            f"layer are of one node; use {_listed(fitting)}, or cluster.slots_per_node={degree}"
+            f"layer are of one node; use {listed(fitting)}, or cluster.slots_per_node={degree}"
         )
 
 
@@ -298,22 +298,22 @@ def _checkpoints(config: "RunConfig") -> None:
         raise BadInput(
             f"checkpoint.milestone_every_steps={milestones} must be a multiple of "
             f"checkpoint.every_steps={every}, or "
-            f"milestones would not be saved; use {_listed(near)}, or 0 for none"
+            f"milestones would not be saved; use {listed(near)}, or 0 for none"
         )
 
 
 def _tiers(config: "RunConfig") -> None:
     memory, node = config.checkpoint.memory_every_steps, config.checkpoint.node_every_steps
     if node and (not memory or node % memory):
-        mend = (
-            f"use {_listed(_multiples_near(node, memory))}"
+        fix = (
+            f"use {listed(_multiples_near(node, memory))}"
             if memory
             else "set checkpoint.memory_every_steps too"
         )
         raise BadInput(
             f"checkpoint.node_every_steps={node} must be a multiple of "
             f"checkpoint.memory_every_steps={memory}: what "
-            f"goes to a node's disk comes from its memory; {mend}, or 0 for none"
+            f"goes to a node's disk comes from its memory; {fix}, or 0 for none"
         )
 
 
@@ -324,10 +324,4 @@ def _multiples_near(number: int, of: int) -> list[int]:
 def _nearest_divisors(number: int, wanted: int) -> str:
     below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
     above = next((n for n in range(wanted, min(2 * wanted, number) + 1) if number % n == 0), below)
-    return _listed(sorted({below, above}))
-
-
-def _listed(items: Sequence[object], last: str = "or") -> str:
-    """`1, 2 or 4`."""
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+    return listed(sorted({below, above}))

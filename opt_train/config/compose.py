@@ -14,10 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opt_train.config.builder import build, did_you_mean
+from opt_train.config.builder import build
 from opt_train.config.checks import check
 from opt_train.config.difference import flatten
 from opt_train.config.run_config import RunConfig
+from opt_train.config.sentences import did_you_mean
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:

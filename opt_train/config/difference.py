@@ -4,9 +4,9 @@ operational."""
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from opt_train.config.builder import shown
 from opt_train.config.keys import keys_of
 from opt_train.config.run_config import RunConfig
+from opt_train.config.sentences import shown
 from opt_train.protocol.keys import KeyKind
 
 _KINDS = {key.name: key.kind for key in keys_of(RunConfig)}

@@ -245,8 +245,8 @@ def _manager_of(names: Sequence[str]) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            mend = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
-            raise BadInput(f"{name} is no task of lm_eval {version('lm_eval')}; {mend}")
+            fix = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
+            raise BadInput(f"{name} is no task of lm_eval {version('lm_eval')}; {fix}")
     return manager
 
 

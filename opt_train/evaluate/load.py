@@ -31,7 +31,7 @@ def load_model(
 
     Args:
         manifest_sha256: the checkpoint's, as the journal has it.
-        progress: told bytes read and in all.
+        progress: called with the bytes read and in all.
 
     Raises:
         CheckpointError: it does not verify, or is of another model.

@@ -15,7 +15,7 @@ LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeanLoss:
     """The mean over a validation set."""
 
     loss: float
@@ -35,16 +35,16 @@ def perplexity(
     micro_batch: int,
     device: torch.device,
     progress: Callable[[int, int], None],
-) -> Measured:
+) -> MeanLoss:
     """The model's loss over all whole sequences of a validation set: what training measures too.
 
     Args:
         model: on `device`, in evaluation mode.
         micro_batch: sequences at once.
-        progress: told sequences done and in all.
+        progress: called with the sequences done and in all.
     """
     batches = validation.share(data_rank=0, data_world=1, micro_batch=micro_batch)
     loss_sum, tokens = loss_over(
         model, batches, device, lambda done: progress(done, validation.sequences)
     )
-    return Measured(loss_sum / tokens, tokens)
+    return MeanLoss(loss_sum / tokens, tokens)

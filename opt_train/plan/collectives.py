@@ -34,12 +34,12 @@ class Collective:
 
 def collectives_of(config: RunConfig, layout: Layout) -> list[Collective]:
     """All of a step's, those with most bytes first."""
-    ledger = _Ledger()
+    tally = _Tally()
     batch = Batch.of(config, layout)
-    _weights(ledger, config, layout, batch.micro_batches)
+    _weights(tally, config, layout, batch.micro_batches)
     if layout.tensor > 1:
-        _tensor(ledger, config, layout, batch)
-    ledger.add("all_reduce", "world", 16, 1)  # squares of the gradient, and tokens, in fp64
+        _tensor(tally, config, layout, batch)
+    tally.add("all_reduce", "world", 16, 1)  # squares of the gradient, and tokens, in fp64
     sizes = {
         "shard": layout.shard,
         "replicate": layout.replicate,
@@ -47,13 +47,13 @@ def collectives_of(config: RunConfig, layout: Layout) -> list[Collective]:
         "world": layout.world_size,
     }
     rows = [
-        Collective(kind, group, sizes[group], ledger.bytes[kind, group], n)
-        for (kind, group), n in ledger.count.items()
+        Collective(kind, group, sizes[group], tally.bytes[kind, group], n)
+        for (kind, group), n in tally.count.items()
     ]
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-class _Ledger:
+class _Tally:
     def __init__(self) -> None:
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.count: Counter[tuple[str, str]] = Counter()
@@ -64,7 +64,7 @@ class _Ledger:
         self.count[kind, group] += times
 
 
-def _weights(ledger: _Ledger, config: RunConfig, layout: Layout, micro_batches: int) -> None:
+def _weights(tally: _Tally, config: RunConfig, layout: Layout, micro_batches: int) -> None:
     """FSDP: a block's weights for each pass, the root's once; gradients summed after each
     micro-batch or the last."""
     model, shard = config.model, layout.shard
@@ -76,18 +76,18 @@ def _weights(ledger: _Ledger, config: RunConfig, layout: Layout, micro_batches: 
     )
     for pieces, times, passes in parts:
         if shard > 1:
-            ledger.add(
+            tally.add(
                 "all_gather",
                 "shard",
                 compute * padded(pieces, shard),
                 times * passes * micro_batches,
             )
-            ledger.add("reduce_scatter", "shard", SUM_BYTES * padded(pieces, shard), times * sums)
+            tally.add("reduce_scatter", "shard", SUM_BYTES * padded(pieces, shard), times * sums)
         if layout.replicate > 1:
-            ledger.add("all_reduce", "replicate", SUM_BYTES * sharded(pieces, shard), times)
+            tally.add("all_reduce", "replicate", SUM_BYTES * sharded(pieces, shard), times)
 
 
-def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) -> None:
+def _tensor(tally: _Tally, config: RunConfig, layout: Layout, batch: Batch) -> None:
     """Sequence parallelism: what is split along the sequence is gathered before matrices and
     scattered behind them."""
     model, times = config.model, batch.micro_batches
@@ -96,32 +96,32 @@ def _tensor(ledger: _Ledger, config: RunConfig, layout: Layout, batch: Batch) ->
     hidden, embedded = compute * tokens * model.d_model, compute * tokens * model.embedding_width
     again = config.parallel.activation_checkpointing == "full"
     for kind in ("all_gather", "reduce_scatter"):
-        ledger.add(kind, "tensor", hidden, 2 * model.layers * (3 if again else 2) * times)
-        ledger.add(kind, "tensor", embedded, 2 * times)  # of the embedding and of the head
+        tally.add(kind, "tensor", hidden, 2 * model.layers * (3 if again else 2) * times)
+        tally.add(kind, "tensor", embedded, 2 * times)  # of the embedding and of the head
     if again and model.dropout == 0 and model.layer_norm == "pre":
         # With neither a mask nor a norm behind it to make again, a block's last sum is not done
         # again.
-        ledger.add("reduce_scatter", "tensor", hidden, -model.layers * times)
+        tally.add("reduce_scatter", "tensor", hidden, -model.layers * times)
     if model.embedding_width != model.d_model:
         for size in (embedded, hidden):
-            ledger.add("all_gather", "tensor", size, times)
-            ledger.add("reduce_scatter", "tensor", size, times)
-            ledger.add("all_to_all", "tensor", size, 2 * times)
+            tally.add("all_gather", "tensor", size, times)
+            tally.add("reduce_scatter", "tensor", size, times)
+            tally.add("all_to_all", "tensor", size, 2 * times)
     # Gradients of what every rank of the group has whole, as they come or, where they wait for the
     # last micro-batch, their sums in fp32. Those of biases behind a scattered product are the same
     # everywhere.
     waiting = config.parallel.accumulate == "whole" and times > 1
     width, sums = (SUM_BYTES, 1) if waiting else (compute, times)
     normed = 4 * model.layers + (2 if model.layer_norm == "pre" else 0)
-    ledger.add("all_reduce", "tensor", width * model.d_model, normed * sums)
+    tally.add("all_reduce", "tensor", width * model.d_model, normed * sums)
     positions = root_pieces(model, layout.tensor)[1]
-    ledger.add("all_reduce", "tensor", width * positions.elements, sums)
+    tally.add("all_reduce", "tensor", width * positions.elements, sums)
     rows = tokens_at_once(model.vocab_size // layout.tensor)
     slices = -(-tokens // rows)
-    ledger.add("all_reduce", "tensor", SUM_BYTES, times)  # the last layer's norm
+    tally.add("all_reduce", "tensor", SUM_BYTES, times)  # the last layer's norm
     for number in range(slices):
         part = min(rows, tokens - number * rows)
-        ledger.add("all_reduce", "tensor", SUM_BYTES * part, times)  # largest logits
-        ledger.add(
+        tally.add("all_reduce", "tensor", SUM_BYTES * part, times)  # largest logits
+        tally.add(
             "all_reduce", "tensor", 2 * SUM_BYTES * part, times
         )  # sums of exponentials, logits of the targets

@@ -14,7 +14,7 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Comparison:
     """One figure of two origins; bytes, or a number of collectives."""
 
     what: str
@@ -34,22 +34,26 @@ class Row:
         )
 
 
-def memory_rows(memory: Memory, rehearsal: Mapping[str, Any]) -> list[Row]:
+def compare_memory(memory: Memory, rehearsal: Mapping[str, Any]) -> list[Comparison]:
     """`memory` beside the rehearsal of the same mode."""
     state = rehearsal["state"]
     return [
-        Row("weights, a shard", memory.shards.parameters, state["parameters"]),
-        Row("gradients, a shard", memory.shards.gradients, state["gradients"]),
-        Row("Adam's moments, a shard", memory.shards.optimizer, state["optimizer"]),
-        Row(
+        Comparison("weights, a shard", memory.shards.parameters, state["parameters"]),
+        Comparison("gradients, a shard", memory.shards.gradients, state["gradients"]),
+        Comparison("Adam's moments, a shard", memory.shards.optimizer, state["optimizer"]),
+        Comparison(
             "kept for backward, all of it", memory.kept_for_backward, rehearsal["kept_for_backward"]
         ),
-        Row("largest single tensor", memory.largest_temporary, rehearsal["largest_temporary"]),
-        Row("peak", memory.peak.total, rehearsal["peak"]),
+        Comparison(
+            "largest single tensor", memory.largest_temporary, rehearsal["largest_temporary"]
+        ),
+        Comparison("peak", memory.peak.total, rehearsal["peak"]),
     ]
 
 
-def collective_rows(collectives: Iterable[Collective], rehearsal: Mapping[str, Any]) -> list[Row]:
+def compare_collectives(
+    collectives: Iterable[Collective], rehearsal: Mapping[str, Any]
+) -> list[Comparison]:
     """Bytes and numbers by kind and size of the group, which is all that a rehearsal sees of a
     group."""
     planned_bytes: Counter[tuple[str, int]] = Counter()
@@ -62,14 +66,14 @@ def collective_rows(collectives: Iterable[Collective], rehearsal: Mapping[str, A
     for kind, ranks in sorted({*planned_bytes, *sent}):
         seen = sent.get((kind, ranks), {"bytes": 0, "count": 0})
         name = f"{kind} over {ranks:,}"
-        rows.append(Row(f"{name}, bytes", planned_bytes[kind, ranks], seen["bytes"]))
+        rows.append(Comparison(f"{name}, bytes", planned_bytes[kind, ranks], seen["bytes"]))
         rows.append(
-            Row(f"{name}, number", planned_count[kind, ranks], seen["count"], is_count=True)
+            Comparison(f"{name}, number", planned_count[kind, ranks], seen["count"], is_count=True)
         )
     return rows
 
 
-def reason(row: Row, config: RunConfig) -> str:
+def reason_for_difference(row: Comparison, config: RunConfig) -> str:
     """Why `row` differs, as far as it is known."""
     model, kind = config.model, row.what.partition(" ")[0]
     exchanged = model.embedding_width != model.d_model and config.parallel.tensor > 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from opt_train.config.run_config import RunConfig
 from opt_train.parallel.layout import Layout
 from opt_train.plan.pieces import block_pieces, root_pieces, sharded
-from opt_train.plan.step_memory import MOMENT_BYTES, WIDTHS, Moment, StepMemory
+from opt_train.plan.step_memory import MOMENT_BYTES, WIDTHS, Allocation, StepMemory
 
 MODES = ("none", "selective", "full")
 """Of activation checkpointing, from most memory to least."""
@@ -35,7 +35,7 @@ class Memory:
     kept_for_backward: int
     """Those, and what else that forward pass leaves behind: the head's gradients, the root's
     gathered weights."""
-    peak: Moment
+    peak: Allocation
     largest_temporary: int
     """The largest single tensor that is no shard."""
 
@@ -56,6 +56,6 @@ def memory_of(config: RunConfig, layout: Layout, mode: str) -> Memory:
         shards=shards_of(config, layout),
         activations=step.layers * step.block_kept(mode),
         kept_for_backward=step.root_weights + step.model_kept + step.loss_kept,
-        peak=max(step.moments(), key=lambda moment: moment.total),
+        peak=max(step.allocations(), key=lambda moment: moment.total),
         largest_temporary=step.largest,
     )

@@ -212,12 +212,10 @@ def _checkpoint(plan: Plan) -> str:
             )
         )
     if policy.keep_hours:
-        told = (
-            "at the pace planned"
-            if plan.throughput.step_seconds
-            else "not counted: no step's time is known"
-        )
-        rows.append(("", f"those of the last {policy.keep_hours:g} hours {told}"))
+        pace = "at the pace planned"
+        if not plan.throughput.step_seconds:
+            pace = "not counted: no step's time is known"
+        rows.append(("", f"those of the last {policy.keep_hours:g} hours {pace}"))
     rows += [*_snapshots(plan), *_losses(plan)]
     return "\n".join(["checkpoint", *(f"  {name:{LABEL - 2}}{text}" for name, text in rows)])
 

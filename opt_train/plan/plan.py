@@ -1,4 +1,4 @@
-"""All that can be said of a run that has not started. Standard library only."""
+"""All that is known of a run that has not started. Standard library only."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ GB = 10**9
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class CheckpointCost:
     """What one save writes; bytes."""
 
     bytes: int
@@ -46,7 +46,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that can be said of a run that has not started."""
+    """All that is known of a run that has not started."""
 
     config: RunConfig
     layout: Layout
@@ -59,7 +59,7 @@ class Plan:
     """Under each mode of activation checkpointing (`MODES`)."""
     collectives: tuple[Collective, ...]
     throughput: Throughput
-    checkpoint: Checkpoint
+    checkpoint: CheckpointCost
 
     @property
     def configured(self) -> Memory:
@@ -105,11 +105,11 @@ def _without_a_node(config: RunConfig) -> Batch | None:
         return None
 
 
-def _checkpoint(config: RunConfig, layout: Layout, time: Throughput) -> Checkpoint:
+def _checkpoint(config: RunConfig, layout: Layout, time: Throughput) -> CheckpointCost:
     size = (WIDTHS[config.precision.weights] + MOMENT_BYTES) * parameter_count(config.model)
     ranks = layout.shard * layout.tensor
     kept = config.checkpoint.most_kept(time.steps, time.step_seconds)
     part = -(-size // ranks)
-    return Checkpoint(
+    return CheckpointCost(
         size, part, ranks, kept, (kept + 1) * size, part * config.cluster.slots_per_node
     )

@@ -1,9 +1,10 @@
-"""What speaks against a plan, in sentences that name what would mend it. Standard library only."""
+"""What speaks against a plan, in sentences that name what would fix it. Standard library only."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from opt_train.config.run_config import RunConfig
+from opt_train.config.sentences import listed
 from opt_train.parallel.layout import Layout
 from opt_train.plan.batch import Batch
 from opt_train.plan.memory import MODES, memory_of
@@ -14,7 +15,7 @@ IDLE_SHARE_MAX = 0.10
 
 
 def refusals(plan: Plan, allow_idle: bool) -> list[str]:
-    """Why the run should not start as it is, a sentence with the mend each."""
+    """Why the run should not start as it is, a sentence with the fix each."""
     sentences = []
     if not plan.fits:
         sentences.append(_does_not_fit(plan))
@@ -25,22 +26,20 @@ def refusals(plan: Plan, allow_idle: bool) -> list[str]:
 
 def _does_not_fit(plan: Plan) -> str:
     peak, memory = plan.configured.peak, plan.gpu.memory_gb
-    mends = list(_fitting(_single_changes(plan), plan)) or list(_fitting(_everything(plan), plan))
-    # A tensor group is within a node.
-    larger = (
-        "a larger one, or "
-        if plan.config.parallel.tensor < plan.config.cluster.slots_per_node
-        else ""
-    )
-    mend = (
-        f"use {listed(mends)}"
-        if mends
-        else f"no number of nodes mends that with this parallel.tensor; use {larger}GPUs with "
-        "more memory"
-    )
+    fixes = list(_fitting(_single_changes(plan), plan)) or list(_fitting(_everything(plan), plan))
+    if fixes:
+        fix = f"use {listed(fixes)}"
+    else:
+        # A tensor group is within a node.
+        can_grow = plan.config.parallel.tensor < plan.config.cluster.slots_per_node
+        larger = "a larger one, or " if can_grow else ""
+        fix = (
+            f"no number of nodes mends that with this parallel.tensor; use {larger}GPUs with "
+            "more memory"
+        )
     return (
         f"a rank needs {peak.total / GB:.1f} GB in {peak.when}, and the {plan.gpu.name} has "
-        f"{memory:g}; {mend}"
+        f"{memory:g}; {fix}"
     )
 
 
@@ -116,18 +115,18 @@ def _on_nodes(config: RunConfig, plan: Plan, times: int) -> tuple[str, RunConfig
 
 def _idles(plan: Plan) -> str:
     batch = plan.batch
-    mends = list(_without_padding(plan))
+    fixes = list(_without_padding(plan))
     best = batch.best_micro_batch()
     padded = Batch.split(batch.sequences, batch.data_ranks, best)
     if padded.idle_share <= IDLE_SHARE_MAX:
-        mends.insert(0, f"train.micro_batch={best} ({padded.idle_share:.1%})")
+        fixes.insert(0, f"train.micro_batch={best} ({padded.idle_share:.1%})")
     allowed = "--allow-idle"
     if padded.computed < batch.computed and padded.idle_share > IDLE_SHARE_MAX:
         allowed = f"train.micro_batch={best} ({padded.idle_share:.1%}) and --allow-idle"
     return (
         f"{batch.idle_share:.1%} of the sequences computed are padding, more than "
         f"{IDLE_SHARE_MAX:.0%}, because "
-        f"{batch}; use {listed(mends)}, or {allowed}"
+        f"{batch}; use {listed(fixes)}, or {allowed}"
     )
 
 
@@ -146,8 +145,3 @@ def _without_padding(plan: Plan) -> Iterator[str]:
             f" train.micro_batch={one}" if one < micro_batch else ""
         )  # more than a share is refused
         yield f"train.global_batch={one * ranks}{fits}"
-
-
-def listed(words: Sequence[str]) -> str:
-    """`a, b or c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -30,7 +30,7 @@ none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Allocation:
     """What is allocated at one moment of a step; bytes."""
 
     when: str
@@ -166,14 +166,14 @@ class StepMemory:
 
     # Moments --------------------------------------------------------------------------------------
 
-    def moments(self) -> Iterator[Moment]:
+    def allocations(self) -> Iterator[Allocation]:
         """Those one of which is the peak."""
         yield self._loss()
         for block in range(self.layers):
             yield from self._backward(block)
         # The embedding's gradient comes from the head and from below; for a moment their sum stands
         # beside them.
-        yield Moment(
+        yield Allocation(
             "the backward pass of the embeddings",
             shards=self._state + self._summed(self.layers),
             gathered=self.root_weights,
@@ -184,7 +184,7 @@ class StepMemory:
             activations=0,
             temporary=0,
         )
-        yield Moment(
+        yield Allocation(
             "the sum of the embeddings' gradients",
             shards=self._state + self._summed(self.layers),
             gathered=0,
@@ -193,9 +193,9 @@ class StepMemory:
             activations=0,
             temporary=0,
         )
-        yield Moment("the update", self._state + self._gradients, 0, 0, 0, self._update_copies)
+        yield Allocation("the update", self._state + self._gradients, 0, 0, 0, self._update_copies)
 
-    def _loss(self) -> Moment:
+    def _loss(self) -> Allocation:
         """The head, a slice of the tokens at a time: two such as the logits, or one, its copy and a
         product."""
         logits = self._slice * self._head_rows
@@ -204,7 +204,7 @@ class StepMemory:
         )  # products that are copied to fp32, and back
         product = self._head_gradient if narrow else 0
         logits_bytes = max(2 * SUM_BYTES * logits, (SUM_BYTES + narrow) * logits + product)
-        return Moment(
+        return Allocation(
             "the loss",
             shards=self._state + self._summed(0),
             gathered=self.root_weights
@@ -214,7 +214,7 @@ class StepMemory:
             temporary=2 * self._head_hidden + SUM_BYTES * self._head_elements + logits_bytes,
         )
 
-    def _backward(self, block: int) -> Iterator[Moment]:
+    def _backward(self, block: int) -> Iterator[Allocation]:
         """The backward pass of block number `block`, in which the blocks behind it are done."""
         done = self.layers - block - 1
         shards = self._state + self._summed(done)
@@ -240,12 +240,14 @@ class StepMemory:
             # sequence copies.
             inside = 2 * part + (normed + 2 * whole + part if split else part)
             again = before + own - mask
-            yield Moment("a block's second forward pass", shards, gathered, summing, again, inside)
+            yield Allocation(
+                "a block's second forward pass", shards, gathered, summing, again, inside
+            )
         matrices = 2 * wide + self._fed_gradient
         if split:
             matrices = max(matrices, 2 * whole, whole + wide + self._fed_gradient)
         held = before + own - mask - (part - normed)
-        yield Moment(
+        yield Allocation(
             "the backward pass of a feed-forward network",
             shards,
             gathered,
@@ -257,7 +259,7 @@ class StepMemory:
         held = before + normed + whole - self._forgotten(self._mode)[0]
         gradients = summing + self._arrived(missing=1)
         if split:
-            yield Moment(
+            yield Allocation(
                 "the backward pass of attention's projections",
                 shards,
                 gathered,
@@ -266,7 +268,7 @@ class StepMemory:
                 3 * whole + 2 * part,
             )
         gradients = summing + self._arrived(missing=3)
-        yield Moment(
+        yield Allocation(
             "the backward pass of attention",
             shards,
             gathered,
@@ -280,7 +282,9 @@ class StepMemory:
         own_gradients = 0 if self._added_whole else self._block_gradients
         gathered = self.root_weights + next_weights
         gradients = waiting + own_gradients + self._block_sum
-        yield Moment("the sum of a block's gradients", shards, gathered, gradients, before, part)
+        yield Allocation(
+            "the sum of a block's gradients", shards, gathered, gradients, before, part
+        )
 
     def _arrived(self, missing: int) -> int:
         """The block's own gradients in its backward pass, but for `missing` of attention's

@@ -23,10 +23,14 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.host import signals
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.tail import Line, Position, Tail
+from opt_train.sinks.metrics_tail import MetricsLine, MetricsTail, Position
 
-MODULES = {"wandb": "opt_train.sinks.to_wandb", "tensorboard": "opt_train.sinks.to_tensorboard"}
-"""What a sink is called, and where its class `Sink` stands."""
+SINKS = {
+    "wandb": ("opt_train.sinks.wandb_sink", "WandbSink"),
+    "tensorboard": ("opt_train.sinks.tensorboard_sink", "TensorBoardSink"),
+}
+"""Each sink's module and class. A module is imported only where its sink is asked for: its library
+may be missing."""
 
 POLL_SECONDS = 1.0
 NICENESS = 10
@@ -35,10 +39,10 @@ NICENESS = 10
 _PR_SET_PDEATHSIG = 1
 
 
-class Sink(Protocol):
+class MetricsSink(Protocol):
     """Somewhere to show metrics."""
 
-    def send(self, line: Line, number: int) -> None:
+    def send(self, line: MetricsLine, number: int) -> None:
         """Take one step's line, the `number`th of the run's life; a line may come twice, with the
         same number."""
 
@@ -67,14 +71,15 @@ def forward(run: RunDirectory, name: str) -> int:
                 lock, fcntl.LOCK_EX
             )  # a starter that has come to its end gives its sinks seconds
         state = folder / f"{name}.json"
-        tail = Tail(run, Position.read(state))
-        sink: Sink = importlib.import_module(MODULES[name]).Sink(
+        tail = MetricsTail(run, Position.read(state))
+        module, cls = SINKS[name]
+        sink: MetricsSink = getattr(importlib.import_module(module), cls)(
             run, SinksConfig(**configuration.get("sinks", {})), configuration
         )
         ended = False
         while run.path.is_dir():
             before = tail.position
-            for line in tail.news():
+            for line in tail.new_lines():
                 sink.send(line, tail.position.sent - 1)
             if tail.position != before:
                 sink.flush()
@@ -117,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m opt_train.sinks", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
-    parser.add_argument("sink", choices=MODULES, metavar="SINK", help=" or ".join(MODULES))
+    parser.add_argument("sink", choices=SINKS, metavar="SINK", help=" or ".join(SINKS))
     flags = parser.parse_args(arguments)
     run = RunDirectory(flags.run.absolute())
     if not run.config_json.exists():

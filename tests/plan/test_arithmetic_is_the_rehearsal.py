@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from opt_train.config.run_config import RunConfig
-from opt_train.plan.comparison import Row, collective_rows, memory_rows, reason
+from opt_train.plan.comparison import (
+    Comparison,
+    compare_collectives,
+    compare_memory,
+    reason_for_difference,
+)
 from opt_train.plan.memory import MODES
 from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
 
@@ -67,9 +72,11 @@ def rehearsals() -> dict[tuple[str, str], dict[str, Any]]:
     return dict(zip(keys, answers, strict=True))
 
 
-def rows(name: str, mode: str, rehearsal: dict[str, Any]) -> list[Row]:
+def rows(name: str, mode: str, rehearsal: dict[str, Any]) -> list[Comparison]:
     plan = planned(with_layers(in_mode(VARIANTS[name], mode), 3))
-    return memory_rows(plan.configured, rehearsal) + collective_rows(plan.collectives, rehearsal)
+    return compare_memory(plan.configured, rehearsal) + compare_collectives(
+        plan.collectives, rehearsal
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,17 +96,17 @@ def test_what_a_cpu_does_in_another_way_is_told_with_its_reason(mode: str, rehea
         "all_gather over 2",
         "all_to_all over 2",
     }
-    assert all("all_to_all" in reason(row, config) for row in differing)
+    assert all("all_to_all" in reason_for_difference(row, config) for row in differing)
     assert all(row.rehearsed == 0 for row in differing if row.what.startswith("all_to_all"))
 
 
 def test_a_difference_without_a_known_reason_is_not_explained_away() -> None:
-    row = Row("peak", planned=2, rehearsed=1)
+    row = Comparison("peak", planned=2, rehearsed=1)
     assert not row.agrees
-    assert "report" in reason(row, recipe("175b"))
-    assert "report" in reason(row, recipe("350m", "parallel.tensor=2"))
-    assert "report" in reason(
-        Row("all_gather over 8, bytes", planned=2, rehearsed=1), recipe("175b")
+    assert "report" in reason_for_difference(row, recipe("175b"))
+    assert "report" in reason_for_difference(row, recipe("350m", "parallel.tensor=2"))
+    assert "report" in reason_for_difference(
+        Comparison("all_gather over 8, bytes", planned=2, rehearsed=1), recipe("175b")
     )
 
 

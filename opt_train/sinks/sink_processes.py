@@ -23,15 +23,17 @@ KILLED_SECONDS = 1.0
 class SinkProcesses:
     """The sinks that a configuration asks for: a process each, in a session of its own."""
 
-    def __init__(self, run: RunDirectory, config: SinksConfig, say: Callable[[str], None]) -> None:
-        """`say` gets a sentence where a sink does not start or does not stay; perhaps from another
-        thread."""
-        self._run, self._config, self._say = run, config, say
+    def __init__(
+        self, run: RunDirectory, config: SinksConfig, report: Callable[[str], None]
+    ) -> None:
+        """`report` gets a sentence where a sink does not start or does not stay; perhaps from
+        another thread."""
+        self._run, self._config, self._report = run, config, report
         self._running: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
         self._closing = False
 
     def start(self) -> None:
-        """Start them. Call it from the main thread, once the run is held and its `config.json`
+        """Start them. Call it from the main thread, once the run is locked and its `config.json`
         written."""
         for name, wanted in (
             ("wandb", self._config.wandb),
@@ -40,7 +42,7 @@ class SinkProcesses:
             if not wanted:
                 continue
             if not _is_installed(name):
-                self._say(
+                self._report(
                     f"sinks.{name}=true, but {name} is not installed; training goes on without it; "
                     f"install it with: pip install 'opt-train[{name}]'"
                 )
@@ -48,7 +50,7 @@ class SinkProcesses:
             try:
                 self._start(name)
             except OSError as error:
-                self._say(
+                self._report(
                     f"the {name} sink could not be started ({error.strerror}); training goes on "
                     "without it"
                 )
@@ -71,7 +73,7 @@ class SinkProcesses:
         code = process.wait()
         if not self._closing:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            self._say(
+            self._report(
                 f"the {name} sink ended early ({how}); training goes on without it; see {self._log}"
             )
 

@@ -9,10 +9,10 @@ import wandb
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.tail import Line, replace_text
+from opt_train.sinks.metrics_tail import MetricsLine, replace_text
 
 
-class Sink:
+class WandbSink:
     """W&B's own files lie in `sinks/wandb`."""
 
     def __init__(
@@ -42,8 +42,8 @@ class Sink:
         # ours.
         self._run.define_metric("*", step_metric="step")
 
-    def send(self, line: Line, number: int) -> None:
-        """Hand one step over. `number` is W&B's own step: a line that is told twice overwrites
+    def send(self, line: MetricsLine, number: int) -> None:
+        """Hand one step over. `number` is W&B's own step: a line that is sent twice overwrites
         itself."""
         self._run.log({**line.values, "step": line.step, "attempt": line.attempt}, step=number)
 

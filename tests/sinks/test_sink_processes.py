@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.sinks import start
+from opt_train.sinks import sink_processes
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.start import SinkProcesses
+from opt_train.sinks.sink_processes import SinkProcesses
 
 STARTER = """
 import sys, time
 from pathlib import Path
 from opt_logbook.record.run_directory import RunDirectory
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.start import SinkProcesses
+from opt_train.sinks.sink_processes import SinkProcesses
 sinks = SinkProcesses(RunDirectory(Path(sys.argv[1])), SinksConfig(wandb=True), print)
 sinks.start()
 print(sinks._running[0][0].pid, flush=True)
@@ -90,7 +90,7 @@ def test_a_stopped_sink_keeps_its_starter_no_longer_than_it_may(
 def test_a_sink_that_is_not_installed_is_a_sentence(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(sink_processes.importlib.util, "find_spec", lambda _name: None)
     said: list[str] = []
     sinks = SinkProcesses(run, SinksConfig(wandb=True), said.append)
     sinks.start()

@@ -18,7 +18,7 @@ READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MetricsLine:
     """One step's metrics."""
 
     attempt: str
@@ -70,36 +70,36 @@ def replace_text(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-class Tail:
+class MetricsTail:
     """Reads on from a position."""
 
     def __init__(self, run: RunDirectory, position: Position) -> None:
         self._run = run
         self.position = position
-        """Behind the newest line that `news` gave."""
+        """Behind the newest line that `new_lines` gave."""
         self._offset = 0
 
-    def news(self) -> Iterator[Line]:
+    def new_lines(self) -> Iterator[MetricsLine]:
         """The lines that have come since, over as many attempts as there are; ends where nothing is
         new."""
         while True:
             # Listed before the old file is read to its end: nothing is written to it once a newer
             # one is there.
-            later = self._later()
-            yield from self._rest()
+            later = self._later_attempts()
+            yield from self._remaining_lines()
             if not later:
                 return
             self.position = Position(later[0], -1, self.position.sent)
             self._offset = 0
 
-    def _later(self) -> list[str]:
+    def _later_attempts(self) -> list[str]:
         attempts = attempts_in(self._run)
         if not self.position.attempt:
             return attempts
         here = AttemptId.parse(self.position.attempt)
         return [attempt for attempt in attempts if AttemptId.parse(attempt) > here]
 
-    def _rest(self) -> Iterator[Line]:
+    def _remaining_lines(self) -> Iterator[MetricsLine]:
         """The attempt's lines behind the position."""
         while self.position.attempt:
             try:
@@ -117,13 +117,13 @@ class Tail:
                 return
             self._offset += len(data)
             for text in data.splitlines():
-                line = parsed(text, self.position.attempt)
+                line = parse_line(text, self.position.attempt)
                 if line is not None and line.step > self.position.step:
                     self.position = Position(line.attempt, line.step, self.position.sent + 1)
                     yield line
 
 
-def parsed(text: bytes, attempt: str) -> Line | None:
+def parse_line(text: bytes, attempt: str) -> MetricsLine | None:
     """The metrics line; None where it does not read, which whoever verifies the run will say."""
     try:
         payload = parse(text)
@@ -134,7 +134,9 @@ def parsed(text: bytes, attempt: str) -> Line | None:
         return None
     numbers = {key: _number(value) for key, value in _flat(payload) if key not in ("step", "time")}
     values = {key: number for key, number in numbers.items() if number is not None}
-    return Line(attempt, step, float(time) if isinstance(time, (int, float)) else 0.0, values)
+    return MetricsLine(
+        attempt, step, float(time) if isinstance(time, (int, float)) else 0.0, values
+    )
 
 
 def _flat(payload: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

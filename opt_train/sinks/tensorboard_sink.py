@@ -10,10 +10,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.tail import Line
+from opt_train.sinks.metrics_tail import MetricsLine
 
 
-class Sink:
+class TensorBoardSink:
     """One event file a process, all in `sinks/tensorboard`, which TensorBoard shows as one
     curve."""
 
@@ -25,7 +25,7 @@ class Sink:
         self._writer = EventFileWriter(str(folder))
         self._attempt = ""
 
-    def send(self, line: Line, number: int) -> None:
+    def send(self, line: MetricsLine, number: int) -> None:
         """Queue one step's scalars. `number`: how many lines were sent before it in the run's
         life."""
         if line.attempt != self._attempt:
