@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from contestants import OPT_125M, QUICK
 
-from opt_train.checkpoint.manifest import build, commit
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import tensors_of
-from opt_train.exchange.stored import shapes_of
+from opt_train.exchange.stored_tensor import shapes_of
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
 
@@ -88,7 +88,7 @@ def prepare(config, folder: Path) -> tuple[int, int]:
         tensors_of(model, torch.optim.AdamW(model.parameters())), {"step": 0}, folder / "checkpoint"
     )
     named = {file.path: (file.bytes, file.sha256) for file in files}
-    commit(folder / "checkpoint", build(folder / "checkpoint", "1.00", 0, named))
+    commit_manifest(folder / "checkpoint", build_manifest(folder / "checkpoint", "1.00", 0, named))
     return 0, 0
 
 

@@ -26,8 +26,10 @@ from saved_model import CPU, SavedModel
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.background import BackgroundSave, Staging
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
+from opt_train.checkpoint.durable_file import PIECE_BYTES
 from opt_train.checkpoint.load import load
-from opt_train.checkpoint.save import PIECE_BYTES, save
+from opt_train.checkpoint.save import save
 from opt_train.protocol.facts import SavedFile
 
 
@@ -194,10 +196,10 @@ class _State:
 
 
 def _committed(folder: Path, files: tuple[SavedFile, ...]) -> manifest.Manifest:
-    made = manifest.build(
+    made = build_manifest(
         folder, "1.00", 1, {file.path: (file.bytes, file.sha256) for file in files}
     )
-    manifest.commit(folder, made)
+    commit_manifest(folder, made)
     return made
 
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from opt_train.checkpoint.manifest import CheckpointError
 
 
-def together(
+def all_or_none(
     action: Callable[[], None], process_group: dist.ProcessGroup | None, failure: str
 ) -> None:
     """Run `action` on every rank and agree on whether it succeeded everywhere: a barrier that

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.all_or_none import together
+from opt_train.checkpoint.all_or_none import all_or_none
 from opt_train.checkpoint.save import save
 from opt_train.protocol.facts import SavedFile
 
@@ -119,7 +119,7 @@ class BackgroundSave:
         try:
             copies: list[dict[str, torch.Tensor]] = []
             what = f"{self.folder} was not saved: the state was not copied"
-            together(lambda: copies.append(self._copied.result()), process_group, what)
+            all_or_none(lambda: copies.append(self._copied.result()), process_group, what)
             files = save(
                 copies[0],
                 state,

@@ -7,7 +7,6 @@ the disk does.
 """
 
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,22 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opt_train.checkpoint.all_or_none import together
+from opt_train.checkpoint.all_or_none import all_or_none
 from opt_train.checkpoint.manifest import CheckpointError
-from opt_train.checkpoint.parts import Part, own_parts
+from opt_train.checkpoint.parts import OwnPart, own_parts
 from opt_train.checkpoint.safetensors_file import (
-    OFFSETS,
-    OFFSETS_OF_ONE,
     Damaged,
-    Header,
     PartReader,
     Place,
+    offsets_in,
     read_header,
 )
 from opt_train.checkpoint.tensors import OPTIMIZER, Restorable
 
 
-class Stored(NamedTuple):
+class StoredPart(NamedTuple):
     """A part of a tensor in a file, and where in the whole it begins."""
 
     path: Path
@@ -42,7 +39,7 @@ class Stored(NamedTuple):
     offsets: tuple[int, ...]
 
 
-class Wanted(NamedTuple):
+class WantedPart(NamedTuple):
     """What of a stored part is to be read, and into what; `offsets` count from the stored part's
     beginning."""
 
@@ -75,15 +72,15 @@ def load(
     """
     failure = f"{folder} cannot be restored"
     tensors = into.tensors()
-    stored: dict[str, list[Stored]] = {}
+    stored: dict[str, list[StoredPart]] = {}
 
     def look() -> None:
         stored.update(_stored_in(sorted(folder.glob("*.safetensors"))))
         _check_whole(tensors, stored, convert)
 
-    together(look, process_group, failure)
-    together(lambda: _read(_wanted(own_parts(tensors), stored)), process_group, failure)
-    together(lambda: into.put_back(tensors), process_group, failure)
+    all_or_none(look, process_group, failure)
+    all_or_none(lambda: _read(_wanted(own_parts(tensors), stored)), process_group, failure)
+    all_or_none(lambda: into.put_back(tensors), process_group, failure)
 
 
 def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | None = None) -> None:
@@ -105,25 +102,25 @@ def load_own(into: Restorable, file: Path, process_group: dist.ProcessGroup | No
         _check_own(parts, stored)
         _read(_wanted(parts, stored))
 
-    together(read, process_group, failure)
-    together(lambda: into.put_back(tensors), process_group, failure)
+    all_or_none(read, process_group, failure)
+    all_or_none(lambda: into.put_back(tensors), process_group, failure)
 
 
-def _stored_in(files: Iterable[Path]) -> dict[str, list[Stored]]:
+def _stored_in(files: Iterable[Path]) -> dict[str, list[StoredPart]]:
     """The parts of each tensor; one of those that begin at the same place, as every replica stores
     its own snapshot."""
-    found: dict[str, dict[tuple[int, ...], Stored]] = defaultdict(dict)
+    found: dict[str, dict[tuple[int, ...], StoredPart]] = defaultdict(dict)
     for path in files:
         try:
             with io.FileIO(path) as file:
                 header = read_header(file)
-            offsets = _offsets_in(header)
+            offsets = offsets_in(header)
         except Damaged as error:
             raise CheckpointError(f"{path.name} is damaged: {error}") from None
         except OSError as error:
             raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
         for name, place in header.tensors.items():
-            first = found[name].setdefault(offsets[name], Stored(path, place, offsets[name]))
+            first = found[name].setdefault(offsets[name], StoredPart(path, place, offsets[name]))
             if first.place.shape != place.shape:
                 raise CheckpointError(
                     f"its files disagree about the part of tensor {name} at {list(offsets[name])}"
@@ -131,34 +128,8 @@ def _stored_in(files: Iterable[Path]) -> dict[str, list[Stored]]:
     return {name: list(parts.values()) for name, parts in found.items()}
 
 
-def _offsets_in(header: Header) -> Mapping[str, tuple[int, ...]]:
-    """Where each tensor of the file begins in the whole. One that says nothing of parts has all of
-    each, as imports do.
-
-    Raises:
-        Damaged: what it says does not read.
-    """
-    if OFFSETS not in header.metadata:
-        return {name: (0,) * len(place.shape) for name, place in header.tensors.items()}
-    try:
-        entries = json.loads(header.metadata[OFFSETS])
-        offsets = {
-            name: tuple(int(offset) for offset in entries[name][OFFSETS_OF_ONE])
-            for name in header.tensors
-        }
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None
-    for name, begins in offsets.items():
-        if len(begins) != len(header.tensors[name].shape) or any(begin < 0 for begin in begins):
-            raise Damaged(
-                f"tensor {name} of shape {list(header.tensors[name].shape)} cannot begin at "
-                f"{list(begins)}"
-            )
-    return offsets
-
-
 def _check_whole(
-    wanted: Mapping[str, Tensor], stored: Mapping[str, list[Stored]], convert: bool
+    wanted: Mapping[str, Tensor], stored: Mapping[str, list[StoredPart]], convert: bool
 ) -> None:
     """Compare all that is stored with all that is to be filled, on whatever rank."""
     with_optimizer = any(name.startswith(OPTIMIZER) for name in wanted)
@@ -189,7 +160,7 @@ def _check_whole(
             raise CheckpointError(f"tensor {name} is incomplete in it: a shard is missing")
 
 
-def _check_own(parts: Mapping[str, Part], stored: Mapping[str, list[Stored]]) -> None:
+def _check_own(parts: Mapping[str, OwnPart], stored: Mapping[str, list[StoredPart]]) -> None:
     """Compare what is stored with this rank's own parts."""
     _check_names(parts, stored.keys(), "this model on this rank")
     for name, (local, begins) in parts.items():
@@ -224,10 +195,10 @@ def _and_more(names: list[str]) -> str:
 
 
 def _wanted(
-    parts: Mapping[str, Part], stored: Mapping[str, list[Stored]]
-) -> dict[Path, list[Wanted]]:
+    parts: Mapping[str, OwnPart], stored: Mapping[str, list[StoredPart]]
+) -> dict[Path, list[WantedPart]]:
     """What to read of each file, in the order in which it stands there."""
-    wanted: dict[Path, list[Wanted]] = defaultdict(list)
+    wanted: dict[Path, list[WantedPart]] = defaultdict(list)
     for name, (local, begins) in parts.items():
         ends = [begin + size for begin, size in zip(begins, local.shape, strict=True)]
         for path, place, offsets in stored[name]:
@@ -242,14 +213,14 @@ def _wanted(
                     tuple(slice(a - b, c - b) for a, b, c in zip(first, begins, last, strict=True))
                 ]
                 within = tuple(begin - offset for begin, offset in zip(first, offsets, strict=True))
-                wanted[path].append(Wanted(place, target, within, lengths))
+                wanted[path].append(WantedPart(place, target, within, lengths))
     return {
         path: sorted(items, key=lambda item: item.place.begin)
         for path, items in sorted(wanted.items())
     }
 
 
-def _read(wanted: Mapping[Path, list[Wanted]]) -> None:
+def _read(wanted: Mapping[Path, list[WantedPart]]) -> None:
     # Two at a time: one alone leaves the disk idle while it copies.
     halves = [(path, half) for path, items in wanted.items() for half in _halves(items) if half]
     with ThreadPoolExecutor(2, thread_name_prefix="load") as readers:
@@ -257,14 +228,14 @@ def _read(wanted: Mapping[Path, list[Wanted]]) -> None:
             pass
 
 
-def _halves(items: list[Wanted]) -> tuple[list[Wanted], list[Wanted]]:
+def _halves(items: list[WantedPart]) -> tuple[list[WantedPart], list[WantedPart]]:
     """What begins in the first half of the bytes that they span, and the rest."""
     middle = (items[0].place.begin + items[-1].place.end) // 2
     first = [item for item in items if item.place.begin < middle]
     return first, items[len(first) :]
 
 
-def _read_one(path: Path, items: list[Wanted]) -> None:
+def _read_one(path: Path, items: list[WantedPart]) -> None:
     reader = PartReader()
     try:
         with io.FileIO(path) as file, torch.no_grad():

@@ -9,14 +9,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-class Part(NamedTuple):
+class OwnPart(NamedTuple):
     """What this rank holds of a tensor, and where in the whole it begins."""
 
     local: Tensor
     offsets: tuple[int, ...]
 
 
-def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, OwnPart]:
     """The local part of each tensor, sharing its memory; those that have none here are left out."""
     parts = {}
     with torch.no_grad():
@@ -25,9 +25,9 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
                 _, offsets = compute_local_shape_and_global_offset(
                     tensor.shape, tensor.device_mesh, tensor.placements
                 )
-                part = Part(tensor.to_local(), tuple(offsets))
+                part = OwnPart(tensor.to_local(), tuple(offsets))
             else:
-                part = Part(tensor.detach(), (0,) * tensor.ndim)
+                part = OwnPart(tensor.detach(), (0,) * tensor.ndim)
             if part.local.numel() or not tensor.numel():
                 parts[name] = part
     return parts

@@ -22,17 +22,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opt_train.checkpoint.all_or_none import together
+from opt_train.checkpoint.all_or_none import all_or_none
+from opt_train.checkpoint.late_files import LATE_SECONDS, retry_while_late
 from opt_train.checkpoint.load import load, load_own
 from opt_train.checkpoint.manifest import (
-    LATE_SECONDS,
     CheckpointError,
     FileEntry,
     Manifest,
-    Progress,
+    ReportProgress,
     check_file,
     check_sizes,
-    patiently,
     shifted,
 )
 from opt_train.checkpoint.snapshot import OWN, PARTS
@@ -45,7 +44,7 @@ def restore(
     manifest: Manifest,
     *,
     process_group: dist.ProcessGroup | None = None,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     convert: bool = False,
     rank_file: Path | None = None,
 ) -> None:
@@ -82,7 +81,7 @@ def verify_files(
     manifest: Manifest,
     *,
     process_group: dist.ProcessGroup | None = None,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
     rank_file: Path | None = None,
     patient: bool = False,
 ) -> None:
@@ -103,15 +102,15 @@ def verify_files(
     def verify_share() -> None:
         rank, world_size = _place_in(process_group)
         if rank == 0 and not _is_own(manifest, rank_file):
-            patiently(folder, lambda: check_sizes(folder, manifest), waiting, seconds)
+            retry_while_late(folder, lambda: check_sizes(folder, manifest), waiting, seconds)
         share = _share_of(rank, world_size, folder, manifest, rank_file)
         total, done = sum(entry.bytes for _, entry in share), 0
         for path, entry in share:
             reported = None if progress is None else shifted(progress, done, total)
-            patiently(folder, partial(check_file, path, entry, reported), waiting, seconds)
+            retry_while_late(folder, partial(check_file, path, entry, reported), waiting, seconds)
             done += entry.bytes
 
-    together(verify_share, process_group, f"{folder} cannot be restored")
+    all_or_none(verify_share, process_group, f"{folder} cannot be restored")
 
 
 def load_files(
@@ -156,7 +155,7 @@ def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
-def _report_waiting(progress: Progress | None) -> Callable[[], None]:
+def _report_waiting(progress: ReportProgress | None) -> Callable[[], None]:
     """What is done while a late file is waited for: the wait has an end, so it is no hang."""
     if progress is None:
         return lambda: None

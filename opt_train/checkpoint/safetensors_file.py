@@ -34,7 +34,7 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
 
-OFFSETS, OFFSETS_OF_ONE = "DCP_SHARDING_INFO", "saved_offsets"
+_OFFSETS, _OFFSETS_OF_ONE = "DCP_SHARDING_INFO", "saved_offsets"
 """torch's names (torch.distributed.checkpoint._hf_utils)."""
 
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -44,6 +44,15 @@ _ALIGNMENT = 8
 
 class Damaged(ValueError):
     """Not a whole safetensors file; the message says why, and names the tensor but not the file."""
+
+
+class UnknownType(Damaged):
+    """The file may be whole, but a tensor of it is of a type that is not read here."""
+
+    def __init__(self, tensor: str, type_name: object) -> None:
+        super().__init__(f"tensor {tensor} has type {type_name!r:.40}, which is not known here")
+        self.tensor = tensor
+        self.type_name = str(type_name)[:40]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,8 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class Sink(Protocol):
-    """What is written to."""
+class ByteSink(Protocol):
+    """What a file is written to: a file, or its stand-in in memory."""
 
     def write(self, content: memoryview | bytes, /) -> int | None:
         """Take all of `content`."""
@@ -75,7 +84,7 @@ class Sink(Protocol):
 
 
 def write_safetensors(
-    sink: Sink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    sink: ByteSink, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write `tensors`, which lie on the CPU. The same tensors give the same bytes.
 
@@ -94,8 +103,8 @@ def write_safetensors(
 
 def sharding_metadata(offsets: Mapping[str, Iterable[int]]) -> dict[str, str]:
     """What torch's reader looks for: where in the whole each tensor of a file begins."""
-    places = {name: {OFFSETS_OF_ONE: list(begins)} for name, begins in sorted(offsets.items())}
-    return {OFFSETS: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+    places = {name: {_OFFSETS_OF_ONE: list(begins)} for name, begins in sorted(offsets.items())}
+    return {_OFFSETS: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 
 def header_of(
@@ -188,12 +197,14 @@ def read_header(file: BinaryIO) -> Header:
         OSError: it cannot be read.
     """
     size = os.fstat(file.fileno()).st_size
+    # The length is compared before anything of that length is read: eight forged bytes would
+    # otherwise ask for 16 exbibytes of memory.
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(LONGEST_HEADER, size - 8):
         raise Damaged(f"its header is {length} bytes long and the file {size}")
     try:
         payload = json.loads(file.read(length), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # deep nesting, or a number of 5000 digits
         raise Damaged(f"its header is no JSON: {str(error)[:80]}") from None
     if not isinstance(payload, dict):
         raise Damaged("its header is no JSON object")
@@ -202,7 +213,9 @@ def read_header(file: BinaryIO) -> Header:
         isinstance(value, str) for value in metadata.values()
     ):
         raise Damaged(f"{_METADATA} of its header does not hold texts")
-    places = {name: _place(name, entry, 8 + length) for name, entry in payload.items()}
+    places = {name: _place(name, entry, 8 + length, size) for name, entry in payload.items()}
+    # As the format's own library: every byte belongs to one tensor, and none to two, so nothing can
+    # hide in a gap and no tensor can be made to look into another.
     end = 8 + length
     for place, name in sorted((((place.begin, place.end), name) for name, place in places.items())):
         if place[0] != end:
@@ -215,6 +228,32 @@ def read_header(file: BinaryIO) -> Header:
     return Header(places, metadata)
 
 
+def offsets_in(header: Header) -> Mapping[str, tuple[int, ...]]:
+    """Where each tensor of the file begins in the whole. One that says nothing of parts has all of
+    each, as imports do.
+
+    Raises:
+        Damaged: what it says does not read.
+    """
+    if _OFFSETS not in header.metadata:
+        return {name: (0,) * len(place.shape) for name, place in header.tensors.items()}
+    try:
+        entries = json.loads(header.metadata[_OFFSETS])
+        offsets = {
+            name: tuple(int(offset) for offset in entries[name][_OFFSETS_OF_ONE])
+            for name in header.tensors
+        }
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Damaged(f"it does not say where its tensors belong: {error!r:.80}") from None
+    for name, begins in offsets.items():
+        if len(begins) != len(header.tensors[name].shape) or any(begin < 0 for begin in begins):
+            raise Damaged(
+                f"tensor {name} of shape {list(header.tensors[name].shape)} cannot begin at "
+                f"{list(begins)}"
+            )
+    return offsets
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object that names nothing twice: which of two is meant depends on the reader."""
     found = dict(pairs)
@@ -223,19 +262,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _place(name: str, entry: Any, first: int) -> Place:
+def _place(name: str, entry: Any, first: int, size: int) -> Place:
     """Where a tensor's bytes are, checked against its shape and type; those of all begin at
-    `first`."""
+    `first`, in a file of `size` bytes."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise Damaged(f"the header does not say type, shape and place of tensor {name}") from None
     if not isinstance(dtype, str) or dtype not in _TYPES:
-        raise Damaged(f"tensor {name} has type {dtype!r:.40}, which is not known here")
+        raise UnknownType(name, dtype)
     if not isinstance(shape, list) or not all(
         type(number) is int and number >= 0 for number in (*shape, begin, end)
     ):
         raise Damaged(f"shape or place of tensor {name} are no whole numbers")
+    if not begin <= end <= size - first:
+        raise Damaged(f"tensor {name} lies at bytes {begin} to {end} of {size - first}")
+    # Python's integers do not overflow: a forged shape of 2^62 by 2^62 is compared as it is, and
+    # nothing is allocated by it.
     if math.prod(shape) * _TYPES[dtype].itemsize != end - begin:
         raise Damaged(f"tensor {name} has shape {shape} and {end - begin} bytes, which do not fit")
     return Place(_TYPES[dtype], tuple(shape), first + begin, first + end)

@@ -1,21 +1,47 @@
-"""Every rank writes its shards, fsynced and hashed on the way. Whether they are a checkpoint, a
-manifest decides later.
+"""Every rank writes its part of a checkpoint, fsynced, and hashed on the way.
 
-torch.distributed.checkpoint plans who writes what, and its Hugging Face reader reads it: one
-safetensors file a rank, with the offsets of its parts. Its `.metadata` and `torch.save` are pickles
-and are not used.
+Theory of operation
+===================
+
+Four parties, each of which does one thing:
+
+plans     torch.distributed.checkpoint, over all ranks: which of them writes which part of each
+          tensor. Of what several ranks hold (replicas, numbers) it has one write it.
+writes    this file: one safetensors file a rank, with the offsets of its parts in the header, which
+          torch's own Hugging Face reader understands. Rank 0 writes `state.json` too.
+fsyncs    `DurableFile`, in pieces while the next are being written, and at the end the folder. What
+          a rank reports is on the disk, with size and sha256 as they were in its memory: nothing is
+          read back.
+commits   whoever leads the run (the supervisor, or a standalone `train`), when all ranks have
+          reported one step: `commit.commit_manifest`. Ranks never do, because no rank knows what
+          became of the others after it had reported.
+
+What a crash leaves, wherever it comes:
+
+before all ranks have reported    a folder without a manifest. It is no checkpoint, nobody reads it,
+                                  and it is removed before the next attempt begins.
+before the manifest's rename      the same, with `manifest.json.partial`.
+between rename and journal        a whole checkpoint that the journal does not know. It is removed
+                                  too: what may be restored is what the journal says.
+after the journal's line          a checkpoint.
+in a retirement                   the manifest goes first, durably. What is left is again a folder
+                                  without one: never a manifest over files that are half gone.
+
+An error, as opposed to a crash, fails the save on every rank (`all_or_none`), gives the space back,
+and lets training go on: a full disk must not be what keeps the next save from succeeding.
+
+Why not torch's own writer: `FileSystemWriter` describes its files in `.metadata`, which is a
+pickle, and keeps what is not a tensor as `torch.save` writes it, another one; a file planted there
+ran code when the checkpoint was loaded. `HuggingFaceStorageWriter` has neither, and is what
+`_Writer` derives from; but it makes the whole file in memory first and does not fsync.
 """
 
 import contextlib
-import hashlib
-import io
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,25 +52,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from opt_train.checkpoint.all_or_none import together
+from opt_train.checkpoint.all_or_none import all_or_none
+from opt_train.checkpoint.commit import retire_checkpoint
+from opt_train.checkpoint.durable_file import DurableFile, sync_folder
 from opt_train.checkpoint.manifest import (
     MANIFEST,
     STATE,
     CheckpointError,
-    Progress,
-    naming,
-    retire,
+    ReportProgress,
     state_content,
-    sync_folder,
 )
 from opt_train.checkpoint.safetensors_file import sharding_metadata, write_safetensors
 from opt_train.protocol.facts import SavedFile
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-PIECE_BYTES = 1 << 26
-"""Progress is told, and bytes are made durable, in pieces of about this size."""
 
 SHARD_NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
 """As torch names the files of ranks."""
@@ -56,7 +75,7 @@ def save(
     folder: Path,
     *,
     process_group: dist.ProcessGroup | None = None,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> tuple[SavedFile, ...]:
     """Write this rank's part of a checkpoint into `folder`. Called by all ranks of `process_group`
     together.
@@ -68,8 +87,8 @@ def save(
         tensors: from `tensors_of`.
         state: what is not a tensor, as JSON values; rank 0's is written as `state.json`.
         process_group: one that communicates CPU tensors (gloo); default: the default group. Without
-            torch.distributed the process saves alone.
-        progress: told this rank's durable and expected bytes.
+            torch.distributed the process saves by itself.
+        progress: called with this rank's durable and expected bytes.
 
     Returns:
         This rank's files; paths relative to `folder`.
@@ -77,15 +96,14 @@ def save(
     Raises:
         CheckpointError: the save failed, here or on another rank; training can go on.
     """
-    alone = not dist.is_initialized()
-    first = alone or dist.get_rank(process_group) == 0
-    made: list[
-        int
-    ] = []  # the folder, open: so its inode is nobody else's meanwhile, though it were removed
+    is_single = not dist.is_initialized()
+    is_first = is_single or dist.get_rank(process_group) == 0
+    # The folder, open: so its inode is nobody else's meanwhile, though it were removed.
+    descriptors: list[int] = []
 
     def prepare() -> None:
-        if first:
-            made.append(_make_empty(folder))
+        if is_first:
+            descriptors.append(_make_empty(folder))
 
     expected = sum(_local_bytes(tensor) for tensor in tensors.values())
     writer = _Writer(
@@ -96,25 +114,25 @@ def save(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save_tensors(
-                dict(tensors), storage_writer=writer, process_group=process_group, no_dist=alone
+                dict(tensors), storage_writer=writer, process_group=process_group, no_dist=is_single
             )
-        if first:
+        if is_first:
             with DurableFile(folder / STATE) as file:
                 file.write(state_content(state))
             writer.written[folder / STATE] = (file.size, file.sha256)
         sync_folder(folder)
 
     try:
-        together(prepare, process_group, f"{folder} cannot be prepared")
-        together(write, process_group, f"{folder} was not saved")
+        all_or_none(prepare, process_group, f"{folder} cannot be prepared")
+        all_or_none(write, process_group, f"{folder} was not saved")
     except CheckpointError:
         # Nobody writes any more. On a full disk the leftovers would be what keeps the next save
         # from succeeding.
-        for descriptor in made:
+        for descriptor in descriptors:
             _remove(folder, descriptor)
         raise
     finally:
-        for descriptor in made:
+        for descriptor in descriptors:
             os.close(descriptor)
     return tuple(
         SavedFile(path.relative_to(folder).as_posix(), size, sha256)
@@ -155,88 +173,6 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
 
-class DurableFile:
-    """A new file, written once from front to back, hashed as it is written and durable when it is
-    closed.
-
-    One that is there already is an error: two that write into one file make it neither's.
-    """
-
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        """Open it.
-
-        Args:
-            progress: told the durable bytes now and then.
-        """
-        self._file = io.FileIO(path, "x")
-        self._path = path
-        self.size = 0
-        self._digest = hashlib.sha256()
-        self._progress = progress
-        # One that hashes, in order and perhaps behind what is written; one that waits for the disk.
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._synced: tuple[int, futures.Future[None]] | None = None
-        """Bytes that will be durable, and when."""
-        self._asked = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._hasher.shutdown(cancel_futures=raised[0] is not None)
-        self._syncer.shutdown()
-        try:
-            with naming(self._path):
-                self._wait_durable()
-                os.fsync(self._file.fileno())
-            self._tell(self.size)
-        finally:
-            self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        """Of the file, once it is closed."""
-        return self._digest.hexdigest()
-
-    def write(self, content: "ReadableBuffer", /) -> int:
-        """Write all of `content`, piece by piece. It must not change before the file is closed.
-
-        Raises:
-            OSError: the file system takes no more.
-        """
-        view = memoryview(content).cast("B")
-        for start in range(0, len(view), PIECE_BYTES):
-            piece = view[start : start + PIECE_BYTES]
-            self._hasher.submit(self._digest.update, piece)
-            with naming(self._path):
-                self._write(piece)
-        return len(view)
-
-    def _write(self, piece: memoryview) -> None:
-        self.size += len(piece)
-        while piece:  # the system may take less than it was given, a full disk for one
-            piece = piece[self._file.write(piece) :]
-        # Now and then: the progress told is then of bytes on the disk, and never stands still in
-        # one long fsync. While the disk takes these, the next are copied into the system's memory.
-        if self.size - self._asked >= PIECE_BYTES:
-            self._wait_durable()
-            self._asked = self.size
-            self._synced = (self.size, self._syncer.submit(os.fdatasync, self._file.fileno()))
-
-    def _wait_durable(self) -> None:
-        """Wait for the bytes that were sent to the disk, if any were. Raises OSError if it does not
-        take them."""
-        synced, self._synced = self._synced, None
-        if synced is not None:
-            synced[1].result()
-            self._tell(synced[0])
-
-    def _tell(self, durable: int) -> None:
-        if self._progress is not None:
-            self._progress(durable)
-
-
 def _make_empty(folder: Path) -> int:
     """Make the folder, and open it."""
     # Asked so that an error stays one: what cannot be looked at is not to be taken for what is not
@@ -244,7 +180,7 @@ def _make_empty(folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).lstat()
         raise CheckpointError("it is a committed checkpoint already")
-    retire(folder)
+    retire_checkpoint(folder)
     # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not
     # want it back.
     folder.parent.parent.mkdir(exist_ok=True)
@@ -268,7 +204,7 @@ def _remove(folder: Path, descriptor: int) -> None:
     """
     with contextlib.suppress(OSError):
         if _is_still(folder, descriptor):
-            retire(folder)
+            retire_checkpoint(folder)
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opt_train.checkpoint.manifest import STATE, CheckpointError, own_file_name, state_content
-from opt_train.checkpoint.parts import Part, own_parts
+from opt_train.checkpoint.parts import OwnPart, own_parts
 from opt_train.checkpoint.safetensors_file import header_of, sharding_metadata
 from opt_train.protocol.facts import MemoryFile
 
@@ -115,7 +115,7 @@ class Snapshots:
         return snapshot
 
     def _run(
-        self, snapshot: Snapshot, parts: Mapping[str, Part], state: Mapping[str, Any] | None
+        self, snapshot: Snapshot, parts: Mapping[str, OwnPart], state: Mapping[str, Any] | None
     ) -> None:
         slot = self._slots[self._next]
         try:
@@ -144,7 +144,7 @@ class Snapshots:
         finally:
             snapshot._ended.set()
 
-    def _copy(self, parts: Mapping[str, Part], slot: "_Slot") -> int:
+    def _copy(self, parts: Mapping[str, OwnPart], slot: "_Slot") -> int:
         """Make the slot's file that of `parts`; its size."""
         # The widest first, so that each begins at a multiple of its width.
         names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))

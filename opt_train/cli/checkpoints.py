@@ -27,7 +27,8 @@ from opt_logbook.record.events import (
 from opt_logbook.record.run_directory import RunDirectory, tier_of
 
 from opt_train.checkpoint import manifest
-from opt_train.checkpoint.manifest import CheckpointError, Listed, Progress
+from opt_train.checkpoint.listing import Listed, list_checkpoints
+from opt_train.checkpoint.manifest import CheckpointError, ReportProgress
 from opt_train.protocol.exits import DONE, NO
 from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, NODE, SHARED
 from opt_train.run.report import RunReport
@@ -232,7 +233,7 @@ def checkpoints(path: Path, verify: bool, as_json: bool) -> int:
     report = RunReport(run)
     record = Record(report.story.reading.entries)
     committed = {run.path / path: sha256 for path, sha256 in record.manifests.items()}
-    listed = manifest.checkpoints(run.checkpoints, committed)
+    listed = list_checkpoints(run.checkpoints, committed)
     verified = _verified(run, listed, committed) if verify else None
     rows = rows_of(
         run, report.state, record, [*listed, *_held(run, report.state, committed)], verified
@@ -250,7 +251,7 @@ def _held(run: RunDirectory, state: RunState, committed: Mapping[Path, str]) -> 
     found = [
         one
         for tier in (NODE, MEMORY)
-        for one in manifest.checkpoints(run.checkpoints_of(tier), committed, files_here=False)
+        for one in list_checkpoints(run.checkpoints_of(tier), committed, files_here=False)
     ]
     return [one for one in found if one.path in known]
 
@@ -276,7 +277,7 @@ def _verified(
     return found
 
 
-def _telling(total: int) -> Progress:
+def _telling(total: int) -> ReportProgress:
     """Says on stderr how far the reading has come: in place on a terminal, else a line now and
     then."""
     told, in_place = time.monotonic(), sys.stderr.isatty()

@@ -2,7 +2,7 @@
 
 import torch
 
-from opt_train.checkpoint.manifest import CheckpointError, Progress
+from opt_train.checkpoint.manifest import CheckpointError, ReportProgress
 from opt_train.evaluate.load import device_of
 from opt_train.evaluate.load import load_model as load
 from opt_train.model.decoder import OPT
@@ -16,7 +16,7 @@ def choose_device(choice: CheckpointChoice) -> torch.device:
     return device_of(choice.config)
 
 
-def load_model(choice: CheckpointChoice, device: torch.device, progress: Progress) -> OPT:
+def load_model(choice: CheckpointChoice, device: torch.device, progress: ReportProgress) -> OPT:
     """The chosen checkpoint's model, without dropout and gradients.
 
     Raises:

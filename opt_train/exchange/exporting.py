@@ -5,13 +5,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from opt_train.checkpoint.manifest import Progress, write_durably
+from opt_train.checkpoint.durable_file import write_durably
+from opt_train.checkpoint.manifest import ReportProgress
 from opt_train.exchange import safetensors_file, tokenizer_files
 from opt_train.exchange.checkpoint import weights_in
 from opt_train.exchange.configuration import generation, to_hugging_face
 from opt_train.exchange.folder import check_free, filled_beside
 from opt_train.exchange.sources import CONFIG, INDEX, SAFETENSORS
-from opt_train.exchange.stored import TYPE_NAMES, TYPES, Stored, bytes_in, check_complete, shapes_of
+from opt_train.exchange.stored_tensor import (
+    TYPE_NAMES,
+    TYPES,
+    StoredTensor,
+    bytes_in,
+    check_complete,
+    shapes_of,
+)
 from opt_train.model.config import ModelConfig
 
 SHARD_BYTES = 5_000_000_000
@@ -38,8 +46,8 @@ def export(
     dtype: str = "",
     shard_bytes: int = SHARD_BYTES,
     tokenizer: Iterable[Path] = (),
-    verifying: Progress | None = None,
-    writing: Progress | None = None,
+    verifying: ReportProgress | None = None,
+    writing: ReportProgress | None = None,
 ) -> Exported:
     """Write the folder; it appears whole or not at all. About one tensor at a time is in memory.
 
@@ -86,10 +94,10 @@ def export(
 
 
 def _shards(
-    tensors: Mapping[str, Stored], dtype: str, shard_bytes: int
-) -> dict[str, dict[str, Stored]]:
+    tensors: Mapping[str, StoredTensor], dtype: str, shard_bytes: int
+) -> dict[str, dict[str, StoredTensor]]:
     """Which tensors go into which file, in the model's order."""
-    shares: list[dict[str, Stored]] = [{}]
+    shares: list[dict[str, StoredTensor]] = [{}]
     room = shard_bytes
     for name, one in tensors.items():
         size = bytes_in(one.shape, TYPES[dtype])

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from opt_train.checkpoint.manifest import sync_folder
+from opt_train.checkpoint.durable_file import sync_folder
 from opt_train.protocol.exits import BadInput
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from opt_train.checkpoint import manifest
-from opt_train.checkpoint.manifest import STATE, Progress, write_durably
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
+from opt_train.checkpoint.durable_file import write_durably
+from opt_train.checkpoint.manifest import STATE, ReportProgress
 from opt_train.exchange import safetensors_file, tokenizer_files
 from opt_train.exchange.checkpoint import MODEL
 from opt_train.exchange.folder import check_free, filled_beside
 from opt_train.exchange.imported import ATTEMPT
 from opt_train.exchange.sources import Source
-from opt_train.exchange.stored import TYPE_NAMES, bytes_in, check_complete, shapes_of
+from opt_train.exchange.stored_tensor import TYPE_NAMES, bytes_in, check_complete, shapes_of
 from opt_train.model.config import ModelConfig
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -34,7 +35,7 @@ class Imported:
     manifest_sha256: str
 
 
-def bring_in(source: Source, to: Path, writing: Progress | None = None) -> Imported:
+def bring_in(source: Source, to: Path, writing: ReportProgress | None = None) -> Imported:
     """Write a committed checkpoint folder; it appears whole or not at all. About one tensor at a
     time is in memory.
 
@@ -84,7 +85,7 @@ def bring_in(source: Source, to: Path, writing: Progress | None = None) -> Impor
                 len(content),
                 hashlib.sha256(content).hexdigest(),
             )
-        sha256 = manifest.commit(folder, manifest.build(folder, ATTEMPT, 0, files))
+        sha256 = commit_manifest(folder, build_manifest(folder, ATTEMPT, 0, files))
     return Imported(
         source.model, TYPE_NAMES[dtype], total // dtype.itemsize, total, bool(copies), sha256
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from opt_train.exchange.stored import Stored
+from opt_train.exchange.stored_tensor import StoredTensor
 from opt_train.model.config import ModelConfig
 from opt_train.model.sizes import POSITION_OFFSET
 from opt_train.protocol.exits import BadInput
@@ -37,7 +37,7 @@ VOCABULARY_MULTIPLE = 8
 
 def model_and_tensors(
     path: Path, loaded: Any, preset: ModelConfig | None
-) -> tuple[ModelConfig, dict[str, Stored]]:
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """The model in a loaded file, and its tensors by Hugging Face's names.
 
     Args:
@@ -57,8 +57,8 @@ def model_and_tensors(
     return model, tensors
 
 
-def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
+def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     head = None
     for raw, value in weights.items():
         name = raw.removeprefix("decoder.") if isinstance(raw, str) else ""
@@ -75,7 +75,7 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
             continue
         if ".qkv_proj." not in name:
             name = RENAMED.get(name, name)
-            tensors[f"model.decoder.{name}"] = Stored(
+            tensors[f"model.decoder.{name}"] = StoredTensor(
                 path, tuple(value.shape), value.dtype, value.detach
             )
             continue
@@ -86,7 +86,7 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, Stored]:
             )
         for part, piece in zip(FUSED, value.detach().chunk(len(FUSED)), strict=True):
             new = f"model.decoder.{name.replace('qkv_proj', part)}"
-            tensors[new] = Stored(path, tuple(piece.shape), piece.dtype, _given(piece))
+            tensors[new] = StoredTensor(path, tuple(piece.shape), piece.dtype, _given(piece))
     embedding = weights.get("decoder.embed_tokens.weight")
     if (
         head is not None
@@ -104,7 +104,7 @@ def _given(piece: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: piece
 
 
-def _padded(embedding: Stored, rows: int) -> Stored:
+def _padded(embedding: StoredTensor, rows: int) -> StoredTensor:
     """The embedding with rows of zeros behind its own."""
 
     def read() -> torch.Tensor:
@@ -112,11 +112,14 @@ def _padded(embedding: Stored, rows: int) -> Stored:
         tensor[: embedding.shape[0]] = embedding.read()
         return tensor
 
-    return Stored(embedding.where, (rows, embedding.shape[1]), embedding.dtype, read)
+    return StoredTensor(embedding.where, (rows, embedding.shape[1]), embedding.dtype, read)
 
 
 def _model(
-    path: Path, loaded: Mapping[str, Any], tensors: Mapping[str, Stored], preset: ModelConfig | None
+    path: Path,
+    loaded: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    preset: ModelConfig | None,
 ) -> ModelConfig:
     """What the tensors' shapes tell, and for the rest the preset or the file's own arguments."""
 

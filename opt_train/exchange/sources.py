@@ -17,8 +17,8 @@ import torch
 
 from opt_train.exchange import metaseq
 from opt_train.exchange.configuration import from_hugging_face
-from opt_train.exchange.safetensors_file import read_header
-from opt_train.exchange.stored import Stored
+from opt_train.exchange.safetensors_file import open_safetensors
+from opt_train.exchange.stored_tensor import StoredTensor
 from opt_train.model.config import ModelConfig
 from opt_train.protocol.exits import BadInput
 
@@ -43,7 +43,7 @@ class Source:
     kind: str
     """``safetensors``, ``bin`` or ``metaseq``."""
     model: ModelConfig
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     """By Hugging Face's names; the head is not among them."""
 
 
@@ -95,7 +95,7 @@ def _consolidated(path: Path, kind: str) -> Path | None:
     return None
 
 
-def _hugging_face(folder: Path) -> tuple[str, dict[str, Stored]]:
+def _hugging_face(folder: Path) -> tuple[str, dict[str, StoredTensor]]:
     """Every tensor of a folder, of the better of its two formats."""
     for kind, single in (("safetensors", SAFETENSORS), ("bin", BIN)):
         if (folder / single).exists():
@@ -109,7 +109,7 @@ def _hugging_face(folder: Path) -> tuple[str, dict[str, Stored]]:
     )
 
 
-def _sharded(kind: str, index: Path) -> dict[str, Stored]:
+def _sharded(kind: str, index: Path) -> dict[str, StoredTensor]:
     placed = read_json(index).get("weight_map")
     if (
         not isinstance(placed, dict)
@@ -117,7 +117,7 @@ def _sharded(kind: str, index: Path) -> dict[str, Stored]:
         or not all(isinstance(name, str) for name in placed.values())
     ):
         raise BadInput(f"{index} has no weight_map from tensors to files; get it again")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(placed.values())):
         if PurePosixPath(name).name != name or name in ("", ".", ".."):
             raise BadInput(
@@ -138,18 +138,19 @@ def _sharded(kind: str, index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _tensors_of(kind: str, path: Path) -> dict[str, Stored]:
+def _tensors_of(kind: str, path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise BadInput(f"{path} is missing; get the whole folder")
     if kind == "safetensors":
-        return dict(read_header(path).tensors)
+        _, tensors = open_safetensors(path)
+        return tensors
     loaded = load_torch_file(path)
     if not isinstance(loaded, Mapping):
         raise BadInput(f"{path} holds no tensors by name; give {BIN} as Hugging Face writes it")
     return in_memory(path, loaded.items())
 
 
-def in_memory(path: Path, named: Iterable[tuple[object, object]]) -> dict[str, Stored]:
+def in_memory(path: Path, named: Iterable[tuple[object, object]]) -> dict[str, StoredTensor]:
     """Tensors of a torch file, mapped and not yet read."""
     tensors = {}
     for name, tensor in named:
@@ -164,7 +165,7 @@ def in_memory(path: Path, named: Iterable[tuple[object, object]]) -> dict[str, S
                 "weights alone"
             )
         assert isinstance(tensor, torch.Tensor)
-        tensors[name] = Stored(path, tuple(tensor.shape), tensor.dtype, tensor.detach)
+        tensors[name] = StoredTensor(path, tuple(tensor.shape), tensor.dtype, tensor.detach)
     return tensors
 
 
@@ -226,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return payload
 
 
-def _full_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def _full_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Some of the published files begin at `decoder.`: they were saved without their head."""
     return {
         (f"model.{name}" if name.startswith("decoder.") else name): stored
@@ -234,7 +235,7 @@ def _full_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     }
 
 
-def _without_head(tensors: dict[str, Stored]) -> dict[str, Stored]:
+def _without_head(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Leave out the head, which must be the token embedding.
 
     Raises:
@@ -249,7 +250,7 @@ def _without_head(tensors: dict[str, Stored]) -> dict[str, Stored]:
     return tensors
 
 
-def same(one: Stored, other: Stored) -> bool:
+def same(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same bytes."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opt_train.checkpoint.manifest import write_durably
+from opt_train.checkpoint.durable_file import write_durably
 from opt_train.data import tokenizer
 from opt_train.data.config import TokenizerConfig
 from opt_train.protocol.exits import BadInput

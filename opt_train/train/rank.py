@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.background import Staging
+from opt_train.checkpoint.late_files import retry_while_late
 from opt_train.checkpoint.manifest import CheckpointError, own_file_name
 from opt_train.checkpoint.restore import load_files, restore, verify_files
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
@@ -218,7 +219,7 @@ def read_manifest(begin: Begin, tell: Publish) -> checkpoint_manifest.Manifest |
     try:
         # Another node committed it, perhaps a moment ago. To wait for it, which has an end, is not
         # to hang.
-        return checkpoint_manifest.patiently(
+        return retry_while_late(
             folder,
             lambda: checkpoint_manifest.read(folder, sha256),
             waiting=lambda: tell(Progress(0, 0)),

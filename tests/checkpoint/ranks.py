@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.manifest import CheckpointError, build, commit, read
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
+from opt_train.checkpoint.manifest import CheckpointError, read
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import ModelAndOptimizer, reshard, tensors_of
@@ -107,7 +108,7 @@ def commit_together(folder: Path, step: int, files: tuple[SavedFile, ...]) -> No
         named = {
             file.path: (file.bytes, file.sha256) for report in reports for file in report or ()
         }
-        commit(folder, build(folder, "1.00", step, named))
+        commit_manifest(folder, build_manifest(folder, "1.00", step, named))
     dist.barrier()
 
 

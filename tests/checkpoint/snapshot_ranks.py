@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.manifest import CheckpointError, build, commit, own_file_name, read
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
+from opt_train.checkpoint.manifest import CheckpointError, own_file_name, read
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.optim.clip import clip
@@ -117,7 +118,7 @@ def hold(snapshot: Snapshot, folder: Path) -> None:
     dist.all_gather_object(reports, files)
     if dist.get_rank() == 0:
         named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}
-        commit(folder, build(folder, "1.00", 2, named))
+        commit_manifest(folder, build_manifest(folder, "1.00", 2, named))
     dist.barrier()
 
 

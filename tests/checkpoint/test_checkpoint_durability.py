@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.manifest import MANIFEST
 from opt_train.checkpoint.save import save
 from tests.durability import recorded
@@ -21,7 +21,7 @@ def test_every_shard_and_every_name_is_durable_before_the_manifest(
         file.path: (file.bytes, file.sha256)
         for file in save({"model.a": torch.ones(9)}, {"step": 4}, folder)
     }
-    manifests.commit(folder, manifests.build(folder, "1.00", 4, files))
+    commit_manifest(folder, build_manifest(folder, "1.00", 4, files))
     committed = deeds.index(("rename", MANIFEST))
     before, after = deeds[:committed], deeds[committed + 1 :]
     assert len(files) == 2

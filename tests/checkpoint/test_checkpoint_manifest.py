@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import build_manifest, commit_manifest, retire_checkpoint
+from opt_train.checkpoint.listing import list_checkpoints
 from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, Manifest
 
 SHARDS = {
@@ -36,10 +38,10 @@ def write(folder: Path, state: object = None) -> dict[str, tuple[int, str]]:
 @pytest.fixture
 def committed(tmp_path: Path) -> tuple[Path, str]:
     folder = tmp_path / "checkpoints" / "1.02" / "step-00000007"
-    manifest = manifests.build(
+    manifest = build_manifest(
         folder, "1.02", 7, write(folder), config_sha256="c" * 64, journal_head="j" * 64
     )
-    return folder, manifests.commit(folder, manifest)
+    return folder, commit_manifest(folder, manifest)
 
 
 def test_a_committed_manifest_reads_back_and_verifies(committed: tuple[Path, str]) -> None:
@@ -57,7 +59,7 @@ def test_a_committed_manifest_reads_back_and_verifies(committed: tuple[Path, str
 
 def test_the_state_says_whether_training_was_well(tmp_path: Path) -> None:
     files = write(tmp_path / "c", {"healthy": False})
-    assert not manifests.build(tmp_path / "c", "1.00", 1, files).healthy
+    assert not build_manifest(tmp_path / "c", "1.00", 1, files).healthy
 
 
 @pytest.mark.parametrize("name", [*SHARDS, STATE])
@@ -166,17 +168,17 @@ def test_a_report_that_does_not_match_the_folder_is_not_committed(tmp_path: Path
     files = write(folder)
     shard = "shard-00001.safetensors"
     with pytest.raises(CheckpointError, match=r"no shard of .* was reported"):
-        manifests.build(folder, "1.00", 7, {STATE: files[STATE]})
+        build_manifest(folder, "1.00", 7, {STATE: files[STATE]})
     with pytest.raises(CheckpointError, match=r"state.json was not reported"):
-        manifests.build(folder, "1.00", 7, {shard: files[shard]})
+        build_manifest(folder, "1.00", 7, {shard: files[shard]})
     with pytest.raises(CheckpointError, match=r"state.json has a wrong checksum"):
-        manifests.build(folder, "1.00", 7, files | {STATE: (files[STATE][0], "0" * 64)})
+        build_manifest(folder, "1.00", 7, files | {STATE: (files[STATE][0], "0" * 64)})
     (folder / shard).write_bytes(b"less")
     with pytest.raises(CheckpointError, match=rf"{shard} has 4 bytes instead of 10240"):
-        manifests.build(folder, "1.00", 7, files)
+        build_manifest(folder, "1.00", 7, files)
     (folder / shard).unlink()
     with pytest.raises(CheckpointError, match=rf"{shard} is missing"):
-        manifests.build(folder, "1.00", 7, files)
+        build_manifest(folder, "1.00", 7, files)
     assert not (folder / MANIFEST).exists()
 
 
@@ -186,7 +188,7 @@ def test_the_same_checkpoint_has_the_same_manifest(tmp_path: Path) -> None:
         files = write(tmp_path / name)
         shuffled = dict(sorted(files.items(), reverse=name == "a"))
         hashes.add(
-            manifests.commit(tmp_path / name, manifests.build(tmp_path / name, "1.00", 7, shuffled))
+            commit_manifest(tmp_path / name, build_manifest(tmp_path / name, "1.00", 7, shuffled))
         )
     assert len(hashes) == 1
 
@@ -196,17 +198,17 @@ def test_retiring_takes_the_manifest_first_and_can_be_repeated(committed: tuple[
     program = f"""
 import os, shutil, signal
 from pathlib import Path
-from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import retire_checkpoint
 shutil.rmtree = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-manifest.retire(Path({str(folder)!r}))
+retire_checkpoint(Path({str(folder)!r}))
 """
     process = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (folder / MANIFEST).exists()
     assert (folder / STATE).exists()
-    manifests.retire(folder)
+    retire_checkpoint(folder)
     assert not folder.exists()
-    manifests.retire(folder)
+    retire_checkpoint(folder)
 
 
 def test_committing_is_all_or_nothing_when_killed(tmp_path: Path) -> None:
@@ -217,27 +219,27 @@ def test_committing_is_all_or_nothing_when_killed(tmp_path: Path) -> None:
     program = f"""
 import json, os, signal, sys
 from pathlib import Path
-from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 Path.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 folder = Path({str(folder)!r})
-manifest.commit(folder, manifest.build(folder, "1.00", 7, {files!r}))
+commit_manifest(folder, build_manifest(folder, "1.00", 7, {files!r}))
 """
     process = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(CheckpointError, match=r"manifest.json is missing"):
         manifests.read(folder)
-    sha256 = manifests.commit(folder, manifests.build(folder, "1.00", 7, files))
+    sha256 = commit_manifest(folder, build_manifest(folder, "1.00", 7, files))
     manifests.verify(folder, sha256)
 
 
 def test_a_person_s_list_has_the_good_and_the_rest_in_order(tmp_path: Path) -> None:
     for attempt, step in (("1.10", 5), ("1.09", 30), ("1.09", 4)):
         folder = tmp_path / attempt / f"step-{step:08d}"
-        manifests.commit(folder, manifests.build(folder, attempt, step, write(folder)))
+        commit_manifest(folder, build_manifest(folder, attempt, step, write(folder)))
     write(tmp_path / "1.10" / "step-00000009")
     (tmp_path / "1.09" / "step-00000030" / STATE).unlink()
     (tmp_path / "1.09" / "notes").mkdir()
-    listed = manifests.checkpoints(tmp_path)
+    listed = list_checkpoints(tmp_path)
     assert [(item.attempt, item.step) for item in listed] == [
         ("1.09", 4),
         ("1.09", 30),
@@ -250,16 +252,16 @@ def test_a_person_s_list_has_the_good_and_the_rest_in_order(tmp_path: Path) -> N
     assert listed[0].bytes == sum(map(len, SHARDS.values())) + len(
         b'{"step": 7, "samples": 56, "layout": {"shard": 2}}'
     )
-    assert manifests.checkpoints(tmp_path / "nothing") == ()
+    assert list_checkpoints(tmp_path / "nothing") == ()
 
 
 def test_numbers_that_json_cannot_say_are_kept_as_words(tmp_path: Path) -> None:
     files = write(tmp_path / "c")
-    manifest = manifests.build(tmp_path / "c", "1.00", 7, files)
+    manifest = build_manifest(tmp_path / "c", "1.00", 7, files)
     broken = Manifest(
         **{**asdict(manifest), "files": manifest.files, "state": {"loss": float("inf")}}
     )
-    manifests.commit(tmp_path / "c", broken)
+    commit_manifest(tmp_path / "c", broken)
     assert float(manifests.read(tmp_path / "c").state["loss"]) == float("inf")
 
 

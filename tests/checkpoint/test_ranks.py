@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import retire_checkpoint
 from opt_train.checkpoint.manifest import CheckpointError
 
 PROGRAM = Path(__file__).with_name("ranks.py")
@@ -108,7 +109,7 @@ def test_ranks_killed_in_a_save_leave_the_checkpoint_before(
     good = tmp_path / "step-00000002"
     assert manifests.verify(good).state == {"step": 2}
     finish(start(ranks, "restore_before", 2, tmp_path))
-    manifests.retire(half)
+    retire_checkpoint(half)
     assert not half.exists()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.manifest import STATE, CheckpointError
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
@@ -60,7 +61,7 @@ def train(
 
 def commit(folder: Path, tensors: dict[str, torch.Tensor], step: int = 1) -> manifests.Manifest:
     files = {file.path: (file.bytes, file.sha256) for file in save(tensors, {"step": step}, folder)}
-    sha256 = manifests.commit(folder, manifests.build(folder, "1.00", step, files))
+    sha256 = commit_manifest(folder, build_manifest(folder, "1.00", step, files))
     return manifests.verify(folder, sha256)
 
 
@@ -297,7 +298,7 @@ def test_a_shard_that_vanished_from_the_manifest_too_leaves_no_tensor_half_loade
     with pytest.raises(
         CheckpointError, match=r"tensor model.layer.weight is incomplete in it: a shard is missing"
     ):
-        restore(ModelAndOptimizer(*made(1)), folder, manifests.build(folder, "1.00", 1, files))
+        restore(ModelAndOptimizer(*made(1)), folder, build_manifest(folder, "1.00", 1, files))
 
 
 class Canary:

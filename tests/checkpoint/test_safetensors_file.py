@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
+from opt_train.checkpoint.durable_file import PIECE_BYTES, DurableFile
 from opt_train.checkpoint.safetensors_file import DTYPES, write_safetensors
-from opt_train.checkpoint.save import PIECE_BYTES, DurableFile
 
 
 def of_every_kind() -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import build_manifest, commit_manifest, manifest_of_reports
 
 START = 1_790_000_000.0
 
@@ -76,8 +76,8 @@ class Story:
 
     def save(self, step: int) -> Path:
         folder, files = self.write(step)
-        built = manifest.build(folder, self.attempt, step, files)
-        sha256 = manifest.commit(folder, built)
+        built = build_manifest(folder, self.attempt, step, files)
+        sha256 = commit_manifest(folder, built)
         path = folder.relative_to(self.run.path).as_posix()
         self.tell(CheckpointCommitted(path, sha256, built.bytes, 3, 0.1, built.healthy), step)
         return folder
@@ -141,9 +141,9 @@ def test_what_agents_hold_is_listed_by_tier_as_far_as_the_journal_counts_on_it(
     for tier, step in (("memory", 32), ("node", 34), ("memory", 34)):
         folder = story.run.checkpoint("1.01", step, tier)
         folder.mkdir(parents=True)
-        made = manifest.of_reports("1.01", step, files, {"healthy": True})
+        made = manifest_of_reports("1.01", step, files, {"healthy": True})
         path = folder.relative_to(story.run.path).as_posix()
-        sha256 = manifest.commit(folder, made)
+        sha256 = commit_manifest(folder, made)
         story.tell(CheckpointCommitted(path, sha256, made.bytes, 2, 0.1, True, tier, 1, "c0"), step)
     story.tell(
         CheckpointRejected("node/1.01/step-00000034", "node-1: shard-00000.safetensors is nowhere"),
@@ -251,8 +251,8 @@ def test_what_is_no_checkpoint_says_what_it_is(story: Story, say) -> None:
     )
     story.tell(CheckpointRetired("checkpoints/1.00/step-00000010"), 10, "1.00")
     folder, files = story.write(70)
-    manifest.commit(
-        folder, manifest.build(folder, "1.01", 70, files)
+    commit_manifest(
+        folder, build_manifest(folder, "1.01", 70, files)
     )  # a supervisor died before it could say so
     shutil.rmtree(story.run.checkpoint("1.00", 30))
     rows = listed(say, story, "--verify")

@@ -19,7 +19,7 @@ from opt_train.exchange.configuration import from_hugging_face, to_hugging_face
 from opt_train.exchange.exporting import export
 from opt_train.exchange.importing import bring_in
 from opt_train.exchange.sources import open_source
-from opt_train.exchange.stored import shapes_of
+from opt_train.exchange.stored_tensor import shapes_of
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT
 from opt_train.protocol.exits import BadInput

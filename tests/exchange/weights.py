@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from opt_train.checkpoint.manifest import build, commit
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import tensors_of
 from opt_train.model.config import ModelConfig
@@ -47,8 +47,9 @@ def checkpoint_of(model: OPT, folder: Path) -> Path:
     """A committed checkpoint with optimizer state, as one rank saves it."""
     optimizer = torch.optim.AdamW(model.parameters())
     files = save(tensors_of(model, optimizer), {"step": 7}, folder)
-    commit(
-        folder, build(folder, "1.00", 7, {file.path: (file.bytes, file.sha256) for file in files})
+    commit_manifest(
+        folder,
+        build_manifest(folder, "1.00", 7, {file.path: (file.bytes, file.sha256) for file in files}),
     )
     return folder
 
@@ -69,7 +70,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     dist.all_gather_object(reports, save(tensors, {"step": 7}, folder))
     if rank == 0:
         named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}  # type: ignore[attr-defined]
-        commit(folder, build(folder, "1.00", 7, named))
+        commit_manifest(folder, build_manifest(folder, "1.00", 7, named))
     leave_with(None)
 
 

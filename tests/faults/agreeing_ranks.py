@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opt_train.checkpoint.all_or_none import together
+from opt_train.checkpoint.all_or_none import all_or_none
 from opt_train.checkpoint.manifest import CheckpointError
 
 
@@ -19,9 +19,9 @@ def main(rank: int, folder: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device", "shard-00002")
 
-    together(lambda: None, None, "nothing")
+    all_or_none(lambda: None, None, "nothing")
     try:
-        together(fail, None, "it was not saved")
+        all_or_none(fail, None, "it was not saved")
     except CheckpointError as error:
         print(error, flush=True)
     dist.barrier()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.checkpoint.late_files import retry_while_late
 from tests.train.rig import environment
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Child:
         from opt_train.checkpoint import manifest
         from opt_train.checkpoint.restore import load_files, verify_files
 
-        read = manifest.patiently(folder, lambda: manifest.read(folder, sha256))
+        read = retry_while_late(folder, lambda: manifest.read(folder, sha256))
         verify_files(folder, read, patient=True)
         load_files(self, folder, read)
 

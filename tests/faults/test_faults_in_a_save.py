@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import retire_checkpoint
+from opt_train.checkpoint.listing import list_checkpoints
 from opt_train.checkpoint.manifest import MANIFEST
 from tests.faults.saver import Saver, path_of
 from tests.faults.shim import CHANGING, FILLING, KINDS, Fired, Rule, Shim, strerror
@@ -65,7 +67,7 @@ class Run:
     def clear(self) -> None:
         """As if `STEP` had never been saved."""
         self.shim.set()
-        manifests.retire(self.there)
+        retire_checkpoint(self.there)
 
     def check_sentence(self, why: str, fault: str, stage: str) -> None:
         """One line that names a file and the system's reason."""
@@ -84,7 +86,7 @@ class Run:
         after = self.saver.do("save", NEXT)
         assert after.why == ""
         manifests.verify(self.folder / path_of(NEXT), after.sha256)
-        manifests.retire(self.folder / path_of(NEXT))
+        retire_checkpoint(self.folder / path_of(NEXT))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_a_save_killed_at_any_call_leaves_the_one_before_and_nothing_half(
         run.disturb(Rule("kill", run.everything, calls=calls, first=number))
         assert run.saver.do("save", STEP).signal == signal.SIGKILL, stage
         run.shim.set()
-        listed = {item.step: item for item in manifests.checkpoints(run.folder / "checkpoints")}
+        listed = {item.step: item for item in list_checkpoints(run.folder / "checkpoints")}
         assert listed[BEFORE].why == "", stage
         if STEP in listed and listed[STEP].has_manifest:
             manifests.verify(run.there)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import retire_checkpoint
 from opt_train.checkpoint.manifest import MANIFEST
 from tests.faults.saver import Case, Saver, path_of
 from tests.faults.shim import Fired, Rule, Shim, strerror
@@ -126,7 +127,7 @@ def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(
         )
         for number in range(prepared, len(calls) + 2):
             stage = f"call {number} of {len(calls)}"
-            manifests.retire(folder)
+            retire_checkpoint(folder)
             shim.set(Rule("stall", f"{folder}*", first=number, seconds=0.3))
             slow.begin(Case("save-only", STEP, 2.0))
             deadline = time.monotonic() + 30

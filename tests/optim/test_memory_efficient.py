@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
 from opt_train.checkpoint.tensors import ModelAndOptimizer, tensors_of
@@ -208,7 +209,7 @@ def test_checkpoint_brings_moments_back_in_fp32(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "1.00" / "step-00000001"
     files = save(tensors_of(model, optimizer), {}, folder)
     named = {file.path: (file.bytes, file.sha256) for file in files}
-    manifest.commit(folder, manifest.build(folder, "1.00", 1, named))
+    commit_manifest(folder, build_manifest(folder, "1.00", 1, named))
     expected = {
         name: local(tensor).clone() for name, tensor in tensors_of(model, optimizer).items()
     }

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from opt_train.checkpoint.manifest import build, commit
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.save import save
 from opt_train.parallel.engine import Engine
 
@@ -22,7 +22,7 @@ def save_together(engine: Engine, folder: Path) -> None:
     dist.all_gather_object(reports, files)
     if dist.get_rank() == 0:
         named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}
-        commit(folder, build(folder, "1.00", 0, named))
+        commit_manifest(folder, build_manifest(folder, "1.00", 0, named))
     dist.barrier()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 from safetensors import safe_open
 
 from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config.run_config import RunConfig, to_json
 from opt_train.data.config import DataConfig, TokenizerConfig
@@ -313,7 +314,7 @@ class World:
         )
         folder = Path(reports[0].folder)
         files = {file.path: (file.bytes, file.sha256) for fact in reports for file in fact.files}
-        manifest.commit(folder, manifest.build(folder, folder.parent.name, step, files))
+        commit_manifest(folder, build_manifest(folder, folder.parent.name, step, files))
         return folder
 
     def newest_save(self) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load
 
 from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import build_manifest, commit_manifest
 from opt_train.checkpoint.manifest import Manifest
 from opt_train.checkpoint.snapshot import Snapshot, Snapshots
 from opt_train.config.run_config import RunConfig
@@ -253,8 +254,8 @@ def commit(files: Mapping[str, bytes], step: int, folder: Path, config_sha256: s
     for name, found in files.items():
         (folder / name).write_bytes(found)
     named = {name: (len(found), hashlib.sha256(found).hexdigest()) for name, found in files.items()}
-    manifest.commit(
-        folder, manifest.build(folder, "1.00", step, named, config_sha256=config_sha256)
+    commit_manifest(
+        folder, build_manifest(folder, "1.00", step, named, config_sha256=config_sha256)
     )
     return folder
 

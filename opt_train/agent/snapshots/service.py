@@ -25,16 +25,12 @@ from opt_train.agent.snapshots.store import (
 )
 from opt_train.agent.snapshots.transfer import TransferServer, Unreachable
 from opt_train.checkpoint import manifest as manifests
-from opt_train.checkpoint.manifest import (
+from opt_train.checkpoint.late_files import (
     LATE_SECONDS,
     LOOK_AGAIN_SECONDS,
-    MANIFEST,
-    STATE,
-    CheckpointError,
-    FileEntry,
-    Manifest,
     may_be_late,
 )
+from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, FileEntry, Manifest
 from opt_train.host.worker_thread import WorkerThread
 from opt_train.link.interface import address_of_interface
 from opt_train.link.secret import SecretUnusable, read_secret
@@ -215,7 +211,7 @@ class SnapshotService:
         self._tell(Fetched(command.path, command.names, why, folder))
 
     async def _manifest(self, command: Fetch) -> tuple[Manifest, bytes]:
-        """As `manifests.patiently`, with the helper free meanwhile. Raises `CheckpointError` or
+        """As `retry_while_late`, with the helper free meanwhile. Raises `CheckpointError` or
         `SnapshotMissing`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + LATE_SECONDS

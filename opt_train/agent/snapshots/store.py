@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from opt_train.checkpoint.manifest import MANIFEST, FileEntry, sync_folder, write_durably
+from opt_train.checkpoint.durable_file import sync_folder, write_durably
+from opt_train.checkpoint.manifest import MANIFEST, FileEntry
 from opt_train.host.processes import mark_of
 from opt_train.host.worker_thread import WorkerThread
 from opt_train.protocol.facts import HeldFiles

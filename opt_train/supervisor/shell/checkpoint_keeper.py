@@ -11,6 +11,13 @@ from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import (
+    build_manifest,
+    commit_manifest,
+    manifest_of_reports,
+    retire_checkpoint,
+)
+from opt_train.checkpoint.late_files import retry_while_late
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.run.checkpoint import FASTEST_LAST
 from opt_train.supervisor.effects import CommitManifest, CommitSnapshot
@@ -34,7 +41,7 @@ class CheckpointKeeper:
         """
         try:
             folder = self._folder(path)
-            manifest.patiently(folder, partial(manifest.check, folder, manifest_sha256 or None))
+            retry_while_late(folder, partial(manifest.check, folder, manifest_sha256 or None))
             found = (
                 manifest_sha256
                 or hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()
@@ -53,7 +60,7 @@ class CheckpointKeeper:
                     f"the ranks saved in {effect.folder} instead of {effect.path}"
                 )
             build = partial(
-                manifest.build,
+                build_manifest,
                 folder,
                 effect.attempt,
                 effect.step,
@@ -61,12 +68,12 @@ class CheckpointKeeper:
                 config_sha256=self._config_sha256,
                 journal_head=journal_head,
             )
-            built = manifest.patiently(folder, build)
+            built = retry_while_late(folder, build)
             # Re-read at the last moment: a supervisor that was succeeded while it slept must not
             # commit anything.
             if not self._lock.still_held():
                 raise CheckpointError("another supervisor has taken over")
-            sha256 = manifest.commit(folder, built)
+            sha256 = commit_manifest(folder, built)
         except (CheckpointError, OSError) as error:
             return ManifestCommitted(
                 effect.path, effect.attempt, effect.step, self._relative(error)
@@ -88,7 +95,7 @@ class CheckpointKeeper:
         looked at here."""
         path = effect.paths[0]
         try:
-            made = manifest.of_reports(
+            made = manifest_of_reports(
                 effect.attempt,
                 effect.step,
                 effect.files,
@@ -101,7 +108,7 @@ class CheckpointKeeper:
             for each in effect.paths:
                 folder = self._folder(each)
                 self._run.make_folder(folder)
-                sha256 = manifest.commit(folder, made)
+                sha256 = commit_manifest(folder, made)
         except (CheckpointError, OSError) as error:
             return ManifestCommitted(path, effect.attempt, effect.step, self._relative(error))
         return ManifestCommitted(
@@ -123,7 +130,7 @@ class CheckpointKeeper:
         needed."""
         try:
             if self._lock.still_held():
-                manifest.retire(self._folder(path))
+                retire_checkpoint(self._folder(path))
         except (CheckpointError, OSError) as error:
             log.error("%s cannot be removed: %s", path, error)
 

@@ -17,6 +17,7 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.agent.snapshots import transfer
 from opt_train.agent.snapshots.service import STATE_BYTES_MAX, SnapshotService
 from opt_train.checkpoint import manifest as manifests
+from opt_train.checkpoint.commit import commit_manifest
 from opt_train.checkpoint.manifest import Manifest
 from opt_train.protocol.commands import Begin, Drop, Fetch, Kill, Leave
 from opt_train.protocol.facts import (
@@ -61,7 +62,7 @@ def run(tmp_path: Path, disk: Path) -> RunDirectory:
     """A run whose ranks take snapshots."""
     made = make_run(tmp_path, orphan_seconds=30.0)
     config = json.loads(made.config_json.read_text())
-    config["cluster"]["rank_module"] = "snapshot_rank"
+    config["cluster"]["rank_module"] = "snapshots.snapshot_rank"
     config["checkpoint"] = {"memory_every_steps": 5, "node_directory": str(disk)}
     made.config_json.write_text(json.dumps(config))
     return made
@@ -71,7 +72,7 @@ def commit(run: RunDirectory, path: str, files: dict[str, bytes] = FILES) -> str
     """Write the manifest of a held checkpoint, as the supervisor does; returns its sha256."""
     folder = run.path / path
     folder.mkdir(parents=True, exist_ok=True)
-    return manifests.commit(
+    return commit_manifest(
         folder, Manifest("1.00", 5, {name: entry(data) for name, data in files.items()}, {})
     )
 

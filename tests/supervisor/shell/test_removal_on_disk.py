@@ -20,6 +20,8 @@ from opt_logbook.record.metrics import MetricsWriter
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import retire_checkpoint
+from opt_train.checkpoint.listing import list_checkpoints
 from opt_train.supervisor.effects import (
     ClearUncommitted,
     CommitManifest,
@@ -28,6 +30,7 @@ from opt_train.supervisor.effects import (
     RetireCheckpoint,
 )
 from opt_train.supervisor.inputs import Input, ManifestCommitted
+from opt_train.supervisor.shell import checkpoint_keeper
 from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.shell.effect_runner import EffectRunner
 
@@ -102,13 +105,13 @@ def test_a_removal_that_takes_long_keeps_no_commit_waiting(
 ) -> None:
     """Six of them stand still: what has been saved becomes a checkpoint all the same."""
     go_on = Event()
-    remove = manifest.retire
+    remove = retire_checkpoint
 
     def stand_still(path: Path) -> None:
         assert go_on.wait(20)
         remove(path)
 
-    monkeypatch.setattr(manifest, "retire", stand_still)
+    monkeypatch.setattr(checkpoint_keeper, "retire_checkpoint", stand_still)
     with Lock.acquire(run, leader=1) as lock:
         keeper = CheckpointKeeper(run, lock, "c0")
         old = [saved(run, step).path for step in range(1, 7)]
@@ -140,7 +143,7 @@ def test_a_removal_killed_at_any_moment_leaves_a_checkpoint_or_rubbish(
         program = f"""
 import os, signal
 from pathlib import Path
-from opt_train.checkpoint import manifest
+from opt_train.checkpoint.commit import retire_checkpoint
 left = {operation}
 def dying(call):
     def instead(*words, **names):
@@ -152,13 +155,13 @@ def dying(call):
     return instead
 os.unlink, os.rmdir, os.fsync = dying(os.unlink), dying(os.rmdir), dying(os.fsync)
 Path.unlink = dying(Path.unlink)
-manifest.retire(Path({str(folder)!r}))
+retire_checkpoint(Path({str(folder)!r}))
 """
         process = subprocess.run(
             [sys.executable, "-c", program], check=False, timeout=60, env={**os.environ}
         )
         assert process.returncode in (0, -signal.SIGKILL)
-        (listed, *rest) = manifest.checkpoints(run.checkpoints)
+        (listed, *rest) = list_checkpoints(run.checkpoints)
         assert (listed.step, listed.why) == (3, "")
         assert len(rest) == (1 if folder.exists() else 0)
         if rest:

@@ -21,7 +21,7 @@ CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """What a file's header says of a tensor, and how to get it."""
 
     where: Path
@@ -65,7 +65,7 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.bias", (d,)
 
 
-def check_complete(source: Path, stored: Mapping[str, Stored], model: ModelConfig) -> None:
+def check_complete(source: Path, stored: Mapping[str, StoredTensor], model: ModelConfig) -> None:
     """Compare names, shapes and types with those that `model` has.
 
     Raises:
@@ -102,7 +102,7 @@ def check_complete(source: Path, stored: Mapping[str, Stored], model: ModelConfi
             )
 
 
-def chunks_of(name: str, stored: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def chunks_of(name: str, stored: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The elements of a tensor in order and converted to `dtype`, some at a time; each is finite.
 
     Raises:
