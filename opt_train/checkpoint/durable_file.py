@@ -84,7 +84,8 @@ class DurableFile:
         while piece:  # the system may take less than it was given, a full disk for one
             piece = piece[self._file.write(piece) :]
         # Now and then: what is reported is then on the disk, and never stands still for one long
-        # fsync, which a supervisor would take for a hang. While the disk takes these, the next are copied into the system's memory.
+        # fsync, which a supervisor would take for a hang. While the disk takes these, the next are
+        # copied into the system's memory.
         if self.size - self._asked >= PIECE_BYTES:
             self._wait_durable()
             self._asked = self.size

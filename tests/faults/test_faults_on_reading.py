@@ -57,9 +57,8 @@ def test_a_read_that_fails_is_a_sentence_and_never_half_a_state(reader: Reader, 
             )
             assert path_of(STEP) in answer.why, f"{stage}: {answer.why}"
             assert "\n" not in answer.why, stage
-    # The others look for where the run directory is, without need.
-    of_its_files = [c for c in calls if c.path.startswith(f"{reader.folder}/{path_of(STEP)}/")]
-    assert refused >= len(of_its_files) > 2
+    # Of those without need, half of what the supervisor calls, most look for where the folder is.
+    assert refused >= len(calls) // 2
     reader.shim.set()
     assert reader.saver.do(deed, STEP, reader.good).why == ""
 
