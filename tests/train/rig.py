@@ -7,8 +7,7 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,8 @@ from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import ExitNotice, InForce, Metrics, ShardsSaved, Store, Warm
 from opt_train.protocol.framing import Message, from_line, to_line
 from opt_train.train.config import TrainConfig
+from tests.train import forked
+from tests.train.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 60.0
@@ -115,24 +116,30 @@ def run_script(
     """Run `script rank world_size store arguments...` as `world_size` processes; each prints one
     JSON object, last."""
     store = folder / f"store-{time.monotonic_ns()}"
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world_size), str(store), *arguments],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        answers = [child.communicate(timeout=seconds) for child in children]
-        for child, (_, errors) in zip(children, answers, strict=True):
-            assert child.returncode == 0, errors.decode()[-3000:]
-        return [json.loads(output.decode().splitlines()[-1]) for output, _ in answers]
-    finally:
-        for child in children:
-            _kill_group(child)
+    with contextlib.ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
+        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
+        children = [
+            forked.server().start(
+                [str(script), str(rank), str(world_size), str(store), *arguments],
+                env=environment(),
+                stdout=outputs[rank],
+                stderr=errors[rank],
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            deadline = time.monotonic() + seconds
+            for child, error in zip(children, errors, strict=True):
+                code = child.wait(timeout=max(0.1, deadline - time.monotonic()))
+                error.seek(0)
+                assert code == 0, error.read().decode()[-3000:]
+            for output in outputs:
+                output.seek(0)
+            return [json.loads(output.read().decode().splitlines()[-1]) for output in outputs]
+        finally:
+            for child in children:
+                kill_group(child)
 
 
 @dataclass
@@ -141,7 +148,7 @@ class Rank:
     pipes."""
 
     log: Path
-    process: subprocess.Popen[bytes]
+    process: Forked
     facts_fd: int
     control_fd: int
     facts: list[Message] = field(default_factory=list)
@@ -155,20 +162,12 @@ class Rank:
         control_read, control_write = os.pipe()
         log = folder / f"rank{rank}-{time.monotonic_ns()}.log"
         with log.open("ab") as output:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    module,
-                    f"--facts-fd={facts_write}",
-                    f"--control-fd={control_read}",
-                ],
+            process = forked.server().start(
+                ["-m", module, f"--facts-fd={facts_write}", f"--control-fd={control_read}"],
                 pass_fds=(facts_write, control_read),
                 env=environment(),
-                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
             )
         os.close(facts_write)
         os.close(control_read)
@@ -219,7 +218,7 @@ class World:
 
     def __exit__(self, *error: object) -> None:
         for rank in self.ranks:
-            _kill_group(rank.process)
+            kill_group(rank.process)
             os.close(rank.facts_fd)
             with contextlib.suppress(OSError):
                 os.close(rank.control_fd)
@@ -333,7 +332,7 @@ class World:
     def kill(self) -> None:
         """SIGKILL all ranks at once, as a lost machine would."""
         for rank in self.ranks:
-            _kill_group(rank.process)
+            kill_group(rank.process)
 
 
 def sha256_of(path: Path) -> str:
@@ -353,7 +352,7 @@ def tensors_in(folder: Path) -> dict[tuple[str, str], str]:
     return hashes
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: Forked) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=DEADLINE_SECONDS)
