@@ -1,9 +1,43 @@
 """The supervisor without its hands: inputs and a clock in, effects out. No I/O, no clock of its
 own, no randomness.
 
-What is decided now is folded at once and emitted as `Append`, which is a barrier for the shell:
-nothing behind it is visible before the entry is durable. So a new supervisor that folds the journal
-stands where the world last saw this one.
+Theory of operation
+===================
+
+`Supervisor` is a state machine that a host drives. The host owns the links, the files and the
+clock, and owes it four things: every input goes in, one at a time; `now` never goes back; effects
+are carried out in the order given; and nothing behind an `Append` happens before its entry is
+durable. The whole loop (shell/event_loop.py and shell/effect_runner.py are this, and threads)::
+
+    core = Supervisor(config, state, identity)     # state: the journal, folded
+    effects = core.begin(now())
+    while True:
+        for effect in effects:
+            match effect:
+                case Append(entry):
+                    journal.append(entry)          # returns when it is on the disk
+                case Finish(code):
+                    return code
+                case _:
+                    start(effect)                  # may fail, may be lost; its answer is an input
+        effects = core.handle(inbox.get(), now())
+
+What is decided is folded into the core's own state at once, and the entry goes out as an `Append`
+in front of whatever follows from it. So the world never sees a decision that the journal could
+forget, and a supervisor that folds the journal stands where the world last saw this one.
+
+One input is handled in three moves. `ClusterView.apply_input` takes it in. Then `decide`
+(rules/table.py), which is pure, is asked again and again: each decision changes the state, because
+it is journalled, or the view, because it is marked as sent, and so silences the rule that made it.
+When no rule has anything left to say, the effects go back to the host. What every effect promises
+stands in effects.py, who gives every input in inputs.py.
+
+No answer is ever waited for. An effect that matters and may get lost is decided again later, by the
+same rule, for as long as what it is for has not come about.
+
+To host it in a test, be the host: keep a list for a journal, feed inputs, look at the effects, and
+advance `now` by hand (tests/supervisor/world.py). To kill the supervisor between any two effects is
+to drop the object there and make another of the journal so far.
 """
 
 from opt_logbook.record.events import (
@@ -40,7 +74,7 @@ world does."""
 
 
 class Supervisor:
-    """Holds the state and the observation; `handle` is its only door."""
+    """The state and the view of the cluster; `begin` once, then `handle` for every input."""
 
     def __init__(self, config: RunConfig, state: RunState, identity: Identity) -> None:
         self.config = config

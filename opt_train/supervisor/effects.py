@@ -1,8 +1,28 @@
-"""Everything the supervisor's core can ask of the shell. The shell carries them out in the order
-given.
+"""Everything the supervisor's core can ask of its host, which carries it out in the order given.
 
-`Append` is a barrier: nothing behind it happens before the entry is durable. So the world never
+An `Append` is a barrier: nothing behind it happens before the entry is durable. So the world never
 sees a decision that a crash could make the journal forget.
+
+================== ========================================= ===================================
+effect             promise                                   what comes back
+================== ========================================= ===================================
+`Append`           durable before anything behind it         `JournalWasStalled` if it took long
+`Send`             in order, if the agent is connected       facts; nothing if it was lost
+`AcknowledgeFact`  as `Send`                                 nothing; a lost one: the fact again
+`StartAgent`       tried once                                `ClusterObserved`, a connection
+`FenceNode`        tried once, one at a time on a node       `ClusterObserved`: down
+`WriteMetrics`     behind the entries before it; not fsynced nothing
+`VerifyCheckpoint` done                                      `CheckpointVerified`
+`CommitManifest`   done, if the lock is still ours           `ManifestCommitted`
+`CommitSnapshot`   done, if the lock is still ours           `ManifestCommitted`
+`RetireCheckpoint` tried; the next supervisor tries it again nothing
+`ClearUncommitted` tried; the next attempt tries it again    nothing
+`Show`             at once, ahead of all others              nothing
+`Finish`           the last one                              nothing
+================== ========================================= ===================================
+
+"Done" is said of what the host tells the outcome of, good or bad. Whatever else fails is logged,
+and it is the core that asks again.
 """
 
 from collections.abc import Mapping

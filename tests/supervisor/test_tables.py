@@ -1,12 +1,15 @@
-"""The leaves: learned timeouts, and folding."""
+"""The leaves: learned timeouts, and folding; the tables of inputs and effects."""
 
+import re
 from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
 
 from opt_train.run.fold import HANDLERS, fold
 from opt_train.run.state import RunState
+from opt_train.supervisor import effects, inputs
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.phase_timeouts import PhaseTimeouts
 from tests.supervisor.histories import run_history
@@ -65,3 +68,11 @@ def test_a_commit_journalled_twice_counts_once() -> None:
 
 def test_every_handler_is_of_a_kind_that_is_written() -> None:
     assert all(kind in Event.registry.values() for kind in HANDLERS)
+
+
+@pytest.mark.parametrize(("module", "kinds"), [(effects, effects.Effect), (inputs, inputs.Input)])
+def test_every_effect_and_every_input_is_in_its_file_s_table(module: Any, kinds: Any) -> None:
+    """Whoever hosts the core goes by these tables."""
+    rows = re.findall(r"^`(\w+)` ", module.__doc__, re.MULTILINE)
+    assert rows == list(dict.fromkeys(rows))
+    assert set(rows) == {kind.__name__ for kind in get_args(kinds)}

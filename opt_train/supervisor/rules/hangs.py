@@ -1,7 +1,36 @@
 """Rules that look for what does not happen: ranks that do not move, nodes that are silent, ranks
 that are not there.
 
-Silence is unknown, not dead: it counts only together with training that does not move.
+Theory of operation
+===================
+
+Cars stand in a queue before a closed crossing. All of them stand; only the first is the reason.
+Ranks in a collective are such a queue: each of them waits for the one that has not come yet, and
+from its own clock every one of them looks hung. So the question is never "who waits too long?" but
+"who is behind?": name the one that the others wait for, never those that wait.
+
+Four ranks, and rank 2 is stuck in its data loader:
+
+==== ==== ======= ======================= ==========================================
+rank step phase   seconds in it (limit)   what it is
+==== ==== ======= ======================= ==========================================
+0    812  step    31 (24)                 in the all-reduce, beyond its limit: waits
+1    812  step    31 (24)                 in the all-reduce, beyond its limit: waits
+2    812  data    32 (90)                 behind: an earlier phase of the same step
+3    812  waiting 30 (24)                 beyond its limit: waits
+==== ==== ======= ======================= ==========================================
+
+Ranks are ordered by step, and within a step by how far a phase is (`BEHIND`). Rank 2 comes first.
+Its own limit for `data` is 90 s, so for now nothing is wrong: data may take that long. At 91 s rank
+2 is named, and its stacks will say why. Had one judged by those that exceed their limits, ranks 0,
+1 and 3 would have been blamed a minute earlier, for nothing that they did.
+
+Two things come before the order. A process that the kernel shows as stopped (`T`) is behind
+whatever its phase says, for it cannot move. And a node that is out of reach may hide the one that
+is behind: then nobody who can be seen is named; if all who can be seen exceed their limits, the
+silent node is, because now two signs agree. Silence alone is unknown, not dead (invariant 11).
+
+Limits are learned from the run itself, per phase (phase_timeouts.py).
 """
 
 from opt_train.protocol.facts import SlotState

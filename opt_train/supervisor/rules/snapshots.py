@@ -1,9 +1,36 @@
-"""Rules about checkpoints that agents hold: commit, copy to a partner, pass on to disk, bring
-together for a restart.
+"""Rules about snapshots, the checkpoints that agents have: commit, copy to a partner, pass on to
+disk, gather for a restart.
 
-An agent tells what it holds of its ranks' snapshots. One counts when all of it is held at one step
-and its manifest is written; whether the bytes are still good is found out when they are wanted, by
-the agents that hold them.
+Theory of operation
+===================
+
+A checkpoint in the shared file system costs minutes at a large size, so it is taken rarely, and a
+failure costs half the interval. A *snapshot* is the same state in memory: each rank copies its part
+into memory of its own and gives it to the agent of its node, which outlives the rank. It costs
+seconds and no file system, so it may be taken every few steps.
+
+1. *Take.* Each agent reports the part of each of its ranks (`SnapshotHeld`). When all ranks' parts
+   of one step are reported, the manifest is written (`commit`): from then on it is a checkpoint of
+   tier ``memory``, on record as any other. An older step that is still incomplete never will be
+   complete: a rank that takes a snapshot has done with the one before.
+2. *Copy.* A node that dies takes its memory with it. So each node's parts go to a partner node too,
+   in another failure domain if there is one (`copy_to_partners`): a rack may lose its power, and
+   the snapshot is still whole.
+3. *Pass on.* Every so many steps the agents also write their parts to their nodes' own disks
+   (`pass_on`). When all have, that is a second checkpoint, of tier ``node``: it survives the
+   agents.
+4. *Drop.* Agents have what is a checkpoint on record or may become one, and nothing else (`drop`).
+   Retention decides what stays on record.
+5. *Gather.* Before a restart every node gets the parts that its ranks will read, from whoever has
+   them, and verifies them by the manifest (`bring_together`). A part that nobody has, or that is
+   not what the manifest says, rejects the snapshot, and the newest good checkpoint before it is
+   taken: a snapshot may always be lost, and the shared file system has the last word.
+
+Nobody here knows whether the bytes are good. That is found out when they are wanted, by the agent
+that has them: to read everything again all the time would cost what the tier is there to save.
+
+What is in this file costs at every input, hundreds of times a second at 124 nodes: so who is whose
+partner and which rank writes which file is computed once for each set of nodes.
 """
 
 import functools

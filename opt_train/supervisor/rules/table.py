@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from opt_train.config.run_config import RunConfig
 from opt_train.run.state import TERMINAL, RunState, Stage
 from opt_train.supervisor.cluster_view import ClusterView
-from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import Identity
 from opt_train.supervisor.rules import (
     acknowledgements,
@@ -22,13 +21,11 @@ from opt_train.supervisor.rules import (
     nodes,
     orders,
     snapshots,
+    status,
 )
 from opt_train.supervisor.rules.context import Context, Decision
 
 Rule = Callable[[Context], list[Decision]]
-
-SHOW_SECONDS = 0.5
-"""Between two updates of what a person sees."""
 
 RECEIVE: tuple[Rule, ...] = (checkpoints.conclude, nodes.join)
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
@@ -142,30 +139,8 @@ def rules_for(s: Context) -> tuple[Rule, ...]:
     return STAGES.get(stage, ())
 
 
-def show(s: Context) -> list[Decision]:
-    """What a person at the terminal sees, when it has changed and not more than twice a second."""
-    if s.view.age(s.view.shown_at) < SHOW_SECONDS or s.state.created is None:
-        return []
-    places = s.state.live.nodes if s.state.live is not None else s.places()
-    standing = [
-        n for n, r in s.state.nodes.items() if r.role == "buffer" and s.view.node(n).connected
-    ]
-    now = Show(
-        stage=s.state.stage,
-        step=s.step,
-        steps=s.config.train.steps,
-        loss=s.view.training.history.newest_of_attempt("loss"),
-        tokens_per_second=s.view.training.history.newest_of_attempt("tokens_per_second"),
-        active_nodes=sum(s.view.node(n).connected for n in places),
-        buffer_nodes=len(standing),
-        attempt=s.state.attempt.name if s.state.attempt else "",
-        last_incident=s.state.last_incident,
-    )
-    return [] if now == s.view.shown else [now]
-
-
 def end(s: Context) -> list[Decision]:
     return orders.leave(s) if s.state.stage in TERMINAL else []
 
 
-LAST: tuple[Rule, ...] = (snapshots.drop, acknowledgements.acknowledge, show, end)
+LAST: tuple[Rule, ...] = (snapshots.drop, acknowledgements.acknowledge, status.show, end)
