@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from opt_train.data.batch_shares import micro_batches_of, share_of
 from opt_train.data.manifest import HELD_OUT, TRAIN, DatasetManifest
 from opt_train.data.order import Cursor, SampleOrder
-from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.data.tokenizer import PAD
 from opt_train.data.verify import check_shards
 from opt_train.protocol.exits import BadInput
@@ -64,7 +64,7 @@ def open_split(
     """Map the shards of ``train``, ``validation`` or a named set.
 
     Sizes are always compared with the manifest; with `verify` every byte is (about 1.5 GB/s), and
-    `progress` is told the bytes done and in all after each piece.
+    `progress` is called with the bytes done and in all after each piece.
 
     Raises:
         BadInput: there is no such set, or a shard is missing, of the wrong size, or its checksum is

@@ -7,7 +7,7 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,11 +132,7 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
     for name in files:
         path = Path(name)
         try:
-            for text in (
-                _lines(key, path)
-                if path.suffix == LINES_SUFFIX
-                else [path.read_bytes().decode("utf-8")]
-            ):
+            for text in _texts_in(key, path):
                 if text.strip():
                     yield {"text": text}
         except UnicodeDecodeError as error:
@@ -152,12 +148,19 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
             ) from None
 
 
+def _texts_in(key: str, path: Path) -> Iterable[str]:
+    """The documents of one file: its lines, or all of it."""
+    if path.suffix == LINES_SUFFIX:
+        return _lines(key, path)
+    return [path.read_bytes().decode("utf-8")]
+
+
 def _lines(key: str, path: Path) -> Iterator[str]:
     """The texts of a file of JSON Lines, of which one line at a time is in memory: such a file may
     be larger."""
-    with path.open(
-        "rb"
-    ) as file:  # as bytes: only \n ends a line, and not what may stand inside a string
+    # As bytes: only \n ends a line. Text mode would end one at a \r too, and `splitlines` at a
+    # U+2028, which JSON allows inside a string.
+    with path.open("rb") as file:
         for number, content in enumerate(file, start=1):
             try:
                 # What some editors put in front of a file is no part of its first line.

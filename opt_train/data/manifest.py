@@ -155,10 +155,11 @@ def _values(kind: type["DatasetManifest | Shard | NamedSet"], payload: object) -
     for field in present:
         if field.name not in payload:
             raise ValueError(f"{field.name} is missing")
-        words, types = _KINDS.get(field.type, ("", (object,)))
+        expected, types = _KINDS.get(field.type, ("", (object,)))
         value = payload[field.name]
-        if not isinstance(value, types) or (words and isinstance(value, bool)):
-            raise ValueError(f"{field.name} is not {words}")
+        # A bool is an int to Python, and no count to us.
+        if not isinstance(value, types) or (expected and isinstance(value, bool)):
+            raise ValueError(f"{field.name} is not {expected}")
     return {field.name: payload[field.name] for field in present}
 
 

@@ -34,8 +34,8 @@ from opt_train.data.prepared import (
     configuration_of,
     directory_of,
 )
-from opt_train.data.shards import SplitWriter, write_durably
-from opt_train.data.workplace import Workplace
+from opt_train.data.split_writer import SplitWriter, write_durably
+from opt_train.data.staging_folder import StagingFolder
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def prepare(
 
     Data that the same configuration prepared is returned at once, and a named validation set that
     it lacks is added to it. A crash at any moment leaves either nothing at the final place or all
-    of it. `progress` is told lines for a person.
+    of it. `progress` is called with lines for a person.
 
     Raises:
-        BadInput: a key, the corpus, the space or the folder does not allow it; the message says
-            which and the mend.
+        BadInput: a key, the corpus, the space or the folder does not allow it; the message names
+            which and the fix.
     """
     directory = directory_of(data, tokenizer)
     configuration = configuration_of(data, tokenizer)
@@ -66,14 +66,14 @@ def prepare(
     place = _place_of(directory)
     sets = open_sets(data)
     if prepared is None:
-        open_corpus(data)  # whose mistakes should be told before anything is made
+        open_corpus(data)  # whose mistakes should be reported before anything is made
     try:
-        with Workplace.beside(place, progress) as workplace:
-            # Somebody else may have finished while this process waited for the workplace.
+        with StagingFolder.beside(place, progress) as staging:
+            # Somebody else may have finished while this process waited for the lock.
             if (prepared := _already_prepared(directory, configuration)) is not None:
-                return add_sets(workplace, place, prepared, data, progress)
-            manifest = _fill(workplace.path, open_corpus(data), sets, data, tokenizer, progress)
-            workplace.rename_to(place)
+                return add_sets(staging, place, prepared, data, progress)
+            manifest = _fill(staging.path, open_corpus(data), sets, data, tokenizer, progress)
+            staging.rename_to(place)
     except OSError as error:
         raise _refused(directory, error) from error
     progress(f"prepared {manifest.train_tokens:,} training tokens in {directory}")
@@ -225,20 +225,15 @@ def _survey(
         else:
             largest = max(largest, position)
     if documents == 0:
-        raise BadInput(
-            f"{corpus} has no text"
-            + (
-                f" within data.max_bytes={corpus.max_bytes}; raise it"
-                if corpus.max_bytes
-                else "; add documents"
+        if corpus.max_bytes:
+            raise BadInput(
+                f"{corpus} has no text within data.max_bytes={corpus.max_bytes}; raise it"
             )
-        )
+        raise BadInput(f"{corpus} has no text; add documents")
     if smallest >= largest:
-        single = (
-            "is a single document"
-            if not in_sets
-            else "has no two documents outside data.validation_sets"
-        )
+        single = "is a single document"
+        if in_sets:
+            single = "has no two documents outside data.validation_sets"
         raise BadInput(
             f"{corpus} {single}, and one is needed for training and another for validation; add "
             "documents"
@@ -276,13 +271,13 @@ def _tokenize(
     writers: dict[str, SplitWriter],
     progress: Callable[[str], None],
 ) -> None:
-    done, told = 0, time.monotonic()
+    done, reported_at = 0, time.monotonic()
     for text, ids in bpe.encoded(tokenizer, corpus.documents()):
         if name := split.name_of(text):
             writers[name].add(ids)
         done += len(text.encode())
-        if time.monotonic() - told >= PROGRESS_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - reported_at >= PROGRESS_SECONDS:
+            reported_at = time.monotonic()
             tokens = sum(writer.tokens for writer in writers.values())
             progress(f"tokenized {done / 1e6:.1f} of {split.bytes / 1e6:.1f} MB, {tokens:,} tokens")
 
@@ -303,13 +298,7 @@ def _place_of(directory: Path) -> Path:
             raise BadInput(
                 f"data.directory={directory} is a link that leads round in a circle; remove it"
             )
-        why = (
-            "the folder you are in"
-            if place == Path.cwd()
-            else "a mount point"
-            if _is_mount_point(place)
-            else ""
-        )
+        why = _why_not_replaceable(place)
     except OSError as error:
         raise _refused(directory, error) from error
     if why:
@@ -318,6 +307,17 @@ def _place_of(directory: Path) -> Path:
             "give a folder below it"
         )
     return place
+
+
+def _why_not_replaceable(place: Path) -> str:
+    """What `place` is that no rename can put another folder there; empty: it is nothing of the
+    kind."""
+    if place == Path.cwd():
+        # The rename would work, and leave this process in a folder without a name.
+        return "the folder you are in"
+    if _is_mount_point(place):
+        return "a mount point"
+    return ""
 
 
 def _is_mount_point(place: Path) -> bool:

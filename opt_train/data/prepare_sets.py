@@ -27,8 +27,8 @@ from opt_train.data.manifest import (
 )
 from opt_train.data.named_sets import named_sets
 from opt_train.data.prepared import check_length, check_sets, documents_in_words
-from opt_train.data.shards import SplitWriter
-from opt_train.data.workplace import Workplace
+from opt_train.data.split_writer import SplitWriter
+from opt_train.data.staging_folder import StagingFolder
 from opt_train.protocol.exits import BadInput
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def write_set(
 
 
 def add_sets(
-    workplace: Workplace,
+    staging: StagingFolder,
     place: Path,
     prepared: DatasetManifest,
     data: DataConfig,
@@ -122,17 +122,17 @@ def add_sets(
     for name, corpus in sets.items():
         progress(f"adding the validation set {name} ({len(corpus.files):,} files)")
         named, its = write_set(
-            workplace.path, name, corpus, tokenizer, dtype=prepared.dtype, data=data, left_out=0
+            staging.path, name, corpus, tokenizer, dtype=prepared.dtype, data=data, left_out=0
         )
-        _check_not_trained_on(corpus, documents_in(workplace.path, its, prepared), place, prepared)
+        _check_not_trained_on(corpus, documents_in(staging.path, its, prepared), place, prepared)
         made.append(named)
         shards += its
     manifest = dataclasses.replace(
         prepared, sets=(*prepared.sets, *made), shards=(*prepared.shards, *shards)
     )
-    manifest.write(workplace.path)
+    manifest.write(staging.path)
     # The manifest goes last: until it is there, nobody reads the shards.
-    workplace.move_into(place, [*(shard.path for shard in shards), DATASET_FILE])
+    staging.move_into(place, [*(shard.path for shard in shards), DATASET_FILE])
     for named in made:
         progress(f"added the validation set {named.name} of {named.tokens:,} tokens to {place}")
     return manifest

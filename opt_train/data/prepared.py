@@ -83,23 +83,23 @@ def check_sets(manifest: DatasetManifest, data: DataConfig, directory: Path) -> 
             which documents were left out of training.
     """
     wanted = named_sets(data)
-    for held in manifest.sets:
-        if held.name not in wanted:
-            if held.left_out:
+    for known in manifest.sets:
+        if known.name not in wanted:
+            if known.left_out:
                 raise BadInput(
-                    f"{directory} was prepared without {documents_in_words(held.left_out)} of the "
-                    f"corpus that the set {held.name} holds; keep {held.name}={held.corpus} "
+                    f"{directory} was prepared without {documents_in_words(known.left_out)} of the "
+                    f"corpus that the set {known.name} holds; keep {known.name}={known.corpus} "
                     "in data.validation_sets, or use another data.name or data.directory"
                 )
             continue
-        if wanted[held.name] != held.corpus:
+        if wanted[known.name] != known.corpus:
             raise BadInput(
-                f"data.validation_sets: {held.name} was made of {held.corpus} in {directory} and "
-                f"is {wanted[held.name]} now; give that one another name"
+                f"data.validation_sets: {known.name} was made of {known.corpus} in {directory} and "
+                f"is {wanted[known.name]} now; give that one another name"
             )
-        check_length(held, data)
-    held_names = {held.name for held in manifest.sets}
-    return tuple(name for name in wanted if name not in held_names)
+        check_length(known, data)
+    known_names = {known.name for known in manifest.sets}
+    return tuple(name for name in wanted if name not in known_names)
 
 
 def check_length(named: NamedSet, data: DataConfig) -> None:

@@ -4,7 +4,7 @@ only."""
 from dataclasses import dataclass
 
 from opt_train.config.run_config import RunConfig
-from opt_train.data.shares import micro_batches_of, share_of
+from opt_train.data.batch_shares import micro_batches_of, share_of
 from opt_train.parallel.layout import Layout
 
 

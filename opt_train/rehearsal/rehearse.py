@@ -30,8 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opt_train.config.builder import build
 from opt_train.config.run_config import RunConfig
+from opt_train.data.batch_shares import micro_batches_of, share_of
 from opt_train.data.batches import MicroBatch
-from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
 from opt_train.optim.clip import clip, local_part

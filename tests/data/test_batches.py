@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opt_train.data.batch_shares import micro_batches_of, share_of
 from opt_train.data.batches import (
     Batches,
     MicroBatch,
@@ -21,7 +22,6 @@ from opt_train.data.batches import (
 )
 from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
-from opt_train.data.shares import micro_batches_of, share_of
 from opt_train.data.verify import verify_dataset
 from opt_train.protocol.exits import BadInput
 

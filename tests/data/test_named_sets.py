@@ -21,8 +21,8 @@ from opt_train.data.manifest import DATASET_FILE, DatasetManifest, NamedSet
 from opt_train.data.named_sets import named_sets
 from opt_train.data.prepare import prepare
 from opt_train.data.prepared import check_prepared_by
+from opt_train.data.staging_folder import StagingFolder
 from opt_train.data.verify import verify_dataset
-from opt_train.data.workplace import Workplace
 from opt_train.protocol.exits import BadInput
 
 VOCABULARY = TokenizerConfig(name="small", vocab_size=300)
@@ -215,15 +215,15 @@ def test_a_crash_while_adding_leaves_a_folder_that_can_be_used(
     corpus: Path, web: Path, tmp_path: Path, moved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = made(config(corpus, tmp_path / "out"))
-    whole = Workplace.move_into
+    whole = StagingFolder.move_into
 
-    def crash(self: Workplace, directory: Path, names: list[str]) -> None:
+    def crash(self: StagingFolder, directory: Path, names: list[str]) -> None:
         whole(self, directory, names[:moved])
         raise KeyboardInterrupt
 
     data = config(corpus, tmp_path / "out", f"web={web}", shard_tokens=90)
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "move_into", crash)
+        patch.setattr(StagingFolder, "move_into", crash)
         with pytest.raises(KeyboardInterrupt):
             made(data)
     assert DatasetManifest.read(tmp_path / "out") == first

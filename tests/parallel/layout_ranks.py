@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from opt_train.checkpoint.tensors import MODEL as MODEL_PREFIX
+from opt_train.data.batch_shares import share_of
 from opt_train.data.batches import MicroBatch
-from opt_train.data.shares import share_of
 from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip

@@ -1,4 +1,9 @@
-"""A folder that is filled beside its final place and renamed there whole."""
+"""A folder that is filled beside its final place and renamed there whole.
+
+A rename within one file system is atomic, so a reader finds the finished folder or none. One
+process at a time fills it, by a lock on the folder itself: a lock file would be left behind by a
+crash, an flock is not.
+"""
 
 import contextlib
 import fcntl
@@ -15,11 +20,11 @@ from opt_train.protocol.exits import BadInput
 _WRITTEN = re.compile(
     rf"{re.escape(TOKENIZER_FILE)}|{re.escape(DATASET_FILE)}|({'|'.join(SPLITS)}|set-[a-z0-9_-]+)-\d{{5,}}\.bin"
 )
-"""The files that `prepare` fills a workplace with: nothing else is ever removed from one."""
+"""The files that `prepare` fills the folder with: nothing else is ever removed from one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class StagingFolder:
     """The folder being filled. One process at a time holds it; what a crashed one left in it is
     cleared first."""
 
@@ -28,7 +33,8 @@ class Workplace:
     @classmethod
     @contextlib.contextmanager
     def beside(cls, directory: Path, progress: Callable[[str], None]) -> Iterator[Self]:
-        """The workplace of `directory`, empty and locked; what is left in it at the end is removed.
+        """The staging folder of `directory`, empty and locked; what is left in it at the end is
+        removed.
 
         Raises:
             BadInput: something that `prepare` does not write stands in it.
