@@ -1,24 +1,22 @@
-"""The agent of one node: ``python -m opt_train.agent.agent --run DIR --node NAME --slots N``.
+"""The agent of one node: it starts and kills ranks, keeps warm ranks, and relays what ranks report.
 
-It starts and kills ranks, keeps warm spares, and relays what the ranks say; it decides nothing. It
-ignores SIGINT, SIGTERM and SIGUSR1 from birth, because schedulers send these to every process they
-can find: it ends on `Leave`, when nobody has led it for `supervisor.orphan_seconds`, or by SIGKILL,
-which takes its ranks along.
+It decides nothing; the supervisor's commands do. What it has of its own is a lease: whoever leads
+renews it every second, and an agent that nobody has led for `supervisor.orphan_seconds` ends its
+ranks and leaves, so that no allocation outlives its run. Until then its ranks train on without a
+supervisor, and a new one adopts them.
+
+On every connection the agent first sends its whole state, then what was not acknowledged, then
+heartbeats; so neither side keeps track of what the other may have missed.
 """
 
-import argparse
 import asyncio
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opt_logbook.record.run_directory import RunDirectory
@@ -27,10 +25,7 @@ from opt_train.agent.outbox import Outbox
 from opt_train.agent.rank_log import LogCopies
 from opt_train.agent.rank_slot import RankSlot, rank_environment
 from opt_train.agent.snapshots.service import SnapshotService
-from opt_train.config.run_config import from_json
-from opt_train.host import signals
-from opt_train.host.log_thread import written_beside
-from opt_train.host.processes import NODE_MARK, mark_of, stat_of
+from opt_train.host.processes import NODE_MARK, mark_of
 from opt_train.host.worker_thread import WorkerThread
 from opt_train.link.address import Address, read_address
 from opt_train.link.connection import Connection, LinkRefused
@@ -47,27 +42,32 @@ from opt_train.protocol.commands import (
     Leave,
     Relay,
 )
-from opt_train.protocol.facts import AgentState, GenerationGone, Heartbeat
+from opt_train.protocol.facts import AgentState, GenerationGone, Heartbeat, SlotState
 from opt_train.protocol.framing import Message
 
-PULSE_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
-"""The supervisor leads every second; a link that was silent this long is dropped and dialled
-anew."""
+"""The supervisor renews the lease every second; a link that was silent this long is dropped and
+dialled anew."""
 CONNECT_SECONDS = 5.0
 """A host that is gone answers nothing: TCP itself would wait for minutes."""
 DIAL_SECONDS_MAX = 1.0
 _DIAL_SECONDS_MIN = 0.05
-_PULSE_BACKLOG_BYTES = 1 << 20
+_LASTING_LINK_SECONDS = 2.0
+"""After a link that lasted this long the next one is dialled at once, without a longer pause."""
+_HEARTBEAT_BACKLOG_BYTES = 1 << 20
+"""With more unsent, heartbeats are left out: they would be old when they arrive."""
 LEAVE_SECONDS = 10.0
 """Ranks that SIGKILL has not ended by then (they hang in the kernel) are left to the node's
 death."""
+LAST_FACTS_SECONDS = 0.1
+"""For the last facts to reach the supervisor, where one is connected."""
 LOG_SECONDS = 5.0
 """For the ends of the ranks' logs to reach the run directory."""
 DEREGISTER_SECONDS = 2.0
 """For the registration to be taken back, before ranks are killed all the same."""
 
-log = logging.getLogger("opt_train.agent.agent")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,10 @@ class AgentOptions:
     rank_module: str
     orphan_seconds: float
     threads: int
+    """Of each rank."""
     interface: str
+    """Network interface of the collectives and of transfers between agents; empty: the library's
+    choice."""
     memory_every_steps: int = 0
     """Above 0: ranks take snapshots, and other agents may get them from here."""
     node_directory: str = ""
@@ -96,7 +99,7 @@ class Agent:
         self._deregister = deregister
         self._outbox = Outbox()
         self._leader = self._first_leader = 0
-        self._led_at = time.monotonic()
+        self._lease_renewed = time.monotonic()
         self._leave = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,8 +108,8 @@ class Agent:
         # and the lease goes on.
         self._files = WorkerThread()
         run = options.run
-        self._holding = SnapshotService(
-            run, options.node, options.node_directory, self._outbox.tell, self._start
+        self._snapshots = SnapshotService(
+            run, options.node, options.node_directory, self._outbox.add, self._start
         )
         command = (sys.executable, "-P", "-m", options.rank_module)
         mark = {NODE_MARK: mark_of(run.path, options.node)}
@@ -121,29 +124,31 @@ class Agent:
                 run,
                 warm_logs,
                 self._logs,
-                self._outbox.tell,
-                self._outbox.relay,
-                self._holding.snapshot,
-                self._changed.set,
+                add_fact=self._outbox.add,
+                add_metrics=self._outbox.add_metrics,
+                keep_snapshot=self._snapshots.keep,
+                changed=self._changed.set,
             )
             for slot in range(options.slots)
         ]
 
     async def run(self) -> None:
-        """Serve until told to leave, or until nobody has led for too long."""
+        """Serve until ordered to leave, or until nobody has led for too long."""
         for slot in self._slots:
             slot.open()
         self._start(self._watch_lease())
-        # Before the first connection: with it goes what is held, and where others get it.
-        await self._holding.open(self._options.memory_every_steps > 0, self._options.interface)
+        # Before the first connection: with it goes what snapshots there are, and where others get
+        # them.
+        await self._snapshots.open(self._options.memory_every_steps > 0, self._options.interface)
         dialling = self._start(self._dial())
         await self._leave.wait()
+        # First of all: an agent that is started in this one's place then waits for the node's lock.
         await self._take_registration_back()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await asyncio.gather(*(slot.close() for slot in self._slots))
-                await self._holding.close()
-        await asyncio.sleep(0.1)  # the last facts may still reach the supervisor
+                await self._snapshots.close()
+        await asyncio.sleep(LAST_FACTS_SECONDS)
         await asyncio.to_thread(self._logs.close, LOG_SECONDS)
         dialling.cancel()
         await asyncio.gather(dialling, return_exceptions=True)
@@ -167,42 +172,41 @@ class Agent:
             try:
                 await self._dial_once()
             except (LinkRefused, SecretUnusable, OSError, TimeoutError) as trouble:
+                # Once a trouble: a night without a supervisor must not fill the log.
                 if str(trouble) != self._last_trouble:
                     self._last_trouble = str(trouble)
                     log.info("no link to the supervisor: %s", trouble)
-            pause = (
-                _DIAL_SECONDS_MIN
-                if time.monotonic() - began > 2.0
-                else min(2 * pause, DIAL_SECONDS_MAX)
-            )
+            if time.monotonic() - began > _LASTING_LINK_SECONDS:
+                pause = _DIAL_SECONDS_MIN
+            else:
+                pause = min(2 * pause, DIAL_SECONDS_MAX)
             await asyncio.sleep(pause)
 
     async def _dial_once(self) -> None:
-        address, secret = await self._files.do(_read_meeting, self._options.run)
+        address, secret = await self._files.do(_read_address_and_secret, self._options.run)
         if address.leader < self._leader:
             raise LinkRefused("no supervisor has published its address")
         connection = Connection(*await dial(address.endpoint, CONNECT_SECONDS))
         try:
             await prove_agent(connection, secret, self._options.node, self._leader)
-            self._led(connection.leader)
+            self._renew_lease(connection.leader)
             log.info("led by supervisor %d", connection.leader)
             self._last_trouble = ""
-            await self._talk(connection)
+            await self._use(connection)
         finally:
             connection.close()
 
-    async def _talk(self, connection: Connection) -> None:
+    async def _use(self, connection: Connection) -> None:
         for slot in self._slots:
             slot.forget_pending()
-        held, address = self._holding.held(), self._holding.address
         connection.send(
             AgentState(
                 self._options.node,
                 os.getpid(),
                 self._slot_states(),
                 self._leader,
-                held,
-                address,
+                self._snapshots.files(),
+                self._snapshots.address,
                 self._first_leader,
             )
         )
@@ -211,11 +215,12 @@ class Agent:
             asyncio.create_task(part)
             for part in (
                 self._outbox.deliver(connection, caught_up),
-                self._pulse(connection, caught_up),
-                self._obey(connection),
+                self._send_heartbeats(connection, caught_up),
+                self._receive_commands(connection),
             )
         ]
         try:
+            # All three end with the connection; whichever notices first says why.
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
                 part.result()
@@ -224,43 +229,43 @@ class Agent:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
-    async def _pulse(self, connection: Connection, caught_up: asyncio.Event) -> None:
-        # With the first pulse the supervisor believes that it knows all: what waited for it goes
-        # before.
+    async def _send_heartbeats(self, connection: Connection, caught_up: asyncio.Event) -> None:
+        # With the first heartbeat the supervisor believes that it knows all: what waited for it
+        # goes before.
         await caught_up.wait()
         while True:
-            if connection.unsent_bytes < _PULSE_BACKLOG_BYTES:
+            if connection.unsent_bytes < _HEARTBEAT_BACKLOG_BYTES:
                 connection.send(Heartbeat(self._slot_states()))
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PULSE_SECONDS):
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._changed.wait()
 
-    async def _obey(self, connection: Connection) -> None:
+    async def _receive_commands(self, connection: Connection) -> None:
         while True:
             command = await connection.receive(SILENCE_SECONDS)
             if isinstance(command, LeaderLease):
-                self._led(command.leader)
+                self._renew_lease(command.leader)
             elif connection.leader < self._leader:
                 raise LinkRefused(
                     f"supervisor {connection.leader} has been succeeded by {self._leader}"
                 )
             else:
-                self._carry_out(command)
+                self._execute(command)
 
-    def _led(self, leader: int) -> None:
+    def _renew_lease(self, leader: int) -> None:
         if leader < self._leader:
             raise LinkRefused(f"supervisor {leader} has been succeeded by {self._leader}")
         self._leader = leader
         self._first_leader = self._first_leader or leader
-        self._led_at = time.monotonic()
+        self._lease_renewed = time.monotonic()
 
-    def _slot_states(self) -> Any:
+    def _slot_states(self) -> tuple[SlotState, ...]:
         return tuple(slot.state() for slot in self._slots)
 
     # Commands -------------------------------------------------------------------------------------
 
-    def _carry_out(self, command: Message) -> None:
+    def _execute(self, command: Message) -> None:
         match command:
             case Begin(node=node, slot=slot) if node == self._options.node and 0 <= slot < len(
                 self._slots
@@ -269,13 +274,15 @@ class Agent:
             case Kill(generation=generation, stacks=stacks):
                 self._start(self._kill(generation, stacks))
             case Relay(generation=generation, order=order):
+                # Orders go to rank 0 alone; the step stats carry them from there, so that all ranks
+                # obey at the same step.
                 for rank_slot in self._slots:
                     if rank_slot.runs(generation, rank=0):
                         rank_slot.relay_order(generation, order)
             case Fetch():
-                self._holding.fetch(command)
+                self._snapshots.fetch(command)
             case Drop():
-                self._holding.drop(command)
+                self._snapshots.drop(command)
             case Leave(reason=reason):
                 log.info("leaving: %s", reason)
                 self._leave.set()
@@ -286,19 +293,19 @@ class Agent:
 
     async def _kill(self, generation: int, stacks: bool) -> None:
         await asyncio.gather(*(slot.end(generation, stacks) for slot in self._slots))
-        self._outbox.tell(GenerationGone(generation))
+        self._outbox.add(GenerationGone(generation))
 
     async def _watch_lease(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self._options.orphan_seconds / 10))
-            alone = time.monotonic() - self._led_at
-            if alone > self._options.orphan_seconds:
-                log.error("nobody has led this node for %.0f s: leaving", alone)
+            orphaned_seconds = time.monotonic() - self._lease_renewed
+            if orphaned_seconds > self._options.orphan_seconds:
+                log.error("nobody has led this node for %.0f s: leaving", orphaned_seconds)
                 self._leave.set()
                 return
 
-    def _start(self, work: Any) -> "asyncio.Task[None]":
-        task: asyncio.Task[None] = asyncio.create_task(work)
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
@@ -312,107 +319,9 @@ class Agent:
             self._leave.set()
 
 
-def _read_meeting(run: RunDirectory) -> tuple[Address, bytes]:
+def _read_address_and_secret(run: RunDirectory) -> tuple[Address, bytes]:
     """Where the supervisor listens, and the secret. Raises `LinkRefused` or `SecretUnusable`."""
     address = read_address(run.supervisor_address)
     if address is None:
         raise LinkRefused("no supervisor has published its address")
     return address, read_secret(run.secret)
-
-
-def read_options(arguments: list[str]) -> AgentOptions:
-    """The options on the command line, and what the run's `config.json` adds; a plain read, without
-    Hydra or torch."""
-    parser = argparse.ArgumentParser(prog="python -m opt_train.agent.agent", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--node", required=True)
-    parser.add_argument("--slots", type=int, required=True, help="ranks of this node")
-    given = parser.parse_args(arguments)
-    run = RunDirectory(given.run.resolve())
-    config = from_json(run.config_json)
-    cluster, checkpoint = config.cluster, config.checkpoint
-    ranks_here = cluster.ranks_per_machine(given.slots * cluster.nodes)
-    cores = len(os.sched_getaffinity(0))
-    return AgentOptions(
-        run=run,
-        node=given.node,
-        slots=given.slots,
-        rank_module=cluster.rank_module,
-        orphan_seconds=config.supervisor.orphan_seconds,
-        threads=config.train.threads or max(1, cores // ranks_here),
-        interface=cluster.collectives_interface,
-        memory_every_steps=checkpoint.memory_every_steps,
-        node_directory=checkpoint.node_directory,
-    )
-
-
-def hold_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
-    """Become the node's one agent, for the life of this process, and register; None if the node has
-    one already.
-
-    The result takes the registration back.
-    """
-    folder = run.nodes / node
-    run.make_folder(folder)
-    lock = os.open(folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    registration = folder / "agent.json"
-    deadline = time.monotonic() + 2 * LEAVE_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            # One that is leaving has taken its registration back already: wait for it.
-            if registration.exists() or time.monotonic() > deadline:
-                os.close(lock)
-                return None
-            time.sleep(0.05)
-    me = stat_of(os.getpid())
-    registered = {"node": node, "pid": os.getpid(), "start_ticks": me.start_ticks if me else 0}
-    draft = folder / ".agent.json"
-    draft.write_text(json.dumps(registered) + "\n")
-    draft.replace(registration)
-    return lambda: registration.unlink(missing_ok=True)
-
-
-def main(arguments: list[str]) -> int:
-    """Run the agent; 0 when it left in good order, 1 when the node has one already."""
-    signals.ignore()
-    if os.getsid(0) != os.getpid():
-        with contextlib.suppress(
-            PermissionError
-        ):  # a group leader that is no session leader stays where it is
-            os.setsid()
-    into = logging.StreamHandler()
-    into.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    queued, writing = written_beside(into)
-    logging.basicConfig(handlers=[queued], level=logging.INFO)
-    writing.start()
-    try:
-        return serve(read_options(arguments))
-    finally:
-        stopping = threading.Thread(target=writing.stop, daemon=True)
-        stopping.start()
-        stopping.join(LOG_SECONDS)
-
-
-def serve(options: AgentOptions) -> int:
-    """Be the node's agent until it leaves; see `main`."""
-    os.environ[NODE_MARK] = mark_of(options.run.path, options.node)
-    deregister = hold_node(options.run, options.node)
-    if deregister is None:
-        log.info("node %s has an agent already", options.node)
-        return 1
-
-    async def run() -> None:
-        await Agent(options, deregister).run()
-
-    asyncio.run(run())
-    log.info("left")
-    return 0
-
-
-if __name__ == "__main__":
-    # Without the interpreter's own end, which would wait for a thread that a dead file system keeps
-    # in a write.
-    os._exit(main(sys.argv[1:]))

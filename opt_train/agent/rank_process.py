@@ -1,5 +1,11 @@
-"""One process of a rank, from import to exit: two pipes, a log, and the kernel's word for its
-end."""
+"""One process of a rank, from import to exit: two pipes, a log, and how the kernel saw its end.
+
+Facts come through a pipe of their own and not through stdout, which any library writes to. A line
+of a fact has at most 4096 bytes: Linux writes that much to a pipe at once (PIPE_BUF), so that lines
+of two threads never mix and a full pipe never tears one; a longer line on a non-blocking pipe is
+torn. (srun's stdio tears lines of 4 KB, too, and one task that does not read blocks all: it
+carries nothing that matters.)
+"""
 
 import asyncio
 import contextlib
@@ -15,7 +21,7 @@ from opt_train.protocol.facts import FACTS_OF_A_RANK, Metrics, is_metrics_line
 from opt_train.protocol.framing import MAX_FACT_BYTES, Message, ProtocolError, from_line
 
 _READ_BYTES = 1 << 16
-_LAST_WORDS_BYTES = 4 << 20
+_EXIT_READ_BYTES = 4 << 20
 """The most that is still read from the pipe of a process that is gone."""
 
 log = logging.getLogger(__name__)
@@ -24,16 +30,16 @@ log = logging.getLogger(__name__)
 class RankProcess:
     """A rank's process, its own process group, killed by the kernel if this agent dies.
 
-    `heard` is called with each fact it tells, `gone` once, after its last fact, when it has been
-    reaped. What it writes is in `log`.
+    `on_fact` is called with each fact it sends, `on_end` once, after its last fact, when it has
+    been reaped. What it writes is in `log`.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        heard: Callable[["RankProcess", Message], None],
-        gone: Callable[["RankProcess"], None],
+        on_fact: Callable[["RankProcess", Message], None],
+        on_end: Callable[["RankProcess"], None],
     ) -> None:
         """Start it: `command` plus ``--facts-fd N --control-fd M``. Raises OSError if that cannot
         be done."""
@@ -41,7 +47,7 @@ class RankProcess:
         self.returncode: int | None = None
         self.log = RankLog()
         self.ended = asyncio.Event()
-        self._heard, self._gone = heard, gone
+        self._on_fact, self._on_end = on_fact, on_end
         self._buffer = bytearray()
         self._skipping = False
         self._signals_sent: set[int] = set()
@@ -57,9 +63,12 @@ class RankProcess:
                 pass_fds=(facts_write, control_read),
                 env=dict(environment),
                 process_group=0,
-                # Called between fork and exec, where another thread's locks would stay locked for
-                # ever: what it does takes none (see there). A program that does it in between would
-                # cost each spare a start.
+                # A rank whose agent is SIGKILLed would live on for ever; the kernel kills it with
+                # PR_SET_PDEATHSIG, which follows the *thread* that forked: so this must be the
+                # agent's main thread, which lives as long as the agent does. The function is called
+                # between fork and exec, where another thread's locks would stay locked for ever:
+                # what it does takes none (see there). A program that does it in between would cost
+                # each warm rank a start.
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509
             )
             self._pidfd = os.pidfd_open(self._child.pid)
@@ -82,8 +91,10 @@ class RankProcess:
 
     @property
     def process_state(self) -> str:
-        """The kernel's letter for it now; empty when it is gone."""
-        status = stat_of(self.pid) if self.returncode is None else None
+        """The kernel's state of it now, one letter; empty when it is gone."""
+        if self.returncode is not None:
+            return ""  # its number may be another's by now
+        status = stat_of(self.pid)
         return "" if status is None else status.state
 
     @property
@@ -91,7 +102,7 @@ class RankProcess:
         """It died of a signal that this object sent."""
         return self.returncode is not None and -self.returncode in self._signals_sent
 
-    def tell(self, line: bytes) -> bool:
+    def send(self, line: bytes) -> bool:
         """Write a line to its control pipe without waiting; False if it does not read or is
         gone."""
         try:
@@ -104,7 +115,8 @@ class RankProcess:
         self._signal(signal.SIGUSR2, lambda number: os.kill(self.pid, number))
 
     def kill(self) -> None:
-        """SIGKILL the process and its whole group. A stopped or deaf process dies of it as well."""
+        """SIGKILL the process and its whole group. A stopped process, or one that ignores
+        signals, dies of it as well."""
         self._signal(signal.SIGKILL, lambda number: os.killpg(self.pid, number))
 
     def _signal(self, number: int, send: Callable[[int], None]) -> None:
@@ -125,9 +137,9 @@ class RankProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        # Its last words name descriptors of its own: looked for under its number while that is
-        # still its own.
-        budget = _LAST_WORDS_BYTES
+        # Its last facts name descriptors of its own: they are opened under its number, while that
+        # is still its own.
+        budget = _EXIT_READ_BYTES
         while budget > 0 and (count := self._read()) > 0:
             budget -= count
         code = self._child.wait()
@@ -135,9 +147,9 @@ class RankProcess:
         os.close(self._control)
         self.returncode = code
         if self.garbage_lines:
-            log.warning("process %d told %d lines that are no facts", self.pid, self.garbage_lines)
+            log.warning("process %d sent %d lines that are no facts", self.pid, self.garbage_lines)
         self.ended.set()
-        self._gone(self)
+        self._on_end(self)
 
     def _read(self) -> int:
         """Read once from the facts pipe; returns the bytes read."""
@@ -155,14 +167,14 @@ class RankProcess:
             if self._skipping:
                 self._skipping = False  # the end of a line that was too long
             else:
-                self._hear(line)
+                self._take_line(line)
         if len(rest) > MAX_FACT_BYTES:
             self.garbage_lines += not self._skipping
             self._skipping = True
         self._buffer = bytearray(b"" if self._skipping else rest)
         return len(chunk)
 
-    def _hear(self, line: bytes) -> None:
+    def _take_line(self, line: bytes) -> None:
         try:
             if len(line) >= MAX_FACT_BYTES:
                 raise ProtocolError("too long")
@@ -180,7 +192,7 @@ class RankProcess:
                     "process %d: line %d that is no fact: %s", self.pid, self.garbage_lines, error
                 )
             return
-        self._heard(self, fact)
+        self._on_fact(self, fact)
 
     def _close_facts(self) -> None:
         if self._facts >= 0:

@@ -1,8 +1,12 @@
-"""A rank slot of a node: the rank that runs in it, and the warm spare that waits beside it.
+"""A rank slot of a node: the rank that runs in it, and the warm rank that waits beside it.
 
-Importing torch is most of a restart, so each slot keeps one process that has done so and waits for
-`Begin`. The next spare is started only when the running rank has done its first step, so that
-imports never compete with a start.
+Importing torch takes 1 to 10 s and is most of a restart, so each slot keeps one process that has
+done so and waits for `Begin` (0.2 s from there to the first step). It is a process of its own, not
+a fork of one: a child of a parent that has run one multi-threaded operation hangs in its first
+matmul, because OpenMP's pool of threads is lost in the fork.
+
+The next warm rank is started only when the running rank has done its first step, so that imports
+never compete with a start.
 """
 
 import asyncio
@@ -34,8 +38,8 @@ from opt_train.protocol.framing import Message, to_line
 
 STACKS_SECONDS = 2.0
 """Time for a rank to write its stacks before it is killed."""
-SPARE_ATTEMPTS = 3
-"""Spares that may die one after another before a rank that waits for one is reported as dead."""
+WARM_RANK_ATTEMPTS = 3
+"""Warm ranks that may die one after another before a rank that waits for one is reported dead."""
 _BACKOFF_SECONDS_MAX = 30.0
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Rank:
-    """The rank that runs in a slot, as far as its agent has heard."""
+    """The rank that runs in a slot, as far as it has reported."""
 
     process: RankProcess
     begin: Begin
@@ -53,13 +57,12 @@ class _Rank:
     """Monotonic seconds at the start of the phase or its last `Progress`."""
     first_step: int = -1
     has_stepped: bool = False
-    leaving: ExitNotice | None = None
+    exit_notice: ExitNotice | None = None
     ending: bool = False
 
 
 class RankSlot:
-    """One slot. `tell` takes facts that must arrive, `relay` metrics lines, which may be lost;
-    `snapshot` holds what a rank, with its pid and the command that began it, has taken."""
+    """One slot of a node."""
 
     def __init__(
         self,
@@ -69,19 +72,24 @@ class RankSlot:
         run: RunDirectory,
         warm_logs: Path,
         logs: LogCopies,
-        tell: Callable[[Message], None],
-        relay: Callable[[RankFact], None],
-        snapshot: Callable[[int, Begin, SnapshotTaken], None],
+        *,
+        add_fact: Callable[[Message], None],
+        add_metrics: Callable[[RankFact], None],
+        keep_snapshot: Callable[[int, Begin, SnapshotTaken], None],
         changed: Callable[[], None],
     ) -> None:
+        """`add_fact` takes facts that must arrive, `add_metrics` lines that may be lost;
+        `keep_snapshot` takes what a rank, with its pid and the command that began it, has in its
+        memory; `changed` is called when `state` has."""
         self.slot = slot
         self._command, self._environment = command, environment
         self._run, self._warm_logs, self._logs = run, warm_logs, logs
-        self._tell, self._relay, self._snapshot, self._changed = tell, relay, snapshot, changed
-        self._spare: RankProcess | None = None
-        self._spare_is_warm = False
-        self._spares_started = 0
-        self._spares_lost = 0
+        self._add_fact, self._add_metrics = add_fact, add_metrics
+        self._keep_snapshot, self._changed = keep_snapshot, changed
+        self._warm_rank: RankProcess | None = None
+        self._is_warm = False
+        self._warm_ranks_started = 0
+        self._warm_ranks_lost = 0
         self._retry: asyncio.TimerHandle | None = None
         self._running: _Rank | None = None
         self._pending: Begin | None = None
@@ -92,11 +100,12 @@ class RankSlot:
     # What the agent asks --------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Start warming the first spare."""
-        self._ensure_spare()
+        """Start warming the first rank."""
+        self._ensure_warm_rank()
 
     def begin(self, command: Begin) -> None:
-        """Make the spare the rank of `command`, as soon as one is warm. Safe to receive twice."""
+        """Make the warm rank the rank of `command`, as soon as there is one. Safe to receive
+        twice."""
         newest = self._pending or (self._running.begin if self._running else None)
         if command.generation <= self._killed_up_to or (
             newest and command.generation <= newest.generation
@@ -106,19 +115,19 @@ class RankSlot:
         self._pending, self._pending_since = command, time.monotonic()
         if self._running is not None:  # no two generations train at once
             self._running.process.kill()
-        self._ensure_spare()
+        self._ensure_warm_rank()
         self._begin_pending()
 
     def forget_pending(self) -> None:
-        """Drop a begin that waits for a spare: what does not run when a link opens will not, unless
-        begun again."""
+        """Drop a begin that waits for a warm rank: what does not run when a link opens will not,
+        unless begun again."""
         self._pending = None
 
     def relay_order(self, generation: int, order: Message) -> None:
         """Pass an order on to the running rank, if it is of that generation."""
         if self._running is None or self._running.begin.generation != generation:
             log.info("slot %d: no rank of generation %d to order anything", self.slot, generation)
-        elif not self._running.process.tell(to_line(order)):
+        elif not self._running.process.send(to_line(order)):
             log.warning("slot %d: the rank does not read its control pipe", self.slot)
 
     async def end(self, generation: int, stacks: bool) -> None:
@@ -130,6 +139,7 @@ class RankSlot:
         rank = self._running
         if rank is None or rank.begin.generation > generation:
             return
+        # A second Kill while the first one waits for stacks must not ask for them again.
         if stacks and not rank.ending:
             rank.ending = True
             await self._collect_stacks(rank)
@@ -137,13 +147,13 @@ class RankSlot:
         await rank.process.ended.wait()
 
     async def close(self) -> None:
-        """Kill rank and spare; returns when both are gone. Nothing is started any more."""
+        """Kill rank and warm rank; returns when both are gone. Nothing is started any more."""
         self._closed = True
         self._pending = None
         if self._retry is not None:
             self._retry.cancel()
         running = self._running.process if self._running else None
-        processes = [p for p in (running, self._spare) if p is not None]
+        processes = [p for p in (running, self._warm_rank) if p is not None]
         for process in processes:
             process.kill()
         for process in processes:
@@ -151,20 +161,20 @@ class RankSlot:
 
     def state(self) -> SlotState:
         """The slot now."""
-        process = self._running.process if self._running else self._spare
+        process = self._running.process if self._running else self._warm_rank
         begin, phase, step, since = self._pending, "start", -1, self._pending_since
         if self._running is not None:
             rank = self._running
             begin, phase, step, since = rank.begin, rank.phase, rank.step, rank.since
             stage = "running"
-        elif self._spare is not None:
-            stage = "warm" if self._spare_is_warm else "warming"
+        elif self._warm_rank is not None:
+            stage = "warm" if self._is_warm else "warming"
         else:
             stage = "empty"
         return SlotState(
             slot=self.slot,
             stage=stage,
-            spare=self._spare is not None and self._spare_is_warm,
+            spare=self._warm_rank is not None and self._is_warm,
             pid=process.pid if process else 0,
             generation=begin.generation if begin else 0,
             attempt=begin.attempt if begin else "",
@@ -180,56 +190,58 @@ class RankSlot:
         begun = self._running.begin if self._running else None
         return begun is not None and (begun.generation, begun.rank) == (generation, rank)
 
-    # The spare ------------------------------------------------------------------------------------
+    # The warm rank --------------------------------------------------------------------------------
 
-    def _ensure_spare(self) -> None:
+    def _ensure_warm_rank(self) -> None:
         busy_starting = (
             self._running is not None and not self._running.has_stepped and self._pending is None
         )
-        if self._closed or self._spare is not None or self._retry is not None or busy_starting:
+        if self._closed or self._warm_rank is not None or self._retry is not None or busy_starting:
             return
-        self._spares_started += 1
-        self._spare_is_warm = False
+        self._warm_ranks_started += 1
+        self._is_warm = False
         try:
-            self._spare = RankProcess(self._command, self._environment, self._heard, self._gone)
+            self._warm_rank = RankProcess(
+                self._command, self._environment, self._take_fact, self._take_end
+            )
         except OSError as error:
-            log.error("slot %d: a spare cannot be started: %s", self.slot, error)
-            self._spare_lost()
+            log.error("slot %d: a warm rank cannot be started: %s", self.slot, error)
+            self._schedule_retry()
         self._changed()
 
-    def _spare_lost(self) -> None:
-        self._spares_lost += 1
-        # Bounded before it is a power: after a night of lost spares that is no number any more.
-        delay = min(0.25 * 2 ** min(self._spares_lost, 10), _BACKOFF_SECONDS_MAX)
-        self._retry = asyncio.get_running_loop().call_later(delay, self._retry_spare)
+    def _schedule_retry(self) -> None:
+        self._warm_ranks_lost += 1
+        # Bounded before it is a power: after a night of lost processes that is no number any more.
+        delay = min(0.25 * 2 ** min(self._warm_ranks_lost, 10), _BACKOFF_SECONDS_MAX)
+        self._retry = asyncio.get_running_loop().call_later(delay, self._retry_warm_rank)
 
-    def _retry_spare(self) -> None:
+    def _retry_warm_rank(self) -> None:
         self._retry = None
-        self._ensure_spare()
+        self._ensure_warm_rank()
 
     def _begin_pending(self) -> None:
         if (
             self._pending is None
             or self._running is not None
-            or self._spare is None
-            or not self._spare_is_warm
+            or self._warm_rank is None
+            or not self._is_warm
         ):
             return
-        rank = self._running = _Rank(self._spare, self._pending)
-        self._spare, self._spare_is_warm, self._pending = None, False, None
+        rank = self._running = _Rank(self._warm_rank, self._pending)
+        self._warm_rank, self._is_warm, self._pending = None, False, None
         self._logs.begin(rank.process.log, self._log_of(rank.begin))
-        if not rank.process.tell(to_line(rank.begin)):
-            log.warning("slot %d: the spare did not take its begin", self.slot)
+        if not rank.process.send(to_line(rank.begin)):
+            log.warning("slot %d: the warm rank did not take its begin", self.slot)
             rank.process.kill()
         self._changed()
 
     # What processes do ----------------------------------------------------------------------------
 
-    def _heard(self, process: RankProcess, fact: Message) -> None:
-        if process is self._spare:
-            if isinstance(fact, Warm) and not self._spare_is_warm:
-                self._spare_is_warm = True
-                self._spares_lost = 0
+    def _take_fact(self, process: RankProcess, fact: Message) -> None:
+        if process is self._warm_rank:
+            if isinstance(fact, Warm) and not self._is_warm:
+                self._is_warm = True
+                self._warm_ranks_lost = 0
                 self._begin_pending()
                 self._changed()
             return
@@ -248,48 +260,48 @@ class RankSlot:
             case Progress():
                 rank.since = time.monotonic()
             case Metrics():
-                self._relay(_relayed(rank, fact))
+                self._add_metrics(_as_rank_fact(rank, fact))
                 self._has_stepped(rank)
             case SnapshotTaken():
-                self._snapshot(process.pid, rank.begin, fact)
+                self._keep_snapshot(process.pid, rank.begin, fact)
             case Warm():
                 pass
             case _:
                 if isinstance(fact, ExitNotice):
-                    rank.leaving = fact
-                self._tell(_relayed(rank, fact))
+                    rank.exit_notice = fact
+                self._add_fact(_as_rank_fact(rank, fact))
 
     def _has_stepped(self, rank: _Rank) -> None:
         if not rank.has_stepped:
             rank.has_stepped = True
-            self._ensure_spare()
+            self._ensure_warm_rank()
 
-    def _gone(self, process: RankProcess) -> None:
-        if process is self._spare:
-            self._spare, self._spare_is_warm = None, False
-            path = self._warm_logs / f"slot{self.slot}-{self._spares_started - 1:04d}.log"
+    def _take_end(self, process: RankProcess) -> None:
+        if process is self._warm_rank:
+            self._warm_rank, self._is_warm = None, False
+            path = self._warm_logs / f"slot{self.slot}-{self._warm_ranks_started - 1:04d}.log"
             if process.log.size:
                 self._logs.begin(process.log, path)
             if not self._closed:
                 log.warning(
-                    "slot %d: the spare died (%s); see %s", self.slot, process.returncode, path
+                    "slot %d: the warm rank died (%s); see %s", self.slot, process.returncode, path
                 )
-                self._spare_lost()
-            if self._pending is not None and self._spares_lost >= SPARE_ATTEMPTS:
-                self._tell_exit(_Rank(process, self._pending), path)
+                self._schedule_retry()
+            if self._pending is not None and self._warm_ranks_lost >= WARM_RANK_ATTEMPTS:
+                self._report_exit(_Rank(process, self._pending), path)
                 self._pending = None
         elif self._running is not None and process is self._running.process:
             rank, self._running = self._running, None
-            self._tell_exit(rank, self._log_of(rank.begin))
+            self._report_exit(rank, self._log_of(rank.begin))
             self._begin_pending()
-            self._ensure_spare()
+            self._ensure_warm_rank()
         self._logs.end(process.log)
         self._changed()
 
-    def _tell_exit(self, rank: _Rank, log_path: Path) -> None:
+    def _report_exit(self, rank: _Rank, log_path: Path) -> None:
         process = rank.process
         code = process.returncode if process.returncode is not None else 0
-        self._tell(
+        self._add_fact(
             RankExited(
                 generation=rank.begin.generation,
                 rank=rank.begin.rank,
@@ -298,7 +310,7 @@ class RankSlot:
                 code=code if code >= 0 else None,
                 signal=-code if code < 0 else None,
                 killed_by_agent=process.killed_by_agent,
-                leaving=rank.leaving,
+                leaving=rank.exit_notice,
                 phase=rank.phase,
                 step=rank.step,
                 log_tail=process.log.tail(self._name(log_path)),
@@ -306,6 +318,7 @@ class RankSlot:
         )
 
     async def _collect_stacks(self, rank: _Rank) -> None:
+        # A stopped process (T) runs no handler: waiting for it would cost the restart two seconds.
         written = rank.process.log
         state, before = rank.process.process_state, written.size
         rank.process.ask_stacks()
@@ -317,7 +330,7 @@ class RankSlot:
                 break  # it wrote, and has finished
             size = grown
         lines = written.tail(self._name(self._log_of(rank.begin)), after_byte=before)
-        self._tell(Stacks(rank.begin.generation, rank.begin.rank, bool(lines), state, lines))
+        self._add_fact(Stacks(rank.begin.generation, rank.begin.rank, bool(lines), state, lines))
 
     def _log_of(self, begin: Begin) -> Path:
         return self._run.rank_log(begin.attempt, begin.node, begin.rank)
@@ -326,7 +339,7 @@ class RankSlot:
         return path.relative_to(self._run.path).as_posix()
 
 
-def _relayed(rank: _Rank, fact: Message) -> RankFact:
+def _as_rank_fact(rank: _Rank, fact: Message) -> RankFact:
     return RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact)
 
 
@@ -334,6 +347,7 @@ def rank_environment(mark: Mapping[str, str], threads: int, interface: str) -> d
     """The environment of a node's ranks: this process's, with `mark`, threads of a rank and the
     network interface."""
     environment = {**os.environ, **mark, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    # OMP_NUM_THREADS before the import: OpenMP reads it once.
     if interface:
         environment["GLOO_SOCKET_IFNAME"] = interface
         environment["NCCL_SOCKET_IFNAME"] = interface

@@ -96,7 +96,7 @@ class LocalCluster:
             return
         folder = self._run.nodes / node
         self._run.make_folder(folder)
-        command = [sys.executable, "-P", "-m", "opt_train.agent.agent"]
+        command = [sys.executable, "-P", "-m", "opt_train.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
         # Signals stay blocked over the fork: one that came before the agent is deaf would end it.
         # Its own session keeps a terminal's Ctrl-C away.

@@ -64,7 +64,7 @@ def start_agent(
         sys.executable,
         "-P",
         "-m",
-        "opt_train.agent.agent",
+        "opt_train.agent",
         "--run",
         str(run.path),
         "--node",

@@ -13,18 +13,18 @@ from tests.agent.snapshots.stores import content, play
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_ranks_start_while_the_helper_thread_hashes() -> None:
+def test_ranks_start_while_the_worker_thread_hashes() -> None:
     """Between fork and exec a child of a process with threads may wait for ever for a lock of one
     of them."""
     data = content(1)
 
     async def scene() -> None:
-        helper = WorkerThread()
+        worker = WorkerThread()
         codes: list[int | None] = []
 
         async def hash_for_ever() -> None:
             while True:
-                await helper.do(lambda: hashlib.sha256(data).hexdigest())
+                await worker.do(lambda: hashlib.sha256(data).hexdigest())
 
         hashing = asyncio.create_task(hash_for_ever())
         for _ in range(60):
@@ -34,7 +34,7 @@ def test_ranks_start_while_the_helper_thread_hashes() -> None:
             await process.ended.wait()
             codes.append(process.returncode)
         hashing.cancel()
-        helper.close()
+        worker.close()
         assert codes == [7] * 60
 
     play(scene())

@@ -14,7 +14,7 @@ from tests.agent.snapshots.stores import play
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_spares_are_still_tried_after_a_night_in_which_all_died(
+def test_warm_ranks_are_still_tried_after_a_night_in_which_all_died(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_BACKOFF_SECONDS_MAX", 0.01)
@@ -28,12 +28,12 @@ def test_spares_are_still_tried_after_a_night_in_which_all_died(
             run,
             run.logs / "warm" / "node-1",
             LogCopies(run),
-            lambda _: None,
-            lambda _: None,
-            lambda *_: None,
-            lambda: changes.append(slot.state().stage),
+            add_fact=lambda _: None,
+            add_metrics=lambda _: None,
+            keep_snapshot=lambda *_: None,
+            changed=lambda: changes.append(slot.state().stage),
         )
-        slot._spares_lost = 1100  # at most 30 s apart
+        slot._warm_ranks_lost = 1100  # at most 30 s apart
         slot.open()
         while changes.count("warming") < 3:
             await asyncio.sleep(0.01)

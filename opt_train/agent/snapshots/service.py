@@ -1,7 +1,11 @@
-"""What an agent does to hold checkpoints: it takes its ranks' snapshots, fetches what it is told,
+"""What an agent does with snapshots: it keeps those of its ranks, fetches files from other agents,
 gives to others.
 
-Nothing here decides what is held or where: commands do. Nothing here waits for a disk or a peer in
+A rank has a copy of its part in memory of its own, and names it; the agent opens the same memory,
+so that it outlives the rank without a byte copied. Copies for a partner node, and files for a
+restart, are fetched; each is read and hashed before it counts.
+
+Nothing here decides what is kept or where: commands do. Nothing here waits for a disk or a peer in
 the event loop.
 """
 
@@ -16,13 +20,13 @@ from typing import Any
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.snapshots import transfer
-from opt_train.agent.snapshots.store import (
+from opt_train.agent.snapshots.placement import (
     SnapshotMissing,
-    SnapshotStore,
-    check_words,
+    check_names,
     directory_of,
     place_of,
 )
+from opt_train.agent.snapshots.store import SnapshotStore
 from opt_train.agent.snapshots.transfer import TransferServer, Unreachable
 from opt_train.checkpoint import manifest as manifests
 from opt_train.checkpoint.late_files import (
@@ -58,29 +62,29 @@ log = logging.getLogger(__name__)
 
 
 class SnapshotService:
-    """The checkpoints that one agent holds."""
+    """The snapshots of one agent."""
 
     def __init__(
         self,
         run: RunDirectory,
         node: str,
         node_directory: str,
-        tell: Callable[[Message], None],
+        add_fact: Callable[[Message], None],
         start: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
     ) -> None:
-        """`tell` takes facts that must arrive; `start` runs a task, and sees to it that its failure
-        is noticed."""
-        self._run, self._tell, self._start = run, tell, start
-        self._helper = WorkerThread()
-        self.shelf = SnapshotStore(
-            directory_of(node_directory), place_of(run.path, node), self._helper
+        """`add_fact` takes facts that must arrive; `start` runs a task, and sees to it that its
+        failure is noticed."""
+        self._run, self._add_fact, self._start = run, add_fact, start
+        self._worker = WorkerThread()
+        self.store = SnapshotStore(
+            directory_of(node_directory), place_of(run.path, node), self._worker
         )
-        self._server = TransferServer(self.shelf, self._secret)
+        self._server = TransferServer(self.store, self._secret)
         self._known_secret = b""
         self._slots = asyncio.Semaphore(FETCHES)
         self._under_way: dict[str, list[tuple[Fetch, asyncio.Task[None]]]] = {}
         self.address = ""
-        """``host:port`` at which others get what is held; empty: nothing can be had."""
+        """``host:port`` at which others get what is here; empty: nothing can be had."""
 
     async def open(self, serve: bool, interface: str) -> None:
         """Find what an earlier agent left on the node's disk; with `serve`, listen for other agents
@@ -90,11 +94,11 @@ class SnapshotService:
         """
         try:
             async with asyncio.timeout(OPEN_SECONDS):
-                await self.shelf.open()
+                await self.store.open()
         except (OSError, TimeoutError) as trouble:
             log.error(
                 "what lies in %s is not held: %s",
-                self.shelf.folder,
+                self.store.folder,
                 str(trouble) or "its disk does not answer",
             )
         if not serve:
@@ -102,7 +106,7 @@ class SnapshotService:
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 self.address = await self._server.start(
-                    await self._helper.do(address_of_interface, interface)
+                    await self._worker.do(address_of_interface, interface)
                 )
         except (OSError, TimeoutError) as trouble:
             log.error(
@@ -120,23 +124,23 @@ class SnapshotService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.shelf.close()
-        self._helper.close()
+        await self.store.close()
+        self._worker.close()
 
-    def held(self) -> tuple[HeldFiles, ...]:
+    def files(self) -> tuple[HeldFiles, ...]:
         """All files by checkpoint."""
-        return self.shelf.held()
+        return self.store.files()
 
     # A rank's snapshot ----------------------------------------------------------------------------
 
-    def snapshot(self, pid: int, begin: Begin, taken: SnapshotTaken) -> None:
-        """Hold what the rank of `begin`, process `pid`, says it has taken, and tell it; a log line
-        if that fails."""
+    def keep(self, pid: int, begin: Begin, taken: SnapshotTaken) -> None:
+        """Keep what the rank of `begin`, process `pid`, has taken, and report it; a log line if
+        that fails."""
         path = path_of_save(begin.attempt, taken.step, MEMORY)
         try:
             for file in taken.files:
-                self.shelf.take(path, file.path, pid, file.fd, file.bytes, file.sha256)
-            held = SnapshotHeld(
+                self.store.adopt(path, file.path, pid, file.fd, file.bytes, file.sha256)
+            fact = SnapshotHeld(
                 generation=begin.generation,
                 attempt=begin.attempt,
                 rank=begin.rank,
@@ -145,9 +149,8 @@ class SnapshotService:
                 seconds=taken.seconds,
                 state=self._state(path, taken) if begin.rank == 0 else None,
             )
-            parse(
-                to_line(NumberedFact(0, held))
-            )  # a state that the supervisor could not read would cost the link
+            # A state that the supervisor could not read would cost the link: read it here first.
+            parse(to_line(NumberedFact(0, fact)))
         except (SnapshotMissing, OSError, ProtocolError, ValueError, RecursionError) as trouble:
             log.warning(
                 "the snapshot of rank %d at step %d is not held: %s",
@@ -155,14 +158,14 @@ class SnapshotService:
                 taken.step,
                 trouble,
             )
-            self.shelf.let_go(path, [file.path for file in taken.files])
+            self.store.forget(path, [file.path for file in taken.files])
             return
-        self._tell(held)
+        self._add_fact(fact)
 
     def _state(self, path: str, taken: SnapshotTaken) -> dict[str, Any]:
-        content = self.shelf.small_file(path, STATE, STATE_BYTES_MAX)
-        said = next((file.sha256 for file in taken.files if file.path == STATE), "")
-        if hashlib.sha256(content).hexdigest() != said:
+        content = self.store.small_file(path, STATE, STATE_BYTES_MAX)
+        claimed = next((file.sha256 for file in taken.files if file.path == STATE), "")
+        if hashlib.sha256(content).hexdigest() != claimed:
             raise SnapshotMissing(f"{STATE} of {path} has another hash than the rank said")
         state = json.loads(content)
         if not isinstance(state, dict):
@@ -181,11 +184,11 @@ class SnapshotService:
         waiting.append((command, task))
 
     def drop(self, command: Drop) -> None:
-        """Hold nothing of the checkpoint any more, and fetch nothing of it."""
+        """Keep nothing of the checkpoint any more, and fetch nothing of it."""
         for _, task in self._under_way.pop(command.path, []):
             task.cancel()
         try:
-            self.shelf.drop(command.path)
+            self.store.drop(command.path)
         except SnapshotMissing as trouble:
             log.error("nothing is dropped: %s", trouble)
 
@@ -196,41 +199,41 @@ class SnapshotService:
             folder, why = "", ""
             try:
                 manifest, content = await self._manifest(command)
-                await self._hold_all(command, manifest)
-                folder = await self.shelf.link(command.path, command.names, content)
+                await self._get_all(command, manifest)
+                folder = await self.store.link(command.path, command.names, content)
             except (CheckpointError, SnapshotMissing) as trouble:
                 why = str(trouble)
             except OSError as trouble:
-                why = f"{self.shelf.folder} cannot be used: {trouble.strerror or trouble}"
+                why = f"{self.store.folder} cannot be used: {trouble.strerror or trouble}"
         if why:
             log.warning("%s could not be fetched: %s", command.path, why)
-        # Done before it is told: the same command is news from now on.
+        # Done before it is reported: the same command is a new one from now on.
         waiting = [item for item in self._under_way.pop(command.path, []) if item[0] != command]
         if waiting:
             self._under_way[command.path] = waiting
-        self._tell(Fetched(command.path, command.names, why, folder))
+        self._add_fact(Fetched(command.path, command.names, why, folder))
 
     async def _manifest(self, command: Fetch) -> tuple[Manifest, bytes]:
-        """As `retry_while_late`, with the helper free meanwhile. Raises `CheckpointError` or
+        """As `retry_while_late`, with the worker free meanwhile. Raises `CheckpointError` or
         `SnapshotMissing`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + LATE_SECONDS
         while True:
             try:
-                return await self._helper.do(_read_manifest, self._run.path, command)
+                return await self._worker.do(_read_manifest, self._run.path, command)
             except CheckpointError as error:
                 folder = self._run.path / command.path
-                if loop.time() >= end or not await self._helper.do(may_be_late, folder, error):
+                if loop.time() >= end or not await self._worker.do(may_be_late, folder, error):
                     raise
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
-    async def _hold_all(self, command: Fetch, manifest: Manifest) -> None:
-        """Hold every file that can be had. Raises `SnapshotMissing` if that is not all of them."""
+    async def _get_all(self, command: Fetch, manifest: Manifest) -> None:
+        """Get every file that can be had. Raises `SnapshotMissing` if that is not all of them."""
         failed = []
         unreachable: dict[str, Unreachable] = {}
         # Each node begins at its own part, so that not all of them ask the first one at once.
         own = next(
-            (k for k, name in enumerate(command.names) if self.shelf.holds(command.path, name)), 0
+            (k for k, name in enumerate(command.names) if self.store.has(command.path, name)), 0
         )
         for name in (*command.names[own:], *command.names[:own]):
             source = command.sources.get(name, "")
@@ -254,22 +257,22 @@ class SnapshotService:
             raise SnapshotMissing(failed[0] + more)
 
     async def _is_here(self, command: Fetch, name: str, entry: FileEntry) -> bool:
-        """Whether the file is held and good, after copying what is held under the origin's path."""
-        if await self.shelf.is_good(command.path, name, entry):
+        """Whether the file is here and good, after copying what is here under the origin's path."""
+        if await self.store.is_good(command.path, name, entry):
             return True
         if command.origin in ("", command.path):
             return False
         try:
-            async with self.shelf.reading(command.origin, name) as file:
+            async with self.store.reading(command.origin, name) as file:
                 if not file.may_be(entry):
                     return False
-                async with self.shelf.draft(command.path, name, entry) as draft:
-                    await draft.copy(file)
-                    await draft.shelve()
+                async with self.store.partial_file(command.path, name, entry) as partial:
+                    await partial.copy(file)
+                    await partial.commit()
         except SnapshotMissing:
             # A rank has written over it. Whether it did is found out by reading it once more, and
             # then it goes.
-            await self.shelf.is_good(command.origin, name, entry)
+            await self.store.is_good(command.origin, name, entry)
             return False
         return True
 
@@ -282,13 +285,13 @@ class SnapshotService:
             secret = await self._secret()
         except SecretUnusable as trouble:
             raise SnapshotMissing(str(trouble)) from None
-        async with self.shelf.draft(command.path, name, entry) as draft:
-            await transfer.get(source, secret, command.origin or command.path, name, entry, draft)
-            await draft.shelve()
+        async with self.store.partial_file(command.path, name, entry) as partial:
+            await transfer.get(source, secret, command.origin or command.path, name, entry, partial)
+            await partial.commit()
 
     async def _secret(self) -> bytes:
         # Read once: it lies on the shared file system.
-        self._known_secret = self._known_secret or await self._helper.do(
+        self._known_secret = self._known_secret or await self._worker.do(
             read_secret, self._run.secret
         )
         return self._known_secret
@@ -297,7 +300,7 @@ class SnapshotService:
 def _read_manifest(run_directory: Path, command: Fetch) -> tuple[Manifest, bytes]:
     """The checkpoint's manifest, and its bytes. Raises `CheckpointError` or `SnapshotMissing`."""
     for name in command.names or (STATE,):
-        check_words(command.path, name)
+        check_names(command.path, name)
     folder = run_directory / command.path
     manifest = manifests.read(folder, command.manifest_sha256)
     content = (folder / MANIFEST).read_bytes()

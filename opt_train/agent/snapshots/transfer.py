@@ -1,9 +1,9 @@
-"""How an agent gets a held file from another: over TCP, after both have proved the run's secret,
+"""How an agent gets a file from another: over TCP, after both have proved the run's secret,
 one file a connection.
 
 The handshake is that of `link`, with roles of its own, so that no proof of the one serves in the
-other; the getter's proof covers what it asks for. A request names a file that is held or it gets
-nothing: no path is made of a peer's words. What comes is good only if it has the manifest's size
+other; the getter's proof covers what it asks for. A request names a file that is kept or it gets
+nothing: no path is made of what a peer sends. What comes is good only if it has the manifest's size
 and hash, so a source need not be believed.
 """
 
@@ -14,12 +14,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opt_train.agent.snapshots.store import (
-    OpenSnapshot,
-    PartialFile,
-    SnapshotMissing,
-    SnapshotStore,
-)
+from opt_train.agent.snapshots.partial_file import PartialFile
+from opt_train.agent.snapshots.placement import SnapshotMissing
+from opt_train.agent.snapshots.snapshot_file import OpenSnapshot
+from opt_train.agent.snapshots.store import SnapshotStore
 from opt_train.checkpoint.manifest import FileEntry
 from opt_train.link.connection import Connection, LinkRefused
 from opt_train.link.endpoint import TcpEndpoint, dial, parse_host_and_port
@@ -152,15 +150,15 @@ async def get(
     path: str,
     name: str,
     entry: FileEntry,
-    draft: PartialFile,
+    partial: PartialFile,
     stall_seconds: float = STALL_SECONDS,
 ) -> None:
-    """Write the file `name` of checkpoint `path`, as the agent at `address` holds it, into `draft`.
+    """Write the file `name` of checkpoint `path`, as the agent at `address` has it, into `partial`.
 
     Raises:
         Unreachable: nobody answers there.
         NotHeld: the source does not give the file, or not all of it, or too slowly.
-        OSError: the draft cannot be written.
+        OSError: the partial file cannot be written.
     """
     try:
         endpoint = parse_host_and_port(address)
@@ -184,7 +182,7 @@ async def get(
         await _receive(
             reader,
             entry.bytes,
-            draft,
+            partial,
             stall_seconds,
             f"{address} sent only {{}} of {name} of {path}",
         )
@@ -199,7 +197,7 @@ class Unreachable(SnapshotMissing):
 
 
 async def _receive(
-    reader: asyncio.StreamReader, size: int, draft: PartialFile, stall_seconds: float, short: str
+    reader: asyncio.StreamReader, size: int, partial: PartialFile, stall_seconds: float, short: str
 ) -> None:
     written: Awaitable[int] | None = (
         None  # one piece is hashed and written while the next one comes
@@ -218,7 +216,7 @@ async def _receive(
             raise SnapshotMissing(f"{short.format(f'{came} of {size} bytes')}, {why}") from None
         if written is not None:
             await written
-        written = draft.write(piece)
+        written = partial.write(piece)
         offset += len(piece)
     if written is not None:
         await written

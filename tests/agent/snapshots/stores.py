@@ -1,4 +1,4 @@
-"""What the tests of held checkpoints share: contents, shelves, and processes that have files in
+"""What the tests of snapshots share: contents, stores, and processes that have files in
 their memory."""
 
 import asyncio
@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from opt_train.agent.snapshots.store import SnapshotStore, place_of
+from opt_train.agent.snapshots.placement import place_of
+from opt_train.agent.snapshots.store import SnapshotStore
 from opt_train.checkpoint.manifest import FileEntry
 from opt_train.host.worker_thread import WorkerThread
 
@@ -81,28 +82,28 @@ def child(content: bytes) -> Iterator[Child]:
 
 
 @contextlib.asynccontextmanager
-async def shelf_in(directory: Path, node: str = "node-1") -> AsyncIterator[SnapshotStore]:
-    helper = WorkerThread()
-    shelf = SnapshotStore(directory, place_of(Path("/runs/demo"), node), helper)
-    await shelf.open()
+async def store_in(directory: Path, node: str = "node-1") -> AsyncIterator[SnapshotStore]:
+    worker = WorkerThread()
+    store = SnapshotStore(directory, place_of(Path("/runs/demo"), node), worker)
+    await store.open()
     try:
-        yield shelf
+        yield store
     finally:
-        await shelf.close()
-        helper.close()
+        await store.close()
+        worker.close()
 
 
 async def put(
-    shelf: SnapshotStore, path: str, name: str, data: bytes, expected: FileEntry | None = None
+    store: SnapshotStore, path: str, name: str, data: bytes, expected: FileEntry | None = None
 ) -> None:
-    """Have `data` on the shelf, if it is what is expected."""
-    async with shelf.draft(path, name, expected or entry(data)) as draft:
-        await draft.write(data)
-        await draft.shelve()
+    """Have `data` in the store, if it is what is expected."""
+    async with store.partial_file(path, name, expected or entry(data)) as partial_file:
+        await partial_file.write(data)
+        await partial_file.commit()
 
 
-def names(shelf: SnapshotStore) -> dict[str, tuple[str, ...]]:
-    return {held.path: held.names for held in shelf.held()}
+def names(store: SnapshotStore) -> dict[str, tuple[str, ...]]:
+    return {held.path: held.names for held in store.files()}
 
 
 def memory_descriptors(pid: int) -> int:

@@ -219,26 +219,26 @@ def in_process(
     run: RunDirectory,
     disk: Path,
 ) -> None:
-    """Play with a `SnapshotService` of this process, as "node-1", and what it has told."""
+    """Play with a `SnapshotService` of this process, as "node-1", and the facts it has reported."""
 
     async def played() -> None:
-        told: list[Message] = []
-        holding = SnapshotService(run, "node-1", str(disk), told.append, asyncio.create_task)
-        await holding.open(True, "lo")
+        facts: list[Message] = []
+        service = SnapshotService(run, "node-1", str(disk), facts.append, asyncio.create_task)
+        await service.open(True, "lo")
         try:
-            await scene(holding, told)
+            await scene(service, facts)
         finally:
-            await holding.close()
+            await service.close()
         assert not [name for name in files_below(disk) if "/node/1.00/" not in name]
 
     disk.mkdir(exist_ok=True)
     play(played())
 
 
-async def next_told(told: list[Message], count: int = 1) -> Message:
-    while len(told) < count:
+async def next_fact(facts: list[Message], count: int = 1) -> Message:
+    while len(facts) < count:
         await asyncio.sleep(0.01)
-    return told[count - 1]
+    return facts[count - 1]
 
 
 def taken(rank: Any, data: bytes, name: str = SHARD) -> SnapshotTaken:
@@ -256,33 +256,33 @@ def of_rank(run: RunDirectory, rank: int) -> Begin:
 
 
 def test_a_rank_that_is_gone_already_has_no_snapshot(run: RunDirectory, disk: Path) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b"data") as rank:
             rank.kill()
-            holding.snapshot(rank.pid, of_rank(run, 1), taken(rank, b"data"))
-        assert not told
-        assert not holding.held()
+            service.keep(rank.pid, of_rank(run, 1), taken(rank, b"data"))
+        assert not facts
+        assert not service.files()
 
     in_process(scene, run, disk)
 
 
 @pytest.mark.parametrize("name", ["../../escape", "manifest.json", "a/b", ""])
 def test_a_rank_cannot_name_a_file_that_is_none(run: RunDirectory, disk: Path, name: str) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b"data") as rank:
-            holding.snapshot(rank.pid, of_rank(run, 1), taken(rank, b"data", name))
-        assert not told
-        assert not holding.held()
+            service.keep(rank.pid, of_rank(run, 1), taken(rank, b"data", name))
+        assert not facts
+        assert not service.files()
 
     in_process(scene, run, disk)
 
 
 def test_only_rank_0_tells_a_state(run: RunDirectory, disk: Path) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b"data") as rank:
-            holding.snapshot(rank.pid, of_rank(run, 1), taken(rank, b"data"))
-        assert isinstance(told[0], SnapshotHeld)
-        assert told[0].state is None
+            service.keep(rank.pid, of_rank(run, 1), taken(rank, b"data"))
+        assert isinstance(facts[0], SnapshotHeld)
+        assert facts[0].state is None
 
     in_process(scene, run, disk)
 
@@ -290,14 +290,14 @@ def test_only_rank_0_tells_a_state(run: RunDirectory, disk: Path) -> None:
 def test_a_state_with_other_bytes_than_said_makes_no_snapshot(
     run: RunDirectory, disk: Path
 ) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b'{"step": 5}') as rank:
             fact = SnapshotTaken(
                 5, (MemoryFile("state.json", 11, entry(b"{}").sha256, rank.fd),), 0.1
             )
-            holding.snapshot(rank.pid, of_rank(run, 0), fact)
-        assert not told
-        assert not holding.held()
+            service.keep(rank.pid, of_rank(run, 0), fact)
+        assert not facts
+        assert not service.files()
 
     in_process(scene, run, disk)
 
@@ -441,17 +441,17 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_held(
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
 
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         for name, data in FILES.items():
-            await put(holding.shelf, MEMORY, name, data)
-        holding.fetch(to_fetch(run, NODE, origin=MEMORY))
-        answer = await next_told(told)
+            await put(service.store, MEMORY, name, data)
+        service.fetch(to_fetch(run, NODE, origin=MEMORY))
+        answer = await next_fact(facts)
         assert isinstance(answer, Fetched)
         assert answer.why == f"{SHARD} of {NODE} cannot be written: No space left on device"
-        assert names(holding.shelf) == {MEMORY: tuple(sorted(FILES)), NODE: ("state.json",)}
-        holding.drop(Drop(NODE))
-        holding.fetch(to_fetch(run))
-        answer = await next_told(told, 2)
+        assert names(service.store) == {MEMORY: tuple(sorted(FILES)), NODE: ("state.json",)}
+        service.drop(Drop(NODE))
+        service.fetch(to_fetch(run))
+        answer = await next_fact(facts, 2)
         assert isinstance(answer, Fetched)
         assert answer.why == ""
 
@@ -479,17 +479,17 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_held(
 def test_what_cannot_be_fetched_is_one_sentence(
     run: RunDirectory, disk: Path, change: dict[str, Any], why: str
 ) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         made = to_fetch(run)
         command = Fetch(
             **{**{field: getattr(made, field) for field in made.__dataclass_fields__}, **change}
         )
-        holding.fetch(command)
-        answer = await next_told(told)
+        service.fetch(command)
+        answer = await next_fact(facts)
         assert isinstance(answer, Fetched)
         assert why in answer.why
         assert (answer.path, answer.names, answer.folder) == (command.path, command.names, "")
-        assert not holding.held()
+        assert not service.files()
 
     in_process(scene, run, disk)
 
@@ -497,17 +497,17 @@ def test_what_cannot_be_fetched_is_one_sentence(
 def test_a_manifest_that_this_node_sees_late_is_waited_for(run: RunDirectory, disk: Path) -> None:
     """A shared file system may show to one node a moment later what another one has renamed."""
 
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         for name, data in FILES.items():
-            await put(holding.shelf, MEMORY, name, data)
+            await put(service.store, MEMORY, name, data)
         command = to_fetch(run)
         manifest = run.path / MEMORY / "manifest.json"
         late = manifest.rename(run.path / "late")
-        holding.fetch(command)
+        service.fetch(command)
         await asyncio.sleep(0.5)
-        assert not told
+        assert not facts
         late.rename(manifest)
-        answer = await next_told(told)
+        answer = await next_fact(facts)
         assert isinstance(answer, Fetched)
         assert answer.why == ""
 
@@ -526,11 +526,11 @@ def test_not_all_nodes_ask_the_same_one_first(
 
     monkeypatch.setattr(transfer, "get", get)
 
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         for name in shards[2:4]:
-            await put(holding.shelf, MEMORY, name, files[name])
-        holding.fetch(to_fetch(run, source="10.0.0.1:1", names=tuple(shards), files=files))
-        await next_told(told)
+            await put(service.store, MEMORY, name, files[name])
+        service.fetch(to_fetch(run, source="10.0.0.1:1", names=tuple(shards), files=files))
+        await next_fact(facts)
         assert asked == [shards[4], shards[0], shards[1]]
 
     in_process(scene, run, disk)
@@ -546,39 +546,39 @@ def mute() -> Any:
 def test_a_fetch_under_way_is_not_begun_twice_and_a_drop_ends_it(
     run: RunDirectory, disk: Path
 ) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with mute() as (address, server):
             server.setblocking(False)
             command = to_fetch(run, NODE, source=address)
             for _ in range(3):
-                holding.fetch(command)
+                service.fetch(command)
             loop = asyncio.get_running_loop()
             caller, _ = await loop.sock_accept(server)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
                     await loop.sock_accept(server)
-            holding.drop(Drop(NODE))
+            service.drop(Drop(NODE))
             with caller:
                 caller.settimeout(5)
                 while await asyncio.to_thread(caller.recv, 1000):
                     pass  # until it is closed
-        assert not told
-        assert not holding.held()
+        assert not facts
+        assert not service.files()
         for name, data in FILES.items():
-            await put(holding.shelf, NODE, name, data)
-        holding.fetch(command)
-        answer = await next_told(told)
+            await put(service.store, NODE, name, data)
+        service.fetch(command)
+        answer = await next_fact(facts)
         assert isinstance(answer, Fetched)
         assert answer.why == ""
         # Done before: it is answered again, once for those that came while it was under way.
         wanted = [command, command, Fetch(NODE, command.manifest_sha256, (SHARD,), {}), command]
         for again in wanted:
-            holding.fetch(again)
-        assert await next_told(told, 2) == answer
-        last = await next_told(told, 3)
+            service.fetch(again)
+        assert await next_fact(facts, 2) == answer
+        last = await next_fact(facts, 3)
         assert isinstance(last, Fetched)
         assert last.names == (SHARD,)
-        holding.drop(Drop(NODE))
+        service.drop(Drop(NODE))
 
     in_process(scene, run, disk)
 
@@ -586,14 +586,14 @@ def test_a_fetch_under_way_is_not_begun_twice_and_a_drop_ends_it(
 def test_another_fetch_of_the_same_checkpoint_waits_and_both_are_answered(
     run: RunDirectory, disk: Path
 ) -> None:
-    async def scene(holding: SnapshotService, told: list[Message]) -> None:
+    async def scene(service: SnapshotService, facts: list[Message]) -> None:
         for name, data in FILES.items():
-            await put(holding.shelf, MEMORY, name, data)
+            await put(service.store, MEMORY, name, data)
         for wanted in ((SHARD,), ("state.json",)):
-            holding.fetch(to_fetch(run, names=wanted))
-        await next_told(told, 2)
+            service.fetch(to_fetch(run, names=wanted))
+        await next_fact(facts, 2)
         folders = set()
-        for fact, wanted in zip(told, ((SHARD,), ("state.json",)), strict=True):
+        for fact, wanted in zip(facts, ((SHARD,), ("state.json",)), strict=True):
             assert isinstance(fact, Fetched)
             assert (fact.names, fact.why) == (wanted, "")
             folders.add(fact.folder)

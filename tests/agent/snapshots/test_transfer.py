@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from opt_train.agent.snapshots import store as shelf
-from opt_train.agent.snapshots import transfer
-from opt_train.agent.snapshots.store import PartialFile, SnapshotMissing, SnapshotStore
+from opt_train.agent.snapshots import snapshot_file, transfer
+from opt_train.agent.snapshots.partial_file import PartialFile
+from opt_train.agent.snapshots.placement import SnapshotMissing
+from opt_train.agent.snapshots.store import SnapshotStore
 from opt_train.agent.snapshots.transfer import (
     TransferServer,
     Unreachable,
@@ -40,7 +41,7 @@ from tests.agent.snapshots.stores import (
     names,
     play,
     put,
-    shelf_in,
+    store_in,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -65,10 +66,10 @@ async def served(
 
 @contextlib.asynccontextmanager
 async def pair(tmp_path: Path) -> AsyncIterator[tuple[SnapshotStore, str, SnapshotStore]]:
-    """A shelf, the address it is served at, and another one."""
+    """A store, the address it is served at, and another one."""
     async with (
-        shelf_in(tmp_path / "a") as source,
-        shelf_in(tmp_path / "b") as target,
+        store_in(tmp_path / "a") as source,
+        store_in(tmp_path / "b") as target,
         served(source) as (address, _),
     ):
         yield source, address, target
@@ -101,9 +102,11 @@ async def fetch(
     **more: Any,
 ) -> None:
     wanted = wanted or entry(DATA)
-    async with target.draft(path, name, wanted) as draft:
-        await get(address, more.pop("secret", SECRET), path, name, wanted, draft, STALL_SECONDS)
-        await draft.shelve()
+    async with target.partial_file(path, name, wanted) as partial_file:
+        await get(
+            address, more.pop("secret", SECRET), path, name, wanted, partial_file, STALL_SECONDS
+        )
+        await partial_file.commit()
 
 
 async def refused(target: SnapshotStore, address: str, path: str = MEMORY, **more: Any) -> str:
@@ -111,7 +114,7 @@ async def refused(target: SnapshotStore, address: str, path: str = MEMORY, **mor
     before = memory_descriptors(os.getpid())
     with pytest.raises(SnapshotMissing) as raised:
         await fetch(target, address, path, **more)
-    assert not target.held()
+    assert not target.files()
     await target.drop("node/1.00/step-00000001")  # what was given to the helper before is done
     async with asyncio.timeout(5):
         while (
@@ -145,7 +148,7 @@ def test_memory_of_a_dead_rank_comes_whole(tmp_path: Path) -> None:
     async def scene() -> None:
         async with pair(tmp_path) as (source, address, target):
             with child(DATA) as rank:
-                source.take(MEMORY, "shard", rank.pid, rank.fd, len(DATA), entry(DATA).sha256)
+                source.adopt(MEMORY, "shard", rank.pid, rank.fd, len(DATA), entry(DATA).sha256)
             await fetch(target, address, MEMORY)
             assert await target.is_good(MEMORY, "shard", entry(DATA))
 
@@ -254,7 +257,7 @@ def test_a_proof_of_the_supervisors_link_is_no_proof_here(tmp_path: Path) -> Non
         await connection.receive_line(5)
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target:
+        async with store_in(tmp_path) as target:
             for act in (with_the_links_proof, with_its_own):
                 async with impostor(act) as address:
                     assert "does not know this run's secret" in await refused(target, address)
@@ -272,7 +275,7 @@ def test_a_source_that_dies_in_the_middle_leaves_nothing(tmp_path: Path, path: s
         await writer.drain()
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target, impostor(act) as address:
+        async with store_in(tmp_path) as target, impostor(act) as address:
             why = await refused(target, address, path)
             assert (
                 why
@@ -297,7 +300,7 @@ def test_a_source_that_falls_silent_or_drips_is_given_up(tmp_path: Path, drip: b
             await writer.drain()
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target, impostor(act) as address:
+        async with store_in(tmp_path) as target, impostor(act) as address:
             began = time.monotonic()
             assert "and then too little for 0.5 s" in await refused(target, address)
             assert time.monotonic() - began < 5
@@ -314,7 +317,7 @@ def test_an_oversized_claim_is_refused_before_a_byte_comes(tmp_path: Path, claim
             await connection.receive_line(5)
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target, impostor(act) as address:
+        async with store_in(tmp_path) as target, impostor(act) as address:
             why = await refused(target, address)
             assert why.endswith(
                 f"offers {claim} bytes for shard of {MEMORY} instead of {len(DATA)}"
@@ -332,7 +335,7 @@ def test_a_source_that_talks_nonsense_is_one_sentence(tmp_path: Path, said: byte
         await writer.drain()
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target, impostor(act) as address:
+        async with store_in(tmp_path) as target, impostor(act) as address:
             assert "does not give shard" in await refused(target, address)
 
     play(scene())
@@ -344,7 +347,7 @@ def test_a_source_that_talks_nonsense_is_one_sentence(tmp_path: Path, said: byte
 )
 def test_nobody_there_is_one_sentence(tmp_path: Path, address: str) -> None:
     async def scene() -> None:
-        async with shelf_in(tmp_path) as target:
+        async with store_in(tmp_path) as target:
             why = await refused(target, address)
             assert why.startswith(f"{address} cannot be reached: ")
             with pytest.raises(Unreachable):
@@ -391,7 +394,7 @@ def test_a_getter_that_does_not_read_is_cut_off(
     caplog.set_level(logging.INFO)
 
     async def scene() -> None:
-        async with shelf_in(tmp_path) as source, served(source) as (address, server):
+        async with store_in(tmp_path) as source, served(source) as (address, server):
             for path in (MEMORY, NODE):
                 await put(source, path, "shard", data)
                 host, port = address.split(":")
@@ -437,9 +440,9 @@ def test_memory_stays_flat_while_a_large_file_comes_faster_than_it_is_written(
     data = content(1, 100_000_000)
     append = PartialFile._append
 
-    def slowly(draft: PartialFile, piece: bytes) -> int:
+    def slowly(partial_file: PartialFile, piece: bytes) -> int:
         time.sleep(0.01)
-        return append(draft, piece)
+        return append(partial_file, piece)
 
     def resident() -> int:
         """Bytes of this process alone, without files in memory."""
@@ -472,4 +475,4 @@ def test_an_interfaces_address_is_found() -> None:
 
 
 def test_a_piece_on_the_way_is_no_larger_than_one_that_is_written() -> None:
-    assert transfer.PIECE_BYTES <= shelf.PIECE_BYTES
+    assert transfer.PIECE_BYTES <= snapshot_file.PIECE_BYTES
