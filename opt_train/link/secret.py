@@ -21,8 +21,8 @@ def ensure_secret(path: Path) -> bytes:
         SecretUnusable: what lies there is no secret.
     """
     if not path.exists():
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_bytes(SECRET_BYTES).hex() + "\n")
@@ -30,11 +30,11 @@ def ensure_secret(path: Path) -> bytes:
                 os.fsync(file.fileno())
             # A link, unlike a rename, replaces nothing: of two that make a secret at once, one wins
             # and both read it.
-            os.link(draft, path)
+            os.link(partial, path)
         except FileExistsError:
             pass
         finally:
-            draft.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return read_secret(path)
 
 

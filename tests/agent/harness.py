@@ -1,4 +1,4 @@
-"""A supervisor's end of the links, for tests of real agents: it records what it is told, and sends
+"""A supervisor's end of the links, for tests of real agents: it records all inputs, and sends
 what it is asked."""
 
 import asyncio
@@ -116,7 +116,7 @@ def make_endpoint(transport: str) -> Endpoint:
 
 
 class SupervisorEnd:
-    """Use as ``async with SupervisorEnd(run) as listener``; all inputs stand in `told`, newest
+    """Use as ``async with SupervisorEnd(run) as listener``; all inputs stand in `inputs`, newest
     last."""
 
     def __init__(
@@ -127,10 +127,10 @@ class SupervisorEnd:
         transport: str = "unix",
     ) -> None:
         self.run, self.leader = run, leader
-        self.told: list[Input] = []
+        self.inputs: list[Input] = []
         self.endpoint = make_endpoint(transport)
         self.server = AgentServer(
-            self.endpoint, ensure_secret(run.secret), leader, nodes, self.told.append
+            self.endpoint, ensure_secret(run.secret), leader, nodes, self.inputs.append
         )
 
     async def __aenter__(self) -> "SupervisorEnd":
@@ -147,7 +147,7 @@ class SupervisorEnd:
         deadline = time.monotonic() + seconds
         while not (value := found()):
             assert time.monotonic() < deadline, (
-                f"waited {seconds} s in vain; told: {self.told[-8:]}"
+                f"waited {seconds} s in vain; inputs: {self.inputs[-8:]}"
             )
             await asyncio.sleep(0.02)
         return value
@@ -155,12 +155,12 @@ class SupervisorEnd:
     async def connected(self, node: str = "node-1") -> AgentConnected:
         await self.until(lambda: node in self.server.connected)
         return next(
-            i for i in reversed(self.told) if isinstance(i, AgentConnected) and i.node == node
+            i for i in reversed(self.inputs) if isinstance(i, AgentConnected) and i.node == node
         )
 
     def facts(self, kind: type[T]) -> list[T]:
-        """Facts of a kind, an agent's own or a rank's, in the order told, each number once."""
-        numbered = {i.number: i.fact for i in self.told if isinstance(i, FactReceived)}
+        """Facts of a kind, an agent's own or a rank's, in the order sent, each number once."""
+        numbered = {i.number: i.fact for i in self.inputs if isinstance(i, FactReceived)}
         plain = [
             f.fact if isinstance(f, RankFact) and not issubclass(kind, RankFact) else f
             for f in numbered.values()
@@ -168,19 +168,19 @@ class SupervisorEnd:
         return [f for f in plain if isinstance(f, kind)]
 
     def slot(self, slot: int = 0, node: str = "node-1") -> SlotState | None:
-        """The slot as last told."""
-        for told in reversed(self.told):
-            if isinstance(told, HeartbeatReceived) and told.node == node:
-                return told.pulse.slots[slot]
-            if isinstance(told, AgentConnected) and told.node == node:
-                return told.state.slots[slot]
+        """The slot as last reported."""
+        for input_ in reversed(self.inputs):
+            if isinstance(input_, HeartbeatReceived) and input_.node == node:
+                return input_.pulse.slots[slot]
+            if isinstance(input_, AgentConnected) and input_.node == node:
+                return input_.state.slots[slot]
         return None
 
     async def fact(self, kind: type[T], seconds: float = 20.0) -> T:
         return await self.until(lambda: next(iter(self.facts(kind)), None), seconds)
 
     def acknowledge_all(self, node: str = "node-1") -> None:
-        numbers = [i.number for i in self.told if isinstance(i, FactReceived)]
+        numbers = [i.number for i in self.inputs if isinstance(i, FactReceived)]
         self.server.send(node, Acknowledge(max(numbers)))
 
 

@@ -40,11 +40,11 @@ def main() -> int:
         print("ImportError: no module named torch", file=sys.stderr)
         return 1
 
-    def tell(fact):
+    def send(fact):
         os.write(given.facts_fd, to_line(fact))
 
     control = os.fdopen(given.control_fd, "rb", buffering=0)
-    tell(Warm(os.getpid(), 0.01))
+    send(Warm(os.getpid(), 0.01))
     line = control.readline()
     if not line:
         return 0
@@ -54,9 +54,9 @@ def main() -> int:
         config = json.load(file)
     set_signals(config)
     print(f"rank {begin.rank} of generation {begin.generation} begins", flush=True)
-    tell(Phase("start", -1))
+    send(Phase("start", -1))
     if begin.rank == 0 and begin.store_port == 0:
-        tell(Store("127.0.0.1", 4242))
+        send(Store("127.0.0.1", 4242))
     if config.get("child"):
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     for number in range(config.get("garbage", 0)):
@@ -68,9 +68,9 @@ def main() -> int:
         os.write(given.facts_fd, bytes.fromhex(text) + b"\n")
     while config.get("flood"):
         os.write(given.facts_fd, b"y" * 65536)
-    tell(InForce({"lr": 0.1}))
+    send(InForce({"lr": 0.1}))
     for step in range(config.get("steps", 1000)):
-        tell(Phase("step", step))
+        send(Phase("step", step))
         with open(os.path.join(begin.run_directory, "who_trains.log"), "a") as file:
             file.write(f"{begin.generation} {begin.rank} {step}\n")
         if step == config.get("exit_at", -1):
@@ -78,14 +78,14 @@ def main() -> int:
             return config.get("exit_code", 1)
         time.sleep(config.get("step_seconds", 0.02))
         if begin.rank == 0:
-            tell(Metrics({"attempt": begin.attempt, "step": step, "loss": 2.0}))
+            send(Metrics({"attempt": begin.attempt, "step": step, "loss": 2.0}))
         if select.select([control], [], [], 0)[0] and (line := control.readline()):
             order = from_line(line)
             assert isinstance(order, SaveAndStop)
-            tell(OrderObeyed(order.number, step))
-            tell(ExitNotice(75, step, "asked to stop"))
+            send(OrderObeyed(order.number, step))
+            send(ExitNotice(75, step, "asked to stop"))
             return 75
-    tell(ExitNotice(0, config.get("steps", 1000) - 1, "done"))
+    send(ExitNotice(0, config.get("steps", 1000) - 1, "done"))
     return 0
 
 

@@ -62,19 +62,19 @@ def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(
             assert "begins" in exited.log_tail[0].text
             assert listener.facts(Store) == [Store("127.0.0.1", 4242)]
             assert listener.facts(InForce) == [InForce({"lr": 0.1})]
-            # A rank's facts and its metrics lines are told apart: its end may come before its last
-            # lines.
+            # A rank's facts and its metrics lines go separate ways: its end may come before its
+            # last lines.
             await listener.until(
-                lambda: len([i for i in listener.told if isinstance(i, MetricsReceived)]) >= 5
+                lambda: len([i for i in listener.inputs if isinstance(i, MetricsReceived)]) >= 5
             )
-            steps = [i.line["step"] for i in listener.told if isinstance(i, MetricsReceived)]
+            steps = [i.line["step"] for i in listener.inputs if isinstance(i, MetricsReceived)]
             assert steps == [0, 1, 2, 3, 4]
             await leave(listener, agent)
 
     play(scene())
 
 
-def test_begin_waits_for_a_spare_that_still_warms_and_is_obeyed_once(run: RunDirectory) -> None:
+def test_begin_waits_for_a_rank_that_still_warms_and_is_obeyed_once(run: RunDirectory) -> None:
     async def scene() -> None:
         agent = start_agent(run)
         async with SupervisorEnd(run) as listener:
@@ -84,7 +84,7 @@ def test_begin_waits_for_a_spare_that_still_warms_and_is_obeyed_once(run: RunDir
             await listener.until(
                 lambda: (s := listener.slot()) and s.stage == "running" and s.step > 2
             )
-            assert {i.generation for i in listener.told if isinstance(i, MetricsReceived)} == {1}
+            assert {i.generation for i in listener.inputs if isinstance(i, MetricsReceived)} == {1}
             who = (run.path / "who_trains.log").read_text().split("\n")
             assert len(set(who)) == len(who), "two processes trained the same step"
             await leave(listener, agent)
@@ -92,7 +92,7 @@ def test_begin_waits_for_a_spare_that_still_warms_and_is_obeyed_once(run: RunDir
     play(scene())
 
 
-def test_the_next_spare_warms_after_the_first_step_and_takes_over_at_once(
+def test_the_next_rank_warms_after_the_first_step_and_takes_over_at_once(
     run: RunDirectory,
 ) -> None:
     async def scene() -> None:
@@ -157,7 +157,7 @@ def test_unacknowledged_facts_come_again_on_a_new_connection_and_acknowledged_on
             assert state.leader_generation == 2
             await second.fact(GenerationGone)
             assert [e.generation for e in second.facts(RankExited)] == [1]
-            assert not second.facts(InForce), "an acknowledged fact was told again"
+            assert not second.facts(InForce), "an acknowledged fact was sent again"
             await leave(second, agent)
 
     play(scene())
@@ -178,7 +178,7 @@ def test_metrics_of_the_time_without_a_supervisor_arrive_with_the_next_one(
             def known() -> set[int]:
                 return {
                     i.line["step"]
-                    for i in first.told + second.told
+                    for i in first.inputs + second.inputs
                     if isinstance(i, MetricsReceived)
                 }
 
@@ -196,7 +196,7 @@ def test_a_supervisor_that_was_succeeded_is_not_obeyed(run: RunDirectory) -> Non
             await newer.connected()
         async with SupervisorEnd(run, leader=4) as older:
             await asyncio.sleep(2.0)
-            assert not [i for i in older.told if isinstance(i, AgentConnected)]
+            assert not [i for i in older.inputs if isinstance(i, AgentConnected)]
         async with SupervisorEnd(run, leader=5) as newer:
             await newer.connected()
             await leave(newer, agent)
@@ -246,7 +246,7 @@ def test_a_deaf_or_stopped_generation_dies_on_command(run: RunDirectory, stopped
     play(scene())
 
 
-def test_a_rank_that_dies_by_itself_is_told_with_its_log_and_is_not_called_killed(
+def test_a_rank_that_dies_by_itself_is_reported_with_its_log_and_is_not_called_killed(
     run: RunDirectory,
 ) -> None:
     async def scene() -> None:
@@ -332,7 +332,7 @@ def test_a_rank_that_floods_its_pipe_silences_neither_agent_nor_neighbour(
     play(scene())
 
 
-def test_a_spare_that_cannot_import_is_tried_again_and_then_told_as_the_ranks_death(
+def test_a_warm_rank_that_cannot_import_is_tried_again_and_then_reported_as_the_ranks_death(
     run: RunDirectory,
 ) -> None:
     async def scene() -> None:
@@ -350,7 +350,7 @@ def test_a_spare_that_cannot_import_is_tried_again_and_then_told_as_the_ranks_de
 
 
 def test_a_run_directory_that_takes_no_logs_keeps_no_rank_from_training(run: RunDirectory) -> None:
-    """What it wrote is told all the same, and is in its log as soon as that can be."""
+    """What it wrote is reported all the same, and is in its log as soon as that can be."""
     log = run.rank_log("1.00", "node-1", 0)
     run.logs.mkdir()
     log.parent.parent.write_text("a file where the attempt's folder should be")
@@ -499,10 +499,10 @@ def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
             # been.
             listener.server.send("node-1", Kill(1, stacks=False))
             await listener.until(lambda: GenerationGone(1) in listener.facts(GenerationGone))
-            heard = len(listener.told)
+            count = len(listener.inputs)
             pulse = await listener.until(
                 lambda: next(
-                    (i.pulse for i in listener.told[heard:] if isinstance(i, HeartbeatReceived)),
+                    (i.pulse for i in listener.inputs[count:] if isinstance(i, HeartbeatReceived)),
                     None,
                 )
             )

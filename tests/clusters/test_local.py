@@ -157,7 +157,7 @@ def test_an_agent_that_leaves_makes_room_for_the_next_one(
                 lambda: next(
                     (
                         s.state.pid
-                        for s in listener.told
+                        for s in listener.inputs
                         if getattr(s, "state", None) and s.state.pid != first
                     ),
                     0,

@@ -210,7 +210,7 @@ def test_a_rank_that_tells_pickles_is_heard_as_garbage(run: RunDirectory, tmp_pa
             )
             exited = await listener.fact(RankExited)
             assert exited.code == 0
-            assert [i for i in listener.told if isinstance(i, HeartbeatReceived)]
+            assert [i for i in listener.inputs if isinstance(i, HeartbeatReceived)]
             listener.server.send("node-1", Leave("over"))
             await listener.until(lambda: agent.poll() is not None)
 
@@ -231,7 +231,7 @@ def test_whoever_speaks_pickle_to_the_socket_is_cut_off(run: RunDirectory, tmp_p
                     pass
                 assert time.monotonic() - began < 30
                 writer.close()
-            assert not [i for i in listener.told if isinstance(i, AgentConnected)]
+            assert not [i for i in listener.inputs if isinstance(i, AgentConnected)]
 
     asyncio.run(scene())
     assert not sign.exists()

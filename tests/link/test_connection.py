@@ -68,10 +68,10 @@ async def is_cut_off(connection: Connection) -> bool:
 
 async def still_serves(listener: SupervisorEnd, connection: Connection) -> None:
     """The honest agent's link works, and nobody else is connected."""
-    before = len(listener.told)
+    before = len(listener.inputs)
     connection.send(Heartbeat(()))
     await listener.until(
-        lambda: [i for i in listener.told[before:] if isinstance(i, HeartbeatReceived)]
+        lambda: [i for i in listener.inputs[before:] if isinstance(i, HeartbeatReceived)]
     )
     assert listener.server.connected == {"node-1"}
 
@@ -84,13 +84,13 @@ def test_both_sides_prove_themselves_and_talk(run: RunDirectory, transport: str)
             await still_serves(listener, connection)
             connection.close()
             await listener.until(
-                lambda: [i for i in listener.told if isinstance(i, AgentDisconnected)]
+                lambda: [i for i in listener.inputs if isinstance(i, AgentDisconnected)]
             )
 
     play(scene())
 
 
-def test_an_agent_with_another_secret_is_not_heard(run: RunDirectory, transport: str) -> None:
+def test_an_agent_with_another_secret_is_not_let_in(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
         async with SupervisorEnd(run, transport=transport) as listener:
             honest = await join(listener)
@@ -125,17 +125,17 @@ def test_an_agent_does_not_obey_a_supervisor_with_another_secret(
 def test_a_recorded_handshake_is_worth_nothing(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
         async with SupervisorEnd(run, transport=transport) as listener:
-            said: list[bytes] = []
+            recorded: list[bytes] = []
             honest = await connect(listener)
             send = honest.send
-            honest.send = lambda m: (said.append(to_line(m)), send(m))[1]  # type: ignore[method-assign] # a wire tap
+            honest.send = lambda m: (recorded.append(to_line(m)), send(m))[1]  # type: ignore[method-assign] # a wire tap
             await prove_agent(honest, read_secret(run.secret), "node-1", 0)
             send(STATE)
             await honest.receive(5)
             reader, writer = await dial(listener.endpoint, 5)
-            writer.write(b"".join(said) + to_line(AgentState("node-1", 666, ())))
+            writer.write(b"".join(recorded) + to_line(AgentState("node-1", 666, ())))
             assert await is_cut_off(Connection(reader, writer))
-            assert [i.state.pid for i in listener.told if isinstance(i, AgentConnected)] == [1]
+            assert [i.state.pid for i in listener.inputs if isinstance(i, AgentConnected)] == [1]
             await still_serves(listener, honest)
 
     play(scene())
@@ -151,7 +151,7 @@ def test_the_supervisors_own_proof_does_not_serve_as_an_agents(
             challenge = json.loads(await mirror.receive_line(5))
             mirror.send({"proof": challenge["proof"]})
             assert await is_cut_off(mirror)
-            assert not listener.told
+            assert not listener.inputs
 
     play(scene())
 
@@ -207,7 +207,7 @@ def test_garbage_of_a_proven_agent_ends_its_link_and_it_may_dial_again(
             broken.send(AgentState("node-2", 1, ()))
             writer.write(junk)
             assert await is_cut_off(broken)
-            await listener.until(lambda: AgentDisconnected("node-2") in listener.told)
+            await listener.until(lambda: AgentDisconnected("node-2") in listener.inputs)
             await still_serves(listener, honest)
             (await join(listener, "node-2")).close()
 
@@ -224,7 +224,7 @@ def test_a_node_of_another_run_or_with_anothers_name_is_refused(
                 await prove_agent(connection, read_secret(run.secret), proved, 0)
                 connection.send(AgentState(stated, 1, ()))
                 assert await is_cut_off(connection)
-            assert not listener.told
+            assert not listener.inputs
 
     play(scene())
 
@@ -242,8 +242,8 @@ def test_dawdlers_and_silent_ones_do_not_keep_others_out(
             honest = await join(listener)
 
             async def dawdle() -> None:
-                for letter in b'{"link": 1, "node": "node-1"' * 10:
-                    writer.write(bytes([letter]))
+                for byte in b'{"link": 1, "node": "node-1"' * 10:
+                    writer.write(bytes([byte]))
                     await asyncio.sleep(0.1)
 
             dawdling = asyncio.create_task(dawdle())
@@ -264,7 +264,7 @@ def test_a_newer_connection_of_a_node_replaces_the_older(run: RunDirectory, tran
             newer = await join(listener)
             assert await is_cut_off(older)
             await still_serves(listener, newer)
-            assert not [i for i in listener.told if isinstance(i, AgentDisconnected)], (
+            assert not [i for i in listener.inputs if isinstance(i, AgentDisconnected)], (
                 "the node was never away"
             )
 

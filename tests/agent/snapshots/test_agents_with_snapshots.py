@@ -38,13 +38,13 @@ pytestmark = pytest.mark.timeout(90)
 
 async def fetched(listener: SupervisorEnd, node: str, command: Fetch) -> Fetched:
     """The next answer to `command`."""
-    before = len(listener.told)
+    before = len(listener.inputs)
     listener.server.send(node, command)
     return await listener.until(
         lambda: next(
             (
                 i.fact
-                for i in listener.told[before:]
+                for i in listener.inputs[before:]
                 if isinstance(i, FactReceived) and isinstance(i.fact, Fetched) and i.node == node
             ),
             None,
@@ -102,7 +102,7 @@ def test_a_snapshot_outlives_its_rank_and_can_be_restored(run: RunDirectory, dis
             )
             assert held.state == json.loads(STATE)
             assert not listener.facts(SnapshotTaken), (
-                "what a rank says to its agent alone was relayed"
+                "what a rank reports to its agent only was relayed"
             )
             listener.server.send("node-1", Kill(1, stacks=False))
             await listener.fact(RankExited)
@@ -115,7 +115,7 @@ def test_a_snapshot_outlives_its_rank_and_can_be_restored(run: RunDirectory, dis
             # The next connection begins with what is held.
             listener.server._current["node-1"].close()
             await listener.until(
-                lambda: len([i for i in listener.told if isinstance(i, AgentConnected)]) == 2
+                lambda: len([i for i in listener.inputs if isinstance(i, AgentConnected)]) == 2
             )
             state = (await listener.connected()).state
             assert state.held == (HeldFiles(MEMORY, tuple(sorted(FILES))),)
@@ -170,7 +170,7 @@ def test_a_partners_copy_outlives_the_agent_that_took_it(run: RunDirectory, disk
             started["node-1"] = start_agent(run, "node-1")
             back = (await listener.connected("node-2")).state.address
             await listener.until(
-                lambda: len([i for i in listener.told if isinstance(i, AgentConnected)]) == 3
+                lambda: len([i for i in listener.inputs if isinstance(i, AgentConnected)]) == 3
             )
             assert not (await listener.connected("node-1")).state.held
             answer = await fetched(listener, "node-1", to_fetch(run, source=back))
@@ -259,7 +259,7 @@ def test_a_new_agent_finds_on_disk_what_a_killed_one_left(run: RunDirectory, dis
             assert Path(answer.folder).exists()
             started["node-1"] = start_agent(run, "node-1")
             await listener.until(
-                lambda: len([i for i in listener.told if isinstance(i, AgentConnected)]) == 2
+                lambda: len([i for i in listener.inputs if isinstance(i, AgentConnected)]) == 2
             )
             assert (await listener.connected()).state.held == (
                 HeldFiles(NODE, tuple(sorted(FILES))),

@@ -100,7 +100,7 @@ def test_a_rank_cannot_name_a_file_that_is_none(run: RunDirectory, disk: Path, n
     in_process(scene, run, disk)
 
 
-def test_only_rank_0_tells_a_state(run: RunDirectory, disk: Path) -> None:
+def test_only_rank_0_reports_a_state(run: RunDirectory, disk: Path) -> None:
     async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b"data") as rank:
             service.keep(rank.pid, of_rank(run, 1), taken(rank, b"data"))
@@ -110,7 +110,7 @@ def test_only_rank_0_tells_a_state(run: RunDirectory, disk: Path) -> None:
     in_process(scene, run, disk)
 
 
-def test_a_state_with_other_bytes_than_said_makes_no_snapshot(
+def test_a_state_with_other_bytes_than_claimed_makes_no_snapshot(
     run: RunDirectory, disk: Path
 ) -> None:
     async def scene(service: SnapshotService, facts: list[Message]) -> None:

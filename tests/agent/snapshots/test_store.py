@@ -101,7 +101,9 @@ def test_memory_that_its_rank_has_written_over_is_not_held_any_more(tmp_path: Pa
     play(scene())
 
 
-def test_memory_taken_again_for_a_later_step_is_not_told_as_the_earlier_one(tmp_path: Path) -> None:
+def test_memory_taken_again_for_a_later_step_is_not_the_earlier_one(
+    tmp_path: Path,
+) -> None:
     data, later = content(1, 1000), "memory/1.00/step-00000010"
 
     async def scene() -> None:
@@ -115,7 +117,7 @@ def test_memory_taken_again_for_a_later_step_is_not_told_as_the_earlier_one(tmp_
 
 
 @pytest.mark.parametrize("size", [0, 999, 1001])
-def test_memory_of_another_size_than_said_is_not_taken(tmp_path: Path, size: int) -> None:
+def test_memory_of_another_size_than_claimed_is_not_taken(tmp_path: Path, size: int) -> None:
     async def scene() -> None:
         async with store_in(tmp_path) as store:
             with (
@@ -156,7 +158,7 @@ def test_no_checkpoint_is_held_under_a_path_that_leads_elsewhere(tmp_path: Path,
 
 
 @pytest.mark.parametrize("path", [MEMORY, NODE])
-def test_a_draft_with_other_bytes_than_the_manifests_leaves_nothing(
+def test_a_partial_file_with_other_bytes_than_the_manifests_leaves_nothing(
     tmp_path: Path, path: str
 ) -> None:
     data = content(1)

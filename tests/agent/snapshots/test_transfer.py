@@ -232,9 +232,9 @@ def test_a_changed_request_is_not_answered(tmp_path: Path) -> None:
             reader, writer = await asyncio.open_connection(*address.split(":"))
             connection = Connection(reader, writer)
             send = connection.send
-            connection.send = lambda said: send(
-                {**said, "name": "other"} if "name" in said else said
-            )  # type: ignore[method-assign]
+            connection.send = lambda line: send(
+                {**line, "name": "other"} if "name" in line else line
+            )
             await prove_getter(connection, SECRET, transfer.Request(MEMORY, "shard", len(DATA)))
             assert await reader.read() == b""
             writer.close()
@@ -327,11 +327,11 @@ def test_an_oversized_claim_is_refused_before_a_byte_comes(tmp_path: Path, claim
 
 
 @pytest.mark.parametrize(
-    "said", [b"\xff\xfe\n", b"[1]\n", b"x" * 5000, b"{}\n", b'{"nonce": 5}\n', b""]
+    "nonsense", [b"\xff\xfe\n", b"[1]\n", b"x" * 5000, b"{}\n", b'{"nonce": 5}\n', b""]
 )
-def test_a_source_that_talks_nonsense_is_one_sentence(tmp_path: Path, said: bytes) -> None:
+def test_a_source_that_talks_nonsense_is_one_sentence(tmp_path: Path, nonsense: bytes) -> None:
     async def act(connection: Connection, writer: asyncio.StreamWriter) -> None:
-        writer.write(said)
+        writer.write(nonsense)
         await writer.drain()
 
     async def scene() -> None:
