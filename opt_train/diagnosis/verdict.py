@@ -6,6 +6,7 @@ says so at length; seven watchdogs that fired are victims of the one rank that r
 every rank, every node and the first sign itself give at most one `Suspect`, each suspect has a
 `Precedence`, and the lowest wins:
 
+    a probe's finding of bad hardware  the node's agent looked at the instrument itself
     a line that shows bad hardware     whoever says it, a rank that was killed on command too
     a node that is down                explains all of its peers' complaints
     a line of another root cause       only from a rank that ended by itself
@@ -23,9 +24,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from opt_logbook.record.events import Evidence, IncidentDiagnosed
+from opt_logbook.record.events import Evidence, FindingNoted, IncidentDiagnosed
 
-from opt_train.diagnosis.causes import LABELS, Blame, Cause, blame_of
+from opt_train.diagnosis.causes import LABELS, Blame, Cause, blame_of, cause_named
 from opt_train.diagnosis.patterns import EXCEPTION, FRAME, ROOTS, VICTIMS, Indication, Pattern
 from opt_train.host.signals import signal_name
 from opt_train.protocol.exits import RANK_BAD_CONFIG, RANK_UNSTABLE
@@ -39,8 +40,10 @@ class Precedence(IntEnum):
     """Which of several suspects is the root: the smallest. Lines of `ROOTS` take the numbers from
     `HARDWARE_LINE` or `ROOT_LINE` on, in the table's order."""
 
+    HARDWARE_FINDING = -1
     HARDWARE_LINE = 0
     NODE_DOWN = 100
+    OTHER_FINDING = 199
     ROOT_LINE = 200
     GIVEN_REASON = 300
     USER_CODE = 301
@@ -72,6 +75,8 @@ class Case:
     """Nodes of the generation that the cluster calls down, with its reason."""
     fenced: tuple[str, ...] = ()
     """Nodes that did not answer and were fenced before the cluster had called them down."""
+    findings: tuple[FindingNoted, ...] = ()
+    """What probes found of the generation's nodes that would have ended it by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,8 @@ class _LogReading:
 
 def diagnose(case: Case) -> Diagnosis:
     """Name the root cause of `case`."""
-    suspects = [*_nodes_lost(case), *_ranks_ended(case), _first_sign(case)]
+    found = [_node_found(event) for event in case.findings]
+    suspects = [*found, *_nodes_lost(case), *_ranks_ended(case), _first_sign(case)]
     # Among equals the one that showed itself first, then the lowest rank: the same case always
     # reads the same.
     first_seen = (case.node, case.rank)
@@ -149,6 +155,15 @@ def diagnose(case: Case) -> Diagnosis:
 
 
 # Nodes --------------------------------------------------------------------------------------------
+
+
+def _node_found(event: FindingNoted) -> Suspect:
+    precedence = Precedence.OTHER_FINDING
+    if event.blame == Blame.HARDWARE:
+        precedence = Precedence.HARDWARE_FINDING
+    indication = Indication(cause_named(event.cause), event.detail, event.confidence)
+    evidence = event.evidence or (_observed(f"a probe of {event.node} found {event.cause}"),)
+    return Suspect(precedence, indication, event.node, -1, evidence)
 
 
 def _nodes_lost(case: Case) -> list[Suspect]:

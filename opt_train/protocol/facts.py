@@ -220,6 +220,25 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeFinding(Message, kind="node_finding"):
+    """What a probe found of the agent's node: the one thing that every probe publishes.
+
+    The same finding published again is harmless. What is done about it, if anything, is the
+    supervisor's to decide: a row of `supervisor.rules.responses.RESPONSES`.
+    """
+
+    cause: str
+    """A label of docs/causes.md."""
+    detail: str
+    """One that the table of responses has a row for, or words for a person."""
+    permanent: bool
+    """A condition: the node stays so until it is repaired. False: an event, which has passed."""
+    confidence: float
+    """How sure the probe is, 0 to 1."""
+    evidence: tuple[LogLine, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RankFact(Message, kind="rank_fact"):
     """A rank's own fact, relayed."""
 

@@ -20,6 +20,7 @@ from opt_logbook.record.events import (
     Entry,
     Event,
     FailureSeen,
+    FindingNoted,
     GenerationKilled,
     IncidentClosed,
     IncidentDiagnosed,
@@ -32,6 +33,7 @@ from opt_logbook.record.events import (
     NodePromoted,
     OrderEnded,
     OrderGiven,
+    ReplacementBegan,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -45,6 +47,7 @@ from opt_logbook.record.events import (
 from opt_train.protocol.orders import SaveAndStop, make_order
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import NODE, SHARED, Checkpoint
+from opt_train.run.finding import NotedFinding
 from opt_train.run.incident import Incident
 from opt_train.run.ledger import with_order
 from opt_train.run.state import OBEYED, SUPERSEDED, Node, OrderRecord, RunState, Stage, next_stage
@@ -109,6 +112,14 @@ def _node_promoted(s: RunState, entry: Entry, event: NodePromoted) -> RunState:
     return replace(s, replacements={**kept, event.replaces: event.node}, nodes=nodes)
 
 
+def _finding_noted(s: RunState, entry: Entry, event: FindingNoted) -> RunState:
+    return replace(s, findings=(*s.findings, NotedFinding(event, entry.attempt)))
+
+
+def _replacement_began(s: RunState, entry: Entry, event: ReplacementBegan) -> RunState:
+    return s  # it moves the stage, and that is all
+
+
 def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunState:
     start = entry.step or 0
     attempt = Attempt(
@@ -134,6 +145,8 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
         generation=max(s.generation, event.generation),
         open_incidents=restored,
         history={**s.history, entry.attempt: (event.parent, start)},
+        # What had passed was answered with the attempt in which it was noted.
+        findings=tuple(f for f in s.findings if f.event.permanent),
         settled_saves=frozenset(),
         validations=frozenset(),
         dropped_metrics=frozenset(),
@@ -219,11 +232,15 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
         world_size=event.world_size,
         config_sha256=event.config_sha256,
     )
+    findings = s.findings
+    if not made.is_held and s.live is not None and entry.attempt == s.live.name:
+        findings = tuple(replace(f, saved_since=True) for f in findings)
     # A snapshot is soon gone: a run that only ever gets from one to the next has not got anywhere.
     progress = step > s.furthest_save and not made.is_held
     return replace(
         s,
         checkpoints=(*s.checkpoints, made),
+        findings=findings,
         settled_saves=s.settled_saves | {event.path},
         abandoned=tuple(path for path in s.abandoned if path != event.path),
         furthest_save=step if progress else s.furthest_save,
@@ -332,6 +349,8 @@ HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     NodeJoined: _node_joined,
     NodeFailed: _node_failed,
     NodePromoted: _node_promoted,
+    FindingNoted: _finding_noted,
+    ReplacementBegan: _replacement_began,
     AttemptStarted: _attempt_started,
     InForceReported: _in_force,
     TrainingBegan: _training_began,

@@ -55,6 +55,7 @@ from opt_logbook.record.events import (
     FailureSeen,
     LineageOpened,
     OrderGiven,
+    ReplacementBegan,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -68,9 +69,12 @@ from opt_train.diagnosis.causes import Cause
 from opt_train.protocol.orders import Order, SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import FASTEST_LAST, Checkpoint
+from opt_train.run.finding import NotedFinding
 from opt_train.run.incident import Incident
 from opt_train.run.ledger import Ledger
 
+REPLACED = "replaced"
+"""The outcome of an attempt that was ended to replace a node, without a failure."""
 OBEYED, WITHDRAWN, SUPERSEDED = "obeyed", "withdrawn", "superseded"
 """Outcomes of orders. Superseded: a stop that somebody has countermanded by starting the run
 again."""
@@ -98,6 +102,9 @@ class Stage(StrEnum):
     """A failure was seen. All ranks of the generation are killed, after their stacks; what they and
     their logs still say is collected until every node is known to be empty, and then the cause is
     named."""
+    REPLACING = "replacing"
+    """Nothing has failed, but a node was found unfit, a checkpoint has been committed since, and a
+    buffer node is ready: the ranks are ended to begin again from there without the node."""
     RECOVERING = "recovering"
     """As assembling, after an attempt that ended unfinished: what the diagnosis asks for (another
     node, an older checkpoint, a halt) is done first."""
@@ -133,16 +140,23 @@ Trigger = type[Event] | Case
 
 ENDED_FINISHED = Case(AttemptEnded, "finished")
 ENDED_STOPPED = Case(AttemptEnded, "stopped")
+ENDED_REPLACED = Case(AttemptEnded, REPLACED)
 ENDED_FAILED = Case(AttemptEnded, "failed")
 STOP_ORDERED = Case(OrderGiven, SaveAndStop.kind)
 RANKS_FAILED = Case(FailureSeen, "ranks may live")
+
+
+ENDINGS: Mapping[str, Case] = {
+    case.what: case for case in (ENDED_FINISHED, ENDED_STOPPED, ENDED_REPLACED)
+}
+"""Outcome of an attempt -> what the stage goes by. Any other outcome is a failure."""
 
 
 def trigger_of(event: Event, *, lives: bool) -> Trigger:
     """What of `event` the stage goes by. `lives`: an attempt may have living ranks."""
     match event:
         case AttemptEnded(outcome=outcome):
-            return {"finished": ENDED_FINISHED, "stopped": ENDED_STOPPED}.get(outcome, ENDED_FAILED)
+            return ENDINGS.get(outcome, ENDED_FAILED)
         case OrderGiven(order=order):
             return Case(OrderGiven, order)
         case FailureSeen():
@@ -168,6 +182,8 @@ TRANSITIONS: Mapping[tuple[Stage, Trigger], Stage] = {
     (Stage.TRAINING, ENDED_FINISHED): Stage.FINISHING,
     (Stage.TRAINING, ENDED_STOPPED): Stage.STOPPING,
     (Stage.TRAINING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.TRAINING, ReplacementBegan): Stage.REPLACING,
+    (Stage.REPLACING, ENDED_REPLACED): Stage.ASSEMBLING,
     (Stage.STOPPING, RANKS_FAILED): Stage.FAILING,
     (Stage.STOPPING, ENDED_STOPPED): Stage.STOPPING,
     (Stage.STOPPING, ENDED_FINISHED): Stage.FINISHING,
@@ -196,6 +212,7 @@ REGARDLESS: Mapping[Trigger, Stage] = {
     RANKS_FAILED: Stage.FAILING,
     ENDED_FINISHED: Stage.FINISHING,
     ENDED_STOPPED: Stage.STOPPING,
+    ENDED_REPLACED: Stage.ASSEMBLING,
     ENDED_FAILED: Stage.RECOVERING,
     RunFinished: Stage.FINISHED,
     RunStopped: Stage.STOPPED,
@@ -255,6 +272,8 @@ class RunState:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     replacements: Mapping[str, str] = field(default_factory=dict)
     """Node -> the buffer node that took its place."""
+    findings: tuple[NotedFinding, ...] = ()
+    """What probes found, oldest first."""
     generation: int = 0
     attempt: Attempt | None = None
     history: Mapping[str, tuple[str, int]] = field(default_factory=dict)

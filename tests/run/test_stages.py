@@ -9,6 +9,7 @@ from opt_logbook.record.events import (
     FailureSeen,
     LineageOpened,
     OrderGiven,
+    ReplacementBegan,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -35,7 +36,7 @@ from tests.supervisor.histories import run_history
 STARTS = {SupervisorStarted, LineageOpened, AttemptStarted}
 """What starts a run: a supervisor, a person's new lineage, a standalone `train`."""
 MOVES = {RunCreated, AttemptStarted, TrainingBegan, AttemptEnded, FailureSeen, OrderGiven}
-MOVES |= {RunFinished, RunStopped, RunHalted, LineageOpened, SupervisorStarted}
+MOVES |= {ReplacementBegan, RunFinished, RunStopped, RunHalted, LineageOpened, SupervisorStarted}
 
 
 def kind_of(trigger: Trigger) -> type[Event]:

@@ -17,6 +17,14 @@ CRASHES = (
     "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus",
 )
 
+FOUND = (
+    ("gpu_ecc", "uncontained", True),
+    ("gpu_ecc", "contained", False),
+    ("gpu_ecc", "remap_pending", True),
+    ("unknown", "the driver does not answer", True),
+)
+"""(cause, detail, permanent) of findings."""
+
 Fault = Callable[[World, random.Random], None]
 
 
@@ -92,6 +100,11 @@ def lose_words(world: World, draw: random.Random) -> None:
         world.cut_link(node, 0)
 
 
+def find_a_node_unfit(world: World, draw: random.Random) -> None:
+    node, (cause, detail, permanent) = draw.choice(world.names), draw.choice(FOUND)
+    world.publish_finding(node, cause, detail, permanent)
+
+
 def ask_to_stop(world: World, draw: random.Random) -> None:
     world.ask_stop()
 
@@ -112,6 +125,7 @@ FAULTS: tuple[tuple[Fault, int], ...] = (
     (kill_the_supervisor, 7),
     (lose_words, 2),
     (ask_to_stop, 1),
+    (find_a_node_unfit, 2),
 )
 
 

@@ -16,6 +16,7 @@ from opt_logbook.record.events import (
     CheckpointCommitted,
     Entry,
     Event,
+    FindingNoted,
     NodeFailed,
     RunCreated,
     SaveAbandoned,
@@ -33,6 +34,7 @@ from opt_train.protocol.facts import (
     Heartbeat,
     HeldFiles,
     LogLine,
+    NodeFinding,
     RankExited,
     RankFact,
     ShardsSaved,
@@ -321,6 +323,11 @@ class World:
                 assert old or path in self.settled_saves, (
                     f"{path} is forgotten before its fate is journalled"
                 )
+            if isinstance(fact, NodeFinding):
+                noted = [(e.node, e.cause, e.detail) for e in self.events(FindingNoted)]
+                assert (node, fact.cause, fact.detail) in noted, (
+                    f"{fact} of {node} is forgotten before it is journalled"
+                )
             if isinstance(fact, SnapshotHeld):
                 path = path_of_save(fact.attempt, fact.step, MEMORY)
                 assert old or path in self.settled_saves, (
@@ -550,6 +557,13 @@ class World:
         )
 
     # Faults ---------------------------------------------------------------------------------------
+
+    def publish_finding(self, node: str, cause: str, detail: str, permanent: bool = True) -> None:
+        """A probe of the node's agent has found something."""
+        agent = self.agents.get(node)
+        if agent is not None:
+            line = LogLine("", 0, f"NVRM: Xid: {detail}")
+            self.say(agent, NodeFinding(cause, detail, permanent, 0.95, (line,)))
 
     def kill_rank(self, rank: int, code: int | None = None, text: str = "") -> None:
         """SIGKILL from outside, or an exit of its own with a line in its log."""

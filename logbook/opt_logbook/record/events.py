@@ -171,6 +171,38 @@ class NodePromoted(Event, kind="node_promoted"):
     incident: int
 
 
+@dataclass(frozen=True, slots=True)
+class FindingNoted(Event, kind="finding_noted"):
+    """A probe of the node's agent found something (labels: docs/causes.md). Nothing need have
+    failed."""
+
+    node: str
+    cause: str
+    blame: str
+    detail: str
+    permanent: bool
+    """The node stays so until it is repaired; False: it has passed."""
+    confidence: float
+    evidence: tuple[Evidence, ...]
+    action: str
+    """``note``, ``restart``, ``replace_now``, ``replace_at_checkpoint``, ``drain`` or ``halt``."""
+    mode: str
+    """``act``: the action is carried out. ``observe`` or ``advise``: this line is all."""
+    response: str
+    """What the supervisor does about it, or would have done, one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacementBegan(Event, kind="replacement_began"):
+    """The ranks are ended, a checkpoint having been committed, so that a buffer node takes the
+    place of one that was found unfit. Nothing has failed."""
+
+    generation: int
+    node: str
+    cause: str
+    detail: str
+
+
 # Attempts -----------------------------------------------------------------------------------------
 
 
@@ -217,8 +249,8 @@ class TrainingBegan(Event, kind="training_began"):
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnded(Event, kind="attempt_ended"):
-    """`outcome` is ``finished``, ``stopped`` or ``failed``. The line's `step` is the last step it
-    took."""
+    """`outcome` is ``finished``, ``stopped``, ``failed`` or ``replaced`` (a node was, without a
+    failure). The line's `step` is the last step it took."""
 
     generation: int
     outcome: str
@@ -240,8 +272,8 @@ class FailureSeen(Event, kind="failure_seen"):
     """One sentence: what was observed, not why."""
     sign: str = ""
     """What kind of observation it was: ``exit``, ``down``, ``hang``, ``silence``, ``missing``,
-    ``in_force``, ``takeover`` (a new supervisor did not find what it should lead), ``unsaved``
-    (done, but in no checkpoint)."""
+    ``finding`` (of a probe), ``in_force``, ``takeover`` (a new supervisor did not find what it
+    should lead), ``unsaved`` (done, but in no checkpoint)."""
 
 
 @dataclass(frozen=True, slots=True)

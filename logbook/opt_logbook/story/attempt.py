@@ -9,6 +9,7 @@ from opt_logbook.record.codec import to_json_value
 from opt_logbook.record.events import Entry
 from opt_logbook.record.run_directory import tier_of
 from opt_logbook.story.format import (
+    CAUSES,
     TIERS,
     bytes_in_words,
     clock,
@@ -32,7 +33,6 @@ _SHOWN_ELSEWHERE = (
     kinds.AttemptEnded,
     kinds.FailureSeen,
     kinds.IncidentDiagnosed,
-    kinds.NodePromoted,
     kinds.IncidentClosed,
 )
 """Kinds that stand in the attempt's own sentences, in an incident or at the top of the page."""
@@ -195,8 +195,15 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             return f"{node} was taken out ({cause})."
         case kinds.GenerationKilled(incident=0, killed=killed):
             return f"all ranks were ended, {killed} of them by force."
-        case kinds.NodeFailed() | kinds.GenerationKilled():
+        case kinds.NodePromoted(incident=0, node=node, replaces=replaces):
+            return f"{node} took the place of {replaces}."
+        case kinds.NodeFailed() | kinds.GenerationKilled() | kinds.NodePromoted():
             return ""
+        case kinds.FindingNoted(node=node, cause=cause, detail=detail, response=response):
+            words = CAUSES.get(cause, cause)
+            return f"a probe of {node} found that {words} ({detail or cause}): {sentence(response)}"
+        case kinds.ReplacementBegan(node=node):
+            return f"all ranks are ended to take {node} out; nothing has failed."
         case kinds.InForceReported(values=values):
             return (
                 "the values in force were read back from the ranks and are as they should be: "

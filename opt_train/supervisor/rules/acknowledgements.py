@@ -14,6 +14,7 @@ from opt_train.protocol.facts import (
     Fetched,
     GenerationGone,
     InForce,
+    NodeFinding,
     OrderObeyed,
     RankExited,
     RankFact,
@@ -74,6 +75,11 @@ def _when_over(s: Context, live: Attempt, fact: Message) -> bool:
     return False
 
 
+def _when_noted(s: Context, live: Attempt, fact: Message) -> bool:
+    """`findings.note` is looked through before `acknowledge` (table.py): it is in the journal."""
+    return True
+
+
 def _when_training(s: Context, live: Attempt, fact: Message) -> bool:
     return live.began
 
@@ -111,6 +117,7 @@ SETTLED: Mapping[type[Message], IsSettled] = {
     GenerationGone: _always,
     SnapshotHeld: _when_snapshot_is_settled,
     Fetched: _always,
+    NodeFinding: _when_noted,
 }
 """Every fact that an agent numbers, whether its own or its rank's -> when it is settled while the
 attempt lives."""

@@ -25,7 +25,7 @@ from opt_train.protocol.facts import Store
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
-from opt_train.run.state import OBEYED, WITHDRAWN
+from opt_train.run.state import OBEYED, REPLACED, WITHDRAWN
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.rules import snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -126,7 +126,11 @@ def _reason(s: Context) -> str:
     incident = s.state.incident
     if incident is not None:
         return f"recovery from incident {incident.number}: {incident.cause or incident.what}"
-    return "first start" if s.state.attempt is None else "resumed"
+    if s.state.attempt is None:
+        return "first start"
+    if s.state.attempt.outcome == REPLACED:
+        return "a node was replaced after a checkpoint; nothing had failed"
+    return "resumed"
 
 
 # Its ranks ----------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ retire the old."""
 from opt_logbook.record.events import CheckpointCommitted, CheckpointRetired, SaveAbandoned
 from opt_logbook.record.run_directory import tier_of
 
-from opt_train.run.checkpoint import MEMORY, path_of_save
+from opt_train.run.checkpoint import MEMORY, SHARED, path_of_save
 from opt_train.run.retention import dispensable
+from opt_train.run.state import TERMINAL
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
 from opt_train.supervisor.inputs import ManifestCommitted
 from opt_train.supervisor.rules.context import Context, Decision, Record
@@ -42,6 +43,10 @@ def conclude(s: Context) -> list[Decision]:
     decisions: list[Decision] = []
     for path, answer in s.view.committed.items():
         if path in known or answer.attempt not in s.state.history:
+            continue
+        if tier_of(path) != SHARED and s.state.stage in TERMINAL:
+            # The run has come to rest with this very input, and what agents hold goes with them:
+            # it is in `known` no more, and would be journalled a second time.
             continue
         if answer.why:
             if path not in s.state.settled_saves:

@@ -17,6 +17,7 @@ from opt_train.supervisor.effects import Effect, FenceNode, Send
 from opt_train.supervisor.generation_view import GenerationView
 from opt_train.supervisor.inputs import Identity
 from opt_train.supervisor.node_view import NodeView
+from opt_train.supervisor.rules.node_fitness import is_unfit
 
 REPEAT_SECONDS = 2.0
 """A kill that was not answered is sent again after this."""
@@ -107,7 +108,7 @@ class Context:
         free = [
             n
             for n in self.identity.nodes
-            if n not in places and self.is_usable(n) and not self.view.is_down(n)
+            if n not in places and not is_unfit(self.state, n) and not self.view.is_down(n)
         ]
         return sorted(free, key=lambda n: not self.view.node(n).connected)
 

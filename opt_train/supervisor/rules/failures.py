@@ -19,6 +19,7 @@ from opt_train.supervisor.effects import FenceNode
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
+from opt_train.supervisor.rules.node_fitness import interrupting
 from opt_train.supervisor.rules.nodes import halt
 from opt_train.supervisor.rules.responses import Action, Remedy, respond
 
@@ -162,6 +163,7 @@ def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
         stacks=s.generation.stacks,
         down=down,
         fenced=fenced,
+        findings=tuple(f.event for n in nodes for f in interrupting(s.state, n)),
     )
     return diagnose(case)
 

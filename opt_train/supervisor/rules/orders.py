@@ -12,7 +12,7 @@ from opt_train.protocol.commands import Relay
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
 from opt_train.protocol.orders import Order, parameters_of
 from opt_train.run.checkpoint import MEMORY
-from opt_train.run.state import OBEYED, SUPERSEDED, WITHDRAWN, OrderRecord, Stage
+from opt_train.run.state import OBEYED, REPLACED, SUPERSEDED, WITHDRAWN, OrderRecord, Stage
 from opt_train.supervisor.effects import Finish, Send
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -122,7 +122,12 @@ def rest(s: Context) -> list[Decision]:
     by_themselves = s.state.stage is Stage.STOPPING
     if s.state.live is not None or (stop is None and not by_themselves):
         return []
-    if stop is not None and last is not None and last.outcome == "failed" and _began_anew(s, stop):
+    if (
+        stop is not None
+        and last is not None
+        and last.outcome in ("failed", REPLACED)
+        and _began_anew(s, stop)
+    ):
         return [Record(OrderEnded(stop.number, SUPERSEDED))]
     decisions: list[Decision] = [
         Record(OrderEnded(order.number, WITHDRAWN)) for order in s.state.outstanding_orders

@@ -17,6 +17,7 @@ from opt_train.supervisor.rules import (
     attempts,
     checkpoints,
     failures,
+    findings,
     hangs,
     nodes,
     orders,
@@ -27,7 +28,7 @@ from opt_train.supervisor.rules.context import Context, Decision
 
 Rule = Callable[[Context], list[Decision]]
 
-RECEIVE: tuple[Rule, ...] = (checkpoints.conclude, nodes.join)
+RECEIVE: tuple[Rule, ...] = (findings.note, checkpoints.conclude, nodes.join)
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
 HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
 REPORT: tuple[Rule, ...] = (
@@ -44,11 +45,13 @@ SIGNS: tuple[Rule, ...] = (
     hangs.watch_hang,
     hangs.watch_silence,
 )
-KEEP: tuple[Rule, ...] = (nodes.lose_buffers, nodes.evict)
+KEEP: tuple[Rule, ...] = (nodes.lose_buffers, findings.take_out_unfit_buffers, nodes.evict)
 
 GATHER: tuple[Rule, ...] = (
     orders.rest,
     failures.follow,
+    findings.take_out_unfit_places,
+    findings.take_out_unfit_buffers,
     nodes.lose_buffers,
     nodes.fail_unreachable,
     nodes.promote_buffers,
@@ -65,6 +68,8 @@ TRAIN: tuple[Rule, ...] = (
     failures.see_unsaved_end,
     attempts.end_by_itself,
     *SIGNS,
+    findings.see_finding,
+    findings.begin_replacement,
     attempts.begin_ranks,
     orders.fail_late_order,
     orders.relay,
@@ -92,6 +97,7 @@ STAGES: Mapping[Stage, tuple[Rule, ...]] = {
     Stage.TRAINING: TRAIN,
     Stage.STOPPING: STOP,
     Stage.FAILING: (orders.report_obedience, *KILL, failures.identify, failures.end_failed),
+    Stage.REPLACING: (orders.report_obedience, *KILL, findings.end_replaced),
     Stage.FINISHING: (attempts.finish,),
 }
 
