@@ -1,7 +1,8 @@
 """Seeded faults, for demonstrations and tests: real signals to real processes at planned steps.
 
-What is done goes to `faults.jsonl`, durable before the deed, so that a supervisor that starts again
-repeats nothing. Tests alone read that file: a diagnosis that knew the plan would prove nothing.
+What is done goes to `faults.jsonl`, durable before it is done, so that a supervisor that starts
+again repeats nothing. Tests alone read that file: a diagnosis that knew the plan would prove
+nothing.
 """
 
 import json
@@ -86,7 +87,7 @@ def parse(plan: str) -> tuple[Fault, ...]:
 
 
 class FaultPlan:
-    """Watches the inputs of a supervisor; `due` names the next deed when training has come to its
+    """Watches the inputs of a supervisor; `due` names the next fault when training has come to its
     step."""
 
     def __init__(self, config: FaultsConfig, record: Path) -> None:
@@ -95,15 +96,15 @@ class FaultPlan:
         self._seed = config.seed
         self._record = record
         done = _read(record)
-        self._done = {deed.index for deed in done}
+        self._done = {fault.index for fault in done}
         self._harmed = max(
-            (deed.generation for deed in done if deed.kind != "kill-supervisor"), default=-1
+            (fault.generation for fault in done if fault.kind != "kill-supervisor"), default=-1
         )
         self._slots: dict[str, tuple[SlotState, ...]] = {}
 
-    def due(self, told: Input) -> InjectedFault | None:
-        """The deed to do now, after `told`, if any. It counts as done from here on."""
-        match told:
+    def due(self, input_: Input) -> InjectedFault | None:
+        """The fault to inject now, after `input_`, if any. It counts as done from here on."""
+        match input_:
             case HeartbeatReceived(node=node, pulse=pulse):
                 self._slots[node] = pulse.slots
             case AgentConnected(node=node, state=state):
@@ -118,13 +119,15 @@ class FaultPlan:
         for index, fault in enumerate(self._plan):
             if index in self._done or step < fault.step:
                 continue
-            deed = self._deed(index, fault, generation, step)
-            if deed is not None:
+            injected = self._choose_victim(index, fault, generation, step)
+            if injected is not None:
                 self._done.add(index)
-            return deed
+            return injected
         return None
 
-    def _deed(self, index: int, fault: Fault, generation: int, step: int) -> InjectedFault | None:
+    def _choose_victim(
+        self, index: int, fault: Fault, generation: int, step: int
+    ) -> InjectedFault | None:
         if fault.kind == "kill-supervisor":
             return InjectedFault(index, _now(), step, fault.kind, generation, "", -1, os.getpid())
         # A generation is harmed once: the next fault waits until training has recovered from the
@@ -146,22 +149,22 @@ class FaultPlan:
         self._harmed = generation
         return InjectedFault(index, _now(), step, fault.kind, generation, node, rank, pid)
 
-    def do(self, deed: InjectedFault, victims: Victims) -> None:
-        """Write the deed down, durably, and do it. May block; not for an event loop."""
-        if deed.kind == "kill-node":
-            deed = InjectedFault(**(asdict(deed) | {"pid": victims.agent_pid(deed.node) or 0}))
+    def do(self, fault: InjectedFault, victims: Victims) -> None:
+        """Record the fault, durably, and inject it. May block; not for an event loop."""
+        if fault.kind == "kill-node":
+            fault = InjectedFault(**(asdict(fault) | {"pid": victims.agent_pid(fault.node) or 0}))
         with open(self._record, "ab+") as file:
             torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-            file.write(b"\n" * torn + json.dumps(asdict(deed)).encode() + b"\n")
+            file.write(b"\n" * torn + json.dumps(asdict(fault)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        deeds: dict[str, Callable[[], object]] = {
-            "kill-node": lambda: victims.fence(deed.node),
-            "kill-rank": lambda: victims.signal_process(deed.node, deed.pid, signal.SIGKILL),
-            "stop-rank": lambda: victims.signal_process(deed.node, deed.pid, signal.SIGSTOP),
-            "kill-supervisor": lambda: os.kill(deed.pid, signal.SIGKILL),
+        injections: dict[str, Callable[[], object]] = {
+            "kill-node": lambda: victims.fence(fault.node),
+            "kill-rank": lambda: victims.signal_process(fault.node, fault.pid, signal.SIGKILL),
+            "stop-rank": lambda: victims.signal_process(fault.node, fault.pid, signal.SIGSTOP),
+            "kill-supervisor": lambda: os.kill(fault.pid, signal.SIGKILL),
         }
-        deeds[deed.kind]()
+        injections[fault.kind]()
 
 
 def _read(record: Path) -> list[InjectedFault]:
@@ -169,13 +172,13 @@ def _read(record: Path) -> list[InjectedFault]:
         lines = record.read_text().splitlines()
     except OSError:
         return []
-    deeds = []
+    injected = []
     for line in lines:
         try:
-            deeds.append(InjectedFault(**json.loads(line)))
+            injected.append(InjectedFault(**json.loads(line)))
         except (ValueError, TypeError):
-            continue  # torn by a death before the deed
-    return deeds
+            continue  # torn by a death before it was done
+    return injected
 
 
 def _now() -> float:

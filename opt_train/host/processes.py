@@ -1,4 +1,4 @@
-"""Processes as the kernel tells of them (Linux: /proc, pidfd). A pid alone proves nothing: pids are
+"""Processes as the kernel shows them (Linux: /proc, pidfd). A pid alone proves nothing: pids are
 used again."""
 
 import ctypes

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.shim import Shim, build, compiler
+from tests.processes import nothing_is_left, run
+
+__all__ = ["nothing_is_left", "run"]
+"""For the tests that hit real processes of a run's nodes."""
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,8 @@ def metrics(generation: int, step: int) -> Input:
     return MetricsReceived("node-1", generation, {"step": step})
 
 
-def deeds(plan: FaultPlan, *inputs: Input) -> list[InjectedFault]:
-    return [deed for told in inputs if (deed := plan.due(told)) is not None]
+def injected_by(plan: FaultPlan, *inputs: Input) -> list[InjectedFault]:
+    return [fault for input_ in inputs if (fault := plan.due(input_)) is not None]
 
 
 def test_a_plan_is_read_in_the_order_of_its_steps() -> None:
@@ -68,13 +68,13 @@ def test_a_bad_plan_is_refused_with_an_example(plan: str) -> None:
 def test_the_seed_chooses_the_victim_among_those_that_train(tmp_path: Path) -> None:
     def victims(seed: int) -> list[tuple[str, int]]:
         plan = FaultPlan(FaultsConfig(plan="kill-rank@5", seed=seed), tmp_path / "none.jsonl")
-        told = [
+        inputs = [
             pulse("node-2", 1, 1),
             pulse("node-1", 1, 0),
             pulse("node-3", 0, -1, stage="warm"),
             metrics(1, 5),
         ]
-        return [(deed.node, deed.rank) for deed in deeds(plan, *told)]
+        return [(fault.node, fault.rank) for fault in injected_by(plan, *inputs)]
 
     seen = {tuple(victims(seed)) for seed in range(20)}
     assert seen == {(("node-1", 0),), (("node-2", 1),)}, (
@@ -87,13 +87,13 @@ def test_a_generation_is_harmed_once_and_the_next_fault_waits_for_the_next_one(
     tmp_path: Path,
 ) -> None:
     plan = FaultPlan(FaultsConfig(plan="kill-node@5, kill-rank@6"), tmp_path / "none.jsonl")
-    first = deeds(
+    first = injected_by(
         plan, pulse("node-1", 1, 0), metrics(1, 4), metrics(1, 5), metrics(1, 6), metrics(1, 7)
     )
-    assert [(deed.kind, deed.step) for deed in first] == [("kill-node", 5)]
-    assert deeds(plan, metrics(2, 4)) == []
-    second = deeds(plan, pulse("node-1", 2, 0), metrics(2, 6), metrics(2, 7))
-    assert [(deed.kind, deed.generation) for deed in second] == [("kill-rank", 2)]
+    assert [(fault.kind, fault.step) for fault in first] == [("kill-node", 5)]
+    assert injected_by(plan, metrics(2, 4)) == []
+    second = injected_by(plan, pulse("node-1", 2, 0), metrics(2, 6), metrics(2, 7))
+    assert [(fault.kind, fault.generation) for fault in second] == [("kill-rank", 2)]
 
 
 class Bystander:
@@ -104,7 +104,7 @@ class Bystander:
         self.fenced: list[str] = []
 
     def fence(self, node: str) -> bool:
-        assert node in self.record.read_text(), "the deed was done before it was on record"
+        assert node in self.record.read_text(), "the fault was done before it was on record"
         self.fenced.append(node)
         return True
 
@@ -121,20 +121,20 @@ def test_a_restarted_supervisor_does_not_repeat_a_fault_even_after_a_torn_record
     record = tmp_path / "faults.jsonl"
     config = FaultsConfig(plan="kill-node@5, kill-node@9")
     plan = FaultPlan(config, record)
-    [deed] = deeds(plan, pulse("node-1", 1, 0), metrics(1, 5))
+    [fault] = injected_by(plan, pulse("node-1", 1, 0), metrics(1, 5))
     bystander = Bystander(record)
-    plan.do(deed, bystander)
+    plan.do(fault, bystander)
     assert bystander.fenced == ["node-1"]
     assert json.loads(record.read_text())["pid"] == 4711
     record.write_text(record.read_text() + '{"index": 1, "ti')
     again = FaultPlan(config, record)
-    assert deeds(again, pulse("node-1", 1, 0), metrics(1, 5), metrics(1, 9)) == [], (
+    assert injected_by(again, pulse("node-1", 1, 0), metrics(1, 5), metrics(1, 9)) == [], (
         "generation 1 was harmed already"
     )
-    [other] = deeds(again, pulse("node-1", 2, 0), metrics(2, 9))
+    [other] = injected_by(again, pulse("node-1", 2, 0), metrics(2, 9))
     again.do(other, bystander)
     assert len(bystander.fenced) == 2
-    assert deeds(FaultPlan(config, record), pulse("node-1", 3, 0), metrics(3, 10)) == []
+    assert injected_by(FaultPlan(config, record), pulse("node-1", 3, 0), metrics(3, 10)) == []
 
 
 @pytest.mark.parametrize(
@@ -145,28 +145,28 @@ def test_faults_hit_real_processes(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parent.parent}")
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
         if (
             kind == "kill-node"
-            and isinstance(told, ClusterObserved)
-            and "SIGKILL" in told.reasons.get("node-1", "")
+            and isinstance(input_, ClusterObserved)
+            and "SIGKILL" in input_.reasons.get("node-1", "")
         ):
-            return [Finish(0, told.reasons["node-1"])]
+            return [Finish(0, input_.reasons["node-1"])]
         if (
             kind == "stop-rank"
-            and isinstance(told, HeartbeatReceived)
-            and told.pulse.slots[0].process_state == "T"
+            and isinstance(input_, HeartbeatReceived)
+            and input_.pulse.slots[0].process_state == "T"
         ):
             return [Finish(0, "stopped")]
         return None
 
     code, _ = run_shell(run, TinyCore(run, react, steps=10_000), plan=f"{kind}@4")
     assert code == 0
-    [deed] = [json.loads(line) for line in run.faults.read_text().splitlines()]
-    assert (deed["kind"], deed["node"]) == (kind, "node-1")
-    assert deed["step"] >= 4
-    assert deed["pid"] > 0
-    assert stat_of(deed["pid"]) is None
+    [fault] = [json.loads(line) for line in run.faults.read_text().splitlines()]
+    assert (fault["kind"], fault["node"]) == (kind, "node-1")
+    assert fault["step"] >= 4
+    assert fault["pid"] > 0
+    assert stat_of(fault["pid"]) is None
     if expected:
         texts = [getattr(e.event, "text", "") for e in journal.read(run.journal).entries]
         assert expected in texts

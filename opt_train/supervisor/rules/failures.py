@@ -42,7 +42,7 @@ def detect_rank_exit(s: Context) -> list[Decision]:
     return []
 
 
-def see_node_down(s: Context) -> list[Decision]:
+def detect_node_down(s: Context) -> list[Decision]:
     """The cluster says that a node is gone whose ranks had not all left."""
     attempt = s.attempt
     ended = s.generation.exits
@@ -57,7 +57,7 @@ def see_node_down(s: Context) -> list[Decision]:
     return []
 
 
-def see_unsaved_end(s: Context) -> list[Decision]:
+def detect_unsaved_end(s: Context) -> list[Decision]:
     """All ranks are done, and what they trained is in no checkpoint: finished it would be lost for
     good."""
     attempt = s.attempt
@@ -73,14 +73,14 @@ def see_unsaved_end(s: Context) -> list[Decision]:
     )
 
 
-def see_difference(s: Context) -> list[Decision]:
+def detect_difference(s: Context) -> list[Decision]:
     """What a rank reports to be in force is not what the configuration says (invariant 3)."""
     attempt = s.attempt
-    told = s.generation.in_force
-    if attempt.in_force or not told:
+    reported = s.generation.in_force
+    if attempt.in_force or not reported:
         return []
     expected = in_force(s.config, s.state.ledger, attempt.start_step)
-    for rank, values in sorted(told.items()):
+    for rank, values in sorted(reported.items()):
         wrong = differences(expected, values)
         if wrong:
             return failure(
@@ -93,7 +93,7 @@ def see_difference(s: Context) -> list[Decision]:
     return []
 
 
-def see_other_lineage(s: Context) -> list[Decision]:
+def detect_other_lineage(s: Context) -> list[Decision]:
     """Ranks of an older configuration are not adopted."""
     if s.attempt.lineage == s.state.lineage:
         return []

@@ -2,10 +2,10 @@
 
 A probe publishes a `NodeFinding`; the agent keeps it until it is acknowledged. `note` journals it
 once, with the response of the table (responses.py), before it is acknowledged; all that follows
-goes by the journal's line. `see_finding` makes an incident of what cannot wait: diagnosis, budget
-and replacement are then those of any failure. What can wait is a planned replacement: when a
+goes by the journal's line. `detect_finding` makes an incident of what cannot wait: diagnosis,
+budget and replacement are then those of any failure. What can wait is a planned replacement: when a
 checkpoint has been committed since and a buffer node is warm, `begin_replacement` ends the ranks,
-the attempt ends as `replaced`, and the run assembles again without the node. `take_out_unfit` is
+the attempt ends as `replaced`, and the run assembles again without the node. `take_out_unfit_*` is
 the door of all that stand by or assemble.
 """
 
@@ -83,7 +83,7 @@ def _key(event: FindingNoted) -> tuple[object, ...]:
 # What cannot wait ---------------------------------------------------------------------------------
 
 
-def see_finding(s: Context) -> list[Decision]:
+def detect_finding(s: Context) -> list[Decision]:
     """A node that trains was found in a state that ends the attempt, though no rank has failed."""
     for node in s.attempt.nodes:
         for finding in interrupting(s.state, node):

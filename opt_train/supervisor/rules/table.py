@@ -32,7 +32,7 @@ RECEIVE: tuple[Rule, ...] = (findings.note, checkpoints.conclude, nodes.join)
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
 HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
 REPORT: tuple[Rule, ...] = (
-    failures.see_difference,
+    failures.detect_difference,
     attempts.report_in_force,
     attempts.begin_training,
     attempts.report_validation,
@@ -40,7 +40,7 @@ REPORT: tuple[Rule, ...] = (
 )
 SIGNS: tuple[Rule, ...] = (
     failures.detect_rank_exit,
-    failures.see_node_down,
+    failures.detect_node_down,
     hangs.watch_missing,
     hangs.watch_hang,
     hangs.watch_silence,
@@ -65,10 +65,10 @@ TRAIN: tuple[Rule, ...] = (
     *SAVE,
     *HOLD,
     checkpoints.retire,
-    failures.see_unsaved_end,
+    failures.detect_unsaved_end,
     attempts.end_by_itself,
     *SIGNS,
-    findings.see_finding,
+    findings.detect_finding,
     findings.begin_replacement,
     attempts.begin_ranks,
     orders.fail_late_order,
@@ -81,7 +81,7 @@ STOP: tuple[Rule, ...] = (
     *SAVE,
     *HOLD,
     checkpoints.retire,
-    failures.see_unsaved_end,
+    failures.detect_unsaved_end,
     attempts.end_by_itself,
     orders.withdraw,
     *SIGNS,
@@ -103,9 +103,9 @@ STAGES: Mapping[Stage, tuple[Rule, ...]] = {
 
 TAKE_OVER: tuple[Rule, ...] = (
     *SAVE,
-    failures.see_other_lineage,
+    failures.detect_other_lineage,
     failures.detect_rank_exit,
-    failures.see_node_down,
+    failures.detect_node_down,
     attempts.adopt,
     hangs.watch_missing,
     hangs.watch_silence,
