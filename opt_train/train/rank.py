@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from opt_train.checkpoint import manifest as checkpoint_manifest
-from opt_train.checkpoint.background import Staging
 from opt_train.checkpoint.late_files import retry_while_late
 from opt_train.checkpoint.manifest import CheckpointError, own_file_name
 from opt_train.checkpoint.restore import load_files, restore, verify_files
@@ -31,15 +30,15 @@ from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
 from opt_train.protocol.facts import ExitNotice, InForce, Phase, Progress
+from opt_train.train.context import RankContext
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.fact_pipe import Publish, log_line
 from opt_train.train.loop import train
 from opt_train.train.orders import NoOrders, OrderSource, StopSignals
-from opt_train.train.rendezvous import choose_device, control_group, join
+from opt_train.train.rendezvous import choose_device, join
 from opt_train.train.state import TrainState
-from opt_train.train.stats_reducer import StatsReducer
 from opt_train.train.step import values_of
-from opt_train.train.training import Training
+from opt_train.train.training import Training, assemble
 
 Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
 
@@ -131,27 +130,31 @@ def start(
     engine.model.train()
     # Whoever gives orders is an agent; without one nobody would hold a snapshot.
     takes_snapshots = config.checkpoint.memory_every_steps and not isinstance(orders, NoOrders)
-    return Training(
+    memory = None
+    if takes_snapshots:
+        memory = Snapshots(begin.rank, config.checkpoint.memory_keep, device)
+    # A snapshot is no checkpoint: a run that began from one saves its step anew.
+    is_saved = manifest is not None and manifest.state.get(PARTS) != OWN
+    context = RankContext(
         begin=begin,
         config=config,
         layout=layout,
         device=device,
         engine=engine,
         loss_scale=loss_scale,
+        data_fingerprint=dataset.fingerprint,
+        state=state,
+        publish=tell,
+    )
+    return assemble(
+        context,
+        group,
         batches=batches,
         validation_sets=validation_sets,
-        data_fingerprint=dataset.fingerprint,
-        reducer=StatsReducer(group, begin.rank, begin.world_size),
-        staging=Staging(device),
-        saving_group=control_group(config),
-        snapshots=Snapshots(begin.rank, config.checkpoint.memory_keep, device)
-        if takes_snapshots
-        else None,
+        memory=memory,
+        saved_step=state.step if is_saved else -1,
         orders=orders,
         signals=signals,
-        publish=tell,
-        state=state,
-        saved_step=state.step if manifest is not None and manifest.state.get(PARTS) != OWN else -1,
     )
 
 

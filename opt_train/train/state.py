@@ -51,6 +51,10 @@ class TrainState:
         """Whether the newest stats were of training that goes well."""
         return self.floor_steps == 0 and (not self.losses or isfinite(self.losses[-1]))
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps (0: never) happens now."""
+        return every > 0 and self.step % every == 0
+
     def absorb(self, stats: StepStats, loss_scale_floor: float = 1.0) -> None:
         """Count what the world said of a step. Above its floor an overflow is but how a loss scale
         finds its place."""

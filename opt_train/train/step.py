@@ -22,12 +22,13 @@ from opt_train.train.training import Training
 def read_batch(run: Training) -> tuple[list[MicroBatch], float]:
     """This rank's micro-batches of the global batch at the cursor, and the seconds it took to read
     them."""
+    context = run.context
     began = time.monotonic()
     micro_batches = run.batches.at(
-        run.state.cursor,
-        data_rank=run.data_rank,
-        data_world=run.layout.data_world,
-        micro_batch=run.config.train.micro_batch,
+        context.state.cursor,
+        data_rank=context.data_rank,
+        data_world=context.layout.data_world,
+        micro_batch=context.config.train.micro_batch,
     )
     return micro_batches, time.monotonic() - began
 
@@ -39,49 +40,60 @@ def values_of(config: RunConfig, state: TrainState) -> dict[str, float]:
 
 def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: float) -> None:
     """Train on the batch and start to reduce the step's stats. Afterwards `state.step` and the
-    cursor are one batch further."""
-    state, config = run.state, run.config
-    values = values_of(config, state)
-    seed_step(config.seed, state.step, run.begin.rank)
-    scale = run.loss_scale.scale
-    grad_scale = scale * run.predivision
-    probes = Probes(
-        config.train, state.step + 1, state.step == run.started_step, run.engine, run.device
-    )
+    cursor are one batch further.
+
+    The host waits for the device once, in `Readback.values`, when all of the step is queued.
+    """
+    context, state, engine = run.context, run.state, run.engine
+    values = values_of(context.config, state)
+    seed_step(context.config.seed, state.step, context.begin.rank)
+    loss_scale = context.loss_scale.scale
+    grad_scale = loss_scale * context.predivision
+    is_first = state.step == run.started_step
+    probes = Probes(context.config.train, state.step + 1, is_first, engine, context.device)
+
     probes.time_product()
     with probes.watching_attention(micro_batches):
-        sums = run.engine.forward_backward(micro_batches, grad_scale)
+        sums = engine.forward_backward(micro_batches, grad_scale)
     # The ranks of a tensor group have read the same tokens: each counts its part of them.
-    tokens = tokens_of(micro_batches) / run.layout.tensor
-    weight = torch.tensor(tokens, dtype=torch.float64).to(run.device, non_blocking=True)
-    grad_norm = run.engine.grad_norm(weight, grad_scale)
-    verdict = clip(grad_norm, values["clip"])
+    sharing_ranks = context.layout.tensor
+    tokens = tokens_of(micro_batches) / sharing_ranks
+    weight = torch.tensor(tokens, dtype=torch.float64).to(context.device, non_blocking=True)
+    grad_norm = engine.grad_norm(weight, grad_scale)
+    decision = clip(grad_norm, values["clip"])
     probes.measure_layers(grad_norm.divisor)
     readback = Readback(
-        *sums, verdict.norm, verdict.clipped_norm, verdict.skip, scale, *probes.on_device
+        *sums,
+        decision.norm,
+        decision.clipped_norm,
+        decision.skip,
+        loss_scale,
+        *probes.on_device,
     )
     _log(run)
-    put_in_force(run.engine.optimizer, values)
+    # Before every step, so that nothing a checkpoint carried can outlive what is in force.
+    put_in_force(engine.optimizer, values)
     run.wait_copied()
-    run.engine.apply(verdict)
-    run.loss_scale.update(verdict.skip)
+    engine.apply(decision)
+    context.loss_scale.update(decision.skip)
     order_number = run.poll_orders()
+
     # All of the step is queued by now, so the device works on while the host waits for these.
     own_loss, own_squares, norm, clipped_norm, skip, scale_value, *probed = readback.values()
     own = RankStats(
-        loss_sum=own_loss / run.layout.tensor,
+        loss_sum=own_loss / sharing_ranks,
         tokens=tokens,
-        activation_squares=own_squares / run.layout.tensor,
+        activation_squares=own_squares / sharing_ranks,
         grad_norm=norm,
         clipped_norm=clipped_norm,
         loss_scale=scale_value,
         skipping_ranks=int(skip != 0.0),
         stop_votes=int(bool(run.signals.received)),
-        saving_ranks=int(run.is_writing),
+        saving_ranks=int(run.checkpoints.is_writing),
         order_number=order_number,
-        step_seconds=run.clock.lap(),
+        step_seconds=context.clock.lap(),
         data_seconds=data_seconds,
-        memory_bytes=memory_bytes(run.device),
+        memory_bytes=memory_bytes(context.device),
         **probes.results(probed),
     )
     run.reducer.start(state.step, own)
@@ -101,11 +113,11 @@ def _log(run: Training) -> None:
     """One line before the weights move: whoever reads two generations' logs sees whether they ever
     trained at once."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    begin = run.begin
-    heard = (
-        f"loss {run.newest.loss:.6f} at step {run.newest.step + 1}" if run.newest else "no loss yet"
-    )
+    begin, newest = run.context.begin, run.stats.newest
+    loss = "no loss yet"
+    if newest is not None:
+        loss = f"loss {newest.loss:.6f} at step {newest.step + 1}"
     log_line(
-        f"{now} attempt {begin.attempt} generation {begin.generation} step {run.state.step + 1} "
-        f"{heard}"
+        f"{now} attempt {begin.attempt} generation {begin.generation} "
+        f"step {run.state.step + 1} {loss}"
     )

@@ -216,6 +216,6 @@ def test_step_waits_for_the_device_at_one_place_alone(
             take_step(run, micro_batches, seconds)
         assert syncs.seen == []
         assert happened == ["the update", "the scale", "the readback", "tolist"]
-    run.receive_stats(before=run.state.step)
-    assert run.newest is not None
-    assert None not in dataclasses.asdict(run.newest).values()
+    run.stats.receive(before=run.state.step)
+    assert run.stats.newest is not None
+    assert None not in dataclasses.asdict(run.stats.newest).values()

@@ -161,7 +161,7 @@ class Life:
     def receive_stats(
         self, name: str, state: TrainState, under_way: list[StepStats], before: int
     ) -> None:
-        """As `Training.receive_stats`: stats arrive a step late, so a killed rank has not counted
+        """As `StatsReceiver.receive`: stats arrive a step late, so a killed rank has not counted
         its last ones."""
         while under_way and under_way[0].step < before:
             stats = under_way.pop(0)

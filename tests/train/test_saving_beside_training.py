@@ -99,7 +99,7 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     happened = []
     copied: Future[dict[str, torch.Tensor]] = Future()
     monkeypatch.setattr(Staging, "start", lambda *_: copied)
-    run.begin_save()
+    run.checkpoints.begin()
     backward, update = run.engine.forward_backward, run.engine.apply
 
     def computing(*arguments: object) -> object:
@@ -116,8 +116,8 @@ def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run.engine, "apply", updating)
     take_step(run, *read_batch(run))
     assert happened == ["backward", "update"]
-    run.end_save()
-    assert run.saved_step == 1
+    run.checkpoints.end()
+    assert run.checkpoints.saved_step == 1
 
 
 def test_training_goes_on_while_a_file_system_stands_still(
@@ -134,18 +134,18 @@ def test_training_goes_on_while_a_file_system_stands_still(
     monkeypatch.setattr(background, "save", stalled)
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     for _ in range(4):
-        run.receive_stats(before=run.state.step - 1)
+        run.stats.receive(before=run.state.step - 1)
         assert run.obey() is None
         take_step(run, *read_batch(run))
         if run.state.step == 1:
-            run.begin_save()
-    assert run.is_writing
+            run.checkpoints.begin()
+    assert run.checkpoints.is_writing
     assert not any(
         isinstance(fact, ShardsSaved) or fact == Phase("checkpoint", run.state.step)
         for fact in facts
     )
     goes_on.set()
-    assert run.save()
+    assert run.checkpoints.save()
     assert [fact.step for fact in facts if isinstance(fact, ShardsSaved)] == [1, 4]
     assert Phase("checkpoint", 4) in facts
 
@@ -153,14 +153,14 @@ def test_training_goes_on_while_a_file_system_stands_still(
 def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     take_step(run, *read_batch(run))
-    run.begin_save()
+    run.checkpoints.begin()
     deadline = time.monotonic() + 50
-    while run.is_writing:
+    while run.checkpoints.is_writing:
         assert time.monotonic() < deadline
     for _ in range(2):  # the word of the first of them says so
         assert not any(isinstance(fact, ShardsSaved) for fact in facts)
         take_step(run, *read_batch(run))
-        run.receive_stats(before=run.state.step - 1)
+        run.stats.receive(before=run.state.step - 1)
         assert run.obey() is None
     assert [fact.step for fact in facts if isinstance(fact, ShardsSaved)] == [1]
     assert not any(isinstance(fact, Phase) and fact.phase == "checkpoint" for fact in facts)
@@ -169,14 +169,14 @@ def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) 
 def test_a_save_that_fails_beside_training_is_told_and_the_next_one_is_made(tmp_path: Path) -> None:
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     take_step(run, *read_batch(run))
-    checkpoints = Path(run.begin.run_directory) / "checkpoints"
+    checkpoints = Path(run.context.begin.run_directory) / "checkpoints"
     checkpoints.write_text("a file where the folder should be")
-    run.begin_save()
-    run.end_save()
+    run.checkpoints.begin()
+    run.checkpoints.end()
     assert [fact.step for fact in facts if isinstance(fact, SaveFailed)] == [1]
     checkpoints.unlink()
     take_step(run, *read_batch(run))
-    assert run.save()
+    assert run.checkpoints.save()
     assert [fact.step for fact in facts if isinstance(fact, ShardsSaved)] == [2]
 
 

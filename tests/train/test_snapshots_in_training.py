@@ -95,7 +95,7 @@ class Agent:
         return [fact.step for fact in self.facts if isinstance(fact, kind)]  # type: ignore[attr-defined]
 
     def step(self) -> None:
-        self.run.receive_stats(before=self.run.state.step - 1)
+        self.run.stats.receive(before=self.run.state.step - 1)
         assert self.run.obey() is None
         take_step(self.run, *read_batch(self.run))
 
@@ -152,16 +152,16 @@ def test_a_state_that_is_not_well_is_left_out(tmp_path: Path) -> None:
     agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path), 1))
     run = agent.run
     agent.step()
-    run.receive_stats(before=1)
+    run.stats.receive(before=1)
     run.state.floor_steps = 1
-    run.begin_snapshot()
+    run.snapshots.begin()
     run.state.floor_steps = 0
     run.state.losses.append(math.nan)
-    run.begin_snapshot()
-    assert run.snapshot is None
+    run.snapshots.begin()
+    assert run.snapshots.under_way is None
     run.state.losses.append(1.0)
-    run.begin_snapshot()
-    run.end_snapshot()
+    run.snapshots.begin()
+    run.snapshots.end()
     assert agent.told(SnapshotTaken) == [1]
 
 
@@ -169,9 +169,9 @@ def test_a_state_that_is_not_well_is_left_out(tmp_path: Path) -> None:
 def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
     agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path), 1))
     agent.step()
-    agent.run.begin_snapshot()
-    assert agent.run.snapshot is not None
-    assert agent.run.snapshot.wait(50.0)
+    agent.run.snapshots.begin()
+    assert agent.run.snapshots.under_way is not None
+    assert agent.run.snapshots.under_way.wait(50.0)
     assert not agent.held
     agent.step()
     assert agent.told(SnapshotTaken) == [1]
@@ -188,7 +188,7 @@ def test_an_update_waits_for_the_copy_and_the_next_snapshot_for_the_last(
     run, happened, snapshot = agent.run, [], Snapshot(1)
     agent.step()
     monkeypatch.setattr(Snapshots, "begin", lambda *_: snapshot)
-    run.begin_snapshot()
+    run.snapshots.begin()
     backward, update = run.engine.forward_backward, run.engine.apply
 
     def computing(*arguments: object) -> object:
@@ -206,15 +206,15 @@ def test_an_update_waits_for_the_copy_and_the_next_snapshot_for_the_last(
     agent.step()
     assert happened == ["backward", "update"]
     assert not agent.told(SnapshotTaken)
-    entered = agent.run.publish
+    entered = agent.run.context.publish
 
     def hashed_meanwhile(fact: Message) -> None:
         entered(fact)
         if fact == Phase("checkpoint", 2):
             snapshot._done.set_result(())
 
-    run.tell = hashed_meanwhile
-    run.begin_snapshot()
+    run.context.publish = hashed_meanwhile
+    run.snapshots.begin()
     assert agent.told(SnapshotTaken) == [1]
 
 
@@ -226,8 +226,8 @@ def test_without_memory_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFi
     try:
         for _ in range(2):
             agent.step()
-        agent.run.begin_snapshot()
-        agent.run.end_snapshot()
+        agent.run.snapshots.begin()
+        agent.run.snapshots.end()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = [line for line in capfd.readouterr().out.splitlines() if "snapshot" in line]
@@ -266,12 +266,12 @@ def test_what_was_restored_from_memory_is_not_yet_saved(tmp_path: Path) -> None:
     config = with_snapshots(tiny_config(tmp_path, steps=100), 50)
     first = Agent.of(tmp_path / "first", config)
     first.step()
-    first.run.begin_snapshot()
-    first.run.end_snapshot()
-    folder = commit(first.held[1], 1, tmp_path / "memory", first.run.begin.config_sha256)
+    first.run.snapshots.begin()
+    first.run.snapshots.end()
+    folder = commit(first.held[1], 1, tmp_path / "memory", first.run.context.begin.config_sha256)
     second = Agent.of(tmp_path / "second", config, checkpoint=folder)
     assert second.run.state.step == 1
-    assert second.run.save()
+    assert second.run.checkpoints.save()
     assert second.told(ShardsSaved) == [1]
     saved = next(Path(fact.folder) for fact in second.facts if isinstance(fact, ShardsSaved))
     assert shard_in(saved).keys() == load(first.held[1]["shard-00000.safetensors"]).keys()
@@ -285,14 +285,14 @@ def test_a_run_that_goes_on_from_memory_saves_that_first(tmp_path: Path) -> None
     first = Agent.of(tmp_path / "first", config)
     assert train(first.run).code == 0
     saved = {fact.step: Path(fact.folder) for fact in first.facts if isinstance(fact, ShardsSaved)}
-    folder = commit(first.held[4], 4, tmp_path / "memory", first.run.begin.config_sha256)
+    folder = commit(first.held[4], 4, tmp_path / "memory", first.run.context.begin.config_sha256)
     second = Agent.of(tmp_path / "second", config, checkpoint=folder)
     assert train(second.run).code == 0
     assert second.told(ShardsSaved) == [4, 8, 10]
     again = {fact.step: Path(fact.folder) for fact in second.facts if isinstance(fact, ShardsSaved)}
     assert all(tensors_in(again[step]) == tensors_in(saved[step]) for step in (4, 8, 10))
     files = {file.name: file.read_bytes() for file in saved[4].iterdir()}
-    folder = commit(files, 4, tmp_path / "checkpoint", first.run.begin.config_sha256)
+    folder = commit(files, 4, tmp_path / "checkpoint", first.run.context.begin.config_sha256)
     third = Agent.of(tmp_path / "third", config, checkpoint=folder)
     assert train(third.run).code == 0
     assert third.told(ShardsSaved) == [8, 10]

@@ -1,0 +1,49 @@
+"""Takes in the step stats at a boundary: what the world has come to, counted and published."""
+
+from opt_train.optim.in_force import in_force
+from opt_train.protocol.facts import Metrics
+from opt_train.train.context import RankContext
+from opt_train.train.metrics import MetricsSource, metrics_line
+from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step_stats import StepStats
+
+
+class StatsReceiver:
+    """Everything that the loop decides by, the same on every rank: it comes from the step stats
+    alone."""
+
+    def __init__(self, context: RankContext, reducer: StatsReducer) -> None:
+        self._context = context
+        self._reducer = reducer
+        self._has_published = False
+        self.newest: StepStats | None = None
+        self.stop_votes = 0
+        """Of all steps received: who voted once has voted."""
+        self.order_number = context.begin.order_number
+        """The newest that any stats have carried."""
+
+    def receive(self, before: int) -> None:
+        """Take in the stats of the steps below `before`: counters, metrics, votes, the newest
+        order's number. Waits for them."""
+        context = self._context
+        context.enter("waiting")
+        for stats in self._reducer.collect(before):
+            self.newest = stats
+            context.state.absorb(stats, context.loss_scale.policy.floor)
+            self.stop_votes += stats.stop_votes
+            self.order_number = max(self.order_number, stats.order_number)
+            if context.is_rank_zero:
+                self._publish_metrics(stats)
+
+    def _publish_metrics(self, stats: StepStats) -> None:
+        context = self._context
+        source = MetricsSource(
+            config=context.config,
+            begin=context.begin,
+            state=context.state,
+            stats=stats,
+            learning_rate=in_force(context.config, context.state.ledger, stats.step)["lr"],
+            device=context.device,
+        )
+        context.publish(Metrics(metrics_line(source, is_first=not self._has_published)))
+        self._has_published = True
