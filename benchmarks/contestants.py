@@ -19,6 +19,7 @@ from opt_train.model.init import initialise
 from opt_train.optim.adamw import apply, make_optimizer
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 
@@ -61,7 +62,17 @@ def trainer(config: ModelConfig, bf16: bool) -> Step:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     precision = PrecisionConfig(compute="bf16" if bf16 else "fp32")
     layout, device = Layout(replicate=1, shard=1, tensor=1), torch.device("cpu")
-    engine = make_engine(config, precision, ParallelConfig(), layout, device, values=VALUES, seed=0)
+    engine = make_engine(
+        EngineSpec(
+            model=config,
+            precision=precision,
+            parallel=ParallelConfig(),
+            layout=layout,
+            device=device,
+            values=VALUES,
+            seed=0,
+        )
+    )
 
     def step(tokens: Tensor, targets: Tensor) -> float:
         sums = engine.forward_backward([MicroBatch(tokens, targets, torch.ones(len(tokens)))])

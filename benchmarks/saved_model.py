@@ -11,6 +11,7 @@ from contestants import OPT_125M, QUICK, VALUES, micro_batch
 from opt_train.data.batches import MicroBatch
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 
@@ -30,13 +31,15 @@ class SavedModel:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         config, length = (QUICK, 64) if quick else (OPT_125M, 512)
         self.engine = make_engine(
-            config,
-            PrecisionConfig(compute="fp32"),
-            ParallelConfig(),
-            Layout(1, 1, 1),
-            CPU,
-            values=VALUES,
-            seed=0,
+            EngineSpec(
+                model=config,
+                precision=PrecisionConfig(compute="fp32"),
+                parallel=ParallelConfig(),
+                layout=Layout(1, 1, 1),
+                device=CPU,
+                values=VALUES,
+                seed=0,
+            )
         )
         tokens, targets = micro_batch(config, 1, length)
         self._batch = MicroBatch(tokens, targets, torch.ones(1))

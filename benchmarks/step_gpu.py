@@ -40,6 +40,7 @@ from opt_train.optim.clip import clip
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.plan.memory import memory_of
@@ -254,7 +255,15 @@ class Measurement:
             activation_checkpointing=self._case.mode, compile=self._case.compile
         )
         engine = make_engine(
-            self._model, precision, parallel, Layout(1, 1, 1), self._device, values=VALUES, seed=0
+            EngineSpec(
+                model=self._model,
+                precision=precision,
+                parallel=parallel,
+                layout=Layout(1, 1, 1),
+                device=self._device,
+                values=VALUES,
+                seed=0,
+            )
         )
         loss_scale = LossScale(policy_of(precision), self._device)
         batch = [MicroBatch(self._tokens, self._targets, torch.ones(len(self._tokens)))]

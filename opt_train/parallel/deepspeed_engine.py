@@ -12,25 +12,25 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.tensors import MODEL, OPTIMIZER
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
-from opt_train.model.init import Progress
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import GradNorm, Verdict, global_norm
 from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Sums, loss_of
+from opt_train.parallel.deepspeed_zero import zero_of
+from opt_train.parallel.engine import EngineSpec, Sums, loss_of
 from opt_train.parallel.fsdp import TYPES, build, make_mesh
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
@@ -41,17 +41,7 @@ from opt_train.protocol.exits import BadInput
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.utils import (
-        groups,
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_get_local_fp32_param,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -62,46 +52,34 @@ class DeepSpeed:
     """`Engine` with ZeRO; `MeasuresLayers` too. One a process: DeepSpeed keeps process-wide
     state."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        precision: PrecisionConfig,
-        parallel: ParallelConfig,
-        device: torch.device,
-        values: Mapping[str, float],
-        seed: int | None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Build and partition the model. Needs a process group; all ranks together.
+    def __init__(self, spec: EngineSpec) -> None:
+        """Build and partition the model, with torch's optimizer. Needs a process group; all ranks
+        together.
 
         Meanwhile a rank holds, in stages 1 and 2, the whole model in the compute type, as it does
         ever after; in stage 3 its partitions and one layer's parameters whole. Its rows of the
         initial weights come on top of that for a while, in fp32, before there are moments: the peak
         is below what training takes.
 
-        Args:
-            values: what is in force (`opt_train.optim.in_force`).
-            seed: of the initial weights; None: they hold anything, for somebody who fills every one
-                from a checkpoint.
-            progress: told how many parameters of how many have their initial weights.
-
         Raises:
             BadInput: DeepSpeed computes on another kind of device.
         """
+        device = spec.device
         _take_over(device)
         self._device = device
-        self._mesh = make_mesh(Layout(1, dist.get_world_size(), 1), device)
-        settings = _settings(config, precision, parallel.zero_stage)
+        self._layout = Layout(replicate=1, shard=dist.get_world_size(), tensor=1)
+        self._mesh = make_mesh(self._layout, device)
+        settings = _settings(spec)
         with contextlib.redirect_stdout(io.StringIO()):
-            module = _construct(config, precision, parallel, device, settings)
-            self.optimizer = _make_optimizer(module, config, values)
+            module = _construct(spec, settings)
+            self.optimizer = _make_optimizer(module, spec.model, spec.values)
             self.model, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=settings
             )
-        self._zero = _zero_of(self.model, parallel.zero_stage)
+        self._zero = zero_of(self.model, spec.parallel.zero_stage)
         self._parameters = dict(module.named_parameters())
-        if seed is not None:
-            self._draw(config, seed, progress)
+        if spec.seed is not None:
+            self._initialise(spec)
         for master in self._zero.masters():
             self.optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -109,18 +87,19 @@ class DeepSpeed:
             }
         self._zero.link_moments()
         self._layers = LayerSquares(
-            list(self._parameters), [1] * len(self._parameters), config.layers, device
+            list(self._parameters), [1] * len(self._parameters), spec.model.layers, device
         )
 
-    def _draw(self, config: ModelConfig, seed: int, progress: Progress | None) -> None:
+    def _initialise(self, spec: EngineSpec) -> None:
         """The initial weights that every engine has: each rank draws rows of them, as for FSDP2."""
-        precision = PrecisionConfig(compute="fp32")
-        layout = Layout(replicate=1, shard=dist.get_world_size(), tensor=1)
-        rows = dict(
-            build(
-                config, precision, ParallelConfig(), layout, self._device, seed, progress
-            ).named_parameters()
+        fsdp = replace(
+            spec,
+            precision=PrecisionConfig(compute="fp32"),
+            parallel=ParallelConfig(),
+            layout=self._layout,
+            fused="torch",
         )
+        rows = dict(build(fsdp).named_parameters())
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 self._zero.set_whole(parameter, whole_of(rows.pop(name)))
@@ -197,167 +176,6 @@ class DeepSpeed:
         return step
 
 
-class _Zero(Protocol):
-    """What an engine needs of one of DeepSpeed's optimizers around AdamW."""
-
-    averaged_over: int
-    """What gradients come divided by."""
-
-    def masters(self) -> list[Tensor]:
-        """This rank's flat partitions of the fp32 weights, which are AdamW's parameters."""
-        ...
-
-    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """This rank's part of each one's gradient, fp32, reduced over ranks, maybe empty; each
-        element on one."""
-        ...
-
-    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """This rank's part of each one's fp32 weights, maybe empty."""
-        ...
-
-    def step(self) -> None:
-        """AdamW on the partitions, then the compute copies; forgets the gradients."""
-        ...
-
-    def link_moments(self) -> None:
-        """Let single parameters find their part of AdamW's flat state."""
-        ...
-
-    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
-        """Make this rank's part of `whole` that of the fp32 weights; with `key`, of a moment."""
-        ...
-
-    def refresh(self) -> None:
-        """Make the compute copies, on all ranks, from the fp32 weights."""
-        ...
-
-
-class _Stage1And2:
-    averaged_over = 1
-
-    def __init__(self, engine: Any) -> None:
-        self._engine, self._zero = engine, engine.optimizer
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        held: dict[nn.Parameter, Tensor] = {}
-        for group, owned in enumerate(self._zero.params_in_partition):
-            # Behind the parameters' there may be one more part, which pads the partition.
-            held.update(zip(owned, self._zero.averaged_gradients[group], strict=False))
-        return [
-            held.get(parameter, torch.empty(0, device=parameter.device)) for parameter in parameters
-        ]
-
-    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        masters = self.masters()
-        return [self._part_of(parameter, masters) for parameter in parameters]
-
-    def _part_of(self, parameter: nn.Parameter, flat: list[Tensor]) -> Tensor:
-        """What belongs to `parameter` of something flat like the partitions."""
-        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
-        if mapping is None:
-            return torch.empty(0, device=parameter.device)
-        where = mapping.hp_fragment_address
-        part: Tensor = flat[mapping.param_group_index].detach().narrow(0, where.start, where.numel)
-        return part
-
-    def step(self) -> None:
-        self._engine.step()
-
-    def link_moments(self) -> None:
-        self._zero._lazy_init_hp_params_optimizer_state()
-
-    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
-        if key is None:
-            safe_set_full_fp32_param(parameter, whole)
-        else:
-            safe_set_full_optimizer_state(parameter, whole, key)
-
-    def refresh(self) -> None:
-        self._zero.update_lp_params()
-
-
-class _Bf16Stage1(_Stage1And2):
-    """With bf16, DeepSpeed's stage 1 is another class, which keeps all gradients in fp32 on every
-    rank."""
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.fp32_groups_flat_partition)
-
-    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        flat = self._zero.fp32_groups_gradient_flat_partition
-        return [self._part_of(parameter, flat) for parameter in parameters]
-
-    def step(self) -> None:
-        # What its own step does, without its norm of the whole gradient, which the host would wait
-        # for.
-        for master, gradient in zip(
-            self.masters(), self._zero.fp32_groups_gradient_flat_partition, strict=True
-        ):
-            master.grad = gradient
-        self._zero.optimizer.step()
-        self._zero.update_lp_params()
-        self._zero.clear_hp_grads()
-
-
-class _Stage3:
-    def __init__(self, engine: Any) -> None:
-        self._engine, self._zero = engine, engine.optimizer
-        # Stage 3 divides gradients by this before it sums them, and knows no other way. The norm's
-        # divisor is divided too, which is exact where the world is a power of two; elsewhere a
-        # gradient is rounded once more.
-        self.averaged_over = dist.get_world_size()
-        # Its own norm: the host would wait for it, and leave out steps that are the verdict's to
-        # leave out.
-        self._zero._get_norm_groups = lambda: [torch.zeros(())]
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.fp32_partitioned_groups_flat)
-
-    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        held: dict[nn.Parameter, Tensor] = {}
-        for number, owned in enumerate(self._zero.fp16_groups):
-            held.update(zip(owned, self._zero.averaged_gradients[number], strict=True))
-        return [held[parameter] for parameter in parameters]
-
-    def weights(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        return [safe_get_local_fp32_param(parameter).detach() for parameter in parameters]
-
-    def step(self) -> None:
-        self._engine.step()
-
-    def link_moments(self) -> None:
-        """They are found by their offsets."""
-
-    def set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
-        # DeepSpeed's setter for whole tensors takes none that the world does not divide.
-        size, rank = parameter.ds_tensor.numel(), dist.get_rank()  # type: ignore[attr-defined]
-        padded = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
-        own = padded[rank * size : (rank + 1) * size]
-        if key is None:
-            safe_set_local_fp32_param(parameter, own)
-        else:
-            safe_set_local_optimizer_state(parameter, own, key)
-
-    def refresh(self) -> None:
-        # As at the end of its step, where parameters that are kept whole are gathered again.
-        self._zero._partition_all_parameters()
-        for number in range(len(self.masters())):
-            self._zero._reassign_or_swap_out_partitioned_parameters(number)
-        self._zero._post_step(())
-
-
-def _zero_of(engine: Any, stage: int) -> _Zero:
-    if stage == 3:
-        return _Stage3(engine)
-    return (
-        _Bf16Stage1(engine) if isinstance(engine.optimizer, BF16_Optimizer) else _Stage1And2(engine)
-    )
-
-
 def _take_over(device: torch.device) -> None:
     """Make DeepSpeed use the process group and the device that the trainer has chosen."""
     if (found := get_accelerator().device_name()) != device.type:
@@ -380,13 +198,14 @@ def _take_over(device: torch.device) -> None:
     groups._WORLD_GROUP = dist.group.WORLD
 
 
-def _settings(config: ModelConfig, precision: PrecisionConfig, stage: int) -> dict[str, Any]:
+def _settings(spec: EngineSpec) -> dict[str, Any]:
     """DeepSpeed's configuration: everything that the trainer does itself is off."""
-    bf16 = precision.compute == "bf16"
+    stage = spec.parallel.zero_stage
+    bf16 = spec.precision.compute == "bf16"
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         # Biases and LayerNorms stay whole between steps: gathering one costs more than it weighs.
-        zero["stage3_param_persistence_threshold"] = config.ffn
+        zero["stage3_param_persistence_threshold"] = spec.model.ffn
     elif not (bf16 and stage == 1):
         zero["compute_grad_norm"] = False
     return {
@@ -405,26 +224,21 @@ def _settings(config: ModelConfig, precision: PrecisionConfig, stage: int) -> di
     }
 
 
-def _construct(
-    config: ModelConfig,
-    precision: PrecisionConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
-    settings: dict[str, Any],
-) -> OPT:
+def _construct(spec: EngineSpec, settings: dict[str, Any]) -> OPT:
     """The model, its weights anything; in stage 3 each layer is partitioned as soon as it is
     there."""
+    parallel = spec.parallel
     if parallel.zero_stage == 3:
         # Its type is that of the settings; one given to Init is ignored where fp16 is not supported
         # (0.19.8).
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            module = OPT(config)
+            module = OPT(spec.model)
         # The head multiplies with the parameter of another module.
         deepspeed.zero.register_external_parameter(module, module.model.decoder.embed_tokens.weight)
     else:
         with torch.device("meta"):
-            module = OPT(config).to(TYPES[precision.compute])
-        module.to_empty(device=device)
+            module = OPT(spec.model).to(TYPES[spec.precision.compute])
+        module.to_empty(device=spec.device)
     for block in module.model.decoder.layers:
         assert isinstance(block, Block)
         recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)

@@ -6,6 +6,7 @@ and the LR are the trainer's, the same for every engine, and are decided on the 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opt_train.data.batches import MicroBatch
+from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import Loss
+from opt_train.model.init import Progress
 from opt_train.optim.clip import GradNorm, Verdict
+from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.layout import Layout
 
 
 class Sums(NamedTuple):
@@ -24,6 +29,26 @@ class Sums(NamedTuple):
     """Nats, fp32."""
     activation_squares: Tensor
     """Of the last layer's output, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """All that an engine is built from."""
+
+    model: ModelConfig
+    precision: PrecisionConfig
+    parallel: ParallelConfig
+    layout: Layout
+    device: torch.device
+    values: Mapping[str, float]
+    """What is in force (`opt_train.optim.in_force`)."""
+    seed: int | None
+    """Of the initial weights; None: they hold anything, for somebody who fills every one from a
+    checkpoint."""
+    progress: Progress | None = None
+    """Called with how many parameters of how many have their initial weights."""
+    fused: str = "torch"
+    """`OptimConfig.fused`, which means LayerNorms too; the optional engines have torch's."""
 
 
 class Engine(Protocol):

@@ -25,8 +25,7 @@ from opt_train.model.init import Progress, initialise
 from opt_train.optim.adamw import apply, make_optimizer, put_in_force
 from opt_train.optim.clip import GradNorm, Verdict, global_norm
 from opt_train.optim.per_layer_norms import LayerSquares
-from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Sums, loss_of
+from opt_train.parallel.engine import EngineSpec, Sums, loss_of
 from opt_train.parallel.fsdp import TYPES, make_mesh
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
@@ -46,34 +45,20 @@ class Fairscale:
     afterwards, of a parameter at a time.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        precision: PrecisionConfig,
-        parallel: ParallelConfig,
-        device: torch.device,
-        values: Mapping[str, float],
-        seed: int | None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Build the model as it trains. Needs a process group.
-
-        Args:
-            values: what is in force (`opt_train.optim.in_force`).
-            seed: of the initial weights; None: they hold anything, for somebody who fills every one
-                from a checkpoint.
-            progress: told how many parameters of how many have their initial weights.
+    def __init__(self, spec: EngineSpec) -> None:
+        """Build the model as it trains, with torch's optimizer. Needs a process group.
 
         Raises:
-            BadInput: `device` is no GPU.
+            BadInput: `spec.device` is no GPU.
         """
+        device = spec.device
         if device.type not in DEVICES:
             raise BadInput(
                 f"parallel.engine=fairscale needs a GPU and was given {device}; use "
                 "parallel.engine=fsdp2"
             )
         self._device = device
-        self._accumulate = parallel.accumulate
+        self._accumulate = spec.parallel.accumulate
         self._mesh = make_mesh(Layout(1, dist.get_world_size(), 1), device)
         # fairscale was written for an older torch, which says so at every storage and every
         # collective.
@@ -84,16 +69,16 @@ class Fairscale:
             "ignore", category=FutureWarning, message=r"`torch\.distributed\._\w+_base`"
         )
         with torch.device("meta"):
-            model = OPT(config).to(TYPES[precision.weights])
+            model = OPT(spec.model).to(TYPES[spec.precision.weights])
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.model: FullyShardedDataParallel = _shard(model, precision, parallel, device)
+        self.model: FullyShardedDataParallel = _shard(model, spec)
         self._shards: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         assert self._shards.keys() == self._shapes.keys()
-        if seed is not None:
-            self._initialise(config, seed, progress)
-        self.optimizer = self._make_optimizer(values)
+        if spec.seed is not None:
+            self._initialise(spec.model, spec.seed, spec.progress)
+        self.optimizer = self._make_optimizer(spec.values)
         self._layers = LayerSquares(
-            list(self._shards), [1] * len(self._shards), config.layers, device
+            list(self._shards), [1] * len(self._shards), spec.model.layers, device
         )
 
     def _make_optimizer(self, values: Mapping[str, float]) -> Optimizer:
@@ -216,11 +201,10 @@ class Fairscale:
         shard[: own.numel()].copy_(own)
 
 
-def _shard(
-    model: OPT, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
-) -> FullyShardedDataParallel:
+def _shard(model: OPT, spec: EngineSpec) -> FullyShardedDataParallel:
     """`model`, which is on the meta device, as it trains: recomputing, compiled, sharded, in this
     order; no values."""
+    precision, parallel, device = spec.precision, spec.parallel, spec.device
     mixed = precision.compute != precision.weights
     options: dict[str, Any] = {
         "process_group": dist.group.WORLD,

@@ -11,15 +11,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from opt_train.checkpoint.tensors import put_back, tensors_of
 from opt_train.data.batches import MicroBatch
-from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
-from opt_train.model.init import Progress, initialise
+from opt_train.model.init import initialise
 from opt_train.optim.adamw import apply, make_optimizer
 from opt_train.optim.apex import choose, fuse_layer_norms
 from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, local_part
 from opt_train.optim.per_layer_norms import LayerSquares
-from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Sums, loss_of
+from opt_train.parallel.config import PrecisionConfig
+from opt_train.parallel.engine import EngineSpec, Sums, loss_of
 from opt_train.parallel.layernorm_recompute import forget_outputs
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.recompute import recompute_and_compile
@@ -44,67 +43,47 @@ def make_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     return mesh
 
 
-def build(
-    config: ModelConfig,
-    precision: PrecisionConfig,
-    parallel: ParallelConfig,
-    layout: Layout,
-    device: torch.device,
-    seed: int | None,
-    progress: Progress | None = None,
-    fused: str = "torch",
-) -> OPT:
+def build(spec: EngineSpec) -> OPT:
     """The model as it trains, with initial weights. Needs a process group.
 
     A rank never holds more than its shards and some rows. Gradients arrive as *sums* over ranks in
     fp32: the caller divides by the world's number of tokens, so that ranks may hold unequal numbers
     of them.
 
-    Args:
-        seed: of the initial weights; None: they hold anything, for somebody who fills every one
-            from a checkpoint.
-        progress: told how many parameters of how many have their initial weights.
-        fused: `OptimConfig.fused`, which means LayerNorms too.
-
     Raises:
-        BadInput: `fused` asks for what is not there.
+        BadInput: `spec.fused` asks for what is not there.
     """
-    model = construct(config, precision, parallel, layout, device, fused)
-    model.to_empty(device=device)
-    if seed is not None:
-        initialise(model, config, seed, progress)
+    model = construct(spec)
+    model.to_empty(device=spec.device)
+    if spec.seed is not None:
+        initialise(model, spec.model, spec.seed, spec.progress)
     return model
 
 
-def construct(
-    config: ModelConfig,
-    precision: PrecisionConfig,
-    parallel: ParallelConfig,
-    layout: Layout,
-    device: torch.device,
-    fused: str = "torch",
-) -> OPT:
+def construct(spec: EngineSpec) -> OPT:
     """The model on the meta device: split over tensor groups, recomputing, compiled, sharded, in
-    this order."""
+    this order.
+
+    The order is torch's: tensor parallelism plans plain modules, what is recomputed wraps what is
+    compiled (`opt_train.parallel.recompute`), and FSDP's hooks stay outside of both.
+    """
+    parallel, layout = spec.parallel, spec.layout
     with torch.device("meta"):
-        model = OPT(config).to(TYPES[precision.weights])
-    apex = choose(fused, device)
+        model = OPT(spec.model).to(TYPES[spec.precision.weights])
+    apex = choose(spec.fused, spec.device)
     if apex is not None and layout.tensor == 1 and not parallel.compile:
         fuse_layer_norms(model, apex)
-    mesh = make_mesh(layout, device)
+    mesh = make_mesh(layout, spec.device)
     if layout.tensor > 1:
         split_over(model, mesh["tensor"])
     for block in model.model.decoder.layers:
         assert isinstance(block, Block)
         recompute_and_compile(block, parallel.activation_checkpointing, parallel.compile)
-        if (
-            layout.tensor == 1
-            and not parallel.compile
-            and parallel.activation_checkpointing != "full"
-        ):
+        is_eager_in_one_piece = layout.tensor == 1 and not parallel.compile
+        if is_eager_in_one_piece and parallel.activation_checkpointing != "full":
             forget_outputs(block)
-    if layout.gathers(precision):
-        _shard(model, precision, mesh[layout.data_mesh])
+    if layout.gathers(spec.precision):
+        _shard(model, spec.precision, mesh[layout.data_mesh])
     return model
 
 
@@ -127,31 +106,19 @@ class Fsdp2:
     """`Engine` with torch's own sharding, replicas (HSDP), tensor and sequence parallelism;
     `MeasuresLayers` too."""
 
-    def __init__(
-        self,
-        model: OPT,
-        device: torch.device,
-        values: Mapping[str, float],
-        accumulate: str,
-        fused: str = "torch",
-    ) -> None:
-        """Train `model`, made by `build`.
-
-        Args:
-            values: what is in force (`opt_train.optim.in_force`).
-            accumulate: `ParallelConfig.accumulate`.
-            fused: `OptimConfig.fused`.
+    def __init__(self, model: OPT, spec: EngineSpec) -> None:
+        """Train `model`, which `build` has made of `spec`.
 
         Raises:
-            BadInput: `fused` asks for what is not there.
+            BadInput: `spec.fused` asks for what is not there.
         """
         self.model = model
-        self.optimizer = make_optimizer(model, values, fused)
-        self._device = device
-        self._accumulate = accumulate
+        self.optimizer = make_optimizer(model, spec.values, spec.fused)
+        self._device = spec.device
+        self._accumulate = spec.parallel.accumulate
         named = dict(model.named_parameters())
         copies = [copies_of(parameter) for parameter in named.values()]
-        self._layers = LayerSquares(list(named), copies, model.config.layers, device)
+        self._layers = LayerSquares(list(named), copies, spec.model.layers, spec.device)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], grad_scale: Tensor | None = None

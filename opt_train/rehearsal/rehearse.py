@@ -36,6 +36,7 @@ from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
 from opt_train.optim.clip import clip, local_part
 from opt_train.optim.in_force import in_force
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.fsdp import Fsdp2, construct
 from opt_train.parallel.layout import Layout
 from opt_train.rehearsal.counting import CollectiveCount, Held, MemoryCount, Sent
@@ -65,23 +66,35 @@ class Rehearsal:
     collectives: list[Sent]
 
 
-def rehearse(config: RunConfig, tell: Callable[[str], None] = lambda line: None) -> Rehearsal:
+def spec_of(config: RunConfig) -> EngineSpec:
+    """What a rehearsal under `config` builds its engine from."""
+    return EngineSpec(
+        model=config.model,
+        precision=config.precision,
+        parallel=config.parallel,
+        layout=Layout.of(config.parallel, config.world_size),
+        device=CPU,
+        values=in_force(config, (), 0),
+        seed=config.seed,
+    )
+
+
+def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> Rehearsal:
     """One step of rank 0 under `config`. Needs a process without a process group.
 
     Args:
-        tell: called with a line now and then; the largest models take a minute.
+        report: called with a line now and then; the largest models take a minute.
     """
-    layout = Layout.of(config.parallel, config.world_size)
+    spec = spec_of(config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
         with rehearsing() as fake:
-            batches = micro_batches(config, layout)
-            model = empty_model(config, layout, fake)
+            batches = micro_batches(config, spec.layout)
+            model = empty_model(spec, fake)
             drawing = MemoryCount()
             with drawing:
                 initialise(model, config.model, config.seed)
-            values = in_force(config, (), 0)
-            engine = Fsdp2(model, CPU, values, config.parallel.accumulate)
+            engine = Fsdp2(model, spec)
             memory = MemoryCount()
             memory.hold("parameters", model.parameters())
             memory.hold("optimizer", moments_of(model, engine.optimizer))
@@ -89,14 +102,14 @@ def rehearse(config: RunConfig, tell: Callable[[str], None] = lambda line: None)
             kept: list[int] = []
             model.register_forward_pre_hook(lambda *_: memory.enter("forward"))
             model.register_forward_hook(lambda *_: memory.enter("backward", kept))
-            tell(_told(config, batches))
+            report(_description(config, batches))
             with CollectiveCount() as collectives, memory:
                 scale = torch.ones(())
                 engine.forward_backward(batches, scale)
                 memory.enter("update")
                 gradients = _bytes(parameter.grad for parameter in model.parameters())
                 norm = engine.grad_norm(torch.ones((), dtype=torch.float64), scale)
-                engine.apply(clip(norm, values["clip"]))
+                engine.apply(clip(norm, spec.values["clip"]))
             peak = memory.peak()
             return Rehearsal(
                 parameters=sum(p.numel() for p in model.parameters()),
@@ -124,7 +137,7 @@ def rehearsing() -> Iterator[FakeTensorMode]:
         yield fake
 
 
-def _told(config: RunConfig, batches: list[MicroBatch]) -> str:
+def _description(config: RunConfig, batches: list[MicroBatch]) -> str:
     many = "micro-batch" if len(batches) == 1 else "micro-batches"
     return (
         f"rehearsing {config.model.name} with "
@@ -133,12 +146,11 @@ def _told(config: RunConfig, batches: list[MicroBatch]) -> str:
     )
 
 
-def empty_model(config: RunConfig, layout: Layout, fake: FakeTensorMode) -> OPT:
+def empty_model(spec: EngineSpec, fake: FakeTensorMode) -> OPT:
     """The model as a rank has it, of fake tensors."""
-    with (
-        unset_fake_temporarily()
-    ):  # the meta device makes tensors that are fake in a way of their own
-        model = construct(config.model, config.precision, config.parallel, layout, CPU)
+    # The meta device makes tensors that are fake in a way of their own.
+    with unset_fake_temporarily():
+        model = construct(spec)
     with fake:
         return model.to_empty(device=CPU)
 

@@ -24,7 +24,7 @@ from opt_train.optim.adamw import really_in_force
 from opt_train.optim.in_force import differences, in_force
 from opt_train.optim.loss_scale import LossScale, expected_scale
 from opt_train.optim.loss_scale_policy import policy_of
-from opt_train.parallel.engine import Engine
+from opt_train.parallel.engine import Engine, EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
@@ -110,15 +110,17 @@ def start(
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
     seed = config.seed if manifest is None and initial is None else None
     engine = make_engine(
-        config.model,
-        config.precision,
-        config.parallel,
-        layout,
-        device,
-        values=in_force(config, state.ledger, state.step),
-        seed=seed,
-        fused=config.optim.fused,
-        progress=lambda done, all_: tell(Progress(done, all_)),
+        EngineSpec(
+            model=config.model,
+            precision=config.precision,
+            parallel=config.parallel,
+            layout=layout,
+            device=device,
+            values=in_force(config, state.ledger, state.step),
+            seed=seed,
+            fused=config.optim.fused,
+            progress=lambda done, all_: tell(Progress(done, all_)),
+        )
     )
     loss_scale = LossScale(policy_of(config.precision), device)
     if manifest is not None:

@@ -28,7 +28,7 @@ from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine
+from opt_train.parallel.engine import Engine, EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
@@ -53,7 +53,15 @@ class Case:
 
     def engine(self, seed: int) -> Engine:
         return make_engine(
-            MODEL, self.precision, self.parallel, self.layout, CPU, values=VALUES, seed=seed
+            EngineSpec(
+                model=MODEL,
+                precision=self.precision,
+                parallel=self.parallel,
+                layout=self.layout,
+                device=CPU,
+                values=VALUES,
+                seed=seed,
+            )
         )
 
     def step(self, engine: Engine, number: int, snapshot: Snapshot | None = None) -> float:
@@ -174,11 +182,29 @@ def read_elsewhere(case: Case, folder: Path) -> None:
     finds the same."""
     parallel, layout = ParallelConfig(), Layout(1, dist.get_world_size(), 1)
     reference = load_file(folder.with_name(f"{folder.name}.reference"))
-    other = make_engine(MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=5)
+    other = make_engine(
+        EngineSpec(
+            model=MODEL,
+            precision=case.precision,
+            parallel=parallel,
+            layout=layout,
+            device=CPU,
+            values=VALUES,
+            seed=5,
+        )
+    )
     restore(other, folder, read(folder))
     same(whole(other), reference)
     theirs = make_engine(
-        MODEL, case.precision, parallel, layout, CPU, values=VALUES, seed=6
+        EngineSpec(
+            model=MODEL,
+            precision=case.precision,
+            parallel=parallel,
+            layout=layout,
+            device=CPU,
+            values=VALUES,
+            seed=6,
+        )
     ).tensors()
     read_by_torch(theirs, folder)
     same(gathered(theirs), reference)

@@ -20,7 +20,7 @@ from opt_train.optim.clip import clip, local_part
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine, loss_of
+from opt_train.parallel.engine import Engine, EngineSpec, loss_of
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.orders import NoOrders, StopSignals
@@ -54,7 +54,15 @@ def world(tmp_path: Path) -> Iterator[None]:
 def trained(precision: PrecisionConfig) -> Engine:
     """A sharded model with two updates behind it, so that moments are not zero."""
     engine = make_engine(
-        TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, values=VALUES, seed=0
+        EngineSpec(
+            model=TINY,
+            precision=precision,
+            parallel=ParallelConfig(),
+            layout=Layout(1, 1, 1),
+            device=CPU,
+            values=VALUES,
+            seed=0,
+        )
     )
     for _ in range(2):
         backward(engine)

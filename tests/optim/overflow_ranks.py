@@ -25,6 +25,7 @@ from opt_train.optim.clip import Verdict, clip, predivision
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.step import tokens_of
@@ -51,7 +52,15 @@ class Trainer:
     def __init__(self, layout: Layout, precision: PrecisionConfig, rank: int) -> None:
         self.layout, self.rank = layout, rank
         self.engine = make_engine(
-            TINY, precision, ParallelConfig(), layout, CPU, values=VALUES, seed=3
+            EngineSpec(
+                model=TINY,
+                precision=precision,
+                parallel=ParallelConfig(),
+                layout=layout,
+                device=CPU,
+                values=VALUES,
+                seed=3,
+            )
         )
         self.scale = LossScale(policy_of(precision), CPU)
         self.predivision = predivision(

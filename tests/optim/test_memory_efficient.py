@@ -20,6 +20,7 @@ from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import apply, make_optimizer, really_in_force
 from opt_train.optim.memory_efficient import MemoryEfficientAdamW
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.fsdp import build
 from opt_train.parallel.layout import Layout
 from tests.optim.syncs import Syncs
@@ -157,7 +158,17 @@ def test_update_never_waits_for_the_device() -> None:
 
 
 def sharded(precision: PrecisionConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = build(TINY, precision, ParallelConfig(), Layout(1, 1, 1), CPU, seed=1)
+    model = build(
+        EngineSpec(
+            model=TINY,
+            precision=precision,
+            parallel=ParallelConfig(),
+            layout=Layout(1, 1, 1),
+            device=CPU,
+            values=VALUES,
+            seed=1,
+        )
+    )
     return model, make_optimizer(model, VALUES)
 
 

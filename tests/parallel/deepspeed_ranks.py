@@ -25,7 +25,7 @@ from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force, really_in_force
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine, MeasuresLayers
+from opt_train.parallel.engine import Engine, EngineSpec, MeasuresLayers
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
@@ -59,7 +59,15 @@ class Trainer:
         layout = Layout.of(parallel, self.world)
         precision = PrecisionConfig(compute=case["compute"])
         self.engine: Engine = make_engine(
-            MODEL, precision, parallel, layout, CPU, values=VALUES, seed=3
+            EngineSpec(
+                model=MODEL,
+                precision=precision,
+                parallel=parallel,
+                layout=layout,
+                device=CPU,
+                values=VALUES,
+                seed=3,
+            )
         )
 
     def backward(self, step: int) -> float:

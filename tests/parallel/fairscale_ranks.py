@@ -25,7 +25,7 @@ from opt_train.optim.clip import clip, predivision
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
-from opt_train.parallel.engine import Engine, MeasuresLayers
+from opt_train.parallel.engine import Engine, EngineSpec, MeasuresLayers
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.parallel.measure import loss_over
@@ -69,7 +69,15 @@ class Trainer:
         parallel = ParallelConfig(engine=engine, **ways)
         layout = Layout.of(parallel, self.world)
         self.engine: Engine = make_engine(
-            MODEL, precision, parallel, layout, CPU, values=VALUES, seed=seed
+            EngineSpec(
+                model=MODEL,
+                precision=precision,
+                parallel=parallel,
+                layout=layout,
+                device=CPU,
+                values=VALUES,
+                seed=seed,
+            )
         )
         self.scale = LossScale(policy_of(precision), CPU)
         self.predivision = predivision(

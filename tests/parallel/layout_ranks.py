@@ -24,6 +24,7 @@ from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from tests.train.leave import leave_with
@@ -74,7 +75,15 @@ def train(
     """Losses and gradient norms of `STEPS` steps, sums that tell initial weights apart, and groups'
     timeouts."""
     engine = make_engine(
-        config, PrecisionConfig(compute="fp32"), parallel, layout, CPU, values=VALUES, seed=3
+        EngineSpec(
+            model=config,
+            precision=PrecisionConfig(compute="fp32"),
+            parallel=parallel,
+            layout=layout,
+            device=CPU,
+            values=VALUES,
+            seed=3,
+        )
     )
     initial = {
         name.removeprefix(MODEL_PREFIX): digest(tensor)

@@ -16,31 +16,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opt_train.config.builder import build
 from opt_train.config.run_config import RunConfig
-from opt_train.optim.in_force import in_force
 from opt_train.parallel.fsdp import Fsdp2
-from opt_train.parallel.layout import Layout
 from opt_train.rehearsal.counting import MemoryCount
-from opt_train.rehearsal.rehearse import CPU, empty_model, micro_batches, moments_of, rehearsing
+from opt_train.rehearsal.rehearse import empty_model, micro_batches, moments_of, rehearsing, spec_of
 
 
 def peaks(config: RunConfig) -> dict[str, int]:
-    layout = Layout.of(config.parallel, config.world_size)
+    spec = spec_of(config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
         with rehearsing() as fake:
-            batches = micro_batches(config, layout)
+            batches = micro_batches(config, spec.layout)
             assert len(batches) == 1
             # The first step is not counted: in it DTensor tries operations on whole tensors, which
             # torch's would see.
-            engines = [
-                Fsdp2(
-                    empty_model(config, layout, fake),
-                    CPU,
-                    in_force(config, (), 0),
-                    config.parallel.accumulate,
-                )
-                for _ in range(3)
-            ]
+            engines = [Fsdp2(empty_model(spec, fake), spec) for _ in range(3)]
             engines[0].forward_backward(batches)
             tracker = FSDPMemTracker(engines[1].model, engines[1].optimizer)
             with tracker:

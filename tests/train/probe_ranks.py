@@ -20,6 +20,7 @@ from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import put_in_force
 from opt_train.optim.clip import clip, local_part
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
+from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.config import TrainConfig
@@ -56,7 +57,17 @@ def train(
     precision: PrecisionConfig,
 ) -> dict[str, Any]:
     """Losses to the bit, weights to the bit, and what the step stats had of the probes."""
-    engine = make_engine(model, precision, parallel, layout, CPU, values=VALUES, seed=3)
+    engine = make_engine(
+        EngineSpec(
+            model=model,
+            precision=precision,
+            parallel=parallel,
+            layout=layout,
+            device=CPU,
+            values=VALUES,
+            seed=3,
+        )
+    )
     reducer = StatsReducer(dist.new_group(backend="gloo"), rank, dist.get_world_size())
     losses = []
     scale = torch.tensor(SCALE)
