@@ -55,12 +55,12 @@ class SavedModel:
         """Seconds of one step."""
         began = time.perf_counter()
         self.engine.forward_backward([self._batch])
-        verdict = clip(self.engine.grad_norm(self._weight), 1.0)
+        decision = clip(self.engine.grad_norm(self._weight), 1.0)
         waits = time.perf_counter()
         if copying is not None:
             copying.wait_copied()
         self.waited = time.perf_counter() - waits
-        self.engine.apply(verdict)
+        self.engine.apply(decision)
         return time.perf_counter() - began
 
     def copy(self) -> float:

@@ -271,9 +271,9 @@ class Measurement:
 
         def step() -> None:
             engine.forward_backward(batch, loss_scale.scale)
-            verdict = clip(engine.grad_norm(count, loss_scale.scale), 1.0)
-            engine.apply(verdict)
-            loss_scale.update(verdict.skip)
+            decision = clip(engine.grad_norm(count, loss_scale.scale), 1.0)
+            engine.apply(decision)
+            loss_scale.update(decision.skip)
 
         return step
 

@@ -98,7 +98,7 @@ def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> N
     with it.
 
     Args:
-        factor: what gradients are to be multiplied by (`Verdict.factor`), fp32 scalar on the
+        factor: what gradients are to be multiplied by (`UpdateDecision.factor`), fp32 scalar on the
             device; None: 1. The kernel does that too, so no pass over the gradients is spent on it.
     """
     # The attributes that torch.amp.GradScaler sets.

@@ -71,7 +71,7 @@ def choose(wanted: str, device: torch.device) -> Apex | None:
             "(PyPI's apex is another package), or use optim.fused=auto"
         )
     if found.is_surprising:
-        _tell_once(f"apex is not used, but torch's fused AdamW and LayerNorm: {found.why}")
+        _warn_once(f"apex is not used, but torch's fused AdamW and LayerNorm: {found.why}")
     return None
 
 
@@ -107,7 +107,7 @@ def find() -> Apex | NoApex:
 
 
 @functools.cache
-def _tell_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     log.warning(sentence)
 
 
@@ -141,7 +141,7 @@ class ApexAdamW(Optimizer):
 
     FusedAdam lives inside and is handed its lists at each step: its kernels know no DTensor, and an
     empty part at a list's end would keep them from being launched. It is made `capturable`, its
-    word for a step that the host does not wait for, and gets the verdict where it looks for a
+    name for a step that the host does not wait for, and gets the decision where it looks for a
     gradient scaler's. The state must be given (`make_optimizer`).
     """
 
@@ -154,10 +154,12 @@ class ApexAdamW(Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
         )
-        held = [(group, _not_empty(group)) for group in self.param_groups]
-        self._groups = [group for group, parameters in held if parameters]
+        groups = [(group, _not_empty(group)) for group in self.param_groups]
+        self._groups = [group for group, parameters in groups if parameters]
         """Those that this rank holds anything of; FusedAdam's are in the same order."""
-        lists = [{"params": [_held(p) for p in parameters]} for _, parameters in held if parameters]
+        lists = [
+            {"params": [_own_part(p) for p in parameters]} for _, parameters in groups if parameters
+        ]
         self._fused: Any = (
             apex.fused_adam(lists, lr=lr, adam_w_mode=True, capturable=True) if lists else None
         )
@@ -170,33 +172,35 @@ class ApexAdamW(Optimizer):
         steps = [state["step"] for state in self.state.values()]
         skip = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
         if self._fused is not None:
-            # FusedAdam counts its steps by this buffer before it looks at the verdict, so would go
+            # FusedAdam counts its steps by this buffer before it looks at the decision, so would go
             # by the last step's, and in its second group by this one's.
             self._fused._dummy_overflow_buf.copy_(skip)
             self._fused.state.clear()
             for group, fused in zip(self._groups, self._fused.param_groups, strict=True):
                 self._hand_over(group, fused)
-            self._fused.step(grad_scaler=_Verdict(skip, self.gradient_factor))
+            self._fused.step(grad_scaler=_ScalerAnswers(skip, self.gradient_factor))
             for fused in self._fused.param_groups:
-                for held in fused["params"]:
-                    held.grad = None  # it would stay allocated until the next step
+                for own in fused["params"]:
+                    own.grad = None  # it would stay allocated until the next step
         # As a list: one scalar tensor would be read by the host.
         torch._foreach_add_(steps, [(skip == 0).float()] * len(steps))
 
     def _hand_over(self, group: dict[str, Any], fused: dict[str, Any]) -> None:
         """Memory to work on, and what is in force; new tensors are made on the device."""
         parameters = _not_empty(group)
-        fused["params"] = [_held(parameter) for parameter in parameters]
-        for parameter, held in zip(parameters, fused["params"], strict=True):
-            held.grad = _held(parameter.grad)
-            self._fused.state[held] = {name: _held(self.state[parameter][name]) for name in MOMENTS}
+        fused["params"] = [_own_part(parameter) for parameter in parameters]
+        for parameter, own in zip(parameters, fused["params"], strict=True):
+            own.grad = _own_part(parameter.grad)
+            self._fused.state[own] = {
+                name: _own_part(self.state[parameter][name]) for name in MOMENTS
+            }
         done = self.state[parameters[0]]["step"]
         fused["step"] = done.to(torch.int32).reshape(1)
         fused["lr"] = torch.full_like(done, group["lr"])
         fused.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
 
 
-class _Verdict:
+class _ScalerAnswers:
     """Answers what FusedAdam asks a `torch.amp.GradScaler`."""
 
     def __init__(self, skip: Tensor, factor: Tensor | None) -> None:
@@ -217,7 +221,7 @@ def _not_empty(group: dict[str, Any]) -> list[Tensor]:
     return [parameter for parameter in group["params"] if local_part(parameter).numel()]
 
 
-def _held(tensor: Tensor | None) -> Tensor:
+def _own_part(tensor: Tensor | None) -> Tensor:
     """What this rank holds of `tensor`, in the same memory, outside of autograd."""
     assert tensor is not None, "a parameter without a gradient"
     return local_part(tensor).detach()

@@ -20,7 +20,7 @@ class GradNorm(NamedTuple):
     fp64."""
 
 
-class Verdict(NamedTuple):
+class UpdateDecision(NamedTuple):
     """What is to become of a step's gradients. Scalars on the device, the same on every rank."""
 
     norm: Tensor
@@ -39,8 +39,8 @@ def predivision(enabled: bool, data_world: int) -> float:
 
     OPT divided by N in two steps, by the square root of N before the sum and again behind it, so
     that neither what is summed underflows nor the sum overflows in fp16 (arXiv 2205.01068, section
-    2.2). The second half is part of `Verdict.factor`. `enabled` is ``precision.predivide``, for
-    fp16 alone.
+    2.2). The second half is part of `UpdateDecision.factor`. `enabled` is ``precision.predivide``,
+    for fp16 alone.
     """
     return 1.0 / math.sqrt(data_world) if enabled else 1.0
 
@@ -78,7 +78,7 @@ def global_norm(
 
 
 @torch.no_grad()
-def clip(grad_norm: GradNorm, max_norm: float) -> Verdict:
+def clip(grad_norm: GradNorm, max_norm: float) -> UpdateDecision:
     """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is
     not finite.
 
@@ -86,7 +86,7 @@ def clip(grad_norm: GradNorm, max_norm: float) -> Verdict:
     """
     norm = grad_norm.norm
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return Verdict(
+    return UpdateDecision(
         norm,
         norm * coefficient,
         (~norm.isfinite()).float(),

@@ -18,7 +18,7 @@ LONGEST_WINDOW = 2**40
 
 class LossScale:
     """The scale and its counters as scalars on the device. Every rank that feeds it the same
-    verdicts has the same."""
+    decisions has the same."""
 
     def __init__(self, policy: LossScalePolicy, device: torch.device) -> None:
         self.policy = policy
@@ -36,7 +36,7 @@ class LossScale:
         """Move on by one step. Nothing waits for the device.
 
         Args:
-            skip: 1 where the step overflowed, the same on every rank (`Clipped.skip`).
+            skip: 1 where the step overflowed, the same on every rank (`UpdateDecision.skip`).
         """
         policy = self.policy
         if not policy.window_steps:

@@ -47,8 +47,7 @@ class LayerSquares:
         Args:
             parts: this rank's, in the order of the names; any may be empty.
         """
-        # In fp32 and then fp64, as `opt_train.optim.clip.global_norm` has it, so that both say the
-        # same.
+        # In fp32 and then fp64, as `opt_train.optim.clip.global_norm` has it, so that both agree.
         norms = torch.stack(torch._foreach_norm(list(parts), 2, dtype=torch.float32)).double()
         sums = torch.zeros(self._layers + 2, dtype=torch.float64, device=norms.device)
         return sums.index_add_(0, self._places, norms.square() / self._copies)

@@ -26,7 +26,7 @@ from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
 from opt_train.optim.adamw import put_in_force
-from opt_train.optim.clip import GradNorm, Verdict, global_norm
+from opt_train.optim.clip import GradNorm, UpdateDecision, global_norm
 from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.deepspeed_zero import zero_of
@@ -131,12 +131,12 @@ class DeepSpeed:
         of_weights = self._layers.of(self._zero.weights(self._parameters.values()))
         return torch.stack([of_gradients / divisor.square(), of_weights])
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, decision: UpdateDecision) -> None:
         """See `Engine`."""
         # The attributes that torch.amp.GradScaler sets: the kernel skips, and multiplies, on the
         # device.
-        self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = verdict.factor.reciprocal()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = decision.skip  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = decision.factor.reciprocal()  # type: ignore[attr-defined]
         self._zero.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def _take_over(device: torch.device) -> None:
             f"DeepSpeed has taken to {found}, but train.device is {device.type}; "
             f"start with DS_ACCELERATOR={device.type} in the environment"
         )
-    # It was written for an older torch, which says so at every collective.
+    # It was written for an older torch; this one warns at every collective.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+_tensor` is deprecated"
     )

@@ -143,8 +143,8 @@ class _Stage3:
         # divisor is divided too, which is exact where the world is a power of two; elsewhere a
         # gradient is rounded once more.
         self.averaged_over = dist.get_world_size()
-        # Its own norm: the host would wait for it, and leave out steps that are the verdict's to
-        # leave out.
+        # Its own norm: the host would wait for it, and leave out steps by a rule
+        # of its own.
         self._zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def masters(self) -> list[Tensor]:

@@ -17,7 +17,7 @@ from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import Loss
 from opt_train.model.init import Progress
-from opt_train.optim.clip import GradNorm, Verdict
+from opt_train.optim.clip import GradNorm, UpdateDecision
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.layout import Layout
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
 
     @property
     def optimizer(self) -> Optimizer:
-        """Its groups are told LR, betas, eps and decay before each step
+        """Its groups get LR, betas, eps and decay before each step
         (`opt_train.optim.adamw.put_in_force`)."""
         ...
 
@@ -82,7 +82,7 @@ class Engine(Protocol):
         (`opt_train.optim.clip.global_norm`)."""
         ...
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, decision: UpdateDecision) -> None:
         """Move the weights, or leave everything as it was, to the bit; then forget the
         gradients."""
         ...

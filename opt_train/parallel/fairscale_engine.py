@@ -23,7 +23,7 @@ from opt_train.model.config import ModelConfig
 from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import Progress, initialise
 from opt_train.optim.adamw import apply, make_optimizer, put_in_force
-from opt_train.optim.clip import GradNorm, Verdict, global_norm
+from opt_train.optim.clip import GradNorm, UpdateDecision, global_norm
 from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.engine import EngineSpec, Sums, loss_of
 from opt_train.parallel.fsdp import TYPES, make_mesh
@@ -60,7 +60,7 @@ class Fairscale:
         self._device = device
         self._accumulate = spec.parallel.accumulate
         self._mesh = make_mesh(Layout(1, dist.get_world_size(), 1), device)
-        # fairscale was written for an older torch, which says so at every storage and every
+        # fairscale was written for an older torch; this one warns at every storage and every
         # collective.
         warnings.filterwarnings(
             "ignore", category=UserWarning, message="TypedStorage is deprecated"
@@ -83,7 +83,7 @@ class Fairscale:
 
     def _make_optimizer(self, values: Mapping[str, float]) -> Optimizer:
         optimizer = make_optimizer(self.model, values)
-        # Shards are flat, so which of them are matrices and decay only the shapes tell.
+        # Shards are flat, so only the shapes know which of them are matrices and decay.
         matrices = [shard for name, shard in self._shards.items() if len(self._shapes[name]) >= 2]
         vectors = [shard for name, shard in self._shards.items() if len(self._shapes[name]) < 2]
         for group in optimizer.param_groups:
@@ -138,9 +138,9 @@ class Fairscale:
         of_weights = self._layers.of([shard.detach() for shard in self._shards.values()])
         return torch.stack([self._layers.of(gradients) / divisor.square(), of_weights])
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, decision: UpdateDecision) -> None:
         """See `Engine`."""
-        apply(self.optimizer, verdict.skip, verdict.factor)
+        apply(self.optimizer, decision.skip, decision.factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Engine`. What divides evenly shares memory with model and optimizer; the rest is
@@ -174,7 +174,7 @@ class Fairscale:
             if progress is not None:
                 progress(done, len(self._shards))
             rows = self._rows(name, shard)
-            initialise(_alone(name, rows), config, seed)
+            initialise(_module_with(name, rows), config, seed)
             with torch.no_grad():
                 self._fill(name, shard, rows)
 
@@ -250,7 +250,7 @@ def _out_of_reach(_: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tens
     )
 
 
-def _alone(name: str, rows: Tensor) -> nn.Module:
+def _module_with(name: str, rows: Tensor) -> nn.Module:
     """A module that has nothing but this parameter, under its whole name."""
     *path, last = name.split(".")
     module = outermost = nn.Module()

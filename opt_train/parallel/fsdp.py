@@ -15,7 +15,7 @@ from opt_train.model.decoder import OPT, Block
 from opt_train.model.init import initialise
 from opt_train.optim.adamw import apply, make_optimizer
 from opt_train.optim.apex import choose, fuse_layer_norms
-from opt_train.optim.clip import GradNorm, Verdict, copies_of, global_norm, local_part
+from opt_train.optim.clip import GradNorm, UpdateDecision, copies_of, global_norm, local_part
 from opt_train.optim.per_layer_norms import LayerSquares
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.parallel.engine import EngineSpec, Sums, loss_of
@@ -96,7 +96,8 @@ def _shard(model: OPT, precision: PrecisionConfig, mesh: DeviceMesh) -> None:
     for module in (*model.model.decoder.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         assert isinstance(module, FSDPModule)
-        if mesh.size() > 1:  # alone torch would really divide by it, into another tensor
+        # On one rank torch would really divide by it, into another tensor.
+        if mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
         # gloo knows no pre-multiplied sum; a plain sum is what is wanted anyway.
         module.set_force_sum_reduction_for_comms(True)
@@ -138,7 +139,8 @@ class Fsdp2:
     def _reduce_gradients(self, last: bool) -> None:
         """Whether the next backward sums gradients over ranks, or only adds them to what is
         there."""
-        if not isinstance(self.model, FSDPModule):  # a lone rank's are sums already
+        # A single rank's are sums already.
+        if not isinstance(self.model, FSDPModule):
             return
         self.model.set_requires_gradient_sync(last or self._accumulate == "shards")
         # Replicas add up their own shards until the last micro-batch.
@@ -163,9 +165,9 @@ class Fsdp2:
         of_weights = self._layers.of([local_part(parameter.detach()) for parameter in parameters])
         return torch.stack([of_gradients / divisor.square(), of_weights])
 
-    def apply(self, verdict: Verdict) -> None:
+    def apply(self, decision: UpdateDecision) -> None:
         """See `Engine`."""
-        apply(self.optimizer, verdict.skip, verdict.factor)
+        apply(self.optimizer, decision.skip, decision.factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Engine`; they share memory with the model and the optimizer."""

@@ -36,8 +36,8 @@ class _Forgetting:
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
         self._outputs: dict[int, tuple[Tensor, _Again]] = {}
-        """Of the forward pass under way, by their storages; being held, none makes room for another
-        at its place."""
+        """Of the forward pass under way, by their storages; none is freed meanwhile, to make room
+        for another at its place."""
 
     def forward(self, hidden: Tensor, *others: object) -> Tensor:
         try:

@@ -75,7 +75,7 @@ class Layout:
     def gathers(self, precision: PrecisionConfig) -> bool:
         """Whether weights are brought together, or into another type, before they are used.
 
-        A lone rank whose weights are in the compute type uses them where they are, and gradients
+        A single rank whose weights are in the compute type uses them where they are, and gradients
         arrive where they are kept: FSDP would copy both, and on a CPU take a third more time for a
         step.
         """

@@ -22,7 +22,7 @@ def loss_over(
     Args:
         model: on `device`, in evaluation mode. Of several ranks that share it, each gives its own
             part of the text, in as many micro-batches as the others.
-        progress: told after each micro-batch how many sequences are done.
+        progress: called after each micro-batch with the number of sequences done.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     sequences = tokens = 0

@@ -116,7 +116,7 @@ class _PositionParallel(ParallelStyle):
     sequence."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        # torch's hints say that hooks return nothing; its code takes what they return.
+        # torch's hints promise that hooks return nothing; its code takes what they return.
         return distribute_module(module, device_mesh, _replicate, _own_positions, _local)  # type: ignore[arg-type]
 
 

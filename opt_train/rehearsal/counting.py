@@ -36,7 +36,7 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TensorsAtPeak:
     """Tensors of one kind that were there at the moment of the peak."""
 
     origin: str
@@ -52,7 +52,7 @@ class Peak:
 
     bytes: int
     phase: str
-    held: list[Held]
+    tensors: list[TensorsAtPeak]
 
 
 class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -73,10 +73,10 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         self._log: list[tuple[int, str, str]] = []
         self._patches = ExitStack()
 
-    def hold(self, what: str, tensors: Iterable[Tensor]) -> None:
+    def count_existing(self, what: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were there before."""
         for tensor in tensors:
-            self._see(local_part(tensor), what)
+            self._count(local_part(tensor), what)
         self.largest = 0
 
     def enter(self, phase: str, notes: list[int] | None = None) -> None:
@@ -87,7 +87,7 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __enter__(self) -> Self:
         with ExitStack() as patches:
-            # FSDP frees gathered weights so; no operation tells.
+            # FSDP frees gathered weights so, without an operation.
             patches.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
             # DTensor tries each operation on whole tensors to learn the shape of the result.
             name = "_propagate_tensor_meta_non_cached"
@@ -134,10 +134,10 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result) if not self._trying else ():
             if isinstance(value, Tensor) and not isinstance(value, DTensor):
-                self._see(value, f"{func._schema.name.split('::')[1]}{[*value.shape]}")
+                self._count(value, f"{func._schema.name.split('::')[1]}{[*value.shape]}")
         return result
 
-    def _see(self, tensor: Tensor, what: str) -> None:
+    def _count(self, tensor: Tensor, what: str) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
@@ -162,12 +162,12 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
             live += change
             if live > highest:
                 highest, when = live, number
-        held: Counter[tuple[str, int]] = Counter()
+        counts: Counter[tuple[str, int]] = Counter()
         for change, what, _ in self._log[: when + 1]:
-            held[what, abs(change)] += 1 if change > 0 else -1
-        largest = sorted(held.items(), key=lambda item: -item[0][1] * item[1])
+            counts[what, abs(change)] += 1 if change > 0 else -1
+        largest = sorted(counts.items(), key=lambda item: -item[0][1] * item[1])
         shown = [
-            Held(what, size, count)
+            TensorsAtPeak(what, size, count)
             for (what, size), count in largest
             if count and what not in ("parameters", "optimizer")
         ]

@@ -39,7 +39,7 @@ from opt_train.optim.in_force import in_force
 from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.fsdp import Fsdp2, construct
 from opt_train.parallel.layout import Layout
-from opt_train.rehearsal.counting import CollectiveCount, Held, MemoryCount, Sent
+from opt_train.rehearsal.counting import CollectiveCount, MemoryCount, Sent, TensorsAtPeak
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ class Rehearsal:
     """When that is: ``forward``, ``backward`` or ``update``."""
     largest_temporary: int
     """The largest single tensor that is not one of the shards."""
-    held_at_peak: list[Held]
+    held_at_peak: list[TensorsAtPeak]
     """The largest of what makes up the peak, without parameters and optimizer state."""
     collectives: list[Sent]
 
@@ -96,9 +96,9 @@ def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: Non
                 initialise(model, config.model, config.seed)
             engine = Fsdp2(model, spec)
             memory = MemoryCount()
-            memory.hold("parameters", model.parameters())
-            memory.hold("optimizer", moments_of(model, engine.optimizer))
-            held = memory.live
+            memory.count_existing("parameters", model.parameters())
+            memory.count_existing("optimizer", moments_of(model, engine.optimizer))
+            before_the_step = memory.live
             kept: list[int] = []
             model.register_forward_pre_hook(lambda *_: memory.enter("forward"))
             model.register_forward_hook(lambda *_: memory.enter("backward", kept))
@@ -118,11 +118,11 @@ def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: Non
                     "gradients": gradients,
                     "optimizer": _bytes(moments_of(model, engine.optimizer)),
                 },
-                kept_for_backward=kept[0] - held,
+                kept_for_backward=kept[0] - before_the_step,
                 peak=peak.bytes,
                 peak_phase=peak.phase,
                 largest_temporary=max(drawing.largest, memory.largest),
-                held_at_peak=peak.held,
+                held_at_peak=peak.tensors,
                 collectives=collectives.sent(),
             )
     finally:

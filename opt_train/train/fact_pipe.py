@@ -1,5 +1,5 @@
-"""A rank's voice: facts down a pipe whose reader may be slow, stuck or gone, without ever waiting
-for it."""
+"""Publishes a rank's facts: down a pipe whose reader may be slow, stuck or gone, without ever
+waiting for it."""
 
 import contextlib
 import os
@@ -35,10 +35,10 @@ class FactPipe:
         self.reader_gone = False
 
     def __call__(self, fact: Message) -> None:
-        self.tell(fact)
+        self.publish(fact)
 
-    def tell(self, fact: Message) -> None:
-        """Say `fact`. Returns at once, whatever the reader does.
+    def publish(self, fact: Message) -> None:
+        """Send `fact`, or keep it for later. Returns at once, whatever the reader does.
 
         Raises:
             ValueError: the fact has no line of `MAX_FACT_BYTES`, even with its text cut.
@@ -92,8 +92,8 @@ class FactPipe:
 def fitting_line(fact: Message) -> bytes:
     """`fact` as a line of at most `MAX_FACT_BYTES`.
 
-    A long reason loses its end, and says so. Metrics of a model with very many layers lose what is
-    listed by layer.
+    A long reason loses its end, and a note stands for it. Metrics of a model with very many layers
+    lose what is listed by layer.
 
     Raises:
         ValueError: it is too long for another reason.

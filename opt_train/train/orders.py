@@ -1,4 +1,5 @@
-"""A rank's ear: commands and orders from the control pipe, and the signals that ask it to stop."""
+"""What reaches a rank: commands and orders from the control pipe, and the signals that ask it to
+stop."""
 
 import os
 import select
@@ -19,7 +20,7 @@ class AgentGone(Exception):
 
 
 class OrderSource(Protocol):
-    """Where a training loop hears orders from."""
+    """Where a training loop gets its orders from."""
 
     def poll(self) -> list[Order]:
         """Orders that came since the last call; does not wait."""
@@ -27,7 +28,7 @@ class OrderSource(Protocol):
 
 
 class NoOrders:
-    """For a lone `opt-train train`, which obeys nothing but signals."""
+    """For `opt-train train` without an agent, which obeys nothing but signals."""
 
     def poll(self) -> list[Order]:
         return []

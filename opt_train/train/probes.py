@@ -125,7 +125,7 @@ def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator
 
 
 class FixedProduct:
-    """The same matrix product on every rank: how fast it is tells a slow device from its peers.
+    """The same matrix product on every rank: its speed sets a slow device apart from its peers.
 
     On a GPU in bf16, by the device's own clock. On a CPU in fp32, by the process's clock, which
     counts the time of all its threads and none of its neighbours: the speed of one core, whoever

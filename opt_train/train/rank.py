@@ -1,4 +1,4 @@
-"""One rank from `Begin` to its last words: build, join, restore, train, leave."""
+"""One rank from `Begin` to its `ExitNotice`: build, join, restore, train, leave."""
 
 import hashlib
 import os
@@ -53,55 +53,55 @@ class CannotStart(Exception):
 
 
 def run_rank(
-    begin: Begin, tell: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
+    begin: Begin, publish: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
 ) -> int:
     """Be rank `begin.rank` until training ends; returns the exit code. `ExitNotice` is the last
-    fact told.
+    fact published.
 
     Raises:
         Exception: anything unforeseen, without an `ExitNotice`: the agent reports the exit code and
             the log's end.
     """
     try:
-        leaving = train(start(begin, tell, orders, signals, joins))
+        notice = train(start(begin, publish, orders, signals, joins))
     except CannotStart as error:
-        leaving = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
+        notice = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause=error.cause)
     except BadInput as error:
-        leaving = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause="config")
+        notice = ExitNotice(RANK_BAD_CONFIG, -1, str(error), cause="config")
     except RuntimeError as error:
         if (reason := explain(error)) is None:
             raise
-        leaving = ExitNotice(RANK_BAD_CONFIG, -1, reason, cause="config")
-    log_line(f"leaving with code {leaving.code} at step {leaving.step}: {leaving.reason}")
-    tell(leaving)
-    return leaving.code
+        notice = ExitNotice(RANK_BAD_CONFIG, -1, reason, cause="config")
+    log_line(f"leaving with code {notice.code} at step {notice.step}: {notice.reason}")
+    publish(notice)
+    return notice.code
 
 
 def start(
-    begin: Begin, tell: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
+    begin: Begin, publish: Publish, orders: OrderSource, signals: StopSignals, joins: Join = join
 ) -> Training:
     """Everything up to the first step.
 
     Raises:
         CannotStart, BadInput: configuration, data or checkpoint is not what it should be.
     """
-    tell(Phase("start", 0))
+    publish(Phase("start", 0))
     config = read_config(begin)
     layout = Layout.of(config.parallel, begin.world_size)
     if config.train.deterministic:
         be_deterministic()
     device = choose_device(config.train.device, begin.local_rank)
     set_threads(config, begin.world_size, device)
-    # Before anybody waits for anybody: a rank that was given rubbish should say so at once.
+    # Before anybody waits for anybody: a rank that was given rubbish should leave at once.
     dataset, batches, validation_sets = open_data(config)
-    manifest = read_manifest(begin, tell)
+    manifest = read_manifest(begin, publish)
     state = read_state(manifest, dataset)
     state.ledger = begin.ledger
 
-    group = joins(begin, config, device, tell)
+    group = joins(begin, config, device, publish)
     if manifest is not None:
         # Before any memory is filled: a checkpoint that is bad costs a restart its reading alone.
-        verify(begin, manifest, group, tell)
+        verify(begin, manifest, group, publish)
     initial = (
         Path(config.train.initial_weights)
         if config.train.initial_weights and manifest is None
@@ -119,7 +119,7 @@ def start(
             values=in_force(config, state.ledger, state.step),
             seed=seed,
             fused=config.optim.fused,
-            progress=lambda done, all_: tell(Progress(done, all_)),
+            progress=lambda done, all_: publish(Progress(done, all_)),
         )
     )
     loss_scale = LossScale(policy_of(config.precision), device)
@@ -127,8 +127,8 @@ def start(
         load(engine, begin, manifest, group)
         load_loss_scale(loss_scale, manifest)
     if initial is not None:
-        begin_with(engine, initial, group, tell)
-    report_in_force(begin, config, engine.optimizer, loss_scale, state, manifest, dataset, tell)
+        begin_with(engine, initial, group, publish)
+    report_in_force(begin, config, engine.optimizer, loss_scale, state, manifest, dataset, publish)
     engine.model.train()
     # Whoever gives orders is an agent; without one nobody would hold a snapshot.
     takes_snapshots = config.checkpoint.memory_every_steps and not isinstance(orders, NoOrders)
@@ -146,7 +146,7 @@ def start(
         loss_scale=loss_scale,
         data_fingerprint=dataset.fingerprint,
         state=state,
-        publish=tell,
+        publish=publish,
     )
     return assemble(
         context,
@@ -207,7 +207,7 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     return dataset, batches, validation_sets
 
 
-def read_manifest(begin: Begin, tell: Publish) -> checkpoint_manifest.Manifest | None:
+def read_manifest(begin: Begin, publish: Publish) -> checkpoint_manifest.Manifest | None:
     """The manifest of the checkpoint to restore; None only where none was asked for.
 
     Raises:
@@ -227,7 +227,7 @@ def read_manifest(begin: Begin, tell: Publish) -> checkpoint_manifest.Manifest |
         return retry_while_late(
             folder,
             lambda: checkpoint_manifest.read(folder, sha256),
-            waiting=lambda: tell(Progress(0, 0)),
+            waiting=lambda: publish(Progress(0, 0)),
         )
     except CheckpointError as error:
         raise CannotStart("corrupt_checkpoint", str(error)) from None
@@ -267,7 +267,7 @@ def verify(
     begin: Begin,
     manifest: checkpoint_manifest.Manifest,
     group: dist.ProcessGroup,
-    tell: Publish,
+    publish: Publish,
 ) -> None:
     """Read the checkpoint's files, each on one of the ranks, and compare them with the manifest.
 
@@ -280,7 +280,7 @@ def verify(
             Path(begin.checkpoint),
             manifest,
             process_group=group,
-            progress=lambda done, all_: tell(Progress(done, all_)),
+            progress=lambda done, all_: publish(Progress(done, all_)),
             rank_file=own_file(begin, manifest),
             patient=True,
         )
@@ -325,7 +325,7 @@ def own_file(begin: Begin, manifest: checkpoint_manifest.Manifest) -> Path | Non
     return Path(begin.checkpoint) / own_file_name(begin.rank)
 
 
-def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Publish) -> None:
+def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, publish: Publish) -> None:
     """Give the engine another checkpoint's weights, in its own type; the optimizer stays at its
     beginning.
 
@@ -338,7 +338,7 @@ def begin_with(engine: Engine, folder: Path, group: dist.ProcessGroup, tell: Pub
             folder,
             checkpoint_manifest.read(folder),
             process_group=group,
-            progress=lambda done, all_: tell(Progress(done, all_)),
+            progress=lambda done, all_: publish(Progress(done, all_)),
             convert=True,
         )
     except CheckpointError as error:
@@ -363,7 +363,8 @@ def load_loss_scale(loss_scale: LossScale, manifest: checkpoint_manifest.Manifes
 
 
 def saved_loss_scale(manifest: checkpoint_manifest.Manifest | None) -> Mapping[str, Any] | None:
-    """What a checkpoint says of its loss scale. Before there was one, checkpoints said 1.0."""
+    """The loss scale that a checkpoint carries; None where there is none. Before fp16 was trained,
+    checkpoints carried a plain 1.0."""
     saved = None if manifest is None else manifest.state.get("loss_scale")
     return saved if isinstance(saved, Mapping) else None
 
@@ -376,10 +377,10 @@ def report_in_force(
     state: TrainState,
     manifest: checkpoint_manifest.Manifest | None,
     dataset: DatasetManifest,
-    tell: Publish,
+    publish: Publish,
 ) -> None:
-    """Tell what is really in effect, read back from the optimizer and the cursor, and refuse what
-    should not be.
+    """Publish what is really in effect, read back from the optimizer and the cursor, and refuse
+    what should not be.
 
     Raises:
         CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has
@@ -396,7 +397,7 @@ def report_in_force(
         "step": state.step,
         "data_fingerprint": dataset.fingerprint,
     }
-    tell(InForce(values))
+    publish(InForce(values))
     wrong = differences({**expected, "updates": state.updates}, values)
     if wrong:
         raise CannotStart("config", "not in force as it should be: " + "; ".join(wrong))

@@ -38,16 +38,18 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def join(begin: Begin, config: RunConfig, device: torch.device, tell: Publish) -> dist.ProcessGroup:
-    """Join the generation's world; returns a CPU group beside it, for the step's word.
+def join(
+    begin: Begin, config: RunConfig, device: torch.device, publish: Publish
+) -> dist.ProcessGroup:
+    """Join the generation's world; returns a CPU group beside it, for the step stats.
 
-    Rank 0 binds the store on a free port and tells it; the others were given host and port. Keys
-    carry the generation, so a rank of an older one can never meet this one.
+    Rank 0 binds the store on a free port and publishes it; the others were given host and port.
+    Keys carry the generation, so a rank of an older one can never meet this one.
     """
     timeout = timedelta(seconds=config.train.collective_timeout_seconds)
     host = begin.store_host or "127.0.0.1"
-    leads = begin.rank == 0
-    if leads:
+    is_rank_zero = begin.rank == 0
+    if is_rank_zero:
         # torch would listen on every interface; whoever reaches the store can put keys into it.
         listening = socket.create_server((host, 0))
         store = TCPStore(
@@ -58,7 +60,7 @@ def join(begin: Begin, config: RunConfig, device: torch.device, tell: Publish) -
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
-        tell(Store(host, store.port))
+        publish(Store(host, store.port))
     else:
         store = TCPStore(
             host, begin.store_port, is_master=False, timeout=timeout, wait_for_workers=False

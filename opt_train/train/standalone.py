@@ -1,5 +1,5 @@
-"""`opt-train train`: the same rank without an agent, alone or as torchrun starts it. It obeys
-nothing but signals."""
+"""`opt-train train`: the same rank without an agent, as a single process or as torchrun starts it.
+It obeys nothing but signals."""
 
 import gc
 import json
@@ -22,13 +22,13 @@ from opt_train.train.rank import run_rank
 from opt_train.train.rendezvous import choose_device, join, join_by_environment
 
 PublishFrom = Callable[[int, Message], None]
-"""Told (rank, fact) on rank 0: its own facts, and every rank's `ShardsSaved`, which a committer
-needs."""
+"""Called with (rank, fact) on rank 0: its own facts, and every rank's `ShardsSaved`, which a
+committer needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandaloneBegin:
-    """What somebody who holds the journal decided about a lone attempt."""
+    """What somebody who holds the journal decided about an attempt without a supervisor."""
 
     attempt: str
     config_path: str
@@ -43,7 +43,7 @@ def train_standalone(
     config: RunConfig,
     open_run: Callable[[], StandaloneBegin],
     reject_checkpoint: Callable[[str], StandaloneBegin],
-    tell: PublishFrom,
+    publish: PublishFrom,
 ) -> int:
     """Train to the end, in one process or as one of torchrun's; returns the rank's exit code
     (protocol/exits.py).
@@ -53,17 +53,18 @@ def train_standalone(
             decides what to resume.
         reject_checkpoint: called on rank 0 alone, with the reason, when the ranks have found that
             what they were to resume is corrupt: decides what to resume instead.
-        tell: called on rank 0 alone.
+        publish: called on rank 0 alone.
 
     Raises:
-        BadInput: the configuration cannot work here, or `open_run` or `reject_checkpoint` says so
+        BadInput: the configuration cannot work here, or `open_run` or `reject_checkpoint` refuses
             (rank 0 alone; the others return 2).
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     signals = StopSignals()
     signals.listen(signal.SIGINT)
-    # Alone, the loopback will do; gloo would look up the host's name, which not every machine can.
+    # For one process the loopback will do; gloo would look up the host's name, which not every
+    # machine can.
     interface = config.cluster.interface or ("" if "RANK" in os.environ else "lo")
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -72,35 +73,35 @@ def train_standalone(
     group = (
         join_by_environment(config, device)
         if "RANK" in os.environ
-        else join(_begin(), config, device, _unheard)
+        else join(_begin(), config, device, _discard)
     )
     decide = open_run
     while True:
         try:
-            lone = _decide(decide, rank, group)
+            decided = _decide(decide, rank, group)
         except BadInput:
             dist.destroy_process_group()
             raise
-        if lone is None:
+        if decided is None:
             dist.destroy_process_group()
             return BAD_INPUT
-        begin = _begin(lone, rank, world_size, local_rank)
-        gathering = _Gathering(tell, rank, world_size, group)
-        code = run_rank(begin, gathering, NoOrders(), signals, gathering.join)
-        if not gathering.found_corrupt:
+        begin = _begin(decided, rank, world_size, local_rank)
+        gatherer = _FactGatherer(publish, rank, world_size, group)
+        code = run_rank(begin, gatherer, NoOrders(), signals, gatherer.join)
+        if not gatherer.found_corrupt:
             dist.destroy_process_group()
             return code
         # What the attempt had built is in cycles, and may fill a GPU that the next one needs.
         gc.collect()
-        decide = partial(reject_checkpoint, gathering.exit_reason)
+        decide = partial(reject_checkpoint, gatherer.exit_reason)
 
 
 def _begin(
-    lone: StandaloneBegin | None = None, rank: int = 0, world_size: int = 1, local_rank: int = 0
+    decided: StandaloneBegin | None = None, rank: int = 0, world_size: int = 1, local_rank: int = 0
 ) -> Begin:
     return Begin(
         generation=1,
-        attempt=lone.attempt if lone else "",
+        attempt=decided.attempt if decided else "",
         node="alone",
         slot=local_rank,
         rank=rank,
@@ -108,18 +109,18 @@ def _begin(
         local_rank=local_rank,
         store_host="127.0.0.1",
         store_port=0,
-        config_path=lone.config_path if lone else "",
-        config_sha256=lone.config_sha256 if lone else "",
-        run_directory=lone.run_directory if lone else "",
-        checkpoint=lone.checkpoint if lone else None,
-        manifest_sha256=lone.manifest_sha256 if lone else None,
+        config_path=decided.config_path if decided else "",
+        config_sha256=decided.config_sha256 if decided else "",
+        run_directory=decided.run_directory if decided else "",
+        checkpoint=decided.checkpoint if decided else None,
+        manifest_sha256=decided.manifest_sha256 if decided else None,
         order_number=0,
-        journal_head=lone.journal_head if lone else "",
+        journal_head=decided.journal_head if decided else "",
     )
 
 
-def _unheard(fact: Message) -> None:
-    """There is nobody to tell where the store is."""
+def _discard(fact: Message) -> None:
+    """Nobody needs to know where the store is."""
 
 
 def _decide(
@@ -135,14 +136,14 @@ def _decide(
     return StandaloneBegin(**json.loads(payloads[0])) if payloads[0] else None
 
 
-class _Gathering:
-    """Takes facts like a `FactPipe`: rank 0's go to the caller, the others' stay unsaid but for
+class _FactGatherer:
+    """Takes facts like a `FactPipe`: rank 0's go to the caller, the others' are dropped but for
     `ShardsSaved`."""
 
     def __init__(
-        self, tell: PublishFrom, rank: int, world_size: int, group: dist.ProcessGroup
+        self, publish: PublishFrom, rank: int, world_size: int, group: dist.ProcessGroup
     ) -> None:
-        self._tell, self._rank, self._world_size, self._group = tell, rank, world_size, group
+        self._publish, self._rank, self._world_size, self._group = publish, rank, world_size, group
         self.exit_reason = ""
         self.found_corrupt = False
         """The ranks have agreed that the checkpoint cannot be restored; true on all or none."""
@@ -162,13 +163,13 @@ class _Gathering:
             self.exit_reason = fact.reason
         if not isinstance(fact, ShardsSaved):
             if self._rank == 0:
-                self._tell(0, fact)
+                self._publish(0, fact)
             return
-        # All ranks say this at the same place: a save succeeds everywhere or nowhere.
+        # All ranks report this at the same place: a save succeeds everywhere or nowhere.
         lines = _gather(to_line(fact), self._group)
         if self._rank == 0:
             for rank, line in enumerate(lines):
-                self._tell(rank, from_line(line))
+                self._publish(rank, from_line(line))
         # Nobody trains on before the manifest stands: a crash right behind a save then finds it.
         dist.barrier(group=self._group)
 

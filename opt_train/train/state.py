@@ -56,8 +56,7 @@ class TrainState:
         return every > 0 and self.step % every == 0
 
     def absorb(self, stats: StepStats, loss_scale_floor: float = 1.0) -> None:
-        """Count what the world said of a step. Above its floor an overflow is but how a loss scale
-        finds its place."""
+        """Count a step. Above its floor an overflow is but how a loss scale finds its place."""
         hopeless = stats.skipped and stats.loss_scale <= loss_scale_floor
         self.floor_steps = self.floor_steps + hopeless if stats.skipped else 0
         self.tokens += int(stats.tokens)

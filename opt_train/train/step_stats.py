@@ -17,7 +17,7 @@ all-reduce of up to 64 doubles takes 0.3 to 1 ms, on a thread of its own.
 queued on the device; the result is read at the boundary *behind the next step*. It had a whole step
 to arrive, so nobody waits for it. Nothing needs it sooner: whether a gradient is applied, clipped
 or skipped is decided on the device from the norm that the device has reduced
-(`opt_train.optim.clip`), and this vector tells the host afterwards.
+(`opt_train.optim.clip`), and this vector informs the host afterwards.
 
     step n:    forward, backward, update queued ──► start(n)
     step n+1:  forward, backward, update queued ──► start(n+1)
@@ -35,7 +35,8 @@ hold a number a layer: a rank gives None, or as many numbers as every other rank
 steps do is known to all alike, `opt_train.train.probes`), so the vector is as long on each.
 
 To add a column that becomes a metric: a field of `StatsColumns` and its line in `COLUMNS`, here,
-and its value where it is measured. Whoever reads it, a detector say, asks the metrics for its key.
+and its value where it is measured. Whoever reads it, as a detector does, asks the metrics for its
+key.
 """
 
 import math

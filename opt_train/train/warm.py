@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def be_warm(facts_fd: int, control_fd: int) -> int:
-    """Import, say so, wait for `Begin`, be that rank; returns the exit code."""
+    """Import, publish `Warm`, wait for `Begin`, be that rank; returns the exit code."""
     began = time.monotonic()
     # These two need no torch, and the handlers must stand before a stray SIGTERM comes.
     from opt_train.train.fact_pipe import FactPipe  # noqa: PLC0415
@@ -58,7 +58,7 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     from opt_train.protocol.facts import Warm  # noqa: PLC0415
     from opt_train.train.rank import run_rank  # noqa: PLC0415
 
-    pipe.tell(Warm(os.getpid(), round(time.monotonic() - began, 3)))
+    pipe.publish(Warm(os.getpid(), round(time.monotonic() - began, 3)))
     begin = control.wait_for_begin()
     if begin is None:
         return 0
@@ -66,7 +66,7 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them,
     # exceptions do not.
     try:
-        code = run_rank(begin, pipe.tell, control, signals)
+        code = run_rank(begin, pipe.publish, control, signals)
     except AgentGone:
         print("the agent is gone, and this rank with it", flush=True)
         return _FAILED

@@ -71,10 +71,10 @@ class Case:
         tokens = (
             float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE / self.layout.tensor
         )
-        verdict = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), VALUES["clip"])
+        decision = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), VALUES["clip"])
         if snapshot is not None:
             snapshot.wait_copied()
-        engine.apply(verdict)
+        engine.apply(decision)
         return float(sums.loss_sum)
 
     def evaluate(self, engine: Engine) -> None:

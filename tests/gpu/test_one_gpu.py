@@ -38,7 +38,7 @@ def train(folder: Path, config: RunConfig) -> tuple[dict[int, float], dict[tuple
         world.begin()
         assert [leaving.code for leaving in world.finish()] == [0]
         losses = {step: line["loss"] for step, line in world.ranks[0].metrics.items()}
-        return losses, tensors_in(Path(world.ranks[0].told(ShardsSaved)[-1].folder))
+        return losses, tensors_in(Path(world.ranks[0].published(ShardsSaved)[-1].folder))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,12 @@ def test_saves_and_snapshots_beside_training_are_exact(device: str, tmp_path: Pa
     folder.mkdir()
     with World(folder, config, world_size=1) as world:
         world.begin()
-        world.wait(lambda: bool(world.ranks[0].told(ShardsSaved)), "the save of step 4")
-        world.wait(lambda: bool(world.ranks[0].told(SnapshotTaken)), "the snapshot of step 4")
-        saved, held = world.ranks[0].told(ShardsSaved)[0], world.ranks[0].told(SnapshotTaken)[0]
+        world.wait(lambda: bool(world.ranks[0].published(ShardsSaved)), "the save of step 4")
+        world.wait(lambda: bool(world.ranks[0].published(SnapshotTaken)), "the snapshot of step 4")
+        saved, held = (
+            world.ranks[0].published(ShardsSaved)[0],
+            world.ranks[0].published(SnapshotTaken)[0],
+        )
         assert saved.step == held.step == 4
         world.finish()
         checkpoint = world.commit(4)
@@ -116,4 +119,4 @@ def test_saves_and_snapshots_beside_training_are_exact(device: str, tmp_path: Pa
         assert [leaving.code for leaving in world.finish()] == [0]
         again = {step: line["loss"] for step, line in world.ranks[0].metrics.items()}
         assert again == {step: whole[step] for step in range(5, 13)}
-        assert tensors_in(Path(world.ranks[0].told(ShardsSaved)[-1].folder)) == end
+        assert tensors_in(Path(world.ranks[0].published(ShardsSaved)[-1].folder)) == end

@@ -29,8 +29,8 @@ def resume(folder: Path, checkpoint: Path, manifest_sha256: str | None) -> ExitN
             attempt="1.01", generation=2, restore=str(checkpoint), manifest_sha256=manifest_sha256
         )
         (leaving,) = world.finish()
-        assert not world.ranks[0].told(Metrics)
-        assert not world.ranks[0].told(InForce)
+        assert not world.ranks[0].published(Metrics)
+        assert not world.ranks[0].published(InForce)
         return leaving
 
 

@@ -33,7 +33,7 @@ def test_reported_values_are_those_of_the_configuration(tmp_path: Path) -> None:
         world.begin()
         world.finish()
         for rank in world.ranks:
-            (fact,) = rank.told(InForce)
+            (fact,) = rank.published(InForce)
             assert differences(in_force(config, (), 0), fact.values) == []
             assert fact.values["updates"] == 0
         # Each step's own LR too, not just the first one's.
@@ -51,7 +51,7 @@ def test_reported_values_are_those_of_the_configuration(tmp_path: Path) -> None:
         world.begin(attempt="2.00", generation=2, checkpoint=checkpoint)
         world.finish()
         for rank in world.ranks:
-            (fact,) = rank.told(InForce)
+            (fact,) = rank.published(InForce)
             assert differences(in_force(changed, (), 6), fact.values) == []
             assert (fact.values["beta1"], fact.values["eps"], fact.values["weight_decay"]) == (
                 0.0,
@@ -80,7 +80,7 @@ def test_wrong_cursor_stops_the_run_and_is_named(tmp_path: Path) -> None:
         (leaving,) = world.finish()
         assert leaving.code == RANK_BAD_CONFIG
         assert "samples: expected 8, in force 16" in leaving.reason
-        assert not world.ranks[0].told(Metrics)
+        assert not world.ranks[0].published(Metrics)
 
 
 # A difference planted in each of the values -------------------------------------------------------

@@ -76,10 +76,10 @@ def backward(engine: Engine) -> None:
 
 
 def update(engine: Engine, tokens: float = 32.0) -> bool:
-    verdict = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), 1.0)
+    decision = clip(engine.grad_norm(torch.tensor(tokens, dtype=torch.float64)), 1.0)
     put_in_force(engine.optimizer, VALUES)
-    engine.apply(verdict)
-    return bool(verdict.skip)
+    engine.apply(decision)
+    return bool(decision.skip)
 
 
 def everything(engine: Engine) -> dict[str, bytes]:
@@ -129,13 +129,13 @@ def test_optimizer_path_never_waits_for_the_device(precision: PrecisionConfig) -
     backward(engine)
     tokens = torch.tensor(32.0, dtype=torch.float64)
     with Syncs() as syncs:
-        verdict = clip(engine.grad_norm(tokens, scale.scale), 1.0)
+        decision = clip(engine.grad_norm(tokens, scale.scale), 1.0)
         put_in_force(engine.optimizer, VALUES)
-        engine.apply(verdict)
-        scale.update(verdict.skip)
+        engine.apply(decision)
+        scale.update(decision.skip)
     assert syncs.seen == []
     with Syncs() as syncs:
-        verdict.norm.item()
+        decision.norm.item()
     assert len(syncs.seen) == 1  # the instrument works
 
 

@@ -50,11 +50,11 @@ def test_unread_pipe_changes_neither_losses_nor_progress(tmp_path: Path) -> None
         assert tensors_in(final.parent) == reference
         dropped = STEPS - len(rank.metrics)
         assert dropped > 0, "the pipe took everything: the test shows nothing"
-        (leaving,) = rank.told(ExitNotice)
+        (leaving,) = rank.published(ExitNotice)
         assert (leaving.code, leaving.dropped_metrics) == (0, dropped)
         for step, line in rank.metrics.items():
             assert line["loss"] == heard.metrics[step]["loss"]
         # Facts were not dropped, and came in order.
-        assert [fact.step for fact in rank.told(ShardsSaved)] == [50, 100, 150]
-        assert len(rank.told(InForce)) == 1
+        assert [fact.step for fact in rank.published(ShardsSaved)] == [50, 100, 150]
+        assert len(rank.published(InForce)) == 1
         assert rank.log.read_text().count(" generation 1 step ") == STEPS

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from opt_train.data.batches import MicroBatch
 from opt_train.model.config import ModelConfig
 from opt_train.optim.adamw import put_in_force
-from opt_train.optim.clip import Verdict, clip, predivision
+from opt_train.optim.clip import UpdateDecision, clip, predivision
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
@@ -77,13 +77,13 @@ class Trainer:
         self.engine.forward_backward([batch], self.grad_scale)
         self.tokens = tokens_of([batch]) / self.layout.tensor
 
-    def update(self) -> Verdict:
+    def update(self) -> UpdateDecision:
         tokens = torch.tensor(self.tokens, dtype=torch.float64)
-        verdict = clip(self.engine.grad_norm(tokens, self.grad_scale), 0.5)
+        decision = clip(self.engine.grad_norm(tokens, self.grad_scale), 0.5)
         put_in_force(self.engine.optimizer, VALUES)
-        self.engine.apply(verdict)
-        self.scale.update(verdict.skip)
-        return verdict
+        self.engine.apply(decision)
+        self.scale.update(decision.skip)
+        return decision
 
     def norm_by_hand(self) -> float:
         """Of the whole gradient, gathered, averaged over the 8 x 16 tokens."""

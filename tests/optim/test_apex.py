@@ -36,11 +36,11 @@ YES, NO = torch.tensor(1.0), torch.tensor(0.0)
 
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
-    """No test knows what another one found, imported or told."""
+    """No test knows what another one found, imported or warned of."""
 
     def forget() -> None:
         find.cache_clear()
-        apex._tell_once.cache_clear()
+        apex._warn_once.cache_clear()
         for name in [
             name for name in sys.modules if name.partition(".")[0] in ("apex", *apex.EXTENSIONS)
         ]:
@@ -93,7 +93,7 @@ def test_none_at_all_is_no_surprise(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_pypis_apex_is_told_once_and_neither_used_nor_imported(
+def test_pypis_apex_is_reported_once_and_neither_used_nor_imported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.syspath_prepend(STAND_INS / "pypi")
@@ -150,7 +150,7 @@ def nothing(_: Path) -> None:
         ),
     ],
 )
-def test_half_an_apex_is_told_and_not_used(
+def test_half_an_apex_is_reported_and_not_used(
     without: tuple[str, ...],
     damage: Callable[[Path], None],
     why: str,
@@ -290,7 +290,7 @@ def test_fused_adam_by_itself_would_miscount(nvidias: Apex) -> None:
     for skip in (NO, YES):
         for parameter in parameters:
             parameter.grad = torch.ones(2)
-        by_itself.step(grad_scaler=apex._Verdict(skip, None))
+        by_itself.step(grad_scaler=apex._ScalerAnswers(skip, None))
     assert [int(group["step"]) for group in by_itself.param_groups] == [2, 1]
 
 
@@ -322,8 +322,8 @@ def test_the_factor_is_the_gradients(make: Make) -> None:
 @pytest.mark.parametrize("factor", [3.0e-7, 0.7311, 1.9999999, 123456.7])
 def test_the_factor_survives_two_reciprocals(factor: float) -> None:
     given = torch.tensor(factor)
-    verdict = apex._Verdict(NO, given)
-    assert torch.equal(verdict._get_scale_async().double().reciprocal().float(), given)
+    decision = apex._ScalerAnswers(NO, given)
+    assert torch.equal(decision._get_scale_async().double().reciprocal().float(), given)
 
 
 def test_what_is_put_in_force_holds_from_the_next_step_on(make: Make) -> None:

@@ -89,7 +89,7 @@ def test_megatrons_window_does_not_adapt() -> None:
 
 
 def by_hand(policy: LossScalePolicy, overflows: list[bool]) -> list[float]:
-    """The rules in plain numbers, told from the last overflow and the last doubling rather than by
+    """The rules in plain numbers, from the last overflow and the last doubling rather than by
     counters."""
     scale, window, last_overflow, strikes, scales = policy.initial, policy.window_steps, 0, 0, []
     for step, overflow in enumerate(overflows, start=1):
@@ -197,7 +197,7 @@ def test_keys_change_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         (
             "loss_scale_initial=3",
@@ -211,7 +211,7 @@ def test_keys_change_the_policy() -> None:
         ("weights=fp16", "precision.weights=fp16 goes with precision.compute=fp16, not bf16"),
     ],
 )
-def test_keys_that_cannot_be_are_refused(key: str, said: str) -> None:
+def test_keys_that_cannot_be_are_refused(key: str, message: str) -> None:
     precision = "bf16" if key.startswith("weights") else "fp16"
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         compose([f"precision={precision}", f"precision.{key}"])

@@ -31,7 +31,7 @@ def expected_scales(name: str, overflows: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def told(
+def reports(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[tuple[Layout, str], list[dict[str, Any]]]:
     """What each rank of each case saw; one set of processes for each world size."""
@@ -55,9 +55,9 @@ def told(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.replicate}x{x.shard}x{x.tensor}")
 def test_overflow_on_any_rank_skips_on_all(
-    told: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
+    reports: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
 ) -> None:
-    answers = told[layout, precision]
+    answers = reports[layout, precision]
     overflows = 2 * layout.world_size
     for answer in answers:
         assert answer["skips"] == [1.0] * overflows
@@ -72,9 +72,9 @@ def test_overflow_on_any_rank_skips_on_all(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.replicate}x{x.shard}x{x.tensor}")
 def test_norm_counts_every_element_once_whatever_holds_it(
-    told: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
+    reports: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
 ) -> None:
-    found = told[layout, precision][0]
+    found = reports[layout, precision][0]
     assert found["norms"] == pytest.approx(found["by_hand"], rel=1e-5)
     # And without the loss scale it is the same for all.
-    assert found["norms"][0] == pytest.approx(told[LAYOUTS[0], "fp32"][0]["norms"][0], rel=1e-2)
+    assert found["norms"][0] == pytest.approx(reports[LAYOUTS[0], "fp32"][0]["norms"][0], rel=1e-2)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from opt_train.optim.adamw import apply
-from opt_train.optim.clip import Verdict, clip, global_norm, predivision
+from opt_train.optim.clip import UpdateDecision, clip, global_norm, predivision
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def world(tmp_path: Path) -> Iterator[None]:
 
 def judged(
     gradients: list[torch.Tensor], tokens: float, max_norm: float, grad_scale: torch.Tensor | None
-) -> Verdict:
+) -> UpdateDecision:
     counted = torch.tensor(tokens, dtype=torch.float64)
     return clip(global_norm(gradients, [1] * len(gradients), counted, grad_scale), max_norm)
 
@@ -46,19 +46,19 @@ def test_sum_that_overflows_fp16_does_not_when_predivided() -> None:
 def test_average_undoes_scale_and_predivision_in_its_one_multiplication(data_world: int) -> None:
     sums = [torch.arange(1.0, 6.0), torch.full((5,), 3.0)]
     grad_scale = torch.tensor(64.0) * predivision(True, data_world)
-    verdict = judged([each * grad_scale for each in sums], 16.0, 1e9, grad_scale)
-    assert verdict.factor.item() == pytest.approx(1 / 16.0 / grad_scale.item(), rel=1e-6)
-    assert verdict.norm.item() == pytest.approx(100.0**0.5 / 16.0, rel=1e-6)
-    assert verdict.clipped_norm.item() == pytest.approx(verdict.norm.item())
-    assert verdict.skip.item() == 0.0
+    decision = judged([each * grad_scale for each in sums], 16.0, 1e9, grad_scale)
+    assert decision.factor.item() == pytest.approx(1 / 16.0 / grad_scale.item(), rel=1e-6)
+    assert decision.norm.item() == pytest.approx(100.0**0.5 / 16.0, rel=1e-6)
+    assert decision.clipped_norm.item() == pytest.approx(decision.norm.item())
+    assert decision.skip.item() == 0.0
 
 
 def test_clipping_goes_by_the_norm_without_the_loss_scale() -> None:
     gradient = torch.full((4,), 3.0 * 16.0 * 1024.0)
-    verdict = judged([gradient], 16.0, 0.5, torch.tensor(1024.0))
-    assert verdict.norm.item() == pytest.approx(6.0)
-    assert verdict.clipped_norm.item() == pytest.approx(0.5)
-    torch.testing.assert_close((gradient * verdict.factor).norm(), torch.tensor(0.5))
+    decision = judged([gradient], 16.0, 0.5, torch.tensor(1024.0))
+    assert decision.norm.item() == pytest.approx(6.0)
+    assert decision.clipped_norm.item() == pytest.approx(0.5)
+    torch.testing.assert_close((gradient * decision.factor).norm(), torch.tensor(0.5))
 
 
 def test_optimizer_moves_by_the_averaged_and_clipped_gradient() -> None:
@@ -72,8 +72,8 @@ def test_optimizer_moves_by_the_averaged_and_clipped_gradient() -> None:
         torch.nn.utils.clip_grad_norm_([theirs], 0.5)
         other.step()
         ours.grad = average * 16.0 * 1024.0
-        verdict = judged([ours.grad], 16.0, 0.5, torch.tensor(1024.0))
-        apply(one, verdict.skip, verdict.factor)
+        decision = judged([ours.grad], 16.0, 0.5, torch.tensor(1024.0))
+        apply(one, decision.skip, decision.factor)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(
             one.state[ours]["exp_avg"], other.state[theirs]["exp_avg"], rtol=1e-6, atol=1e-8
@@ -84,8 +84,8 @@ def test_norm_of_fp16_gradients_overflows_only_where_they_do() -> None:
     """Four numbers of 60,000 have a norm of 120,000, which fp16 has not: no reason to skip a
     step."""
     gradient = torch.full((4,), 60_000.0, dtype=torch.float16)
-    verdict = judged([gradient], 1.0, 1.0, None)
-    assert (verdict.norm.item(), verdict.skip.item()) == (120_000.0, 0.0)
+    decision = judged([gradient], 1.0, 1.0, None)
+    assert (decision.norm.item(), decision.skip.item()) == (120_000.0, 0.0)
     # Its gradients are left as they are: multiplied by the factor they would be too small for fp16.
     assert (gradient == 60_000.0).all()
-    assert verdict.factor.item() == pytest.approx(1 / 120_000.0)
+    assert decision.factor.item() == pytest.approx(1 / 120_000.0)

@@ -86,19 +86,19 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """Apply the gradients or skip them."""
-        verdict = clip(
+        decision = clip(
             self.engine.grad_norm(torch.tensor(self.tokens, dtype=torch.float64)), VALUES["clip"]
         )
         put_in_force(self.engine.optimizer, VALUES)
-        self.engine.apply(verdict)
-        return {"norm": float(verdict.norm), "skip": float(verdict.skip)}
+        self.engine.apply(decision)
+        return {"norm": float(decision.norm), "skip": float(decision.skip)}
 
     def steps(self, first: int, count: int) -> dict[str, list[float]]:
-        told: dict[str, list[float]] = {"losses": [], "norms": []}
+        recorded: dict[str, list[float]] = {"losses": [], "norms": []}
         for step in range(first, first + count):
-            told["losses"].append(self.backward(step))
-            told["norms"].append(self.update()["norm"])
-        return told
+            recorded["losses"].append(self.backward(step))
+            recorded["norms"].append(self.update()["norm"])
+        return recorded
 
     def evaluate(self) -> float:
         """The loss over one global batch, without gradients."""
@@ -145,13 +145,13 @@ def curve(trainer: Trainer) -> dict[str, Any]:
         for name, tensor in trainer.engine.tensors().items()
         if name.startswith(MODEL_PREFIX)
     }
-    told = trainer.steps(0, STEPS // 2)
+    recorded = trainer.steps(0, STEPS // 2)
     evaluation = trainer.evaluate()
     rest = trainer.steps(STEPS // 2, STEPS - STEPS // 2)
     return {
         "initial": initial,
-        "losses": told["losses"] + rest["losses"],
-        "norms": told["norms"] + rest["norms"],
+        "losses": recorded["losses"] + rest["losses"],
+        "norms": recorded["norms"] + rest["norms"],
         "evaluation": evaluation,
         "in_force": really_in_force(trainer.engine.optimizer),
     }

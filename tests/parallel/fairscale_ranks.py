@@ -97,20 +97,20 @@ class Trainer:
         grad_norm = self.engine.grad_norm(
             torch.tensor(self.tokens, dtype=torch.float64), self.grad_scale
         )
-        verdict = clip(grad_norm, VALUES["clip"])
+        decision = clip(grad_norm, VALUES["clip"])
         put_in_force(self.engine.optimizer, VALUES)
-        self.engine.apply(verdict)
-        self.scale.update(verdict.skip)
-        return {"norm": float(verdict.norm), "skip": float(verdict.skip)}
+        self.engine.apply(decision)
+        self.scale.update(decision.skip)
+        return {"norm": float(decision.norm), "skip": float(decision.skip)}
 
     def steps(self, first: int, count: int) -> dict[str, list[float]]:
-        told: dict[str, list[float]] = {"losses": [], "norms": [], "skips": []}
+        recorded: dict[str, list[float]] = {"losses": [], "norms": [], "skips": []}
         for step in range(first, first + count):
-            told["losses"].append(self.backward(step))
+            recorded["losses"].append(self.backward(step))
             found = self.update()
-            told["norms"].append(found["norm"])
-            told["skips"].append(found["skip"])
-        return told
+            recorded["norms"].append(found["norm"])
+            recorded["skips"].append(found["skip"])
+        return recorded
 
     def evaluate(self) -> float:
         """The loss over one global batch, without gradients."""
@@ -213,21 +213,21 @@ def overflow(folder: Path) -> dict[str, Any]:
             math.sqrt(world_sum(squares)) / world_sum(trainer.tokens) / float(trainer.grad_scale)
         )
         first = trainer.update()
-        told, untouched = [], []
+        recorded, untouched = [], []
         turns = [(victim, value) for victim in range(trainer.world) for value in ("inf", "nan")]
         for turn, (victim, value) in enumerate(turns):
             trainer.backward(turn + 1)
             before = trainer.own_state()
             if trainer.rank == victim:
                 plant(trainer.engine.model, float(value), turn)
-            told.append(trainer.update()["skip"])
+            recorded.append(trainer.update()["skip"])
             untouched.append(trainer.own_state() == before)
         trainer.backward(20)
         before, last = trainer.own_state(), trainer.update()
         found[name] = {
             "norm": first["norm"],
             "by_hand": by_hand,
-            "skips": told,
+            "skips": recorded,
             "untouched": untouched,
             "scale": float(trainer.scale.scale),
             "then": {**last, "changed": trainer.own_state() != before},
@@ -245,19 +245,19 @@ def exchange(folder: Path) -> dict[str, Any]:
         first = Trainer("fsdp2", precision)
         first.steps(0, 3)
         first.save(root / "fsdp2")
-        told = {"fsdp2": [first.whole_state(), first.steps(3, 3)]}
+        recorded = {"fsdp2": [first.whole_state(), first.steps(3, 3)]}
 
         second = Trainer("fairscale", precision, seed=5)
         second.steps(50, 2)
         second.evaluate()
         second.restore(root / "fsdp2")
         second.save(root / "fairscale")
-        told["fairscale"] = [second.whole_state(), second.steps(3, 3)]
+        recorded["fairscale"] = [second.whole_state(), second.steps(3, 3)]
 
         third = Trainer("fsdp2", precision, seed=None)
         third.restore(root / "fairscale")
-        told["fsdp2 again"] = [third.whole_state(), third.steps(3, 3)]
-        found[name] = told
+        recorded["fsdp2 again"] = [third.whole_state(), third.steps(3, 3)]
+        found[name] = recorded
     return found
 
 
@@ -265,12 +265,12 @@ def exchanged_elsewhere(folder: Path) -> dict[str, Any]:
     """What `exchange` saved, each read by the other engine on another number of ranks."""
     found = {}
     for name in ("fp32", "memory-efficient fp16"):
-        told = {}
+        recorded = {}
         for engine, source in (("fairscale", "fsdp2"), ("fsdp2", "fairscale")):
             trainer = Trainer(engine, PRECISIONS[name], seed=None)
             trainer.restore(folder / name / source)
-            told[engine] = [trainer.whole_state(), trainer.steps(3, 3)]
-        found[name] = told
+            recorded[engine] = [trainer.whole_state(), trainer.steps(3, 3)]
+        found[name] = recorded
     return found
 
 

@@ -101,10 +101,10 @@ def train(
         losses.append(loss)
         activations.append(square**0.5)
         weight = torch.tensor(tokens / layout.tensor, dtype=torch.float64)
-        verdict = clip(engine.grad_norm(weight), VALUES["clip"])
-        norms.append(float(verdict.norm))
+        decision = clip(engine.grad_norm(weight), VALUES["clip"])
+        norms.append(float(decision.norm))
         put_in_force(engine.optimizer, VALUES)
-        engine.apply(verdict)
+        engine.apply(decision)
     groups = dist.distributed_c10d._world.pg_map
     timeouts = [group._get_backend(CPU).options._timeout.total_seconds() for group in groups]
     return {

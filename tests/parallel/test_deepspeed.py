@@ -68,7 +68,7 @@ CASES = {
 """Three ranks divide neither batch nor parameters evenly."""
 FP32 = [name for name, case in CASES.items() if case.compute == "fp32"]
 
-Told = dict[str, list[dict[str, Any]]]
+Reports = dict[str, list[dict[str, Any]]]
 
 
 def run(folder: Path, engine: str, case: Case, parts: str, **named: Any) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def run(folder: Path, engine: str, case: Case, parts: str, **named: Any) -> list
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """What each rank of each case found; FSDP2's by its precision. Checkpoints go from FSDP2 to
     each case and back."""
     folder = tmp_path_factory.mktemp("deepspeed")
@@ -101,15 +101,15 @@ def reference() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FP32)
-def test_follows_the_textbook(told: Told, reference: dict[str, Any], name: str) -> None:
+def test_follows_the_textbook(reports: Reports, reference: dict[str, Any], name: str) -> None:
     """With two micro-batches and one in turn."""
-    check_same(told[name][0]["curve"], reference)
+    check_same(reports[name][0]["curve"], reference)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_near_fsdp2_in_its_precision(told: Told, name: str) -> None:
+def test_is_near_fsdp2_in_its_precision(reports: Reports, name: str) -> None:
     compute = CASES[name].compute
-    found, expected = told[name][0]["curve"], told[compute][0]["curve"]
+    found, expected = reports[name][0]["curve"], reports[compute][0]["curve"]
     assert found["initial"].keys() == expected["initial"].keys()
     for parameter, sums in expected["initial"].items():
         assert found["initial"][parameter] == pytest.approx(sums, rel=1e-12, abs=1e-12), parameter
@@ -124,16 +124,16 @@ def test_is_near_fsdp2_in_its_precision(told: Told, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_in_force_is_read_back(told: Told, name: str) -> None:
-    in_force = told[name][0]["curve"]["in_force"]
+def test_what_is_in_force_is_read_back(reports: Reports, name: str) -> None:
+    in_force = reports[name][0]["curve"]["in_force"]
     assert in_force == {key: value for key, value in VALUES.items() if key != "clip"} | {
         "updates": STEPS
     }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_norms_of_layers_are_fsdp2s(told: Told, name: str) -> None:
-    found, expected = told[name][0]["layers"], told[CASES[name].compute][0]["layers"]
+def test_norms_of_layers_are_fsdp2s(reports: Reports, name: str) -> None:
+    found, expected = reports[name][0]["layers"], reports[CASES[name].compute][0]["layers"]
     tolerance = 1e-4 if CASES[name].compute == "fp32" else 1e-2
     for mine, theirs in zip(found["squares"], expected["squares"], strict=True):
         assert mine == pytest.approx(theirs, rel=tolerance)
@@ -141,49 +141,49 @@ def test_norms_of_layers_are_fsdp2s(told: Told, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_host_waits_for_nothing(told: Told, name: str) -> None:
+def test_the_host_waits_for_nothing(reports: Reports, name: str) -> None:
     """But in stage 3 for a number that it has itself, and for collectives no longer than the
     trainer says."""
-    for answer in (rank["waits"] for rank in told[name]):
+    for answer in (rank["waits"] for rank in reports[name]):
         assert len(answer["seen"]) == (1 if CASES[name].stage == 3 else 0)
         assert answer["timeouts"] == [TIMEOUT]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_overflow_on_any_rank_skips_on_all(told: Told, name: str) -> None:
-    for answer in (rank["overflow"] for rank in told[name]):
+def test_overflow_on_any_rank_skips_on_all(reports: Reports, name: str) -> None:
+    for answer in (rank["overflow"] for rank in reports[name]):
         turns = 2 * CASES[name].world
         assert answer["skips"] == [1.0] * turns
         assert answer["untouched"] == [True] * turns
         assert answer["updates"] == [STEPS + 2] * turns
         assert answer["then"]["skip"] == 0.0
         assert answer["then"]["changed"]
-        assert answer["then"]["norm"] == told[name][0]["overflow"]["then"]["norm"]
+        assert answer["then"]["norm"] == reports[name][0]["overflow"]["then"]["norm"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_overflow_that_deepspeed_sums_skips_on_all(told: Told, name: str) -> None:
-    for answer in (rank["overflow_in_forward"] for rank in told[name]):
+def test_overflow_that_deepspeed_sums_skips_on_all(reports: Reports, name: str) -> None:
+    for answer in (rank["overflow_in_forward"] for rank in reports[name]):
         assert answer["found"] == [[1.0, True]] * CASES[name].world
         assert 0 < answer["norm after"][0] < 100
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_checkpoints_go_from_fsdp2_and_back(told: Told, name: str) -> None:
+def test_checkpoints_go_from_fsdp2_and_back(reports: Reports, name: str) -> None:
     """To the bit, between two ranks and three."""
-    first = told["fp32"][0]["first_of_exchange"]
+    first = reports["fp32"][0]["first_of_exchange"]
     state, compute = first["state"], CASES[name].compute
     assert (
         [shape for shape, _, _ in state.values()].count([])
         == sum(".step" in key for key in state)
         > 10
     )
-    there, back = told[name][0]["exchange"]["first"], told["back"][0]["exchange"][name]
+    there, back = reports[name][0]["exchange"]["first"], reports["back"][0]["exchange"][name]
     assert there["state"] == back["state"] == state
     assert there["updates"] == back["updates"]
     assert back["curve"] == first["curve"]
     expected = (
-        first["curve"] if compute == "fp32" else told["bf16"][0]["exchange"]["first"]["curve"]
+        first["curve"] if compute == "fp32" else reports["bf16"][0]["exchange"]["first"]["curve"]
     )
     assert there["curve"]["losses"] == pytest.approx(
         expected["losses"], rel=0, abs=TOLERANCE[compute]
@@ -211,7 +211,7 @@ def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
         precision=PrecisionConfig(compute="bf16"),
         checkpoint=CheckpointConfig(every_steps=3),
     )
-    told = []
+    reports = []
     checkpoint = None
     for name in ("whole", "resumed"):
         (folder := tmp_path / name).mkdir()
@@ -222,12 +222,12 @@ def test_a_run_saves_and_resumes(tmp_path: Path, stage: int) -> None:
                 step: (line["loss"], line["grad_norm"])
                 for step, line in world.ranks[0].metrics.items()
             }
-            validations = [fact.loss for fact in world.ranks[0].told(Validation)]
-            told.append((metrics, validations[-2:], tensors_in(world.commit(6))))
+            validations = [fact.loss for fact in world.ranks[0].published(Validation)]
+            reports.append((metrics, validations[-2:], tensors_in(world.commit(6))))
             checkpoint = checkpoint or world.commit(3)
             assert "DeepSpeed" not in world.logs()
             assert "warning" not in world.logs().lower()
-    whole, resumed = told
+    whole, resumed = reports
     assert sorted(whole[0]) == list(range(1, 7))
     assert whole[0][6][0] < whole[0][1][0]
     assert resumed == ({step: whole[0][step] for step in range(4, 7)}, *whole[1:])

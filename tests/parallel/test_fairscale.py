@@ -38,11 +38,11 @@ ON_THREE = ("textbook", "beside_fsdp2_unevenly", "overflow", "exchanged_elsewher
 """Three ranks divide neither batch nor parameters evenly."""
 EXCHANGED = ("fp32", "memory-efficient fp16")
 
-Told = dict[int, list[dict[str, Any]]]
+Reports = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """What each rank found, by world size. The three ranks read checkpoints of the two."""
     folder = tmp_path_factory.mktemp("fairscale")
     return {
@@ -59,17 +59,17 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize("accumulate", ["shards", "whole"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_follows_the_textbook(
-    told: Told, reference: dict[str, Any], world: int, accumulate: str
+    reports: Reports, reference: dict[str, Any], world: int, accumulate: str
 ) -> None:
-    check_same(told[world][0]["textbook"][accumulate], reference)
+    check_same(reports[world][0]["textbook"][accumulate], reference)
 
 
 @pytest.mark.parametrize("accumulate", ["shards", "whole"])
 @pytest.mark.parametrize("precision", NARROW)
-def test_is_fsdp2_in_every_precision(told: Told, precision: str, accumulate: str) -> None:
+def test_is_fsdp2_in_every_precision(reports: Reports, precision: str, accumulate: str) -> None:
     """To the bit on two ranks, but for micro-batches that fairscale adds up in fp16 where FSDP2
     does in fp32."""
-    both = told[2][0]["beside_fsdp2"][f"{precision} {accumulate}"]
+    both = reports[2][0]["beside_fsdp2"][f"{precision} {accumulate}"]
     if (precision, accumulate) == ("memory-efficient fp16", "whole"):
         assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=1e-4)
         assert both["fairscale"]["norms"] == pytest.approx(both["fsdp2"]["norms"], rel=1e-3)
@@ -85,17 +85,17 @@ def test_is_fsdp2_in_every_precision(told: Told, precision: str, accumulate: str
     ("precision", "tolerance"), [("bf16", 2e-4), ("memory-efficient fp16", 2e-4)]
 )
 def test_is_near_fsdp2_where_sums_round_otherwise(
-    told: Told, precision: str, tolerance: float
+    reports: Reports, precision: str, tolerance: float
 ) -> None:
-    both = told[3][0]["beside_fsdp2_unevenly"][f"{precision} shards"]
+    both = reports[3][0]["beside_fsdp2_unevenly"][f"{precision} shards"]
     assert both["fairscale"]["losses"] == pytest.approx(both["fsdp2"]["losses"], abs=tolerance)
     assert both["fairscale"]["norms"] == pytest.approx(both["fsdp2"]["norms"], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "memory-efficient fp16"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_overflow_on_any_rank_skips_on_all(told: Told, world: int, precision: str) -> None:
-    answers = [answer["overflow"][precision] for answer in told[world]]
+def test_overflow_on_any_rank_skips_on_all(reports: Reports, world: int, precision: str) -> None:
+    answers = [answer["overflow"][precision] for answer in reports[world]]
     overflows = 2 * world
     for answer in answers:
         assert answer["skips"] == [1.0] * overflows
@@ -108,10 +108,10 @@ def test_overflow_on_any_rank_skips_on_all(told: Told, world: int, precision: st
 
 
 @pytest.mark.parametrize("precision", EXCHANGED)
-def test_checkpoints_go_to_fsdp2_and_back(told: Told, precision: str) -> None:
+def test_checkpoints_go_to_fsdp2_and_back(reports: Reports, precision: str) -> None:
     """And what fairscale has gathered for an evaluation is no longer what it trains with after a
     restore."""
-    first, second, third = told[2][0]["exchange"][precision].values()
+    first, second, third = reports[2][0]["exchange"][precision].values()
     state, losses = first
     assert (
         [shape for shape, _, _ in state.values()].count([])
@@ -123,9 +123,9 @@ def test_checkpoints_go_to_fsdp2_and_back(told: Told, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", EXCHANGED)
-def test_checkpoints_go_to_another_number_of_ranks(told: Told, precision: str) -> None:
-    state, curve = told[2][0]["exchange"][precision]["fsdp2"]
-    for its_state, its_curve in told[3][0]["exchanged_elsewhere"][precision].values():
+def test_checkpoints_go_to_another_number_of_ranks(reports: Reports, precision: str) -> None:
+    state, curve = reports[2][0]["exchange"][precision]["fsdp2"]
+    for its_state, its_curve in reports[3][0]["exchanged_elsewhere"][precision].values():
         assert its_state == state
         assert its_curve["losses"] == pytest.approx(
             curve["losses"], abs=5e-6 if precision == "fp32" else 2e-4
@@ -133,27 +133,27 @@ def test_checkpoints_go_to_another_number_of_ranks(told: Told, precision: str) -
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_evaluation_changes_nothing(told: Told, precision: str) -> None:
-    found = told[2][0]["evaluated"][precision]
+def test_an_evaluation_changes_nothing(reports: Reports, precision: str) -> None:
+    found = reports[2][0]["evaluated"][precision]
     assert found["disturbed"] == found["undisturbed"]
     assert found["evaluations"][-1] == found["reference"] < found["evaluations"][0]
 
 
-def test_hooks_do_not_pile_up(told: Told) -> None:
+def test_hooks_do_not_pile_up(reports: Reports) -> None:
     """fairscale alone runs one more of its hooks for each parameter after every forward pass, for
     ever."""
     micro_batches, parameters = GLOBAL_BATCH // 2 // 2, 2 * 16 + 4
-    for calls in told[2][0]["hooks"].values():
+    for calls in reports[2][0]["hooks"].values():
         assert calls == [micro_batches * parameters] * 4
 
 
-def test_a_step_never_waits_for_the_device(told: Told) -> None:
-    assert list(told[2][0]["waits"].values()) == [[], []]
+def test_a_step_never_waits_for_the_device(reports: Reports) -> None:
+    assert list(reports[2][0]["waits"].values()) == [[], []]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_norms_of_layers_are_fsdp2s(told: Told, world: int) -> None:
-    found = told[world][0]["layer_norms"]
+def test_norms_of_layers_are_fsdp2s(reports: Reports, world: int) -> None:
+    found = reports[world][0]["layer_norms"]
     for mine, reference in zip(found["fairscale"], found["fsdp2"], strict=True):
         assert mine == pytest.approx(reference, rel=1e-5)
 
@@ -184,7 +184,7 @@ def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
         precision=PrecisionConfig(compute="bf16"),
         checkpoint=CheckpointConfig(every_steps=4),
     )
-    told = []
+    reports = []
     checkpoint = None
     for name, engine in (("whole", "fairscale"), ("resumed", "fairscale"), ("by fsdp2", "fsdp2")):
         (folder := tmp_path / name).mkdir()
@@ -196,11 +196,11 @@ def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
                 step: (line["loss"], line["grad_norm"])
                 for step, line in world.ranks[0].metrics.items()
             }
-            validations = [fact.loss for fact in world.ranks[0].told(Validation)]
-            told.append((metrics, validations[-2:], tensors_in(world.commit(8))))
+            validations = [fact.loss for fact in world.ranks[0].published(Validation)]
+            reports.append((metrics, validations[-2:], tensors_in(world.commit(8))))
             checkpoint = checkpoint or world.commit(4)
             assert "Warning" not in world.logs()
-    whole, resumed, by_fsdp2 = told
+    whole, resumed, by_fsdp2 = reports
     assert sorted(whole[0]) == list(range(1, 9))
     assert whole[0][8][0] < whole[0][1][0]
     for step in range(5, 9):

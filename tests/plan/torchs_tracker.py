@@ -37,8 +37,8 @@ def peaks(config: RunConfig) -> dict[str, int]:
                 engines[1].forward_backward(batches)
             (theirs,) = tracker.get_tracker_snapshot("peak").values()
             memory = MemoryCount()
-            memory.hold("parameters", engines[2].model.parameters())
-            memory.hold("optimizer", moments_of(engines[2].model, engines[2].optimizer))
+            memory.count_existing("parameters", engines[2].model.parameters())
+            memory.count_existing("optimizer", moments_of(engines[2].model, engines[2].optimizer))
             with memory:
                 engines[2].forward_backward(batches)
             return {"torch": theirs["Total"], "ours": memory.peak().bytes}

@@ -78,7 +78,7 @@ class Striker:
         self._files = 0
         self._armed = threading.Lock()
 
-    def told(self, fact: Message) -> None:
+    def published(self, fact: Message) -> None:
         """The rank says `fact`."""
         moment, after = self._moment, self.strike.after
         if isinstance(fact, Phase):
@@ -188,20 +188,20 @@ STRIKER: list[Striker] = []
 def watching(run_rank: Callable[..., int], folder: Path, number: int) -> Callable[..., int]:
     """`run_rank` under the eyes of strike `number`, if this rank is the one that watches."""
 
-    def run_and_watch(begin: Begin, tell: Callable[[Message], None], *arguments: Any) -> int:
+    def run_and_watch(begin: Begin, publish: Callable[[Message], None], *arguments: Any) -> int:
         strike = strikes_in(folder)[number]
         if strike.rank != begin.rank:
-            return run_rank(begin, tell, *arguments)
+            return run_rank(begin, publish, *arguments)
         striker = Striker(strike, record_of(folder, number), begin)
         STRIKER.append(striker)
         sys.addaudithook(audit)
 
-        def tell_and_listen(fact: Message) -> None:
-            # Before the telling: a lone rank commits a checkpoint while it tells of it.
-            striker.told(fact)
-            tell(fact)
+        def publish_and_listen(fact: Message) -> None:
+            # First: a standalone rank commits a checkpoint while it publishes it.
+            striker.published(fact)
+            publish(fact)
 
-        return run_rank(begin, tell_and_listen, *arguments)
+        return run_rank(begin, publish_and_listen, *arguments)
 
     return run_and_watch
 

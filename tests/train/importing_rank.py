@@ -6,15 +6,14 @@ import sys
 
 from opt_train.protocol.facts import Phase, Warm
 from opt_train.protocol.framing import Message
-from opt_train.train import fact_pipe as telling
-from opt_train.train import warm
+from opt_train.train import fact_pipe, warm
 
-tell = telling.FactPipe.tell
+publish = fact_pipe.FactPipe.publish
 KNOWN: set[str] = set()
 
 
-def tell_and_compare(pipe: telling.FactPipe, fact: Message) -> None:
-    tell(pipe, fact)
+def publish_and_compare(pipe: fact_pipe.FactPipe, fact: Message) -> None:
+    publish(pipe, fact)
     if isinstance(fact, Warm):
         KNOWN.update(sys.modules)
     if isinstance(fact, Phase) and (fact.phase, fact.step) == (
@@ -25,5 +24,5 @@ def tell_and_compare(pipe: telling.FactPipe, fact: Message) -> None:
 
 
 if __name__ == "__main__":
-    telling.FactPipe.tell = tell_and_compare  # type: ignore[method-assign]
+    fact_pipe.FactPipe.publish = publish_and_compare  # type: ignore[method-assign]
     warm.main()

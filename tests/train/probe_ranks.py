@@ -83,12 +83,14 @@ def train(
             / layout.tensor
         )
         norm = engine.grad_norm(torch.tensor(tokens, dtype=torch.float64), scale)
-        verdict = clip(norm, VALUES["clip"])
+        decision = clip(norm, VALUES["clip"])
         probes.measure_layers(norm.divisor)
-        loss, grad_norm, *values = Readback(sums.loss_sum, verdict.norm, *probes.on_device).values()
+        loss, grad_norm, *values = Readback(
+            sums.loss_sum, decision.norm, *probes.on_device
+        ).values()
         losses.append(loss)
         put_in_force(engine.optimizer, VALUES)
-        engine.apply(verdict)
+        engine.apply(decision)
         own = RankStats(grad_norm=grad_norm, tokens=tokens, **probes.results(values))
         reducer.start(step, own)
     local = [local_part(parameter) for parameter in engine.model.parameters()]

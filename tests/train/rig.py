@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 60.0
 SCRIPT_SECONDS = 180.0
 PIPE_BYTES = 1 << 20
-"""More than a rank of a test tells: a test that is slow to read loses no metrics."""
+"""More than a rank of a test publishes: a test that is slow to read loses no metrics."""
 
 TINY = ModelConfig(
     name="tiny", layers=2, heads=4, d_model=64, ffn=128, vocab_size=512, positions=64, dropout=0.1
@@ -87,7 +87,7 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
 
 
 def begin_alone(folder: Path, config: RunConfig) -> Begin:
-    """`config` written into `folder`, and what a rank is told that trains it with nobody beside
+    """`config` written into `folder`, and the `Begin` of a rank that trains it with nobody beside
     it."""
     path = folder / "config.json"
     path.write_text(to_json(config))
@@ -184,20 +184,20 @@ class Rank:
                 *lines, self.rest = (self.rest + piece).split(b"\n")
                 self.facts += [from_line(line) for line in lines]
 
-    def told(self, kind: type[Message]) -> list[Any]:
+    def published(self, kind: type[Message]) -> list[Any]:
         """The facts of one kind so far."""
         return [fact for fact in self.facts if isinstance(fact, kind)]
 
     @property
     def leaving(self) -> ExitNotice | None:
-        """Its last words, which must be the last fact."""
+        """Its exit notice, which must be the last fact."""
         self.read()
         return self.facts[-1] if self.facts and isinstance(self.facts[-1], ExitNotice) else None
 
     @property
     def metrics(self) -> dict[int, dict[str, Any]]:
         """Metrics lines by step."""
-        return {fact.line["step"]: dict(fact.line) for fact in self.told(Metrics)}
+        return {fact.line["step"]: dict(fact.line) for fact in self.published(Metrics)}
 
 
 class World:
@@ -258,14 +258,16 @@ class World:
             journal_head="ab" * 32,
         )
         begin = replace(begin, **({"checkpoint": restore} if restore else {}), **changes)
-        self.wait(lambda: all(rank.told(Warm) for rank in self.ranks), "warm")
+        self.wait(lambda: all(rank.published(Warm) for rank in self.ranks), "warm")
         self.ranks[0].send(begin)
         if len(self.ranks) == 1:
             return
-        self.wait(lambda: bool(self.ranks[0].told(Store) or self.ranks[0].leaving), "the store")
+        self.wait(
+            lambda: bool(self.ranks[0].published(Store) or self.ranks[0].leaving), "the store"
+        )
         if self.ranks[0].leaving:
             return
-        port = self.ranks[0].told(Store)[-1].port
+        port = self.ranks[0].published(Store)[-1].port
         for number, rank in enumerate(self.ranks[1:], start=1):
             rank.send(replace(begin, rank=number, slot=number, store_port=port))
 
@@ -288,11 +290,11 @@ class World:
                 time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:
-        """Until rank 0 has told the metrics of `step`."""
+        """Until rank 0 has published the metrics of `step`."""
         self.wait(lambda: max(self.ranks[0].metrics, default=0) >= step, f"step {step}")
 
     def finish(self) -> list[ExitNotice]:
-        """Wait for the end of all ranks; their last words."""
+        """Wait for the end of all ranks; their exit notices."""
         self.wait(lambda: all(rank.process.poll() is not None for rank in self.ranks), "the end")
         leavings = []
         for rank in self.ranks:
@@ -306,7 +308,7 @@ class World:
         """Do the supervisor's part: commit the manifest of the checkpoint at `step` from what the
         ranks reported."""
         reports = [
-            fact for rank in self.ranks for fact in rank.told(ShardsSaved) if fact.step == step
+            fact for rank in self.ranks for fact in rank.published(ShardsSaved) if fact.step == step
         ]
         assert len(reports) == len(self.ranks), (
             f"{len(reports)} ranks saved step {step}:\n{self.logs()}"
@@ -318,11 +320,11 @@ class World:
 
     def newest_save(self) -> int:
         """The newest step that every rank has saved; -1: none."""
-        saved = ({fact.step for fact in rank.told(ShardsSaved)} for rank in self.ranks)
+        saved = ({fact.step for fact in rank.published(ShardsSaved)} for rank in self.ranks)
         return max(set.intersection(*saved), default=-1)
 
     def in_force(self, rank: int = 0) -> dict[str, Any]:
-        return dict(self.ranks[rank].told(InForce)[-1].values)
+        return dict(self.ranks[rank].published(InForce)[-1].values)
 
     def logs(self) -> str:
         return "\n".join(

@@ -69,7 +69,7 @@ def main(rank: int, world_size: int, store: str) -> None:
         if chance.random() < 0.02:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
-        verdict = clip(global_norm([parameter.grad], [world_size], torch.tensor(2.0)), 1.0)
+        decision = clip(global_norm([parameter.grad], [world_size], torch.tensor(2.0)), 1.0)
         if rank == 1 and step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
         while moments and moments[0] == step:
@@ -80,8 +80,8 @@ def main(rank: int, world_size: int, store: str) -> None:
         own = RankStats(
             loss_sum=float("inf") if step in poisoned else rank + step,
             tokens=2.0,
-            grad_norm=float(verdict.norm),
-            skipping_ranks=int(verdict.skip),
+            grad_norm=float(decision.norm),
+            skipping_ranks=int(decision.skip),
             stop_votes=int(bool(signals.received)),
             order_number=max([obeyed, *(order.number for order in inbox)]),
             step_seconds=float(rank),

@@ -22,22 +22,22 @@ def read_all(fd: int) -> list[Message]:
 
 def fill(pipe: FactPipe) -> int:
     """Tell metrics until some are dropped; returns how many got through."""
-    told = 0
+    published = 0
     while not pipe.dropped_metrics:
-        pipe.tell(Metrics({"step": told, "padding": "x" * 500}))
-        told += 1
-    return told - 1
+        pipe.publish(Metrics({"step": published, "padding": "x" * 500}))
+        published += 1
+    return published - 1
 
 
 def test_full_pipe_drops_metrics_and_keeps_facts_in_order() -> None:
     reader, writer = os.pipe()
     pipe = FactPipe(writer)
     through = fill(pipe)
-    pipe.tell(SaveFailed(1, "first"))
-    pipe.tell(SaveFailed(2, "second"))
+    pipe.publish(SaveFailed(1, "first"))
+    pipe.publish(SaveFailed(2, "second"))
     # Room for a metrics line, but facts wait in front of it and it must not overtake them.
     os.read(reader, MAX_FACT_BYTES * 2)
-    pipe.tell(ExitNotice(0, 3, "done"))
+    pipe.publish(ExitNotice(0, 3, "done"))
     assert pipe.dropped_metrics == 1
     os.set_blocking(reader, False)
     pipe.close(timeout_seconds=0.1)
@@ -66,15 +66,15 @@ def test_phases_that_nobody_reads_do_not_pile_up() -> None:
     pipe = FactPipe(writer)
     fill(pipe)
     for step in range(10_000):
-        pipe.tell(Phase("step", step))
-        pipe.tell(Phase("waiting", step))
+        pipe.publish(Phase("step", step))
+        pipe.publish(Phase("waiting", step))
     for done in range(10_000):
-        pipe.tell(Progress(done, 10_000))
+        pipe.publish(Progress(done, 10_000))
     os.set_blocking(reader, False)
     os.read(reader, 1 << 20)
     pipe.close()
-    told = [fact for fact in read_all(reader) if not isinstance(fact, Metrics)]
-    assert told == [Phase("waiting", 9_999), Progress(9_999, 10_000)]
+    published = [fact for fact in read_all(reader) if not isinstance(fact, Metrics)]
+    assert published == [Phase("waiting", 9_999), Progress(9_999, 10_000)]
 
 
 def test_telling_and_closing_wait_for_nobody() -> None:
@@ -83,7 +83,7 @@ def test_telling_and_closing_wait_for_nobody() -> None:
     fill(pipe)
     began = time.monotonic()
     for number in range(1000):
-        pipe.tell(SaveFailed(number, "x" * 1000))
+        pipe.publish(SaveFailed(number, "x" * 1000))
     assert time.monotonic() - began < 30.0
     began = time.monotonic()
     pipe.close(timeout_seconds=0.3)
@@ -95,8 +95,8 @@ def test_reader_that_is_gone_kills_nobody() -> None:
     reader, writer = os.pipe()
     pipe = FactPipe(writer)
     os.close(reader)
-    pipe.tell(Phase("step", 1))
-    pipe.tell(ExitNotice(0, 1, "done"))
+    pipe.publish(Phase("step", 1))
+    pipe.publish(ExitNotice(0, 1, "done"))
     assert pipe.reader_gone
     pipe.close()
 

@@ -191,7 +191,7 @@ def test_probes_agree_with_plain_pytorch(
         assert all(0 < speed < 1000 for speed in stats["gemm_tflops"])
 
 
-def test_an_overflow_is_told_of_the_layer_that_has_it() -> None:
+def test_an_overflow_is_reported_of_the_layer_that_has_it() -> None:
     """Sums by a product with ones and zeros would make every layer's norm NaN."""
     names = [
         f"model.decoder.{name}"
@@ -229,7 +229,7 @@ def test_logits_in_slices_are_those_of_the_whole_matrix(monkeypatch: pytest.Monk
     assert float(largest[0]) < float(logits[0].max())
 
 
-def test_logits_beyond_the_range_of_fp16_are_told() -> None:
+def test_logits_beyond_the_range_of_fp16_are_seen() -> None:
     query = torch.full((1, 1, 4, 64), 200.0, dtype=torch.float16)
     largest = torch.full((1,), -math.inf)
     note_largest_logits(largest, query, query)

@@ -150,7 +150,7 @@ def test_training_goes_on_while_a_file_system_stands_still(
     assert Phase("checkpoint", 4) in facts
 
 
-def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
+def test_its_end_is_reported_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     take_step(run, *read_batch(run))
     run.checkpoints.begin()
@@ -166,7 +166,9 @@ def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) 
     assert not any(isinstance(fact, Phase) and fact.phase == "checkpoint" for fact in facts)
 
 
-def test_a_save_that_fails_beside_training_is_told_and_the_next_one_is_made(tmp_path: Path) -> None:
+def test_a_save_that_fails_beside_training_is_reported_and_the_next_one_is_made(
+    tmp_path: Path,
+) -> None:
     run, facts = lone(tmp_path, saving_config(tmp_path, asynchronous=True))
     take_step(run, *read_batch(run))
     checkpoints = Path(run.context.begin.run_directory) / "checkpoints"

@@ -1,5 +1,5 @@
-"""Snapshots beside training: the state of their step to the bit, told once, and training neither
-waits nor changes."""
+"""Snapshots beside training: the state of their step to the bit, published once, and training
+neither waits nor changes."""
 
 import dataclasses
 import hashlib
@@ -52,7 +52,7 @@ def with_snapshots(config: RunConfig, every: int, saves: int = 0, keep: int = 2)
 
 @dataclasses.dataclass
 class Agent:
-    """One rank in this process, with an agent's ends of its pipes; it holds what it is told of, at
+    """One rank in this process, with an agent's ends of its pipes; it holds what is published, at
     once."""
 
     run: Training
@@ -78,20 +78,20 @@ class Agent:
             begin = replace(begin, checkpoint=str(checkpoint), manifest_sha256=sha256)
         agent.run = start(
             begin,
-            agent.hear,
+            agent.receive,
             orders or ControlPipe(read_end),
             StopSignals(),
             lambda *_: dist.new_group(backend="gloo"),
         )
         return agent
 
-    def hear(self, fact: Message) -> None:
+    def receive(self, fact: Message) -> None:
         self.facts.append(fact)
         if isinstance(fact, SnapshotTaken):
-            assert fact.step not in self.held, "told twice"
+            assert fact.step not in self.held, "published twice"
             self.held[fact.step] = {file.path: content(os.getpid(), file) for file in fact.files}
 
-    def told(self, kind: type[Message]) -> list[int]:
+    def published(self, kind: type[Message]) -> list[int]:
         return [fact.step for fact in self.facts if isinstance(fact, kind)]  # type: ignore[attr-defined]
 
     def step(self) -> None:
@@ -162,11 +162,11 @@ def test_a_state_that_is_not_well_is_left_out(tmp_path: Path) -> None:
     run.state.losses.append(1.0)
     run.snapshots.begin()
     run.snapshots.end()
-    assert agent.told(SnapshotTaken) == [1]
+    assert agent.published(SnapshotTaken) == [1]
 
 
 @pytest.mark.usefixtures("world")
-def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
+def test_its_end_is_reported_at_a_boundary_without_being_waited_for(tmp_path: Path) -> None:
     agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path), 1))
     agent.step()
     agent.run.snapshots.begin()
@@ -174,9 +174,9 @@ def test_its_end_is_told_at_a_boundary_without_being_waited_for(tmp_path: Path) 
     assert agent.run.snapshots.under_way.wait(50.0)
     assert not agent.held
     agent.step()
-    assert agent.told(SnapshotTaken) == [1]
+    assert agent.published(SnapshotTaken) == [1]
     agent.step()
-    assert agent.told(SnapshotTaken) == [1]
+    assert agent.published(SnapshotTaken) == [1]
     assert Phase("checkpoint", 1) not in agent.facts
 
 
@@ -205,7 +205,7 @@ def test_an_update_waits_for_the_copy_and_the_next_snapshot_for_the_last(
     monkeypatch.setattr(run.engine, "apply", updating)
     agent.step()
     assert happened == ["backward", "update"]
-    assert not agent.told(SnapshotTaken)
+    assert not agent.published(SnapshotTaken)
     entered = agent.run.context.publish
 
     def hashed_meanwhile(fact: Message) -> None:
@@ -215,7 +215,7 @@ def test_an_update_waits_for_the_copy_and_the_next_snapshot_for_the_last(
 
     run.context.publish = hashed_meanwhile
     run.snapshots.begin()
-    assert agent.told(SnapshotTaken) == [1]
+    assert agent.published(SnapshotTaken) == [1]
 
 
 @pytest.mark.usefixtures("world")
@@ -230,11 +230,11 @@ def test_without_memory_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFi
         agent.run.snapshots.end()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = [line for line in capfd.readouterr().out.splitlines() if "snapshot" in line]
-    assert said == ["no memory for the snapshot of step 2: File too large; training goes on"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "snapshot" in line]
+    assert lines == ["no memory for the snapshot of step 2: File too large; training goes on"]
     assert train(agent.run).code == 0
-    assert agent.told(SnapshotTaken) in ([], [4])
-    assert agent.told(ShardsSaved) == [4]
+    assert agent.published(SnapshotTaken) in ([], [4])
+    assert agent.published(ShardsSaved) == [4]
 
 
 @pytest.mark.usefixtures("world")
@@ -243,7 +243,7 @@ def test_who_asks_for_a_stop_gets_a_snapshot_first(tmp_path: Path) -> None:
     os.write(agent.orders_fd, to_line(SaveAndStop(1, "a test wants it")))
     leaving = train(agent.run)
     assert leaving.code == STOPPED
-    assert agent.told(SnapshotTaken) == agent.told(ShardsSaved) == [leaving.step]
+    assert agent.published(SnapshotTaken) == agent.published(ShardsSaved) == [leaving.step]
     kinds = [type(fact) for fact in agent.facts]
     assert kinds.index(SnapshotTaken) < kinds.index(ShardsSaved)
 
@@ -272,7 +272,7 @@ def test_what_was_restored_from_memory_is_not_yet_saved(tmp_path: Path) -> None:
     second = Agent.of(tmp_path / "second", config, checkpoint=folder)
     assert second.run.state.step == 1
     assert second.run.checkpoints.save()
-    assert second.told(ShardsSaved) == [1]
+    assert second.published(ShardsSaved) == [1]
     saved = next(Path(fact.folder) for fact in second.facts if isinstance(fact, ShardsSaved))
     assert shard_in(saved).keys() == load(first.held[1]["shard-00000.safetensors"]).keys()
 
@@ -288,14 +288,14 @@ def test_a_run_that_goes_on_from_memory_saves_that_first(tmp_path: Path) -> None
     folder = commit(first.held[4], 4, tmp_path / "memory", first.run.context.begin.config_sha256)
     second = Agent.of(tmp_path / "second", config, checkpoint=folder)
     assert train(second.run).code == 0
-    assert second.told(ShardsSaved) == [4, 8, 10]
+    assert second.published(ShardsSaved) == [4, 8, 10]
     again = {fact.step: Path(fact.folder) for fact in second.facts if isinstance(fact, ShardsSaved)}
     assert all(tensors_in(again[step]) == tensors_in(saved[step]) for step in (4, 8, 10))
     files = {file.name: file.read_bytes() for file in saved[4].iterdir()}
     folder = commit(files, 4, tmp_path / "checkpoint", first.run.context.begin.config_sha256)
     third = Agent.of(tmp_path / "third", config, checkpoint=folder)
     assert train(third.run).code == 0
-    assert third.told(ShardsSaved) == [8, 10]
+    assert third.published(ShardsSaved) == [8, 10]
 
 
 @pytest.mark.usefixtures("world")
@@ -313,7 +313,7 @@ def test_its_own_file_is_for_a_rank_that_is_spread_as_the_one_that_wrote_it(tmp_
 
 
 class Held:
-    """What the agents of a world hold, read as soon as it is told."""
+    """What the agents of a world hold, read as soon as it is published."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -321,7 +321,7 @@ class Held:
 
     def take(self) -> None:
         for rank in self.world.ranks:
-            for fact in rank.told(SnapshotTaken):
+            for fact in rank.published(SnapshotTaken):
                 held = self.files.setdefault(fact.step, {})
                 for file in fact.files:
                     if file.path not in held:
@@ -342,7 +342,7 @@ def test_two_ranks_go_on_from_memory_bit_for_bit(tmp_path: Path) -> None:
         first.wait(both_hold, "the snapshot of step 4")
         first.finish()
         losses = {step: line["loss"] for step, line in first.ranks[0].metrics.items()}
-        reference = tensors_in(Path(first.ranks[0].told(ShardsSaved)[-1].folder))
+        reference = tensors_in(Path(first.ranks[0].published(ShardsSaved)[-1].folder))
     config_sha256 = sha256_of(tmp_path / "run" / "config.json")
     folder = commit(
         held.files[4], 4, tmp_path / "run" / "memory" / "1.00" / "step-00000004", config_sha256
@@ -353,4 +353,4 @@ def test_two_ranks_go_on_from_memory_bit_for_bit(tmp_path: Path) -> None:
         again = {step: line["loss"] for step, line in second.ranks[0].metrics.items()}
         assert list(again) == list(range(5, 25))
         assert again == {step: losses[step] for step in again}
-        assert tensors_in(Path(second.ranks[0].told(ShardsSaved)[-1].folder)) == reference
+        assert tensors_in(Path(second.ranks[0].published(ShardsSaved)[-1].folder)) == reference

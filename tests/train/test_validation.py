@@ -1,5 +1,5 @@
-"""Named validation sets in real ranks: each measured whole, on its own schedule, and told under its
-own name."""
+"""Named validation sets in real ranks: each measured whole, on its own schedule, and published
+under its own name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +42,10 @@ def prepared(folder: Path, sets: str, **train: int) -> RunConfig:
     return config
 
 
-def told(world: World) -> dict[tuple[int, str], Validation]:
-    facts = world.ranks[0].told(Validation)
+def validations_of(world: World) -> dict[tuple[int, str], Validation]:
+    facts = world.ranks[0].published(Validation)
     by_step = {(fact.step, fact.name): fact for fact in facts}
-    assert len(by_step) == len(facts), "none is told twice"
+    assert len(by_step) == len(facts), "none is published twice"
     return by_step
 
 
@@ -80,9 +80,9 @@ def test_each_set_s_loss_is_the_one_of_its_own_text(tmp_path: Path, sets: str, t
     with World(tmp_path, config) as world:
         world.begin()
         assert {leaving.code for leaving in world.finish()} == {DONE}
-        assert not world.ranks[1].told(Validation), "rank 0 tells for all"
+        assert not world.ranks[1].published(Validation), "rank 0 tells for all"
         folder = world.commit(6)
-        found = told(world)
+        found = validations_of(world)
     assert found.keys() == {(6, "validation"), (6, "web"), (6, "few")}
     for (_, name), fact in found.items():
         loss, tokens = measured_by_hand(config, folder, name)
@@ -112,7 +112,7 @@ def test_sets_keep_to_their_own_schedule(
         world.begin()
         world.finish()
         steps: dict[str, list[int]] = {}
-        for step, name in told(world):
+        for step, name in validations_of(world):
             steps.setdefault(name, []).append(step)
         assert steps == expected
 
@@ -130,7 +130,7 @@ def test_a_run_that_goes_on_at_its_last_step_measures_all_sets(tmp_path: Path, s
     ) as world:
         world.begin(attempt="1.01", generation=2, checkpoint=checkpoint)
         assert [leaving.code for leaving in world.finish()] == [DONE]
-        assert told(world).keys() == {(4, "validation"), (4, "web"), (4, "few")}
+        assert validations_of(world).keys() == {(4, "validation"), (4, "web"), (4, "few")}
 
 
 def test_a_set_changes_no_step(tmp_path: Path, sets: str) -> None:
@@ -150,7 +150,7 @@ def test_a_set_changes_no_step(tmp_path: Path, sets: str) -> None:
         assert {
             s: (line["loss"], line["grad_norm"]) for s, line in world.ranks[0].metrics.items()
         } == expected
-        assert len(told(world)) == 13
+        assert len(validations_of(world)) == 13
 
 
 def test_a_rank_whose_data_lacks_a_set_says_so_and_trains_nothing(

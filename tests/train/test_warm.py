@@ -41,7 +41,7 @@ def test_stray_signals_before_begin_neither_kill_nor_stop(tmp_path: Path) -> Non
     terminal."""
     with World(tmp_path, tiny_config(tmp_path, steps=3), world_size=1) as world:
         rank = world.ranks[0]
-        world.wait(lambda: bool(rank.told(Warm)), "warm")
+        world.wait(lambda: bool(rank.published(Warm)), "warm")
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(rank.process.pid, number)
         world.begin()
@@ -68,19 +68,19 @@ def test_a_warm_rank_imports_nothing_of_torch_at_its_first_step(tmp_path: Path) 
         world.begin()
         world.finish()
         for rank in world.ranks:
-            [said] = [
+            [line] = [
                 line
                 for line in rank.log.read_text().splitlines()
                 if line.startswith("imported late: ")
             ]
-            late = json.loads(said.removeprefix("imported late: "))
+            late = json.loads(line.removeprefix("imported late: "))
             assert [name for name in late if name.split(".")[0] == "torch"] == []
 
 
 def test_stacks_go_to_the_log(tmp_path: Path) -> None:
     with World(tmp_path, tiny_config(tmp_path), world_size=1) as world:
         rank = world.ranks[0]
-        world.wait(lambda: bool(rank.told(Warm)), "warm")
+        world.wait(lambda: bool(rank.published(Warm)), "warm")
         os.kill(rank.process.pid, signal.SIGUSR2)
         world.wait(lambda: "in be_warm" in rank.log.read_text(), "stacks")
         assert rank.process.poll() is None
@@ -151,15 +151,15 @@ def test_orders_are_obeyed_at_one_step_and_the_ledger_goes_along(tmp_path: Path)
         world.wait_for_step(3)
         half = LrFactor(1, "a person asked", 0.5)
         world.ranks[0].send(half)
-        world.wait(lambda: bool(world.ranks[0].told(OrderObeyed)), "the order")
-        step = world.ranks[0].told(OrderObeyed)[0].step
+        world.wait(lambda: bool(world.ranks[0].published(OrderObeyed)), "the order")
+        step = world.ranks[0].published(OrderObeyed)[0].step
         world.wait_for_step(step + 2)
         world.ranks[0].send(SaveAndStop(2, "enough"))
         leavings = world.finish()
         assert {(leaving.code, leaving.cause) for leaving in leavings} == {(STOPPED, "stopped")}
         assert "enough" in leavings[1].reason  # rank 1 never saw the order's pipe
         saved = world.commit(leavings[0].step)
-        obeyed = [(fact.number, fact.step) for fact in world.ranks[0].told(OrderObeyed)]
+        obeyed = [(fact.number, fact.step) for fact in world.ranks[0].published(OrderObeyed)]
         assert obeyed == [(1, step), (2, leavings[0].step)]
         rates = {number: line["lr"] for number, line in world.ranks[0].metrics.items()}
     ledger = (LedgerEntry(step, half),)
@@ -189,26 +189,26 @@ def test_failed_save_does_not_kill_training(tmp_path: Path) -> None:
         # A file where the folder should be: fails for root too, as a read-only mode would not.
         (run_directory / "checkpoints").write_text("")
         world.begin()
-        world.wait(lambda: all(rank.told(SaveFailed) for rank in world.ranks), "the failure")
-        world.wait_for_step(world.ranks[0].told(SaveFailed)[0].step + 3)
+        world.wait(lambda: all(rank.published(SaveFailed) for rank in world.ranks), "the failure")
+        world.wait_for_step(world.ranks[0].published(SaveFailed)[0].step + 3)
         os.kill(world.ranks[1].process.pid, signal.SIGTERM)
         leavings = world.finish()
         assert {leaving.code for leaving in leavings} == {STOPPED}
         assert "the last committed checkpoint counts" in leavings[0].reason
-        assert not any(rank.told(ShardsSaved) for rank in world.ranks)
+        assert not any(rank.published(ShardsSaved) for rank in world.ranks)
 
 
-def test_phases_are_told_and_validation_covers_the_set(tmp_path: Path) -> None:
+def test_phases_are_published_and_validation_covers_the_set(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=6, validate_every=3)
     with World(tmp_path, config) as world:
         world.begin()
         world.finish()
         for rank in world.ranks:
-            phases = [fact.phase for fact in rank.told(Phase)]
+            phases = [fact.phase for fact in rank.published(Phase)]
             assert phases[0] == "start"
             assert set(phases) == {"start", "waiting", "data", "step", "evaluation", "checkpoint"}
-        first, last = world.ranks[0].told(Validation)
-        assert not world.ranks[1].told(Validation)
+        first, last = world.ranks[0].published(Validation)
+        assert not world.ranks[1].published(Validation)
         assert (first.step, last.step) == (3, 6)
         assert first.loss > last.loss > 1.0
         validation = ValidationSet(
@@ -220,7 +220,7 @@ def test_phases_are_told_and_validation_covers_the_set(tmp_path: Path) -> None:
         assert first.tokens == last.tokens == 64 * validation.sequences, (
             "padding counts for nothing"
         )
-        assert any(rank.told(Progress) for rank in world.ranks)
+        assert any(rank.published(Progress) for rank in world.ranks)
 
 
 def test_exception_exits_1_at_once_and_says_why_in_the_log(tmp_path: Path) -> None:

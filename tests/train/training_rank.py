@@ -1,4 +1,4 @@
-"""A real rank with one fault planted inside; prints its metrics, orders and last words. Run by
+"""A real rank with one fault planted inside; prints its metrics, orders and exit notice. Run by
 tests, as a script.
 
 The specification is a JSON file: `config`, `run_directory`, and optionally `poison` [rank, step],
