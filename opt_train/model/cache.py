@@ -24,6 +24,7 @@ class KeyValues:
         Returns:
             Two views, [batch, heads, all tokens, d_model / heads].
         """
+        # All at once: growing by a token would copy everything for every token.
         if self._keys is None or self._values is None:
             self._keys = key.new_empty(*key.shape[:2], self._capacity, key.shape[3])
             self._values = torch.empty_like(self._keys)

@@ -44,6 +44,8 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.largest_logits = None
+        # Three matrices and not one: released checkpoints have them so, and tensor parallelism cuts
+        # each by heads.
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.q_proj = nn.Linear(config.d_model, config.d_model)
@@ -58,6 +60,7 @@ class Attention(nn.Module):
         )
         if self.largest_logits is not None:
             note_largest_logits(self.largest_logits, query.detach(), key.detach())
+        # Without a mask the fused kernels know what is causal; with one they read it.
         mask = None
         if past is not None:
             key, value = past.extended(key, value)
@@ -90,6 +93,7 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, past: KeyValues | None = None) -> Tensor:
         """[batch, sequence, d_model] -> the same shape."""
         normed = self._before(self.self_attn_layer_norm, hidden)
+        # Training never passes a cache: hooks and recomputation see one input.
         attended = self.self_attn(normed) if past is None else self.self_attn(normed, past)
         hidden = self._behind(
             self.self_attn_layer_norm, hidden + F.dropout(attended, self.dropout, self.training)
@@ -117,6 +121,7 @@ class Decoder(nn.Module):
         width = config.embedding_width
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = nn.Embedding(config.positions + POSITION_OFFSET, config.d_model)
+        # Without biases, as in the released OPT-350M.
         projected = width != config.d_model
         self.project_in = nn.Linear(width, config.d_model, bias=False) if projected else None
         self.project_out = nn.Linear(config.d_model, width, bias=False) if projected else None
@@ -130,7 +135,9 @@ class Decoder(nn.Module):
 
         With a `cache` the tokens go on from those that it holds, and are added to it.
         """
-        first = POSITION_OFFSET if cache is None else POSITION_OFFSET + cache.length
+        first = POSITION_OFFSET
+        if cache is not None:
+            first += cache.length
         positions = torch.arange(tokens.shape[1], device=tokens.device) + first
         embedded: Tensor = self.embed_tokens(tokens)
         if self.project_in is not None:
@@ -199,7 +206,9 @@ class OPT(nn.Module):
         loss_sum = cross_entropy_sum(
             whole.flatten(0, 1), own_rows, targets.flatten(), weights.flatten(), grad_scale, group
         )
+        # In fp32: the square of an activation beyond 255 overflows fp16.
         squares = hidden.detach().float().square().sum(dim=-1)
+        # Under sequence parallelism `hidden` is this rank's part of the sequence.
         if group is not None:
             weights = weights.chunk(group.size(), dim=1)[group.rank()]
         activation_squares = (squares * weights).sum()

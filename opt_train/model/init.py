@@ -33,6 +33,8 @@ def initialise(
     draws the blocks that it holds rows of. DTensor has no random numbers of its own on a CPU mesh:
     drawing shards in place would give each rank the same ones.
     """
+    # The trap: meta device, `to_empty` and `nn.init` on DTensors give every shard the *same*
+    # numbers, and a loss that depends on the world size, without an error.
     parameters = list(model.named_parameters())
     for done, (name, parameter) in enumerate(parameters):
         if progress is not None:
@@ -55,6 +57,7 @@ def _draw(parameter: Tensor, std: float, key: str) -> None:
     columns = slice(own_columns.start, own_columns.stop)
     for start in range(first - first % ROWS, end, ROWS):
         rows = min(ROWS, parameter.shape[0] - start)
+        # The whole block, though a part may do: the numbers depend on where the generator stands.
         block = torch.empty(rows, parameter.shape[1]).normal_(
             0.0, std, generator=_generator(f"{key}:{start}")
         )

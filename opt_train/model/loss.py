@@ -70,6 +70,7 @@ class _HeadAndLoss(torch.autograd.Function):
         grad_embedding = (
             torch.zeros_like(embedding, dtype=torch.float32) if wanted else hidden.new_empty(0)
         )
+        # From here on ids count from this rank's first row; others' are below 0 or too large.
         if group is not None:
             targets = targets - dist.get_rank(group) * embedding.shape[0]
         grad_weights = weights if grad_scale is None else weights * grad_scale
@@ -139,6 +140,7 @@ def _log_softmax(
     if group is None:
         log_probabilities = logits.log_softmax(dim=-1)
         return log_probabilities, log_probabilities.gather(1, index)
+    # The maximum first, as in any log-softmax: exponentials of what is left cannot overflow.
     largest = logits.amax(dim=-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     logits -= largest

@@ -32,6 +32,7 @@ def make_optimizer(
     Raises:
         BadInput: `fused` asks for an apex that is not there.
     """
+    # By rank of the tensor: biases and LayerNorms are vectors, everything else is a matrix.
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
@@ -101,7 +102,8 @@ def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> N
         factor: what gradients are to be multiplied by (`UpdateDecision.factor`), fp32 scalar on the
             device; None: 1. The kernel does that too, so no pass over the gradients is spent on it.
     """
-    # The attributes that torch.amp.GradScaler sets.
+    # The attributes that torch.amp.GradScaler sets. Multiplying the update by 0 would not do: 0 x
+    # NaN is NaN.
     optimizer.found_inf = skip  # type: ignore[attr-defined]
     if isinstance(optimizer, MemoryEfficientAdamW | ApexAdamW):
         optimizer.gradient_factor = factor

@@ -72,6 +72,10 @@ def global_norm(
             / torch.tensor(copies, dtype=torch.float64).to(norms.device, non_blocking=True)
         ).sum()
     sums = torch.stack([squares, tokens.double()])
+    # Over the whole world, whatever the meshes. torch's `clip_grad_norm_` wants all parameters on
+    # one mesh; `torch.amp.GradScaler` reduces its overflow flag with the first gradient's
+    # placements only, so under tensor parallelism some ranks step, some skip, and the copies
+    # diverge without an error.
     dist.all_reduce(sums)
     divisor = sums[1] if grad_scale is None else sums[1] * grad_scale.double()
     return GradNorm(sums[0].sqrt() / divisor, divisor)
@@ -85,6 +89,7 @@ def clip(grad_norm: GradNorm, max_norm: float) -> UpdateDecision:
     OPT's ``optim.clip`` is 1.0, and was 0.3 late in the 175B run (arXiv 2205.01068, section 2.2).
     """
     norm = grad_norm.norm
+    # torch's own 1e-6, so that a reference clips alike. NaN passes `clamp` and is skipped below.
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return UpdateDecision(
         norm,

@@ -41,12 +41,14 @@ class LossScale:
         policy = self.policy
         if not policy.window_steps:
             return
+        # Selected by `torch.where`, so that no branch waits for the device to know `skip`.
         overflow = skip != 0
         self._steps = torch.where(overflow, 0, self._steps + 1)
         grows = ~overflow & (self._steps % self._window == 0)
         patience = torch.where(overflow, (self._patience - 1).clamp(min=0), self._patience)
         shrinks = overflow & (patience == 0)
         self._patience = torch.where(grows, policy.hysteresis, patience)
+        # Powers of two: multiplying gradients by the scale and dividing it out loses no bit.
         doubled = (self.scale * 2).clamp(max=CEILING)
         halved = (self.scale / 2).clamp(min=policy.floor)
         self.scale = torch.where(grows, doubled, torch.where(shrinks, halved, self.scale))
@@ -77,6 +79,8 @@ class LossScale:
         scale, window, steps, patience = (
             saved[key] for key in ("scale", "window_steps", "steps", "patience")
         )
+        # metaseq silently keeps the checkpoint's settings instead, which spoiled OPT-175B's runs
+        # 12.35 to 12.37: what is configured must hold.
         if saved["policy"] != asdict(self.policy):
             return
         self.scale = torch.full_like(self.scale, float(scale))

@@ -63,6 +63,7 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
         new_average = torch.lerp(average, gradient, 1 - beta1)
         new_square = (square * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         new = weight.float() * (1 - lr * group["weight_decay"])
+        # eps in fp32: fp16(1e-8) is 0, and the quotient of two small moments would be anything.
         denominator = (new_square.sqrt() / (1 - beta2**step).sqrt()).add_(group["eps"])
         new -= new_average / denominator * (lr / (1 - beta1**step))
         for old, updated in (

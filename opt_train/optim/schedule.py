@@ -18,6 +18,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     floor = optim.lr * optim.final_fraction
     # Warm-up hands over at the batch that had the peak, so that no batch has it twice.
     begin = max(optim.warmup_steps - 1, 0)
+    # Before the division below: a run may end inside its warm-up.
     if step >= end:
         return floor
     done = (step - begin) / (end - begin)

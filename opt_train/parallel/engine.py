@@ -122,6 +122,7 @@ def loss_of(
     model: nn.Module, batch: MicroBatch, device: torch.device, grad_scale: Tensor | None = None
 ) -> Loss:
     """`model`'s sums over one micro-batch, differentiable where gradients are on."""
+    # Ids and weights keep their types: engines in mixed precision must not cast them.
     tokens, targets, weights = (
         _sent(tensor, device) for tensor in (batch.tokens, batch.targets, batch.weights)
     )

@@ -63,6 +63,7 @@ class Layout:
     def mesh(self) -> dict[str, int]:
         """The mesh's dimensions by name, outermost first. Without copies or tensor groups those
         names are not there."""
+        # Outermost first: the ranks of a tensor group, which talk most, are neighbours on one node.
         sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
         return {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
 

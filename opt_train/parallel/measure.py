@@ -24,6 +24,7 @@ def loss_over(
             part of the text, in as many micro-batches as the others.
         progress: called after each micro-batch with the number of sequences done.
     """
+    # fp64: a validation set adds up millions of tokens.
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     sequences = tokens = 0
     for batch in batches:

@@ -16,6 +16,8 @@ def own_rows(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     Communicates nothing."""
     chunks = whole.detach().chunk(mesh.size())
     rank = mesh.get_local_rank()
+    # `chunk` gives fewer pieces than ranks where there are few rows: the last ranks hold none, as
+    # FSDP2 has it.
     own = chunks[rank].clone() if rank < len(chunks) else whole.new_empty((0, *whole.shape[1:]))
     return DTensor.from_local(
         own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()

@@ -42,6 +42,8 @@ def split_over(model: OPT, mesh: DeviceMesh) -> None:
 
     All of them: what clips gradients needs each parameter on one mesh.
     """
+    # A parameter that is left out of the plan lies on another mesh, and torch's clipping breaks;
+    # `SequenceParallel` puts LayerNorms, which are not split, on it too.
     split, whole = Shard(SEQUENCE), Replicate()
     parts: dict[str, ParallelStyle] = {
         "embed_tokens": _VocabularyParallel(),

@@ -91,6 +91,7 @@ def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: Non
         with rehearsing() as fake:
             batches = micro_batches(config, spec.layout)
             model = empty_model(spec, fake)
+            # Counted too: initialisation could make something larger than the step does.
             drawing = MemoryCount()
             with drawing:
                 initialise(model, config.model, config.seed)
@@ -104,6 +105,7 @@ def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: Non
             model.register_forward_hook(lambda *_: memory.enter("backward", kept))
             report(_description(config, batches))
             with CollectiveCount() as collectives, memory:
+                # A scale, as fp16 has one: it costs a tensor here and there.
                 scale = torch.ones(())
                 engine.forward_backward(batches, scale)
                 memory.enter("update")

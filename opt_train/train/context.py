@@ -62,6 +62,7 @@ class RankContext:
 
     def progress(self, done: int, total: int) -> None:
         """Publish that long work goes on, every `PROGRESS_SECONDS` at most."""
+        # By this rank's clock alone: progress is for the agent, and no rank decides by it.
         now = time.monotonic()
         if now - self._progress_at >= PROGRESS_SECONDS:
             self._progress_at = now
@@ -71,6 +72,7 @@ class RankContext:
         """What a checkpoint of this moment carries beside its tensors (`state.json`)."""
         return {
             **self.state.to_json(),
+            # Nothing here is a tensor or a pickle: a checkpoint is read without executing anything.
             "data_fingerprint": self.data_fingerprint,
             "loss_scale": self.loss_scale.to_json(),
             "rng": {"rule": RNG_RULE, "seed": self.config.seed},

@@ -16,6 +16,7 @@ def be_deterministic() -> None:
     """From now on torch takes deterministic kernels alone. Before the first product on a GPU:
     cuBLAS reads its setting once.
     """
+    # Somebody's own choice stays, if it is one that is deterministic.
     if os.environ.get(_CUBLAS) not in _CUBLAS_CHOICES:
         os.environ[_CUBLAS] = _CUBLAS_CHOICES[0]
     torch.use_deterministic_algorithms(True)

@@ -28,6 +28,7 @@ class FactPipe:
     """
 
     def __init__(self, fd: int) -> None:
+        # A full pipe must raise: a reader that is stuck would otherwise stop the training loop.
         os.set_blocking(fd, False)
         self._fd = fd
         self._waiting: deque[tuple[Message, bytes]] = deque()

@@ -43,6 +43,7 @@ def memory_bytes(device: torch.device) -> int:
     """The most memory this rank has had: allocated on the device, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -65,6 +66,7 @@ def _mfu(source: MetricsSource) -> float | None:
     config, device = source.config, source.device
     if device.type != "cuda" or config.precision.compute == "fp32":
         return None
+    # A wrong peak would be believed: better none than a guess.
     name = torch.cuda.get_device_name(device)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     if peak is None or any(board in name for board in OTHER_BOARDS):

@@ -78,6 +78,7 @@ class ControlPipe:
             if not piece:
                 raise AgentGone
             self._rest += piece
+        # A line may come in pieces; the last piece waits for its end.
         *lines, self._rest = self._rest.split(b"\n")
         if len(self._rest) > MAX_MESSAGE_BYTES:
             raise ProtocolError(

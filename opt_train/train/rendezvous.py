@@ -46,6 +46,7 @@ def join(
     Rank 0 binds the store on a free port and publishes it; the others were given host and port.
     Keys carry the generation, so a rank of an older one can never meet this one.
     """
+    # torch's own is half an hour, for which one rank's exception leaves the others in a collective.
     timeout = timedelta(seconds=config.train.collective_timeout_seconds)
     host = begin.store_host or "127.0.0.1"
     is_rank_zero = begin.rank == 0

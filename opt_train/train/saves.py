@@ -68,6 +68,7 @@ class Checkpoints:
             self.save()
             return
         self.end()
+        # An order may ask for the step that was saved as due.
         if self.saved_step == context.state.step:
             return
         # The state that is saved counts every step that its weights have taken.

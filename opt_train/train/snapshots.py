@@ -47,11 +47,14 @@ class MemorySnapshots:
             return
         self.end()
         self._stats.receive(before=context.state.step)
+        # Decided from the step stats, so all ranks leave out the same ones.
         if not context.state.healthy:
             return
         state = None
         if context.is_rank_zero:
             state = {**context.state_json(), PARTS: OWN, "world_size": context.begin.world_size}
+        # A copy in this process's memory; the agent takes the file descriptors over, so the copy
+        # outlives the rank.
         self.under_way = self._memory.begin(context.state.step, context.engine.tensors(), state)
         self._begun_step = context.state.step
 

@@ -57,6 +57,7 @@ class TrainState:
 
     def absorb(self, stats: StepStats, loss_scale_floor: float = 1.0) -> None:
         """Count a step. Above its floor an overflow is but how a loss scale finds its place."""
+        # Nothing the scale can do helps any more: these count towards `train.max_nonfinite_steps`.
         hopeless = stats.skipped and stats.loss_scale <= loss_scale_floor
         self.floor_steps = self.floor_steps + hopeless if stats.skipped else 0
         self.tokens += int(stats.tokens)
@@ -122,5 +123,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     By rank, not by share of the data: the ranks of a tensor group hold different parts of a
     sequence.
     """
+    # A hash and no sum: seeds of neighbouring steps and ranks must not be near, nor ever coincide.
     digest = hashlib.sha256(f"opt_train step {seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

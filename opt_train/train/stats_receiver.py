@@ -27,6 +27,7 @@ class StatsReceiver:
         order's number. Waits for them."""
         context = self._context
         context.enter("waiting")
+        # One or two steps: the loop leaves the newest under way, a save or validation takes all.
         for stats in self._reducer.collect(before):
             self.newest = stats
             context.state.absorb(stats, context.loss_scale.policy.floor)

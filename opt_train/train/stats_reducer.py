@@ -65,6 +65,7 @@ class StatsReducer:
         collected = []
         while self._under_way and self._under_way[0].step < before:
             reduction = self._under_way.popleft()
+            # Begun a whole step ago: by now they are done, unless a rank is late.
             for work in reduction.works:
                 work.wait()
             collected.append(self._read(reduction))
@@ -86,6 +87,8 @@ class StatsReducer:
         payload = b""
         if self._rank == 0:
             payload = json.dumps([to_payload(order) for order in orders]).encode()
+        # The length first, because only rank 0 knows it. JSON and no pickle: orders come from
+        # outside.
         size = torch.tensor([len(payload)], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self.group)
         body = torch.zeros(int(size.item()), dtype=torch.uint8)

@@ -46,6 +46,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     """
     context, state, engine = run.context, run.state, run.engine
     values = values_of(context.config, state)
+    # Dropout by step and rank, not by what was drawn before: a restart draws the same.
     seed_step(context.config.seed, state.step, context.begin.rank)
     loss_scale = context.loss_scale.scale
     grad_scale = loss_scale * context.predivision
@@ -76,6 +77,7 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     run.wait_copied()
     engine.apply(decision)
     context.loss_scale.update(decision.skip)
+    # As late as can be: an order that comes meanwhile is agreed on a step earlier.
     order_number = run.poll_orders()
 
     # All of the step is queued by now, so the device works on while the host waits for these.

@@ -41,7 +41,7 @@ key.
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -137,29 +137,28 @@ DIGITS = 5
 bytes of a metrics line."""
 
 
-def _rounded(number: float) -> float:
+def _rounded(number: float | None) -> float | None:
+    if number is None:
+        return None
     return float(f"{number:.{DIGITS}g}")
 
 
-def _rounded_list(numbers: tuple[float, ...] | None) -> list[float] | None:
-    return None if numbers is None else [_rounded(number) for number in numbers]
-
-
-def _largest_logit(stats: StepStats) -> float | None:
-    return None if stats.attention_logit is None else _rounded(stats.attention_logit)
-
-
-def _slowest_tflops(stats: StepStats) -> float | None:
-    return None if stats.gemm_tflops is None else _rounded(min(stats.gemm_tflops))
-
-
-def _median_tflops(stats: StepStats) -> float | None:
-    return None if stats.gemm_tflops is None else _rounded(statistics.median(stats.gemm_tflops))
+def _rounded_list(numbers: tuple[float, ...] | None) -> list[float | None] | None:
+    if numbers is None:
+        return None
+    return [_rounded(number) for number in numbers]
 
 
 def _slowest_rank(stats: StepStats) -> int | None:
-    speeds = stats.gemm_tflops
-    return None if speeds is None else speeds.index(min(speeds))
+    if stats.gemm_tflops is None:
+        return None
+    return stats.gemm_tflops.index(min(stats.gemm_tflops))
+
+
+def _of_speeds(stats: StepStats, choose: Callable[[tuple[float, ...]], float]) -> float | None:
+    if stats.gemm_tflops is None:
+        return None
+    return _rounded(choose(stats.gemm_tflops))
 
 
 SUM, MAX, FIRST, EACH = Reduction
@@ -296,7 +295,10 @@ COLUMNS = (
         "",
         "largest attention logit of the rank's first micro-batch",
         Metric(
-            "attention_logit_max", "", "largest attention logit of the model, below", _largest_logit
+            "attention_logit_max",
+            "",
+            "largest attention logit of the model, below",
+            lambda stats: _rounded(stats.attention_logit),
         ),
     ),
     Column(
@@ -308,13 +310,13 @@ COLUMNS = (
             "gemm_tflops_min",
             "10^12 operations a second",
             "the fixed product's speed on the slowest rank, below",
-            _slowest_tflops,
+            lambda stats: _of_speeds(stats, min),
         ),
         Metric(
             "gemm_tflops_median",
             "10^12 operations a second",
             "the same on the rank in the middle",
-            _median_tflops,
+            lambda stats: _of_speeds(stats, statistics.median),
         ),
         Metric("gemm_slowest_rank", "rank, from 0", "whose `gemm_tflops_min` it is", _slowest_rank),
     ),

@@ -100,6 +100,7 @@ class Training:
 
     def _new_orders(self) -> list[Order]:
         newest = self.stats.order_number
+        # The same on every rank, so either all of them share the orders or none does.
         if newest <= self.order_obeyed:
             return []
         due = [order for order in self.inbox if self.order_obeyed < order.number <= newest]

@@ -88,6 +88,8 @@ def import_everything() -> None:
     of a restart."""
     import torch  # noqa: PLC0415
 
+    # Single-threaded, and a process for each rank instead of a fork: a child forked after one
+    # multi-threaded operation has lost OpenMP's pool, and hangs in its first matrix product.
     torch.set_num_threads(1)
     import torch._dynamo  # noqa: PLC0415
     import torch.distributed.checkpoint.hf_storage  # noqa: PLC0415
