@@ -37,7 +37,8 @@ from opt_train.protocol.framing import Message, to_line
 from opt_train.train.loop import train
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
-from opt_train.train.training import Training
+from opt_train.train.saves import Checkpoints
+from opt_train.train.validation import Validator
 
 AIM = 0.01
 PARTS = ("forward_backward", "grad_norm", "apply")
@@ -132,22 +133,22 @@ def measure(config: RunConfig, folder: Path) -> Stopwatch:
         order_number=0,
     )
     watch = Stopwatch()
-    Training.validate = lambda _self, _names: None  # type: ignore[method-assign]
-    Training.save = lambda _self: True  # type: ignore[method-assign]
+    Validator.validate_at_end = lambda _self, _state: None  # type: ignore[method-assign]
+    Checkpoints.save = lambda _self: True  # type: ignore[method-assign]
     with (folder / "facts").open("wb", buffering=0) as facts, (folder / "log").open("w") as log:
 
-        def tell(fact: Message) -> None:
+        def publish(fact: Message) -> None:
             facts.write(to_line(fact))  # as a rank does: a line and a system call
 
         with standard_output_to(log.fileno()):
-            run = start(begin, tell, NoOrders(), StopSignals())
+            run = start(begin, publish, NoOrders(), StopSignals())
             for name in PARTS:
                 setattr(run.engine, name, watch.around(name, getattr(run.engine, name)))
             train(run)
         dist.destroy_process_group()
-    told = (folder / "facts").read_bytes()
-    assert told.count(f'"{Metrics.kind}"'.encode()) >= config.train.steps - 1, (
-        "the rank told its metrics"
+    published = (folder / "facts").read_bytes()
+    assert published.count(f'"{Metrics.kind}"'.encode()) >= config.train.steps - 1, (
+        "the rank published its metrics"
     )
     return watch
 

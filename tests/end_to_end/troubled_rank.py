@@ -23,8 +23,7 @@ from opt_train.checkpoint import background
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Phase
 from opt_train.protocol.framing import Message
-from opt_train.train import fact_pipe as telling
-from opt_train.train import rank, training, warm
+from opt_train.train import fact_pipe, rank, saves, warm
 
 TROUBLE: dict[str, Any] = json.loads(os.environ["TROUBLE"])
 BEGUN: list[Begin] = []
@@ -39,10 +38,10 @@ def once(name: str) -> bool:
 
 
 def pausing(
-    tell: Callable[[telling.FactPipe, Message], None],
-) -> Callable[[telling.FactPipe, Message], None]:
-    def tell_and_pause(pipe: telling.FactPipe, fact: Message) -> None:
-        tell(pipe, fact)
+    publish: Callable[[fact_pipe.FactPipe, Message], None],
+) -> Callable[[fact_pipe.FactPipe, Message], None]:
+    def publish_and_pause(pipe: fact_pipe.FactPipe, fact: Message) -> None:
+        publish(pipe, fact)
         for number, (where, phase, step) in enumerate(TROUBLE.get("pauses", [])):
             if (
                 isinstance(fact, Phase)
@@ -53,7 +52,7 @@ def pausing(
             ):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    return tell_and_pause
+    return publish_and_pause
 
 
 def slow(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,9 +93,9 @@ def remembering(run_rank: Callable[..., int]) -> Callable[..., int]:
 
 
 if __name__ == "__main__":
-    telling.FactPipe.tell = pausing(telling.FactPipe.tell)  # type: ignore[method-assign]
+    fact_pipe.FactPipe.publish = pausing(fact_pipe.FactPipe.publish)  # type: ignore[method-assign]
     if "slow_save" in TROUBLE:
-        training.save_checkpoint = background.save = slow(background.save)
+        saves.save_checkpoint = background.save = slow(background.save)
     if TROUBLE.get("deaf"):
         rank.run_rank = deaf(rank.run_rank)
     rank.run_rank = remembering(rank.run_rank)

@@ -140,7 +140,8 @@ def test_every_column_has_a_field_and_every_field_a_column() -> None:
 def test_every_metric_has_its_key_once_and_a_line_has_them_all(opt_175b: RunConfig) -> None:
     keys = [metric.key for metric in METRICS]
     assert len(set(keys)) == len(keys)
-    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0, "1 ab")
+    begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
+    begin = replace(begin, journal_head="1 ab")
     given = source(opt_175b, begin, TrainState(), StepStats(step=0), 1e-4, torch.device("cpu"))
     assert list(metrics_line(given, is_first=True)) == keys
     assert list(metrics_line(given)) == [key for key in keys if key != "journal_head"]
