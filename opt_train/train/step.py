@@ -4,6 +4,7 @@ import time
 from datetime import UTC, datetime
 
 import torch
+from torch import Tensor
 
 from opt_train.config.run_config import RunConfig
 from opt_train.data.batches import MicroBatch
@@ -13,7 +14,6 @@ from opt_train.optim.in_force import in_force
 from opt_train.train.fact_pipe import log_line
 from opt_train.train.metrics import memory_bytes
 from opt_train.train.probes import Probes
-from opt_train.train.readback import Readback
 from opt_train.train.state import TrainState, seed_step
 from opt_train.train.step_stats import RankStats
 from opt_train.train.training import Training
@@ -101,6 +101,30 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     run.reducer.start(state.step, own)
     state.step += 1
     state.cursor = run.batches.after(state.cursor)
+
+
+class Readback:
+    """Copies scalars and small tensors to the host, all in one copy, behind what the device has
+    been given to do and without stopping it."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        numbers = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        self._event: torch.Event | None = None
+        if numbers.device.type == "cpu":
+            self._values = numbers
+            return
+        # Pinned: into pageable memory the copy would make the host wait.
+        self._values = torch.empty(numbers.shape, dtype=torch.float64, pin_memory=True)
+        self._values.copy_(numbers, non_blocking=True)
+        self._event = torch.Event(numbers.device)
+        self._event.record()
+
+    def values(self) -> list[float]:
+        """The numbers, of all tensors in a row, fp64. Waits until the device had them, not for
+        what was queued behind."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(value) for value in self._values.tolist()]
 
 
 def tokens_of(micro_batches: list[MicroBatch]) -> float:

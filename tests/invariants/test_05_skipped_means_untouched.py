@@ -25,8 +25,7 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import start
-from opt_train.train.readback import Readback
-from opt_train.train.step import read_batch, take_step
+from opt_train.train.step import Readback, read_batch, take_step
 from opt_train.train.training import Training
 from tests.optim.syncs import Syncs
 from tests.train.rig import begin_alone, tiny_config

@@ -25,8 +25,8 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes
-from opt_train.train.readback import Readback
 from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.step import Readback
 from opt_train.train.step_stats import RankStats, StepStats
 from tests.parallel.layout_ranks import MODEL, VALUES, share
 from tests.train.leave import leave_with

@@ -20,7 +20,8 @@ from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import PrecisionConfig
 from opt_train.protocol.commands import Begin
-from opt_train.train.rank import CannotStart, load_loss_scale, report_in_force
+from opt_train.train.rank import report_in_force
+from opt_train.train.resume import CannotStart, load_loss_scale
 from opt_train.train.state import TrainState
 from tests.train.rig import World, tensors_in, tiny_config
 

@@ -27,7 +27,8 @@ from opt_train.protocol.framing import Message, to_line
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.train.loop import train
 from opt_train.train.orders import ControlPipe, NoOrders, OrderSource, StopSignals
-from opt_train.train.rank import own_file, start
+from opt_train.train.rank import start
+from opt_train.train.resume import own_file
 from opt_train.train.step import read_batch, take_step
 from opt_train.train.training import Training
 from tests.train.rig import World, begin_alone, sha256_of, tensors_in, tiny_config
