@@ -25,6 +25,7 @@ from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
 from opt_train.protocol.facts import ExitNotice, InForce, Phase, Progress
+from opt_train.run.ledger import Ledger
 from opt_train.train.context import RankContext
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.fact_pipe import Publish, log_line
@@ -124,7 +125,9 @@ def start(
         load_loss_scale(loss_scale, manifest)
     if initial is not None:
         begin_with(engine, initial, group, publish)
-    report_in_force(begin, config, engine.optimizer, loss_scale, state, manifest, dataset, publish)
+    report_in_force(
+        config, begin.ledger, engine.optimizer, loss_scale, state, manifest, dataset, publish
+    )
     engine.model.train()
     # Whoever gives orders is an agent; without one nobody would hold a snapshot.
     takes_snapshots = config.checkpoint.memory_every_steps and not isinstance(orders, NoOrders)
@@ -204,8 +207,8 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
 
 
 def report_in_force(
-    begin: Begin,
     config: RunConfig,
+    ledger: Ledger,
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale,
     state: TrainState,
@@ -221,7 +224,7 @@ def report_in_force(
             another count of updates than the checkpoint's state, or the loss scale is not the
             checkpoint's.
     """
-    expected = in_force(config, begin.ledger, state.step)
+    expected = in_force(config, ledger, state.step)
     expected["loss_scale"] = expected_scale(loss_scale.policy, saved_loss_scale(manifest))
     values = {
         **really_in_force(optimizer),

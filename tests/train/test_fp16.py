@@ -112,9 +112,9 @@ def test_loss_scale_that_is_not_the_checkpoints_stops_the_run() -> None:
     begin = Begin(1, "1.00", "n0", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
     with pytest.raises(CannotStart, match=r"loss_scale: expected 32\.0, in force 4\.0"):
         report_in_force(
-            begin, config, optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
+            config, (), optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
         )
     load_loss_scale(scale, manifest)
     report_in_force(
-        begin, config, optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
+        config, (), optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
     )
