@@ -213,15 +213,19 @@ def read_header(file: BinaryIO) -> Header:
         isinstance(value, str) for value in metadata.values()
     ):
         raise Damaged(f"{_METADATA} of its header does not hold texts")
-    places = {name: _place(name, entry, 8 + length, size) for name, entry in payload.items()}
+    places = {name: _place(name, entry, 8 + length) for name, entry in payload.items()}
     # As the format's own library: every byte belongs to one tensor, and none to two, so nothing can
     # hide in a gap and no tensor can be made to look into another.
     end = 8 + length
     for place, name in sorted((((place.begin, place.end), name) for name, place in places.items())):
         if place[0] != end:
-            raise Damaged(
-                f"tensor {name} begins at byte {place[0]}, where {end} is the end of the one before"
-            )
+            why = f"begins at byte {place[0]}, where {end} is the end of the one before"
+            # One that was moved out of the file leaves a gap, at which another one shows first.
+            for other, beyond in places.items():
+                if beyond.end > size:
+                    why += f"; {other} lies at bytes {beyond.begin} to {beyond.end} of {size}"
+                    break
+            raise Damaged(f"tensor {name} {why}")
         end = place[1]
     if end != size:
         raise Damaged(f"its tensors end at byte {end} and the file at {size}")
@@ -262,9 +266,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _place(name: str, entry: Any, first: int, size: int) -> Place:
+def _place(name: str, entry: Any, first: int) -> Place:
     """Where a tensor's bytes are, checked against its shape and type; those of all begin at
-    `first`, in a file of `size` bytes."""
+    `first`."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -275,8 +279,6 @@ def _place(name: str, entry: Any, first: int, size: int) -> Place:
         type(number) is int and number >= 0 for number in (*shape, begin, end)
     ):
         raise Damaged(f"shape or place of tensor {name} are no whole numbers")
-    if not begin <= end <= size - first:
-        raise Damaged(f"tensor {name} lies at bytes {begin} to {end} of {size - first}")
     # Python's integers do not overflow: a forged shape of 2^62 by 2^62 is compared as it is, and
     # nothing is allocated by it.
     if math.prod(shape) * _TYPES[dtype].itemsize != end - begin:
