@@ -19,7 +19,6 @@ from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import PrecisionConfig
-from opt_train.protocol.commands import Begin
 from opt_train.train.rank import report_in_force
 from opt_train.train.resume import CannotStart, load_loss_scale
 from opt_train.train.state import TrainState
@@ -109,7 +108,6 @@ def test_loss_scale_that_is_not_the_checkpoints_stops_the_run() -> None:
         "1.00", 0, {}, {"loss_scale": {**scale.to_json(), "scale": 32.0}}, "", "", {}
     )
     dataset: Any = SimpleNamespace(fingerprint="ab")
-    begin = Begin(1, "1.00", "n0", 0, 0, 1, 0, "", 0, "", "", "", None, None, 0)
     with pytest.raises(CannotStart, match=r"loss_scale: expected 32\.0, in force 4\.0"):
         report_in_force(
             config, (), optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
