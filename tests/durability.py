@@ -9,13 +9,13 @@ import pytest
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(``sync`` or ``rename``, name of the file or folder) of every call from now on."""
-    deeds: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
 
     def watch(name: str) -> None:
         real = getattr(os, name)
 
         def sync(descriptor: int) -> None:
-            deeds.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+            calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
             real(descriptor)
 
         monkeypatch.setattr(os, name, sync)
@@ -25,8 +25,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     rename = os.replace
 
     def replace(source: str, target: str) -> None:
-        deeds.append(("rename", Path(target).name))
+        calls.append(("rename", Path(target).name))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    return deeds
+    return calls

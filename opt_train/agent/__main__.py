@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.agent import LEAVE_SECONDS, LOG_SECONDS, Agent, AgentOptions
@@ -124,9 +125,7 @@ def hold_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
     # With its start time, so that a later process with the same pid is not taken for it.
     me = stat_of(os.getpid())
     fields = {"node": node, "pid": os.getpid(), "start_ticks": me.start_ticks if me else 0}
-    partial = folder / ".agent.json"
-    partial.write_text(json.dumps(fields) + "\n")
-    partial.replace(registration)
+    replace_file(registration, json.dumps(fields).encode() + b"\n")
     return lambda: registration.unlink(missing_ok=True)
 
 

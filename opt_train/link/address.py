@@ -1,9 +1,10 @@
 """Where a run's supervisor listens, published in the run directory by rename."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from opt_logbook.record.durable_file import replace_file
 
 from opt_train.link.endpoint import Endpoint, parse_endpoint
 
@@ -20,12 +21,9 @@ class Address:
 
 def publish(path: Path, address: Address) -> None:
     """Replace the file at `path`, so that agents find the supervisor."""
-    # By rename: an agent reads the one before or this one, never a half.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(
-        json.dumps({"address": str(address.endpoint), "leader": address.leader}) + "\n"
-    )
-    partial.replace(path)
+    # An agent reads the one before or this one, never a half.
+    published = {"address": str(address.endpoint), "leader": address.leader}
+    replace_file(path, json.dumps(published).encode() + b"\n")
 
 
 def read_address(path: Path) -> Address | None:

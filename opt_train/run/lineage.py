@@ -5,7 +5,6 @@ A lineage is one training configuration and one code. Each keeps a copy of both 
 next lineage where a person asked for it.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import opt_logbook
 from opt_logbook.record import journal
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.events import (
     JournalDamaged,
     JournalMended,
@@ -218,19 +218,10 @@ def write_configuration(directory: RunDirectory, config: RunConfig, start: RunSt
     try:
         if start.is_new or start.opens_lineage:
             _copy_code(_code_of(directory, start.lineage), config)
-        _replace(directory.config_json, to_json(config))
-        _replace(directory.config, to_yaml(config))
+        replace_file(directory.config_json, to_json(config).encode(), durable=True)
+        replace_file(directory.config, to_yaml(config).encode(), durable=True)
     except OSError as error:
         raise unwritable(directory, error) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
 
 
 def _code_of(directory: RunDirectory, lineage: int) -> Path:
@@ -249,10 +240,9 @@ def _copy_code(target: Path, config: RunConfig) -> None:
         # The first on the path is the one that is imported.
         installed.setdefault(distribution.name.lower().replace("_", "-"), distribution.version)
     listed = sorted(f"{name}=={version}" for name, version in installed.items())
-    _replace(
-        target / "packages.txt", "\n".join([f"# Python {sys.version.split()[0]}", *listed]) + "\n"
-    )
-    _replace(target / "config.json", to_json(config))
+    packages = "\n".join([f"# Python {sys.version.split()[0]}", *listed]) + "\n"
+    replace_file(target / "packages.txt", packages.encode(), durable=True)
+    replace_file(target / "config.json", to_json(config).encode(), durable=True)
 
 
 # The code that runs -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from opt_logbook.record.attempt import AttemptId
 from opt_logbook.record.codec import NON_FINITE, CodecError, parse
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.metrics import attempts_in
 from opt_logbook.record.run_directory import RunDirectory
 
@@ -56,18 +57,7 @@ class Position:
 
     def write(self, path: Path) -> None:
         """Replace the file at `path`, whole or not at all."""
-        replace_text(path, json.dumps(asdict(self)) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace the file by rename: a reader sees the old content or the new.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.rename(path)
+        replace_file(path, json.dumps(asdict(self)).encode() + b"\n")
 
 
 class MetricsTail:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import wandb
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.sinks.config import SinksConfig
-from opt_train.sinks.metrics_tail import MetricsLine, replace_text
+from opt_train.sinks.metrics_tail import MetricsLine
 
 
 class WandbSink:
@@ -63,5 +64,5 @@ def _run_id(run: RunDirectory) -> str:
         found = ""
     if not found:
         found = secrets.token_hex(6)
-        replace_text(path, found + "\n")
+        replace_file(path, f"{found}\n".encode())
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from opt_logbook.cli import main
 from opt_logbook.record.events import Entry, JournalMended, Note
-from opt_logbook.record.inbox import take
+from opt_logbook.record.inbox import waiting
 from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -94,7 +94,9 @@ def test_a_note_is_left_in_the_inbox_where_a_supervisor_writes(
     with Lock.acquire(demo, leader=2):
         assert main(["note", str(demo.path), "hello", "--author", "maria"]) == 0
     assert demo.journal.read_bytes() == before
-    assert take(demo) == [{"kind": "note", "author": "maria", "text": "hello"}]
+    assert [dropped.message for dropped in waiting(demo)] == [
+        {"kind": "note", "author": "maria", "text": "hello"}
+    ]
     assert "left for the supervisor" in capsys.readouterr().out
 
 
@@ -104,7 +106,7 @@ def test_a_note_beside_a_lone_training_does_not_promise_that_anybody_reads_it_no
     with Lock.acquire(demo):
         assert main(["note", str(demo.path), "hello", "--author", "maria"]) == 0
     assert capsys.readouterr().out == "left in the inbox; the next `opt-train run` journals it\n"
-    assert len(take(demo)) == 1
+    assert len(waiting(demo)) == 1
 
 
 def test_a_note_does_not_hide_damage_from_the_person_whom_the_supervisor_must_ask(

@@ -1,8 +1,18 @@
 """The chain of hashes through a journal's lines: which verify, which are damaged, and what is torn
-off the end.
+off the end. Pure functions over bytes.
 
-Pure functions over bytes. One damaged line must not condemn those behind it, so after a line that
-does not verify the next may follow either from the hash it states or from the one its bytes have.
+Theory of operation. Each line ends in the hash of the line before it and of its own bytes, so a
+line verifies if it follows from what came before. A strict chain would end at the first flipped bit
+and throw away a month of journal behind it. So after a line that does not verify the search goes on
+with a few *candidates*: hashes that the next line may follow from.
+
+- A bit of the line's content flipped: its hash still stands at its end, and the next line follows
+  from that.
+- A bit of the hash flipped: the next line follows from the hash that the content really has.
+- A newline came in, or a foreign line: the next follows from the line before the damage.
+
+The first line that verifies by any of them settles which it was, and the chain is single again.
+Damage is thus confined to the lines that have it, and each is reported with its number.
 """
 
 from dataclasses import dataclass
@@ -12,8 +22,10 @@ from opt_logbook.record.codec import GENESIS, CodecError, decode, digest, parse,
 from opt_logbook.record.events import Entry
 
 _CANDIDATES_MAX = 12
-"""Hashes a line may follow from, after damage. A flipped bit needs 4 at most; the rest is rubbish
-anyway."""
+"""Hashes a line may follow from, after damage. A flipped bit needs 4 at most; where that is not
+enough whole stretches are gone, and trying more of them costs a hash a line each."""
+
+_HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 class Damage(NamedTuple):
@@ -66,11 +78,13 @@ class Chain:
 
 
 def check(data: bytes) -> Chain:
-    """Verify every line's hash. A last line that is unterminated or no JSON is torn; any other
-    failure is damage."""
+    """Which lines verify. A last line that is unterminated or no JSON is torn; any other failure is
+    damage."""
     end = data.rfind(b"\n") + 1
     lines = data[:end].split(b"\n")[:-1]
     torn_bytes = len(data) - end
+    # The file system may have written a block of zeros where a line should end: the newline is
+    # there and the line is not.
     if not torn_bytes and lines and _is_torn(lines[-1]):
         torn_bytes = len(lines.pop()) + 1
     good: list[int] = []
@@ -82,11 +96,9 @@ def check(data: bytes) -> Chain:
             good.append(number)
             candidates = [parts[1]]
         else:
-            why = (
-                "its hash does not fit its content and the line before"
-                if parts
-                else "it does not end in a hash"
-            )
+            why = "it does not end in a hash"
+            if parts:
+                why = "its hash does not fit its content and the line before"
             damaged.append(Damage(number, why))
             candidates = _after_damage(line, candidates)
     return Chain(tuple(good), tuple(damaged), tuple(lines), torn_bytes, candidates[0])
@@ -110,11 +122,11 @@ class Reading:
     head: Head
     """What the next line follows from."""
     hashes: frozenset[str]
-    """What the lines say their hashes are, damaged ones included."""
+    """The hashes that the lines state, damaged ones included."""
 
 
 def read_bytes(data: bytes) -> Reading:
-    """Verify and decode a journal."""
+    """The journal in `data`, verified and decoded."""
     chain = check(data)
     entries: list[Entry] = []
     lines: list[int] = []
@@ -153,14 +165,12 @@ def _after_damage(line: bytes, candidates: list[str]) -> list[str]:
     the line is foreign or a piece of a line that a damaged byte split in two.
     """
     parts = split(line)
-    stated = line[-66:-2].decode("ascii", "replace")
-    bodies = {line[:-75], line[: line.rfind(b',"hash":')]} if parts is None else {parts[0]}
+    # Where the hash begins is not known: by position, and by what looks like the mark.
+    bodies = {line[:-75], line[: line.rfind(b',"hash":')]}
+    if parts is not None:
+        bodies = {parts[0]}
     computed = [digest(c, b) for c in candidates[:3] for b in sorted(bodies)]
-    plausible = (
-        [stated] if len(stated) == len(GENESIS) and set(stated) <= set("0123456789abcdef") else []
-    )
-    return (
-        (plausible + candidates[:4] + computed)[:_CANDIDATES_MAX]
-        if plausible
-        else (computed + candidates)[:12]
-    )
+    stated = line[-66:-2].decode("ascii", "replace")
+    if len(stated) == len(GENESIS) and set(stated) <= _HEX_DIGITS:
+        return [stated, *candidates[:4], *computed][:_CANDIDATES_MAX]
+    return (computed + candidates)[:_CANDIDATES_MAX]

@@ -1,5 +1,13 @@
-"""Letters to whoever holds the journal: a note, a request to stop. Dropped by rename, read in
-order, never trusted."""
+"""Messages to the writer of the journal: a note, a request to stop.
+
+One process writes the journal, so everybody else leaves a file: whole by rename, in order by its
+name, which begins with the time in nanoseconds. It is removed when what it asks for is journalled:
+a supervisor that dies in between reads it again, so a message must bear being read twice.
+
+Anybody who may write the folder may leave anything in it. The supervisor must not hang on a FIFO,
+follow a link out of the run, read a gigabyte or die of broken JSON: what is no message is moved
+into `refused/` for a person to look at.
+"""
 
 import contextlib
 import errno
@@ -13,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.run_directory import RunDirectory
 
 MESSAGE_BYTES_MAX = 1 << 16
@@ -36,7 +45,7 @@ class Dropped:
 
 
 def drop(run: RunDirectory, message: Mapping[str, Any]) -> Path:
-    """Leave `message` for the holder of the journal; it is whole or not there.
+    """Leave `message` for the writer of the journal and return its file; it is whole or not there.
 
     Raises:
         ValueError: the message is longer than `MESSAGE_BYTES_MAX`, or no JSON.
@@ -48,17 +57,15 @@ def drop(run: RunDirectory, message: Mapping[str, Any]) -> Path:
         )
     run.inbox.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.json"
-    hidden = run.inbox / f".{name}"
-    with hidden.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return hidden.rename(run.inbox / name)
+    path = run.inbox / name
+    # Its partial file is hidden, which `waiting` leaves alone.
+    replace_file(path, text, durable=True)
+    return path
 
 
 def waiting(run: RunDirectory) -> list[Dropped]:
-    """The messages that wait, oldest first; they stay until removed. What is no message is set
-    aside."""
+    """The messages that wait, oldest first; they stay until they are removed. What is no message is
+    set aside."""
     messages: list[Dropped] = []
     try:
         names = sorted(os.listdir(run.inbox))
@@ -73,21 +80,13 @@ def waiting(run: RunDirectory) -> list[Dropped]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            # A sick disk or too many open files say nothing about the letter: it waits for the next
-            # time.
+            # A sick disk or too many open files say nothing about the message: it waits for the
+            # next time.
             if error.errno in _NOT_A_MESSAGE:
                 _refuse(run, path)
         except (ValueError, RecursionError):
             _refuse(run, path)
     return messages
-
-
-def take(run: RunDirectory) -> list[dict[str, Any]]:
-    """The messages that wait, oldest first, removed from the inbox."""
-    messages = waiting(run)
-    for dropped in messages:
-        dropped.remove()
-    return [dropped.message for dropped in messages]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,5 +1,20 @@
 """The journal of a run: a file of lines that one process appends to and anybody reads
-(docs/journal.md)."""
+(docs/journal.md).
+
+Theory of operation. An append is a barrier: when it returns, the line is on the disk, and only then
+may anybody act on it. Three things can go wrong, and each has its own answer:
+
+- **The writer dies in the middle of a line.** The last line is torn: no newline, or no JSON. Nobody
+  has acted on it, so the next writer cuts it off and says so (`repairs`).
+- **The disk is full.** A part of the line may stand in the file. It is cut off at once, or before
+  the next append where even that fails; the caller gets the error and may append again.
+- **Somebody else has taken the lock**, since this host looked dead from theirs. The lock is read
+  again before every line: better a supervisor that stops than two histories in one file.
+
+`journal.head` names the newest line, by a rename after each append: it finds a tail that was cut
+off cleanly, which no hash can. It is written after the line is durable and may therefore be behind,
+never ahead; a journal that ends before its head has lost lines.
+"""
 
 import contextlib
 import os
@@ -8,6 +23,7 @@ from typing import Self
 
 from opt_logbook.record.chain import NO_LINE, Damage, Head, Reading, read_bytes
 from opt_logbook.record.codec import decode, encode
+from opt_logbook.record.durable_file import replace_file, sync_folder
 from opt_logbook.record.events import Entry, Event, JournalDamaged, JournalMended
 from opt_logbook.record.lock import Lock, LockLost
 from opt_logbook.record.run_directory import RunDirectory
@@ -26,8 +42,11 @@ __all__ = [
 
 
 def read(path: Path) -> Reading:
-    """Read and verify the journal at `path`, without a lock and while it is being written. No file
-    is no lines."""
+    """The entries at `path` and what does not verify; no file is no lines.
+
+    Needs no lock and may run while the journal is being written: a line that is half there is read
+    as a torn one.
+    """
     try:
         return read_bytes(path.read_bytes())
     except FileNotFoundError:
@@ -35,7 +54,7 @@ def read(path: Path) -> Reading:
 
 
 def read_head(run: RunDirectory) -> Head | None:
-    """What `journal.head` names; None where it is missing or unreadable."""
+    """The line that `journal.head` names; None where it is missing or unreadable."""
     try:
         return Head.parse(run.head.read_text("ascii"))
     except (OSError, ValueError):
@@ -43,7 +62,7 @@ def read_head(run: RunDirectory) -> Head | None:
 
 
 class Journal:
-    """The journal in the hands of its one writer, who holds the lock."""
+    """The journal as its one writer has it, the process with the lock."""
 
     def __init__(self, run: RunDirectory, lock: Lock, descriptor: int, reading: Reading) -> None:
         self._run = run
@@ -56,15 +75,12 @@ class Journal:
         """The entries as they were when the journal was opened."""
         self.head = reading.head
         self.repairs: tuple[Event, ...] = ()
-        """What the caller should append first, in this order: damage not yet told, the torn line
-        that was cut off."""
-        self.head_is_behind = False
-        """The newest line is durable but `journal.head` could not be replaced; the next append
-        tries again."""
+        """What the caller should append first, in this order: damage not yet journalled, the torn
+        line that was cut off."""
 
     @classmethod
     def open(cls, run: RunDirectory, lock: Lock) -> Self:
-        """Open for appending, and make the file if there is none. A torn last line is cut off.
+        """The journal, ready for appending; made if there is none. A torn last line is cut off.
 
         Raises:
             LockLost: `lock` is not held any more.
@@ -78,15 +94,16 @@ class Journal:
             journal = cls(run, lock, descriptor, reading)
             journal.repairs = repairs_of(reading, read_head(run))
             journal._cut_half_line()
-            _sync_directory(run.path)
+            # fdatasync of a new file makes its bytes durable and not its name: without this, power
+            # loss could take the whole journal.
+            sync_folder(run.path)
         except BaseException:
             os.close(descriptor)
             raise
         return journal
 
     def append(self, entry: Entry) -> Entry:
-        """Append, and return the entry as a reader will see it, with its seq and hash. It is
-        durable on return.
+        """The entry as a reader will see it, with its seq and hash: durable in the file.
 
         After an error nothing has been appended, and the journal can be used again.
 
@@ -138,26 +155,16 @@ class Journal:
 
     def _replace_head(self) -> None:
         # The line is durable already, so an error here must not look like a failed append: the
-        # caller would repeat it.
-        beside = self._run.head.with_name(self._run.head.name + ".new")
-        try:
-            with beside.open("wb") as file:
-                file.write(f"{self.head}\n".encode())
-                file.flush()
-                os.fdatasync(file.fileno())
-            os.replace(beside, self._run.head)
-            self.head_is_behind = False
-        except OSError:
-            self.head_is_behind = True
-            with contextlib.suppress(OSError):
-                beside.unlink()
+        # caller would repeat it. A head that is behind is still true; the next append tries again.
+        with contextlib.suppress(OSError):
+            replace_file(self._run.head, f"{self.head}\n".encode(), durable=True)
 
 
 def repairs_of(reading: Reading, anchor: Head | None) -> tuple[Event, ...]:
-    """What whoever appends next should append first. `anchor` is what `journal.head` names."""
+    """The lines that whoever appends next should append first. `anchor` is what `journal.head`
+    names."""
     events: list[Event] = []
-    # The tail that is gone comes first: the next append replaces `journal.head`, which alone tells
-    # of it.
+    # The tail that is gone comes first: the next append replaces `journal.head`, the only witness.
     if anchor is not None and anchor.seq > reading.head.seq:
         why = (
             f"journal.head names line {anchor.seq}, but the journal ends at line "
@@ -166,14 +173,14 @@ def repairs_of(reading: Reading, anchor: Head | None) -> tuple[Event, ...]:
         events.append(JournalDamaged(anchor.seq, why))
     if reading.torn_bytes:
         events.append(JournalMended(reading.torn_bytes))
-    # A line that names one behind itself told of a tail that was gone, not of the line that stands
-    # there now.
-    told = {
+    # A line that names one behind itself was about a tail that was gone, not about the line that
+    # stands there now.
+    journalled = {
         entry.event.line
         for line, entry in zip(reading.lines, reading.entries, strict=True)
         if isinstance(entry.event, JournalDamaged) and entry.event.line < line
     }
-    events += [JournalDamaged(line, why) for line, why in reading.damaged if line not in told]
+    events += [JournalDamaged(line, why) for line, why in reading.damaged if line not in journalled]
     return tuple(events)
 
 
@@ -182,11 +189,3 @@ def _write_all(descriptor: int, data: bytes, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,22 @@
 """Who may write the journal: `journal.lock` names the one process that does.
 
-The file is read, judged and written under a brief flock, so of two processes that race exactly one
-wins. What it says outlives its writer; a lock is stale when its process is gone from this host, or
-has another start time (the number was given to somebody else), or belonged to an earlier start of
-the same Slurm job. Of another host nothing can be known.
+Theory of operation. The lock is what the file says, not an flock that is kept: an flock dies with
+its process, which is good, but over NFS also with a lost connection, and it cannot say who has it.
+So the file names a process, and is read, judged and written under a brief flock: of two processes
+that race exactly one wins.
+
+What it says outlives its writer. A lock is stale when its process is gone from this host, or has
+another start time (the number was given to somebody else), or belonged to an earlier start of the
+same Slurm job, whose nodes were taken before this one began. Of another host nothing can be known:
+a person must say that it is gone.
+
+`leader` is the fencing number: the supervisor that takes over writes a higher one, and agents obey
+no lower one than they have seen. A supervisor that was frozen and wakes finds another name or
+number in the file (`still_held`, before every line of the journal) and writes nothing.
+
+The file is written where it lies and not replaced: processes that wait for its flock wait for this
+inode, and a rename would leave each with a lock of its own. A half-written one is read as nobody's,
+which it is: its writer died before `acquire` returned.
 """
 
 import fcntl
@@ -20,7 +33,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 
 class LockHeld(Exception):
-    """Another live process writes this run's journal; the message names it and the mend."""
+    """Another live process writes this run's journal; the message names it and the fix."""
 
     def __init__(self, message: str, holder: "Holder") -> None:
         super().__init__(message)
@@ -28,12 +41,12 @@ class LockHeld(Exception):
 
 
 class LockLost(Exception):
-    """This process held the lock and does not any more: it must write nothing."""
+    """This process had the lock and has it no more: it must write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What the lock says of its process."""
+    """A process as the lock names it."""
 
     host: str
     pid: int
@@ -58,8 +71,7 @@ class Holder:
         )
 
     def is_gone(self, asking: "Holder") -> bool:
-        """Whether the process is known not to live any more, as far as `asking`, who runs here, can
-        tell."""
+        """Whether the process is known not to live any more, as seen by `asking`, who runs here."""
         if self.host == asking.host:
             return start_of(self.pid) != self.start
         return (
@@ -97,8 +109,9 @@ class Lock:
     def leader(self) -> int:
         return self._holder.leader
 
-    def lead(self, leader: int) -> None:
-        """Write another fencing number into the lock, once the journal has told which is next.
+    def set_leader(self, leader: int) -> None:
+        """Write another fencing number into the lock, once the journal has been read and the next
+        is known.
 
         Raises:
             LockLost: the lock is not held any more.
@@ -110,13 +123,15 @@ class Lock:
             _write(descriptor, self._holder)
 
     def still_held(self) -> bool:
-        """Read the file again: whether it still names this process and this leader."""
+        """Whether the file, read again, still names this process and this leader."""
         return holder_of(self._run) == self._holder
 
     def release(self) -> None:
-        """Give the lock back. Harmless where it is lost already, or where nothing can be written
-        any more: a lock whose process is gone is stale by itself, and this must not hide what the
-        process came to."""
+        """Give the lock back.
+
+        Harmless where it is lost already, or where nothing can be written any more: a lock whose
+        process is gone is stale by itself, and an error here would hide what the process came to.
+        """
         with suppress(OSError):
             if not self._run.lock.exists():
                 return
@@ -145,7 +160,7 @@ def holder_of(run: RunDirectory) -> Holder | None:
 
 
 def live_holder_of(run: RunDirectory) -> Holder | None:
-    """Who writes the journal now, as far as this host can tell; None: nobody."""
+    """Who writes the journal now, as far as this host can know; None: nobody."""
     holder = holder_of(run)
     return None if holder is None or holder.is_gone(Holder.myself()) else holder
 
@@ -165,12 +180,10 @@ def start_of(pid: int) -> str | None:
 
 def _held_sentence(run: RunDirectory, other: Holder, mine: Holder) -> str:
     job = f" (Slurm job {other.slurm_job})" if other.slurm_job else ""
-    mend = (
-        "stop it first, or wait for it"
-        if other.host == mine.host
-        else f"stop it there first; if that host is gone for good, remove {run.lock}"
-    )
-    return f"{run.path} is in the hands of process {other.pid} on {other.host}{job}; {mend}"
+    fix = f"stop it there first; if that host is gone for good, remove {run.lock}"
+    if other.host == mine.host:
+        fix = "stop it first, or wait for it"
+    return f"{run.path} is in the hands of process {other.pid} on {other.host}{job}; {fix}"
 
 
 @contextmanager
@@ -188,7 +201,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _is_file_at(path: Path, descriptor: int) -> bool:
-    """False where somebody removed the file while we waited for its flock."""
+    """False where somebody removed the file while we waited for its flock: then we have a lock on
+    something that nobody else will ever open."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -201,7 +215,7 @@ def _read(descriptor: int) -> Holder | None:
         payload = json.loads(text)
         holder = Holder(**{k: payload[k] for k in Holder.__slots__})
     except (ValueError, TypeError, KeyError):
-        # Empty (released), or half written by a process that died writing it: it never held the
+        # Empty (released), or half written by a process that died writing it: it never had the
         # lock.
         return None
     return holder if type(holder.pid) is int and type(holder.slurm_restart) is int else None

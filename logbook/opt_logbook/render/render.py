@@ -5,13 +5,13 @@ A pure function of journal and metrics: the same bytes whatever the path, clock,
 or hash seed, and nothing else of the run is opened.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from opt_logbook.record import metrics
 from opt_logbook.record.chain import read_bytes
 from opt_logbook.record.codec import split
+from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.run_directory import RunDirectory
 from opt_logbook.render import plots
 from opt_logbook.render.chronicle import Chronicle, compose
@@ -72,7 +72,6 @@ def _raw_lines(data: bytes, numbers: tuple[int, ...], seqs: list[int]) -> dict[i
 
 
 def _replace(path: Path, text: str) -> Path:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(beside, path)
+    # Not durable: what a crash of the machine takes, `logbook render` makes again.
+    replace_file(path, text.encode("utf-8", "replace"))
     return path

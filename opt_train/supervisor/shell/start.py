@@ -94,7 +94,7 @@ def supervise(
                     git_dirty=git_dirty,
                     packages=dict(packages or {}),
                 )
-                lock.lead(identity.leader)
+                lock.set_leader(identity.leader)
                 secret = ensure_secret(run.secret)
                 core = make_core(config, state, identity)
                 status = StatusLine(stream, config.supervisor.status_seconds)

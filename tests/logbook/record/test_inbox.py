@@ -1,13 +1,22 @@
-"""A letter is read whole and in order, and no file that anybody leaves there stops the
+"""A message is read whole and in order, and no file that anybody leaves there stops the
 supervisor."""
 
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from opt_logbook.record.inbox import MESSAGE_BYTES_MAX, REFUSED, drop, take, waiting
+from opt_logbook.record.inbox import MESSAGE_BYTES_MAX, REFUSED, drop, waiting
 from opt_logbook.record.run_directory import RunDirectory
+
+
+def take(run: RunDirectory) -> list[dict[str, Any]]:
+    """The messages that wait, each removed once it is known, as the supervisor does."""
+    messages = waiting(run)
+    for dropped in messages:
+        dropped.remove()
+    return [dropped.message for dropped in messages]
 
 
 def test_messages_come_once_and_in_order(tmp_path: Path) -> None:

@@ -144,13 +144,13 @@ def test_a_half_written_lock_is_nobody_s(tmp_path: Path, text: str) -> None:
 def test_who_was_replaced_knows_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     lock = Lock.acquire(run, leader=1)
-    lock.lead(2)
+    lock.set_leader(2)
     assert lock.leader == 2
     assert lock.still_held()
     plant(run, leader=3)
     assert not lock.still_held()
     with pytest.raises(LockLost):
-        lock.lead(4)
+        lock.set_leader(4)
     lock.release()
     assert holder_of(run) == Holder.myself(3), "a lost lock is not ours to release"
 
