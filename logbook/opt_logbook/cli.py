@@ -25,8 +25,7 @@ FOLLOW_SECONDS = 0.5
 
 
 class UsageError(Exception):
-    """What a user gave cannot work; the message is one sentence that names the file and the
-    mend."""
+    """What a user gave cannot work; the message is one sentence that names the file and the fix."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,8 +166,8 @@ def _append_note(run: RunDirectory, lock: Lock, note: Note) -> None:
         if isinstance(e, JournalDamaged)
     ]
     if damaged:
-        # Journalled here, the damage would count as told, and the supervisor would not ask about it
-        # any more.
+        # Journalled here, the damage would count as known, and the supervisor would not ask about
+        # it any more.
         lines = f"line {damaged[0]}" if len(damaged) == 1 else f"lines {listed_briefly(damaged)}"
         raise UsageError(
             f"{run.journal} is damaged ({lines}); restore it from a copy, or start the run, which "

@@ -1,8 +1,8 @@
 """One line a step: `metrics/<attempt>.jsonl`, written by whoever holds the journal
 (docs/journal.md).
 
-(attempt, step) is the key, so a line told twice is written once. Lines are not fsynced: a crash may
-lose the newest.
+(attempt, step) is the key, so a line that comes twice is written once. Lines are not fsynced: a
+crash may lose the newest.
 """
 
 import json
@@ -64,7 +64,7 @@ class MetricsWriter:
         if step in self._steps:
             return False
         anchor = {JOURNAL_HEAD: journal_head} if journal_head and not self._lines else {}
-        # The rank may have been told the head with its start; what it says counts.
+        # The rank may have got the head with its start; then its own counts.
         payload = {"attempt": attempt, **anchor, **to_json_value(line)}
         text = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:

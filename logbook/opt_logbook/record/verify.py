@@ -56,7 +56,7 @@ def verify(run: RunDirectory) -> list[Defect]:
 
 
 def verify_bytes(data: bytes) -> list[Defect]:
-    """What the lines of a journal alone tell: hashes, sequence and tear."""
+    """What is wrong with the lines of a journal by themselves: hashes, sequence and tear."""
     return verify_lines(read_bytes(data))
 
 
@@ -70,7 +70,7 @@ def verify_lines(reading: Reading) -> list[Defect]:
     broken = {line for line, _ in reading.damaged}
     before = 0
     for line, entry in zip(reading.lines, reading.entries, strict=True):
-        # A gap that damaged lines account for has been told already.
+        # A gap that damaged lines account for is among the defects already.
         if entry.seq != before + 1 and line - 1 not in broken:
             defects.append(
                 Defect(

@@ -216,7 +216,11 @@ def _totals(
     kept: list[dict[str, Any]],
     until: float,
 ) -> Totals:
-    begin = created.time if created else (attempts[0].since if attempts else until)
+    begin = until
+    if created:
+        begin = created.time
+    elif attempts:
+        begin = attempts[0].since
     wall = max(0.0, until - begin)
     kept_seconds = sum(_seconds(line) for line in kept)
     redone = max(0.0, sum(_seconds(line) for line in lines) - kept_seconds)
@@ -226,11 +230,11 @@ def _totals(
     down = min(_down_seconds(incidents, begin, until), wall - kept_seconds - redone)
     steps = max([line["step"] for line in kept] + [a.from_step for a in attempts[-1:]], default=0)
     reported = metrics.number_of(kept[-1], "tokens") if kept else None
-    tokens = (
-        int(reported)
-        if reported is not None
-        else steps * (created.event.tokens_per_step if created else 0)
-    )
+    tokens = 0
+    if reported is not None:
+        tokens = int(reported)
+    elif created:
+        tokens = steps * created.event.tokens_per_step
     return Totals(
         wall=wall,
         kept=kept_seconds,

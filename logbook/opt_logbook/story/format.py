@@ -65,10 +65,10 @@ def moment(seconds: float) -> str:
 def clock(seconds: float, shown: float | None) -> str:
     """``14:03:05 UTC``, with the date where it is not that of `shown`, the time that the reader saw
     last."""
-    words = moment(seconds)
-    return (
-        words.partition(" ")[2] if shown is not None and moment(shown)[:11] == words[:11] else words
-    )
+    text = moment(seconds)
+    if shown is not None and moment(shown)[:11] == text[:11]:
+        return text.partition(" ")[2]
+    return text
 
 
 def duration(seconds: float) -> str:
@@ -135,13 +135,11 @@ def _as_float(number: float) -> float:
 def listed(things: Iterable[object]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     names = [str(thing) for thing in things]
-    return (
-        names[0]
-        if len(names) == 1
-        else f"{', '.join(names[:-1])} and {names[-1]}"
-        if names
-        else "nothing"
-    )
+    if not names:
+        return "nothing"
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def listed_briefly(things: Iterable[object], most: int = 12) -> str:

@@ -49,7 +49,7 @@ def place_of(incident: IncidentRecord, attempts: list[AttemptRecord]) -> int | N
 
 
 def describe_incident(incident: IncidentRecord, story: Story) -> IncidentStory:
-    """The incident in five parts. What the journal does not tell is said to be missing."""
+    """The incident in five parts. What the journal lacks is named as missing."""
     return IncidentStory(
         incident.number,
         _heading(incident),
@@ -108,9 +108,9 @@ def _cause(incident: IncidentRecord) -> Section:
     if incident.diagnosed is None:
         return Section(title, (Sentence("It has not been diagnosed."),))
     event, line = incident.diagnosed.event, (incident.diagnosed.line,)
-    words = CAUSES.get(event.cause)
+    meaning = CAUSES.get(event.cause)
     sentences = [
-        Sentence(f"{event.cause}{f': {words}' if words else ''}. Blame: {event.blame}.", line)
+        Sentence(f"{event.cause}{f': {meaning}' if meaning else ''}. Blame: {event.blame}.", line)
     ]
     if event.detail:
         sentences.append(Sentence(sentence(event.detail), line))
@@ -119,12 +119,12 @@ def _cause(incident: IncidentRecord) -> Section:
         if len(event.evidence) > QUOTES_MAX
         else ""
     )
-    words = (
+    confidence = (
         f"Confidence {event.confidence:.0%}, on this evidence{most}:"
         if event.evidence
         else "No evidence."
     )
-    sentences.append(Sentence(words, line))
+    sentences.append(Sentence(confidence, line))
     quotes = [
         Quote(evidence.file, evidence.line, evidence.text)
         for evidence in event.evidence[:QUOTES_MAX]

@@ -87,9 +87,10 @@ class AttemptRecord:
 
     @property
     def since(self) -> float:
-        return (
-            self.started.time if self.started else (self.entries[0].time if self.entries else 0.0)
-        )
+        # Its first line may be damaged: the next that names it is later, but not by much.
+        if self.started:
+            return self.started.time
+        return self.entries[0].time if self.entries else 0.0
 
 
 @dataclass(slots=True)

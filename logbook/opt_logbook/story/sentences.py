@@ -1,4 +1,4 @@
-"""The smallest piece of the chronicle: something said, and the journal lines that back it."""
+"""The smallest piece of the chronicle: a sentence, and the journal lines that back it."""
 
 from dataclasses import dataclass
 

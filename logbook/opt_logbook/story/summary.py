@@ -102,7 +102,7 @@ def _what_broke(story: Story) -> list[list[Sentence]]:
     opening = Sentence(
         "One thing broke on the way."
         if len(incidents) == 1
-        else f"{_word(len(incidents))} things broke on the way."
+        else f"{_number_in_words(len(incidents))} things broke on the way."
     )
     return [[opening], *(_in_brief(incident, _end_time(story)) for incident in incidents)]
 
@@ -116,8 +116,8 @@ def _counted(incidents: list[IncidentRecord]) -> list[Sentence]:
     sentences = [Sentence(f"{many(len(incidents), 'thing')} broke on the way.")]
     for cause in order:
         lines = tuple(i.diagnosed.line for i in by_cause[cause] if i.diagnosed)
-        words = f" ({CAUSES[cause]})" if cause in CAUSES else ""
-        sentences.append(Sentence(f"{many(len(by_cause[cause]), 'time')} {cause}{words}.", lines))
+        meaning = f" ({CAUSES[cause]})" if cause in CAUSES else ""
+        sentences.append(Sentence(f"{many(len(by_cause[cause]), 'time')} {cause}{meaning}.", lines))
     return sentences
 
 
@@ -138,10 +138,10 @@ def _in_brief(incident: IncidentRecord, shown: float) -> list[Sentence]:
         )
     if incident.diagnosed:
         event = incident.diagnosed.event
-        words = CAUSES.get(event.cause, event.cause)
+        meaning = CAUSES.get(event.cause, event.cause)
         blame = f" Blame: {event.blame}." if event.blame not in ("", "none") else ""
         sentences.append(
-            Sentence(f"The cause: {words} ({event.cause}).{blame}", (incident.diagnosed.line,))
+            Sentence(f"The cause: {meaning} ({event.cause}).{blame}", (incident.diagnosed.line,))
         )
     for promoted in incident.promoted:
         sentences.append(
@@ -231,5 +231,5 @@ def _end_time(story: Story) -> float:
     return story.end.time if story.end else story.now
 
 
-def _word(number: int) -> str:
+def _number_in_words(number: int) -> str:
     return {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}.get(number, str(number))
