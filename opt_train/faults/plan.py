@@ -105,8 +105,8 @@ class FaultPlan:
     def due(self, input_: Input) -> InjectedFault | None:
         """The fault to inject now, after `input_`, if any. It counts as done from here on."""
         match input_:
-            case HeartbeatReceived(node=node, pulse=pulse):
-                self._slots[node] = pulse.slots
+            case HeartbeatReceived(node=node, heartbeat=heartbeat):
+                self._slots[node] = heartbeat.slots
             case AgentConnected(node=node, state=state):
                 self._slots[node] = state.slots
             case AgentDisconnected(node=node):

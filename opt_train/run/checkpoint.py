@@ -37,7 +37,7 @@ class Checkpoint:
         return tier_of(self.path)
 
     @property
-    def is_held(self) -> bool:
+    def is_with_agents(self) -> bool:
         """By agents, and not in the run directory."""
         return self.tier != SHARED
 

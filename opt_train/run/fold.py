@@ -233,10 +233,10 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
         config_sha256=event.config_sha256,
     )
     findings = s.findings
-    if not made.is_held and s.live is not None and entry.attempt == s.live.name:
+    if not made.is_with_agents and s.live is not None and entry.attempt == s.live.name:
         findings = tuple(replace(f, saved_since=True) for f in findings)
     # A snapshot is soon gone: a run that only ever gets from one to the next has not got anywhere.
-    progress = step > s.furthest_save and not made.is_held
+    progress = step > s.furthest_save and not made.is_with_agents
     return replace(
         s,
         checkpoints=(*s.checkpoints, made),

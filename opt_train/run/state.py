@@ -374,7 +374,9 @@ class RunState:
         Args:
             shared_only: for whoever reads the run directory alone and has no agents.
         """
-        good = [c for c in self.chain() if not c.rejected and not (shared_only and c.is_held)]
+        good = [
+            c for c in self.chain() if not c.rejected and not (shared_only and c.is_with_agents)
+        ]
         best = [c for c in good if c.healthy] or good
         return best[-1] if best else None
 

@@ -65,7 +65,7 @@ from opt_train.supervisor.inputs import (
     StopAsked,
 )
 from opt_train.supervisor.rules.context import Context, Record
-from opt_train.supervisor.rules.orders import farewell, order_given
+from opt_train.supervisor.rules.orders import final_effect, order_given
 from opt_train.supervisor.rules.table import decide
 
 MOST_ROUNDS = 10_000
@@ -89,7 +89,7 @@ class Supervisor:
         identity = self.identity
         if self.state.stage is Stage.FINISHED and not identity.opens_lineage:
             self.view.finished = True
-            return [farewell(Context(self.state, self.view, self.config, identity))]
+            return [final_effect(Context(self.state, self.view, self.config, identity))]
         resumed = self.state.created is not None
         effects = [] if resumed else self._append(Record(identity.created))
         if self.state.lineage == 0 or identity.opens_lineage:

@@ -93,7 +93,7 @@ class FactReceived:
 @dataclass(frozen=True, slots=True)
 class HeartbeatReceived:
     node: str
-    pulse: Heartbeat
+    heartbeat: Heartbeat
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ class SupervisorEnd:
         """The slot as last reported."""
         for input_ in reversed(self.inputs):
             if isinstance(input_, HeartbeatReceived) and input_.node == node:
-                return input_.pulse.slots[slot]
+                return input_.heartbeat.slots[slot]
             if isinstance(input_, AgentConnected) and input_.node == node:
                 return input_.state.slots[slot]
         return None

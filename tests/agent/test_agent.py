@@ -502,7 +502,11 @@ def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
             count = len(listener.inputs)
             pulse = await listener.until(
                 lambda: next(
-                    (i.pulse for i in listener.inputs[count:] if isinstance(i, HeartbeatReceived)),
+                    (
+                        i.heartbeat
+                        for i in listener.inputs[count:]
+                        if isinstance(i, HeartbeatReceived)
+                    ),
                     None,
                 )
             )

@@ -155,7 +155,7 @@ def test_faults_hit_real_processes(
         if (
             kind == "stop-rank"
             and isinstance(input_, HeartbeatReceived)
-            and input_.pulse.slots[0].process_state == "T"
+            and input_.heartbeat.slots[0].process_state == "T"
         ):
             return [Finish(0, "stopped")]
         return None

@@ -94,7 +94,7 @@ def kill_the_supervisor(world: World, draw: random.Random) -> None:
         world.lives = draw.randrange(12)
 
 
-def lose_words(world: World, draw: random.Random) -> None:
+def send_everything_again(world: World, draw: random.Random) -> None:
     """A link that drops for a moment makes an agent tell everything again."""
     for node in world.names:
         world.cut_link(node, 0)
@@ -123,7 +123,7 @@ FAULTS: tuple[tuple[Fault, int], ...] = (
     (spoil_what_is_held, 2),
     (fail_a_commit, 2),
     (kill_the_supervisor, 7),
-    (lose_words, 2),
+    (send_everything_again, 2),
     (ask_to_stop, 1),
     (find_a_node_unfit, 2),
 )

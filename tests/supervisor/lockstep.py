@@ -68,7 +68,7 @@ def _refuse(world: "World", parts: list[tuple[Agent, Slot, Rank]], reason: str) 
         seen_by = "" if rank.begin.rank == 1 else "rank 1: "
         leaving = ExitNotice(RANK_BAD_CONFIG, -1, seen_by + reason, cause="corrupt_checkpoint")
         line = LogLine(TAIL_FILE, 3, f"leaving with code 78 at step -1: {leaving.reason}")
-        world.say_of(agent, rank, leaving)
+        world.report_of(agent, rank, leaving)
         world.end_rank(agent, slot, code=RANK_BAD_CONFIG, leaving=leaving, tail=(line,))
 
 
@@ -79,18 +79,18 @@ def _begin_steps(world: "World", group: Group, parts: list[tuple[Agent, Slot, Ra
         values = dict(expected)
         if world.wrong_value and rank.begin.rank == len(parts) - 1:
             values[world.wrong_value] = 2.0 * values[world.wrong_value] + 1.0
-        world.say_of(agent, rank, InForce(values))
+        world.report_of(agent, rank, InForce(values))
         rank.phase, rank.step, rank.since = "step", group.step, world.now
 
 
 def _step(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -> None:
-    given = (order for _, _, rank in parts for order in rank.orders)
-    for order in sorted(given, key=lambda order: order.number):
+    input_ = (order for _, _, rank in parts for order in rank.orders)
+    for order in sorted(input_, key=lambda order: order.number):
         if order.number <= group.order_obeyed:
             continue
         for agent, _, rank in parts:
             if rank.begin.rank == 0:
-                world.say_of(agent, rank, OrderObeyed(order.number, group.step))
+                world.report_of(agent, rank, OrderObeyed(order.number, group.step))
         if not isinstance(order, SaveAndStop):
             group.order_obeyed = order.number
             continue
@@ -131,7 +131,7 @@ def _snapshot(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]
         state = {"healthy": True} if first else None
         path = path_of_save(rank.begin.attempt, group.step, MEMORY)
         agent.held.setdefault(path, set()).update(names)
-        world.say(
+        world.report(
             agent,
             SnapshotHeld(
                 group.generation, rank.begin.attempt, rank.begin.rank, group.step, files, 0.1, state
@@ -143,11 +143,11 @@ def _save(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]]) -
     for agent, _, rank in parts:
         if world.fail_commits < 0:
             world.fail_commits += 1
-            world.say_of(agent, rank, SaveFailed(group.step, "No space left on device"))
+            world.report_of(agent, rank, SaveFailed(group.step, "No space left on device"))
             continue
         files = (SavedFile(f"rank{rank.begin.rank}.safetensors", 10, "sha"),)
         folder = f"/run/checkpoints/{rank.begin.attempt}/step-{group.step:08d}"
-        world.say_of(agent, rank, ShardsSaved(group.step, folder, files, 0.1))
+        world.report_of(agent, rank, ShardsSaved(group.step, folder, files, 0.1))
 
 
 def _leave(
@@ -155,7 +155,7 @@ def _leave(
 ) -> None:
     for agent, slot, rank in parts:
         if code == 0 and rank.begin.rank == 0:
-            world.say_of(agent, rank, Validation("validation", group.step, 2.0, 100))
+            world.report_of(agent, rank, Validation("validation", group.step, 2.0, 100))
         leaving = ExitNotice(code, group.step, reason)
-        world.say_of(agent, rank, leaving)
+        world.report_of(agent, rank, leaving)
         world.end_rank(agent, slot, code=code, leaving=leaving)

@@ -20,7 +20,7 @@ def half_a_save(world: World, step: int) -> str:
     agent, slot = found
     assert slot.rank is not None
     path = f"checkpoints/{slot.rank.begin.attempt}/step-{step:08d}"
-    world.say_of(
+    world.report_of(
         agent,
         slot.rank,
         ShardsSaved(step, f"/run/{path}", (SavedFile("a.safetensors", 1, "sha"),), 0.1),

@@ -126,7 +126,7 @@ class World:
         self.poison: tuple[int, str] | None = None
         """(step, log line): rank 0 crashes there, every time."""
         self.settled_saves: set[str] = set()
-        self.heard_saves: set[tuple[int, str]] = set()
+        self.reported_saves: set[tuple[int, str]] = set()
         """(generation, path) of reports that this supervisor was told."""
         self.cleared: list[str] = []
         """Saves that were in no record and were removed."""
@@ -163,7 +163,7 @@ class World:
             state = fold(state, entry)
         assert state == self.replayed, "a journal folds to the same state whenever it is folded"
         self.core = Supervisor(self.config, state, known)
-        self.queue, self.later, self.heard_saves = [], [], set()
+        self.queue, self.later, self.reported_saves = [], [], set()
         self._carry_out(self.core.begin(self._clock()))
 
     def kill_supervisor(self) -> None:
@@ -172,17 +172,17 @@ class World:
         for agent in self.agents.values():
             agent.connected = False
 
-    def tell(self, given: Input) -> None:
+    def tell(self, input_: Input) -> None:
         """One input, now."""
         if self.core is None:
             return
         if (
-            isinstance(given, FactReceived)
-            and isinstance(given.fact, RankFact)
-            and isinstance(given.fact.fact, ShardsSaved)
+            isinstance(input_, FactReceived)
+            and isinstance(input_.fact, RankFact)
+            and isinstance(input_.fact.fact, ShardsSaved)
         ):
-            self.heard_saves.add((given.fact.generation, _path(given.fact)))
-        effects = self.core.handle(given, self._clock())
+            self.reported_saves.add((input_.fact.generation, _path(input_.fact)))
+        effects = self.core.handle(input_, self._clock())
         self._carry_out(effects)
         if self.core is not None and any(isinstance(e, Append) for e in effects):
             assert self.core.state == self.replayed, (
@@ -254,7 +254,7 @@ class World:
                 )
             case RetireCheckpoint(path):
                 chain = [c for c in self.replayed.chain() if not c.rejected]
-                assert path not in [c.path for c in chain if not c.is_held][-2:]
+                assert path not in [c.path for c in chain if not c.is_with_agents][-2:]
                 self.disk.pop(path, None)
             case ClearUncommitted(attempts, kept):
                 assert kept >= {c.path for c in self.replayed.checkpoints}, (
@@ -274,9 +274,9 @@ class World:
             case _:
                 pass
 
-    def _answer(self, seconds: float, given: Input) -> None:
+    def _answer(self, seconds: float, input_: Input) -> None:
         self._order += 1
-        self.later.append((self.now + seconds, self._order, given))
+        self.later.append((self.now + seconds, self._order, input_))
 
     def _append(self, entry: Entry) -> None:
         # As a new supervisor reads it, who stands where this one does only if the line carries all
@@ -295,7 +295,7 @@ class World:
             case AttemptEnded(generation):
                 self.ended.add(generation)
                 open_saves = {
-                    path for g, path in self.heard_saves if g == generation
+                    path for g, path in self.reported_saves if g == generation
                 } - self.settled_saves
                 assert not open_saves, (
                     f"nothing was said of {open_saves} before generation {generation} ended"
@@ -359,9 +359,9 @@ class World:
                             told = Stacks(
                                 rank.begin.generation, rank.begin.rank, not rank.stopped, state
                             )
-                            self.say(agent, told)
+                            self.report(agent, told)
                         self.end_rank(agent, slot, signal=9, by_agent=True)
-                self.say(agent, GenerationGone(generation))
+                self.report(agent, GenerationGone(generation))
             case Relay() if self.deaf:
                 pass
             case Relay(generation, order):
@@ -411,7 +411,7 @@ class World:
             ),
         )
         if begin.rank == 0:
-            self.say_of(agent, slot.rank, Store("host", 7000 + begin.generation))
+            self.report_of(agent, slot.rank, Store("host", 7000 + begin.generation))
         group.moved = self.now
 
     def _check_restored(self, agent: Agent, begin: Begin) -> None:
@@ -451,16 +451,18 @@ class World:
             else:
                 why = f"{name} is nowhere"
         folder = "" if why else f"/held/{agent.node}/{command.path}"
-        self.say(agent, Fetched(command.path, command.names, why, folder))
+        self.report(agent, Fetched(command.path, command.names, why, folder))
 
-    def say(self, agent: Agent, fact: Message) -> None:
+    def report(self, agent: Agent, fact: Message) -> None:
         agent.number += 1
         agent.kept[agent.number] = fact
         if agent.connected and not agent.frozen:
             self.queue.append(FactReceived(agent.node, agent.number, fact))
 
-    def say_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
-        self.say(agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact))
+    def report_of(self, agent: Agent, rank: Rank, fact: Message) -> None:
+        self.report(
+            agent, RankFact(rank.begin.generation, rank.begin.attempt, rank.begin.rank, fact)
+        )
 
     def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
         told = []
@@ -539,7 +541,7 @@ class World:
     ) -> None:
         rank, slot.rank = slot.rank, None
         assert rank is not None
-        self.say(
+        self.report(
             agent,
             RankExited(
                 rank.begin.generation,
@@ -633,7 +635,7 @@ class World:
                 self.tell(HeartbeatReceived(agent.node, Heartbeat(self._slots(agent))))
         due = [item for item in self.later if item[0] <= self.now]
         self.later = [item for item in self.later if item[0] > self.now]
-        self.queue += [given for _, _, given in sorted(due, key=lambda item: item[:2])]
+        self.queue += [input_ for _, _, input_ in sorted(due, key=lambda item: item[:2])]
         self._drain()
         self.tell(Tick())
         self._drain()

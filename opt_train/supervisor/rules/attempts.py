@@ -47,7 +47,7 @@ def verify(s: Context) -> list[Decision]:
     wanted = s.state.newest_good()
     if wanted is None:
         # Snapshots come and go: a run that has lost them all, and has saved nothing, begins again.
-        rejected = [c for c in s.state.chain() if c.rejected and not c.is_held]
+        rejected = [c for c in s.state.chain() if c.rejected and not c.is_with_agents]
         if not rejected:
             return []
         question = (
@@ -56,7 +56,7 @@ def verify(s: Context) -> list[Decision]:
             f"by itself; mend the storage, or begin another run with name=<other>."
         )
         return halt(s, question, "corrupt_checkpoint")
-    if wanted.is_held:
+    if wanted.is_with_agents:
         return snapshots.bring_together(s, wanted)
     answer = s.view.verified.get(wanted.path)
     if answer is not None:
@@ -110,7 +110,11 @@ def start(s: Context) -> list[Decision]:
 
 
 def _is_ready(s: Context, wanted: Checkpoint) -> bool:
-    return snapshots.is_together(s, wanted) if wanted.is_held else wanted.path in s.view.verified
+    return (
+        snapshots.is_together(s, wanted)
+        if wanted.is_with_agents
+        else wanted.path in s.view.verified
+    )
 
 
 def _old_ranks_live(s: Context) -> bool:
@@ -164,7 +168,7 @@ def _begin(
     known = store if rank > 0 else None
     saved = next((c for c in s.state.checkpoints if c.path == attempt.checkpoint), None)
     checkpoint = str(run.path / attempt.checkpoint) if attempt.checkpoint else None
-    if saved is not None and saved.is_held:
+    if saved is not None and saved.is_with_agents:
         checkpoint = snapshots.folder_on(s, saved, node)
     return Begin(
         generation=attempt.generation,

@@ -66,7 +66,7 @@ def detect_unsaved_end(s: Context) -> list[Decision]:
         return []
     last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
     done = all(exited.code == DONE for _, exited in exits.values())
-    if not done or any(saved.step == last for saved in s.state.chain() if not saved.is_held):
+    if not done or any(saved.step == last for saved in s.state.chain() if not saved.is_with_agents):
         return []
     return failure(
         s, "", -1, f"all steps are done, but there is no checkpoint of step {last}", "unsaved"

@@ -132,11 +132,11 @@ def rest(s: Context) -> list[Decision]:
     decisions: list[Decision] = [
         Record(OrderEnded(order.number, WITHDRAWN)) for order in s.state.outstanding_orders
     ]
-    told = s.view.generation(last.generation).notices if last is not None else {}
+    notices = s.view.generation(last.generation).notices if last is not None else {}
     by = (
         stop.reason
         if stop is not None
-        else next((t.reason for t in told.values() if t.reason), "the scheduler")
+        else next((t.reason for t in notices.values() if t.reason), "the scheduler")
     )
     saved = max(
         (c.step for c in s.state.chain() if not c.rejected and c.tier != MEMORY), default=-1
@@ -160,10 +160,10 @@ def leave(s: Context) -> list[Decision]:
     for node, view in s.view.nodes.items():
         if view.connected and not s.view.was_sent(Send(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
             return [Send(node, LEAVE)]
-    return [farewell(s)]
+    return [final_effect(s)]
 
 
-def farewell(s: Context) -> Finish:
+def final_effect(s: Context) -> Finish:
     """How the command ends, and what it says."""
     state = s.state
     if state.stage is Stage.FINISHED and state.finished is not None:

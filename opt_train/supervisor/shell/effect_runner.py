@@ -64,7 +64,7 @@ class Links(Protocol):
 
 
 class EffectRunner:
-    """`take` queues effects, `run` carries them out until `Finish`."""
+    """`queue` queues effects, `run` carries them out until `Finish`."""
 
     def __init__(
         self,
@@ -73,16 +73,16 @@ class EffectRunner:
         links: Links,
         cluster: Cluster,
         checkpoints: CheckpointKeeper,
-        tell: Callable[[Input], None],
+        feed: Callable[[Input], None],
         show: Callable[[Show], None],
-        say: Callable[[str], None],
+        add_line: Callable[[str], None],
         durable: Callable[[Entry], None],
     ) -> None:
-        """`tell` takes answers for the core, `say` sentences for a person, `durable` each entry
-        once journalled."""
+        """`feed` takes answers for the core, `add_line` sentences for a person, `durable` each
+        entry once journalled."""
         self._journal, self._metrics, self._links = journal, metrics, links
         self._cluster, self._checkpoints = cluster, checkpoints
-        self._tell, self._show, self._say, self._durable = tell, show, say, durable
+        self._feed, self._show, self._add_line, self._durable = feed, show, add_line, durable
         self._queue: asyncio.Queue[Effect | Callable[[], object]] = asyncio.Queue()
         self._appending = ThreadPoolExecutor(1, thread_name_prefix="append")
         self._working = ThreadPoolExecutor(4, thread_name_prefix="work")
@@ -94,7 +94,7 @@ class EffectRunner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics_lost = 0
 
-    def take(self, effects: list[Effect]) -> None:
+    def queue(self, effects: list[Effect]) -> None:
         """Queue effects. What a person sees does not wait behind the journal."""
         for effect in effects:
             if isinstance(effect, Show):
@@ -180,7 +180,7 @@ class EffectRunner:
                 log.error(
                     "the journal cannot be written: %s; training goes on, decisions wait", error
                 )
-                self._say(
+                self._add_line(
                     f"the journal cannot be written ({error.strerror}): training goes on, "
                     "decisions wait for it"
                 )
@@ -192,7 +192,7 @@ class EffectRunner:
         # never end.
         if seconds > STALL_SECONDS and not isinstance(entry.event, JournalStalled):
             log.warning("an append took %.1f s", seconds)
-            self._tell(JournalWasStalled(seconds))
+            self._feed(JournalWasStalled(seconds))
 
     def _send(self, node: str, command: Message) -> None:
         if isinstance(command, Begin) and not command.journal_head:
@@ -217,7 +217,7 @@ class EffectRunner:
                 log.error("%s: %s", node, error)
 
     async def _answer(self, work: Callable[[], Input]) -> None:
-        self._tell(await asyncio.get_running_loop().run_in_executor(self._checking, work))
+        self._feed(await asyncio.get_running_loop().run_in_executor(self._checking, work))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -55,7 +55,7 @@ DYING_SECONDS = 0.1
 once."""
 LEAVE_SECONDS = 8.0
 """Agents that have not left by then are fenced."""
-_LETTERS = {"note": ("author", "text"), "stop": ("by",)}
+_TEXTS = {"note": ("author", "text"), "stop": ("by",)}
 """What may lie in the inbox: kind and the texts it must have."""
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Core(Protocol):
     def begin(self, now: Now) -> list[Effect]:
         """What to do first."""
 
-    def handle(self, told: Input, now: Now, /) -> list[Effect]:
+    def handle(self, input_: Input, now: Now, /) -> list[Effect]:
         """What to do about an input."""
 
 
@@ -91,24 +91,24 @@ class EventLoop:
         self._core, self._identity, self._status = core, identity, status
         self._endpoint = cluster.make_endpoint()
         self._server = AgentServer(
-            self._endpoint, secret, identity.leader, identity.nodes, self.tell
+            self._endpoint, secret, identity.leader, identity.nodes, self.feed
         )
-        self._performer = EffectRunner(
+        self._effects = EffectRunner(
             journal,
             MetricsWriter(run),
             self._server,
             cluster,
             CheckpointKeeper(run, lock, identity.config_sha256),
-            self.tell,
+            self.feed,
             status.show,
-            status.say,
+            status.add_line,
             self._durable,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._broken: BaseException | None = None
         self._over = asyncio.Event()
         self._lost_link = asyncio.Event()
-        self._letters: set[Path] = set()
+        self._fed: set[Path] = set()
         self._rendering: asyncio.subprocess.Process | None = None
         self.recalled: Input | None = None
         """The core's first input: what was known when the supervisor before died."""
@@ -130,23 +130,23 @@ class EventLoop:
             if self._rendering is not None and self._rendering.returncode is None:
                 self._rendering.kill()
                 await self._rendering.wait()
-            await self._performer.settle(LEAVE_SECONDS)
+            await self._effects.settle(LEAVE_SECONDS)
         return finish
 
-    def tell(self, told: Input) -> None:
+    def feed(self, input_: Input) -> None:
         """Tell the core, and queue what it wants done."""
         if self._over.is_set():
             return
         try:
-            self._performer.take(self._core.handle(told, _now()))
-            deed = self._plan.due(told)
+            self._effects.queue(self._core.handle(input_, _now()))
+            fault = self._plan.due(input_)
         except Exception as error:
             self._break(error)
             return
-        if isinstance(told, AgentDisconnected):
+        if isinstance(input_, AgentDisconnected):
             self._lost_link.set()
-        if deed is not None:
-            self._start(asyncio.to_thread(self._plan.do, deed, self._cluster))
+        if fault is not None:
+            self._start(asyncio.to_thread(self._plan.do, fault, self._cluster))
 
     # Supervising ----------------------------------------------------------------------------------
 
@@ -159,34 +159,34 @@ class EventLoop:
         publish(self._run.supervisor_address, Address(bound, self._identity.leader))
         loop = asyncio.get_running_loop()
         for number in signals.ASK_TO_STOP:
-            loop.add_signal_handler(number, partial(self.tell, StopAsked(number.name)))
-        performing = self._start(self._performer.run())
-        self._performer.take(self._core.begin(_now()))
+            loop.add_signal_handler(number, partial(self.feed, StopAsked(number.name)))
+        running = self._start(self._effects.run())
+        self._effects.queue(self._core.begin(_now()))
         if self.recalled is not None:
-            self._performer.take(self._core.handle(self.recalled, _now()))
-        self._performer.then(
+            self._effects.queue(self._core.handle(self.recalled, _now()))
+        self._effects.then(
             lambda: self._start(self._observe())
         )  # agents that were just started are seen as such
         self._start(self._tick())
         self._start(self._read_inbox())
         over = self._start(self._over.wait())
-        await asyncio.wait((performing, over), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((running, over), return_when=asyncio.FIRST_COMPLETED)
         if self._broken is not None:
             raise self._broken
-        finish: Finish = performing.result()
+        finish: Finish = running.result()
         log.info("finished with code %d: %s", finish.code, finish.message)
         return finish
 
     async def _tick(self) -> None:
         while True:
-            self.tell(Tick())
+            self.feed(Tick())
             await asyncio.sleep(TICK_SECONDS)
 
     async def _observe(self) -> None:
         while True:
             seen = await asyncio.to_thread(self._cluster.observe)
             states = {node: view.state for node, view in seen.items()}
-            self.tell(
+            self.feed(
                 ClusterObserved(
                     states, {node: view.reason for node, view in seen.items() if view.reason}
                 )
@@ -199,21 +199,21 @@ class EventLoop:
 
     async def _read_inbox(self) -> None:
         while True:
-            for letter in await asyncio.to_thread(self._letters_waiting):
-                if letter.path in self._letters:
+            for dropped in await asyncio.to_thread(self._waiting_messages):
+                if dropped.path in self._fed:
                     continue
-                self._letters.add(letter.path)
-                texts = _LETTERS.get(letter.message["kind"], ("",))
-                if all(isinstance(letter.message.get(text), str) for text in texts):
-                    self.tell(InboxReceived(letter.message))
+                self._fed.add(dropped.path)
+                texts = _TEXTS.get(dropped.message["kind"], ("",))
+                if all(isinstance(dropped.message.get(text), str) for text in texts):
+                    self.feed(InboxReceived(dropped.message))
                 else:
-                    log.warning("%s is no message a supervisor takes", letter.path.name)
+                    log.warning("%s is no message a supervisor takes", dropped.path.name)
                 # It is removed when what came of it is durable; a supervisor that dies before that
                 # finds it again.
-                self._performer.then(partial(self._remove, letter))
+                self._effects.then(partial(self._remove, dropped))
             await asyncio.sleep(INBOX_SECONDS)
 
-    def _letters_waiting(self) -> list[inbox.Dropped]:
+    def _waiting_messages(self) -> list[inbox.Dropped]:
         try:
             return inbox.waiting(self._run)
         except OSError as error:
@@ -221,15 +221,15 @@ class EventLoop:
             log.warning("the inbox cannot be read: %s", error)
             return []
 
-    def _remove(self, letter: inbox.Dropped) -> None:
+    def _remove(self, dropped: inbox.Dropped) -> None:
         try:
-            letter.remove()
+            dropped.remove()
         except OSError as error:
             # It stays among the letters that were told: told again twice a second, it would fill
             # the journal.
-            log.warning("%s cannot be removed: %s", letter.path.name, error)
+            log.warning("%s cannot be removed: %s", dropped.path.name, error)
         else:
-            self._letters.discard(letter.path)
+            self._fed.discard(dropped.path)
 
     def _durable(self, entry: Entry) -> None:
         log.info("journal %d: %s", entry.seq, type(entry.event).__name__)
@@ -259,13 +259,13 @@ class EventLoop:
         """Have every agent leave, and fence what stays: no allocation outlives its run."""
         self._over.set()
         # An agent that has not dialled in yet has nothing to lose: it is fenced at once.
-        told = tuple(self._server.connected)
-        for node in told:
+        leaving = tuple(self._server.connected)
+        for node in leaving:
             self._server.send(node, Leave(reason))
         deadline = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < deadline:
             seen = await asyncio.to_thread(self._cluster.observe)
-            if all(seen[node].state != NodeState.UP for node in told):
+            if all(seen[node].state != NodeState.UP for node in leaving):
                 break
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._cluster.release)

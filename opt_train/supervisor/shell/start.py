@@ -99,11 +99,11 @@ def supervise(
                 core = make_core(config, state, identity)
                 status = StatusLine(stream, config.supervisor.status_seconds)
                 try:
-                    supervision = EventLoop(
+                    event_loop = EventLoop(
                         run, lock, journal, cluster, plan, core, identity, status, secret
                     )
-                    supervision.recalled = _recalled(run, state)
-                    finish = asyncio.run(supervision.run())
+                    event_loop.recalled = _recalled(run, state)
+                    finish = asyncio.run(event_loop.run())
                 finally:
                     status.close()
     except (LockHeld, SecretUnusable) as error:
@@ -112,7 +112,7 @@ def supervise(
         raise BadInput(
             f"{error.filename or run.path}: {error.strerror or error}; mend it and start again"
         ) from None
-    _tell_story(run, stream)
+    _render_chronicle(run, stream)
     _print(finish.message, stream)
     return finish.code
 
@@ -159,7 +159,7 @@ def damage_question(run: RunDirectory, repairs: Sequence[Event]) -> str:
     )
 
 
-def _tell_story(run: RunDirectory, stream: TextIO) -> None:
+def _render_chronicle(run: RunDirectory, stream: TextIO) -> None:
     if (
         not run.journal.exists()
     ):  # the run was removed; a chronicle of nothing must not make its folder again

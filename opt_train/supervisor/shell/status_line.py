@@ -19,7 +19,7 @@ class StatusLine:
         self._interval = interval_seconds
         self._redraws = stream.isatty()
         self._newest: Show | None = None
-        self._said: list[str] = []
+        self._lines: list[str] = []
         self._news = threading.Condition()
         self._closed = False
         self._drawn = ""
@@ -32,10 +32,10 @@ class StatusLine:
             self._newest = show
             self._news.notify()
 
-    def say(self, sentence: str) -> None:
+    def add_line(self, sentence: str) -> None:
         """A line that stays."""
         with self._news:
-            self._said = [*self._said[-99:], sentence]
+            self._lines = [*self._lines[-99:], sentence]
             self._news.notify()
 
     def close(self) -> None:
@@ -50,11 +50,11 @@ class StatusLine:
         shown_at = float("-inf")
         while True:
             with self._news:
-                while not (self._closed or self._said or self._newest is not shown):
+                while not (self._closed or self._lines or self._newest is not shown):
                     self._news.wait()
-                newest, said, self._said, closed = self._newest, self._said, [], self._closed
+                newest, lines, self._lines, closed = self._newest, self._lines, [], self._closed
             try:
-                for sentence in said:
+                for sentence in lines:
                     self._line(printable(sentence))
                 due = time.monotonic() - shown_at >= (0.1 if self._redraws else self._interval)
                 if (

@@ -72,32 +72,32 @@ def perform(
 ) -> list[Input]:
     """Carry out `effects` until `meanwhile` is content with the answers, then as a supervisor that
     ends."""
-    told: list[Input] = []
+    inputs: list[Input] = []
 
     async def lead() -> None:
         nobody: Any = None
-        performer = EffectRunner(
+        runner = EffectRunner(
             cast(Any, NoJournal()),
             MetricsWriter(run),
             nobody,
             nobody,
             keeper,
-            told.append,
+            inputs.append,
             nobody,
             nobody,
             nobody,
         )
-        performer.take(effects)
-        work = asyncio.create_task(performer.run())
+        runner.queue(effects)
+        work = asyncio.create_task(runner.run())
         async with asyncio.timeout(20):
-            while not meanwhile(told):
+            while not meanwhile(inputs):
                 await asyncio.sleep(0.01)
-        performer.take([Finish(0, "")])
+        runner.queue([Finish(0, "")])
         await work
-        await performer.settle(20)
+        await runner.settle(20)
 
     asyncio.run(lead())
-    return told
+    return inputs
 
 
 def test_a_removal_that_takes_long_keeps_no_commit_waiting(
@@ -116,10 +116,10 @@ def test_a_removal_that_takes_long_keeps_no_commit_waiting(
         keeper = CheckpointKeeper(run, lock, "c0")
         old = [saved(run, step).path for step in range(1, 7)]
 
-        def committed(told: list[Input]) -> bool:
-            if told:
+        def committed(inputs: list[Input]) -> bool:
+            if inputs:
                 go_on.set()
-            return bool(told)
+            return bool(inputs)
 
         (done,) = perform(run, keeper, [*map(RetireCheckpoint, old), saved(run, 9)], committed)
     assert isinstance(done, ManifestCommitted)

@@ -91,7 +91,7 @@ def test_a_terminal_sees_one_line_redrawn() -> None:
         for step in (1, 2, 3):
             status.show(show(step))
             drawn += read_until(primary, f"step {step}/200")
-        status.say("the journal cannot be written")
+        status.add_line("the journal cannot be written")
         drawn += read_until(primary, "the journal cannot be written")
         status.close()
         drawn += read_until(primary, "")
@@ -116,7 +116,7 @@ def test_a_terminal_that_takes_nothing_makes_nobody_wait() -> None:
         began = time.monotonic()
         for step in range(1000):
             status.show(show(step))
-            status.say(f"sentence {step}")
+            status.add_line(f"sentence {step}")
         assert time.monotonic() - began < 10.0
         closing = threading.Thread(target=status.close)
         closing.start()

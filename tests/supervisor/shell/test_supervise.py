@@ -118,8 +118,12 @@ def test_a_sick_journal_holds_back_decisions_and_nothing_else(
     sick = SickJournal(monkeypatch, error)
     began: list[float] = []
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and told.pulse.slots[0].step > 2 and not began:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if (
+            isinstance(input_, HeartbeatReceived)
+            and input_.heartbeat.slots[0].step > 2
+            and not began
+        ):
             began.append(time.monotonic())
             sick.healthy.clear()
             threading.Timer(3.0, sick.healthy.set).start()
@@ -139,16 +143,18 @@ def test_a_sick_journal_holds_back_decisions_and_nothing_else(
     assert announced - began[0] >= 3.0
 
     def during(kind: type[Input]) -> list[float]:
-        return [at for at in core.heard(kind) if began[0] < at < began[0] + 3.0]
+        return [at for at in core.received_at(kind) if began[0] < at < began[0] + 3.0]
 
     assert len(during(Tick)) >= 5, "the event loop stood still"
     assert len(during(HeartbeatReceived)) >= 1, "agents were not heard"
-    pulses = [(at, i.pulse.slots[0]) for at, i in core.told if isinstance(i, HeartbeatReceived)]
+    pulses = [
+        (at, i.heartbeat.slots[0]) for at, i in core.inputs if isinstance(i, HeartbeatReceived)
+    ]
     early = [slot for at, slot in pulses if began[0] < at < announced]
     assert {slot.generation for slot in early} == {1}, (
         "a decision was visible before it was durable"
     )
-    assert [i for _, i in core.told if isinstance(i, JournalWasStalled) and i.seconds >= 2.0]
+    assert [i for _, i in core.inputs if isinstance(i, JournalWasStalled) and i.seconds >= 2.0]
     if error:
         assert "No space left" in output, "a person was not told"
 
@@ -156,8 +162,8 @@ def test_a_sick_journal_holds_back_decisions_and_nothing_else(
 def test_what_lies_in_the_inbox_is_journalled_at_once_and_then_removed(run: RunDirectory) -> None:
     dropped: list[float] = []
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and not dropped:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and not dropped:
             inbox.drop(run, {"kind": "note", "author": "ada", "text": "the loss looks odd"})
             inbox.drop(run, {"kind": "note", "author": "ada"})
             inbox.drop(run, {"kind": "launch-missiles", "by": "mallory"})
@@ -168,8 +174,8 @@ def test_what_lies_in_the_inbox_is_journalled_at_once_and_then_removed(run: RunD
     core = TinyCore(run, react, steps=200, step_seconds=0.02)
     run_shell(run, core)
     assert notes(run).count("the loss looks odd") == 1
-    assert len(core.heard(InboxReceived)) == 1, "the core was told what is no message"
-    assert core.heard(InboxReceived)[0] - dropped[0] < 3.0
+    assert len(core.received_at(InboxReceived)) == 1, "the core was told what is no message"
+    assert core.received_at(InboxReceived)[0] - dropped[0] < 3.0
     assert [p.name for p in run.inbox.iterdir()] == ["refused"]
 
 
@@ -177,8 +183,8 @@ def test_an_inbox_that_cannot_be_read_leaves_nobody_without_a_supervisor(run: Ru
     """A file server that answers with errors for a moment must not end the one process that would
     handle it."""
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and not run.inbox.is_symlink():
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and not run.inbox.is_symlink():
             run.inbox.symlink_to(run.inbox)  # a loop: listing it is an OSError
         return None
 
@@ -204,8 +210,12 @@ def test_a_letter_that_cannot_be_removed_is_journalled_once(
 def test_a_signal_is_told_and_the_nodes_are_given_back(run: RunDirectory, tmp_path: Path) -> None:
     asked: list[float] = []
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and told.pulse.slots[0].step >= 3 and not asked:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if (
+            isinstance(input_, HeartbeatReceived)
+            and input_.heartbeat.slots[0].step >= 3
+            and not asked
+        ):
             asked.append(now.monotonic)
             os.kill(os.getpid(), signal.SIGINT)
         return None
@@ -221,10 +231,12 @@ def test_an_agent_that_has_not_dialled_in_is_not_waited_for(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while nodes were assembling took eight seconds."""
-    monkeypatch.setattr(shell, "_tell_story", lambda run, stream: None)  # it takes time of its own
+    monkeypatch.setattr(
+        shell, "_render_chronicle", lambda run, stream: None
+    )  # it takes time of its own
     ended: list[float] = []
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
         ended.append(time.monotonic())
         return [Finish(75, "stopped")]
 
@@ -236,13 +248,15 @@ def test_an_agent_that_has_not_dialled_in_is_not_waited_for(
 def test_a_mistake_in_the_core_is_told_and_the_ranks_are_left_to_the_next_supervisor(
     run: RunDirectory, tmp_path: Path
 ) -> None:
-    def fail(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and told.pulse.slots[0].step > 3:
+    def fail(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and input_.heartbeat.slots[0].step > 3:
             raise RuntimeError("a mistake in a rule")
         return None
 
-    def adopt(told: Input, now: Now) -> list[Effect] | None:
-        runs = isinstance(told, HeartbeatReceived) and told.pulse.slots[0].stage == "running"
+    def adopt(input_: Input, now: Now) -> list[Effect] | None:
+        runs = (
+            isinstance(input_, HeartbeatReceived) and input_.heartbeat.slots[0].stage == "running"
+        )
         return [Finish(0, "done")] if runs else None
 
     code, output = run_shell(run, TinyCore(run, fail, steps=10_000, step_seconds=0.05))
@@ -344,8 +358,8 @@ def test_a_run_that_was_removed_is_told_as_such_and_not_made_again(tmp_path: Pat
     (tmp_path / "short").mkdir()
     run = make_run(tmp_path / "short", orphan_seconds=6.0)
 
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and told.pulse.slots[0].step > 3:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and input_.heartbeat.slots[0].step > 3:
             while run.path.exists():  # the ranks and the agent still write there
                 shutil.rmtree(run.path, ignore_errors=True)
             return [entry(now, Note("core", "too late"))]
@@ -361,8 +375,8 @@ def test_a_run_that_was_removed_is_told_as_such_and_not_made_again(tmp_path: Pat
 def test_a_supervisor_that_lost_the_lock_writes_and_kills_nothing_more(
     run: RunDirectory, tmp_path: Path
 ) -> None:
-    def react(told: Input, now: Now) -> list[Effect] | None:
-        if isinstance(told, HeartbeatReceived) and told.pulse.slots[0].step > 3:
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and input_.heartbeat.slots[0].step > 3:
             run.lock.write_text("{}")
             return [entry(now, Note("core", "too late")), Finish(0, "not reached")]
         return None
@@ -376,7 +390,9 @@ def test_a_supervisor_that_lost_the_lock_writes_and_kills_nothing_more(
         run,
         TinyCore(
             run,
-            lambda told, now: [Finish(0, "done")] if isinstance(told, HeartbeatReceived) else None,
+            lambda input_, now: (
+                [Finish(0, "done")] if isinstance(input_, HeartbeatReceived) else None
+            ),
         ),
     )
     assert code == 0

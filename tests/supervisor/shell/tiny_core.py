@@ -48,7 +48,7 @@ class TinyCore:
         **rank: Any,
     ) -> None:
         self.run, self.rank, self.react = run, rank, react
-        self.told: list[tuple[float, Input]] = []
+        self.inputs: list[tuple[float, Input]] = []
         self.identity: Identity | None = None
         self.is_new = True
         self.exited: set[str] = set()
@@ -66,12 +66,12 @@ class TinyCore:
         created = [entry(now, self.identity.created)] if self.is_new else []
         return [*created, entry(now, started), StartAgent("node-1")]
 
-    def handle(self, told: Input, now: Now) -> list[Effect]:
-        self.told.append((time.monotonic(), told))
-        answer = self.react(told, now) if self.react else None
+    def handle(self, input_: Input, now: Now) -> list[Effect]:
+        self.inputs.append((time.monotonic(), input_))
+        answer = self.react(input_, now) if self.react else None
         if answer is not None:
             return answer
-        match told:
+        match input_:
             case AgentConnected(node=node, state=state):
                 if state.slots[0].stage == "running":
                     return [entry(now, Note("core", "adopted"))]
@@ -99,6 +99,6 @@ class TinyCore:
                 return [Show("training", 1, 2, 3.0, 4.0, 1, 0, "1.00", "")]
         return []
 
-    def heard(self, kind: type[Input]) -> list[float]:
+    def received_at(self, kind: type[Input]) -> list[float]:
         """When inputs of a kind came."""
-        return [at for at, told in self.told if isinstance(told, kind)]
+        return [at for at, input_ in self.inputs if isinstance(input_, kind)]
