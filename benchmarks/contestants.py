@@ -87,7 +87,8 @@ def trainer(config: ModelConfig, bf16: bool) -> Step:
 def transformers_opt(config: ModelConfig, bf16: bool) -> Step:
     """Hugging Face's `OPTForCausalLM` with its sdpa attention and its own loss; in bf16 under
     autocast."""
-    from transformers import OPTConfig, OPTForCausalLM  # noqa: PLC0415 - the other contestants do not pay for it
+    # The other contestants do not pay for it.
+    from transformers import OPTConfig, OPTForCausalLM  # noqa: PLC0415
 
     torch.manual_seed(0)
     model = OPTForCausalLM(

@@ -40,7 +40,8 @@ def main() -> None:
     if flags.contestant:
         torch.set_num_threads(flags.threads)
         if flags.contestant == "transformers":
-            import transformers.models.opt.modeling_opt  # noqa: F401, PLC0415 - code is not what is compared
+            # Code is not what is compared.
+            import transformers.models.opt.modeling_opt  # noqa: F401, PLC0415
         before = resident("VmRSS")
         step = CONTESTANTS[flags.contestant](config, flags.bf16)
         tokens, targets = micro_batch(config, flags.batch, sequence_length)

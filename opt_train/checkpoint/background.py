@@ -73,7 +73,8 @@ class Staging:
                 if isinstance(tensor, DTensor):
                     # Whoever plans a save asks where parts belong, and not which device they are
                     # on.
-                    spread[name] = DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+                    make: Any = DTensor  # torch does not type its constructor
+                    spread[name] = make(copy, tensor._spec, requires_grad=False)
                 else:
                     spread[name] = copy
             if self._stream is not None:

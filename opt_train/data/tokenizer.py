@@ -66,7 +66,7 @@ def check(config: TokenizerConfig) -> None:
 def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
     """A byte-level BPE of at most `vocab_size` entries. The same texts give the same tokenizer,
     byte for byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -140,7 +140,8 @@ class FaultPlan:
         )
         if not ranks:
             return None
-        chance = random.Random(f"{self._seed}:{index}")  # noqa: S311 - chosen by seed, kept secret from nobody
+        # Chosen by seed, kept secret from nobody.
+        chance = random.Random(f"{self._seed}:{index}")  # noqa: S311
         if fault.kind == "kill-node":
             node = chance.choice(sorted({node for _, node, _ in ranks}))
             rank, pid = -1, 0

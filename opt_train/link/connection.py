@@ -11,7 +11,8 @@ that limit. How the proof goes is in `handshake.py`.
 import asyncio
 from typing import Any
 
-from opt_train.protocol import commands, facts, orders  # noqa: F401 - importing them fills the registry of messages
+# Importing them fills the registry of messages.
+from opt_train.protocol import commands, facts, orders  # noqa: F401
 from opt_train.protocol.framing import (
     MAX_MESSAGE_BYTES,
     Message,

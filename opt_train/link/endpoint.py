@@ -78,7 +78,9 @@ def parse_host_and_port(text: str) -> TcpEndpoint:
 
 def make_socket_path() -> Path:
     """A path for a Unix socket in a new folder that only this user may enter."""
-    for parent in (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp is private
+    # The last is short wherever the others are long, and what `mkdtemp` makes there is private.
+    last_resort = "/tmp"  # noqa: S108
+    for parent in (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), last_resort):
         room = len(os.fsencode(parent)) + len(_PREFIX) + len(_SOCKET) + 12
         if parent and room <= _MAX_PATH_BYTES and os.access(parent, os.W_OK | os.X_OK):
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)) / _SOCKET

@@ -108,6 +108,7 @@ def apply(optimizer: Optimizer, skip: Tensor, factor: Tensor | None = None) -> N
     if isinstance(optimizer, MemoryEfficientAdamW | ApexAdamW):
         optimizer.gradient_factor = factor
     else:
-        optimizer.grad_scale = None if factor is None else factor.reciprocal()  # type: ignore[attr-defined]
+        reciprocal = None if factor is None else factor.reciprocal()
+        optimizer.grad_scale = reciprocal  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -165,7 +165,8 @@ class ApexAdamW(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's overloads
+    # Torch's overloads.
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter; each must have a gradient. Nothing waits for the
         device."""
         assert closure is None, "gradients are computed outside"

@@ -44,7 +44,8 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's overloads
+    # Torch's overloads.
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient. Nothing waits for the device."""
         assert closure is None, "gradients are computed outside"
         for group in self.param_groups:

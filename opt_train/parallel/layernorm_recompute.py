@@ -26,7 +26,8 @@ def forget_outputs(block: Block) -> None:
     # outside.
     block.forward = forgetting.forward  # type: ignore[assignment, method-assign]
     for layer_norm in (block.self_attn_layer_norm, block.final_layer_norm):
-        layer_norm.forward = partial(forgetting.norm, layer_norm.forward)  # type: ignore[method-assign]
+        forward = partial(forgetting.norm, layer_norm.forward)
+        layer_norm.forward = forward  # type: ignore[method-assign]
 
 
 class _Forgetting:

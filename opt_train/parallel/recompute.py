@@ -28,7 +28,8 @@ def recompute_and_compile(block: Block, recompute: str, compiled: bool) -> None:
         attention = block.self_attn
         # Hidden from the compiler, which would look through it: the block's graph breaks here.
         inner = torch.compile(attention.forward, fullgraph=True) if compiled else attention.forward
-        again = torch.compiler.disable(partial(_recomputed, inner), recursive=False)  # type: ignore[no-untyped-call]  # torch's
+        disable: Any = torch.compiler.disable  # torch does not type it
+        again = disable(partial(_recomputed, inner), recursive=False)
         _replace_forward(attention, again)
     if compiled:
         _replace_forward(block, torch.compile(block.forward, fullgraph=recompute != "selective"))

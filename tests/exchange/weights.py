@@ -4,6 +4,7 @@ RANK WORLD` saves one from several ranks."""
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     reports: list[object] = [None] * world
     dist.all_gather_object(reports, save(tensors, {"step": 7}, folder))
     if rank == 0:
-        named = {file.path: (file.bytes, file.sha256) for report in reports for file in report}  # type: ignore[attr-defined]
+        written: list[Any] = [file for report in reports for file in report]
+        named = {file.path: (file.bytes, file.sha256) for file in written}
         commit_manifest(folder, build_manifest(folder, "1.00", 7, named))
     leave_with(None)
 

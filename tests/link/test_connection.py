@@ -128,7 +128,9 @@ def test_a_recorded_handshake_is_worth_nothing(run: RunDirectory, transport: str
             recorded: list[bytes] = []
             honest = await connect(listener)
             send = honest.send
-            honest.send = lambda m: (recorded.append(to_line(m)), send(m))[1]  # type: ignore[method-assign] # a wire tap
+            # A wire tap.
+            tap = lambda m: (recorded.append(to_line(m)), send(m))[1]  # noqa: E731
+            honest.send = tap  # type: ignore[method-assign]
             await prove_agent(honest, read_secret(run.secret), "node-1", 0)
             send(STATE)
             await honest.receive(5)
@@ -190,7 +192,8 @@ def test_garbage_before_the_proof_ends_that_connection_alone(
         b'{"kind":"evil"}\n',
         b"z" * (MAX_MESSAGE_BYTES + 2),
         to_line(LeaderLease(99)),
-        b'{"kind":"rank_fact","generation":1,"attempt":"1.00","rank":0,"fact":{"kind":"metrics","line":{"step":"x"}}}\n',
+        b'{"kind":"rank_fact","generation":1,"attempt":"1.00","rank":0,'
+        b'"fact":{"kind":"metrics","line":{"step":"x"}}}\n',
         (b'{"kind":"told","number":1,"fact":' * 400) + b"{}" + b"}" * 400 + b"\n",
     ],
     ids=["text", "kind", "overlong", "command", "metrics", "nested"],
@@ -280,7 +283,8 @@ def test_an_agent_that_does_not_read_does_not_fill_the_supervisors_memory(
         async with SupervisorEnd(run, transport=transport) as listener:
             stuck = await join(listener, "node-2")
             honest = await join(listener, "node-1")
-            stuck._reader._transport.pause_reading()  # type: ignore[attr-defined] # the test plays a stuck process
+            # The test plays a stuck process.
+            stuck._reader._transport.pause_reading()  # type: ignore[attr-defined]
             sent = 0
             while listener.server.send("node-2", Heartbeat(())) and sent < 200_000:
                 sent += 1

@@ -307,7 +307,8 @@ def test_a_removal_that_a_death_cut_short_is_ended_by_the_next_supervisor(count:
         if not isinstance(effect, RetireCheckpoint):
             carry_out(effect)
 
-    world._do = but_remove_nothing  # type: ignore[method-assign]  # it dies when all is on record and nothing removed
+    # It dies when all is on record and nothing removed.
+    world._do = but_remove_nothing  # type: ignore[method-assign]
     world.start_supervisor()
     world.until(CheckpointRetired, count)
     world.kill_supervisor()

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ class Agent:
             self.held[fact.step] = {file.path: content(os.getpid(), file) for file in fact.files}
 
     def published(self, kind: type[Message]) -> list[int]:
-        return [fact.step for fact in self.facts if isinstance(fact, kind)]  # type: ignore[attr-defined]
+        found: list[Any] = [fact for fact in self.facts if isinstance(fact, kind)]
+        return [fact.step for fact in found]
 
     def step(self) -> None:
         self.run.stats.receive(before=self.run.state.step - 1)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import textwrap
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -21,14 +22,16 @@ def kinds_table() -> str:
                 f"{'optional' if optional else ''} |"
             )
         table = "\n".join(["| field | type | |", "|---|---|---|", *items])
-        parts.append(f"### `{kind}`\n\n{_words(cls)}\n\n{table}")
+        parts.append(f"### `{kind}`\n\n{_paragraph(cls)}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
-def _words(cls: type) -> str:
-    """The docstring on one line, in Markdown's code marks."""
+def _paragraph(cls: type) -> str:
+    """The docstring as one paragraph, in Markdown's code marks."""
     text = re.sub(r"\s+", " ", inspect.getdoc(cls) or "").strip()
-    return re.sub(r"``([^`]+)``", r"`\1`", text)
+    return textwrap.fill(
+        re.sub(r"``([^`]+)``", r"`\1`", text), 100, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _type_name(hint: Any) -> str:

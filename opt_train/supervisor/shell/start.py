@@ -165,7 +165,8 @@ def _render_chronicle(run: RunDirectory, stream: TextIO) -> None:
     ):  # the run was removed; a chronicle of nothing must not make its folder again
         return
     try:
-        from opt_logbook.render.render import render  # noqa: PLC0415 - plotting is loaded when there is something to plot
+        # Plotting is loaded when there is something to plot.
+        from opt_logbook.render.render import render  # noqa: PLC0415
 
         render(run)
     # A picture that cannot be drawn, or that nobody wants to wait for, must not change what the run

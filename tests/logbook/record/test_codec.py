@@ -53,7 +53,8 @@ def sample_of(hint: Any, draw: random.Random) -> Any:
 def sample(cls: type[Event], seed: int = 0) -> Event:
     hints = get_type_hints(cls)
     draw = random.Random(seed)
-    return cls(**{f.name: sample_of(hints[f.name], draw) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return cls(**{field.name: sample_of(hints[field.name], draw) for field in fields})
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])

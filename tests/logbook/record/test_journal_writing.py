@@ -202,8 +202,9 @@ def test_an_event_that_no_reader_could_read_is_not_written(tmp_path: Path) -> No
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
         journal.append(note())
         before = run.journal.read_bytes()
+        number_for_text = Note("maria", 5)  # type: ignore[arg-type]
         with pytest.raises(CodecError):
-            journal.append(Entry(1795356185.0, "1.00", 1, Note("maria", 5)))  # type: ignore[arg-type]
+            journal.append(Entry(1795356185.0, "1.00", 1, number_for_text))
         assert run.journal.read_bytes() == before
         assert journal.append(note("after")).seq == 2
     assert verify(run) == []
