@@ -66,15 +66,16 @@ def check(config: TokenizerConfig) -> None:
 def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
     """A byte-level BPE of at most `vocab_size` entries. The same texts give the same tokenizer,
     byte for byte."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415  # noqa: PLC0415
+    import tokenizers  # noqa: PLC0415
+    from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[
-            AddedToken(special, special=True, normalized=False) for special in SPECIALS
+            tokenizers.AddedToken(special, special=True, normalized=False) for special in SPECIALS
         ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

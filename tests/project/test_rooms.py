@@ -2,6 +2,7 @@
 keys: supervisor, agents and ranks all read it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def test_a_rooms_configuration_imports_only_the_standard_library_and_its_marks(p
         for name in names:
             is_library = name.partition(".")[0] in sys.stdlib_module_names
             assert is_library or name == MARKS, f"{path} imports {name}"
+
+
+def test_the_page_of_the_architecture_and_the_folders_are_one_picture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms\n")[2]
+    drawn = re.findall(r"^\| `(\w+)/` \|", page, flags=re.MULTILINE)
+    houses = (ROOT / "opt_train", ROOT / "logbook" / "opt_logbook")
+    rooms = {path.parent.name for house in houses for path in house.glob("*/__init__.py")}
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == rooms
+    for path in re.findall(r"`([\w/]+\.py)`", page):
+        assert (ROOT / "opt_train" / path).is_file() or path == "config.py"
 
 
 def test_there_are_rooms() -> None:
