@@ -42,6 +42,7 @@ class Registered:
 
     @property
     def alive(self) -> bool:
+        # A pid alone proves nothing: after a reboot, or a day, another process has it.
         return is_alive(self.pid, self.start_ticks)
 
 
@@ -69,6 +70,7 @@ class LocalCluster:
         """
         gpus = 0
         if config.train.device != "cpu":
+            # By device files: this room imports no torch, and calls of NVML can hang on a sick GPU.
             gpus = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
         cores = len(os.sched_getaffinity(0))
         if gpus:
@@ -96,6 +98,7 @@ class LocalCluster:
             return
         folder = self._run.nodes / node
         self._run.make_folder(folder)
+        # -P: no module of the working directory stands in for one of ours.
         command = [sys.executable, "-P", "-m", "opt_train.agent"]
         command += ["--run", str(self._run.path), "--node", node, "--slots", str(self._slots)]
         # Signals stay blocked over the fork: one that came before the agent is deaf would end it.
@@ -117,6 +120,7 @@ class LocalCluster:
         gone = kill_marked(mark_of(self._run.path, node))
         child = self._children.get(node)
         if child is not None and gone:
+            # Reaped, or it would stay a zombie for as long as this supervisor lives.
             child.wait()
         return gone
 
@@ -155,6 +159,7 @@ class LocalCluster:
                 return NodeStatus(NodeState.UP)  # it has not registered yet
             return NodeStatus(NodeState.DOWN, f"agent process {child.pid} {_ended(code)}")
         if registered is None:
+            # Nothing was ever seen here: no sign of death (invariant 11).
             return NodeStatus(NodeState.UNKNOWN, "no agent has been started")
         return NodeStatus(NodeState.DOWN, f"agent process {registered.pid} is gone")
 
@@ -165,6 +170,7 @@ class LocalCluster:
             registered = Registered(fields["pid"], fields["start_ticks"])
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
             return None
+        # bool is an int to isinstance, and pid 0 or below would signal whole process groups.
         whole = (
             type(registered.pid) is int
             and type(registered.start_ticks) is int

@@ -144,6 +144,7 @@ LABELS: frozenset[str] = frozenset(Cause)
 
 def cause_named(label: str) -> Cause:
     """The cause called `label`; `Cause.UNKNOWN` for one that only another version knows."""
+    # A journal outlives the program: a newer one may have written a cause that is not known here.
     if label in LABELS:
         return Cause(label)
     return Cause.UNKNOWN

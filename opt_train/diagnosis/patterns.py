@@ -86,6 +86,7 @@ ROOTS: tuple[Pattern, ...] = (
     ),
     _pattern(
         Cause.HOST_OOM,
+        # dmesg is closed to ordinary users on many systems; then this is the only trace of it.
         "an allocation on the host failed",
         0.9,
         r"^MemoryError|DefaultCPUAllocator: can't allocate memory|"
@@ -118,6 +119,8 @@ ROOTS: tuple[Pattern, ...] = (
     ),
     _pattern(
         Cause.PREEMPTION,
+        # To the dying job a cancel by a person and a requeue look the same: the scheduler is named,
+        # and not who asked it.
         "the scheduler ended the job",
         0.9,
         r"slurmstepd.*CANCELLED.*(?:DUE TO|AT)|DUE TO (?:TIME LIMIT|PREEMPTION|NODE FAILURE)",
@@ -134,6 +137,7 @@ ROOTS: tuple[Pattern, ...] = (
 VICTIMS: tuple[Pattern, ...] = (
     _pattern(
         Cause.COLLECTIVE_TIMEOUT,
+        # NCCL ranks notice a lost peer by this timeout alone, up to minutes after gloo would have.
         "a collective timed out",
         0.6,
         r"Watchdog caught collective operation timeout|[Cc]ollective operation timeout|"

@@ -42,6 +42,7 @@ class Precedence(IntEnum):
 
     HARDWARE_FINDING = -1
     HARDWARE_LINE = 0
+    # The gaps take the rows of `ROOTS`: those of hardware from 0 on, all others from 200 on.
     NODE_DOWN = 100
     OTHER_FINDING = 199
     ROOT_LINE = 200
@@ -211,6 +212,8 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
     """What the end of one rank shows; None: nothing of its own."""
     rank, notice = exited.rank, exited.leaving or last_fact
     reading = _read_log(exited.log_tail)
+    # Bad hardware is believed whoever shows it. Ranks die together, so the one on the sick GPU may
+    # have been killed on command, before its own error came through.
     if reading is not None and reading.precedence < Precedence.NODE_DOWN:
         return _by_log(node, rank, reading)
     if (
@@ -221,6 +224,8 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
         # Its log has the same sentence, with whatever words the file system has put into it: they
         # say how it found the checkpoint bad, and not what else has happened.
         return _given_reason(node, exited, notice)
+    # On gloo a survivor complains at once, on NCCL it spins until it is killed: that it wrote
+    # nothing does not make it the one that stopped.
     if exited.killed_by_agent:
         # It was alive until it was killed: what its log complains of did not end it.
         if reading is None or reading.precedence != Precedence.VICTIM:
@@ -233,6 +238,8 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
         return given
     if reading is not None:
         return _by_log(node, rank, reading)
+    # The kernel's own killer would have left its line, which `ROOTS` reads first. Where a user may
+    # not read the kernel log this is all there is.
     if exited.signal == SIGKILL:
         text = (
             f"rank {rank} (pid {exited.pid}) was ended by SIGKILL; no agent sent it and no log "
@@ -246,6 +253,7 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
             (_observed(text),),
         )
     announced = notice is not None and notice.code == exited.code
+    # It left as it said it would, perhaps because a peer was gone: no suspect.
     if exited.code == 0 or (announced and exited.code is not None):
         return None
     return _crashed(node, exited)
@@ -316,6 +324,7 @@ def _read_traceback(tail: tuple[LogLine, ...]) -> _LogReading | None:
     frames = [place for place, line in enumerate(tail) if FRAME.search(line.text)]
     if not frames:
         return None
+    # Of chained exceptions the last one ended the process.
     raised = [
         (line, match[1]) for line in tail[frames[-1] :] if (match := EXCEPTION.match(line.text))
     ]
@@ -329,6 +338,7 @@ def _read_traceback(tail: tuple[LogLine, ...]) -> _LogReading | None:
 # The first sign -----------------------------------------------------------------------------------
 
 FIRST_SIGNS: Mapping[str, tuple[int, Indication]] = {
+    # Ahead of all: whatever else these ranks complain of, they trained with the wrong values.
     "in_force": (
         0,
         Indication(Cause.CONFIG, "what is in force is not what the configuration says", 0.99),

@@ -97,6 +97,7 @@ class FaultPlan:
         self._record = record
         done = _read(record)
         self._done = {fault.index for fault in done}
+        # The ranks outlive their supervisor, so the fault that kills it harms no generation.
         self._harmed = max(
             (fault.generation for fault in done if fault.kind != "kill-supervisor"), default=-1
         )
@@ -155,9 +156,12 @@ class FaultPlan:
         if fault.kind == "kill-node":
             fault = InjectedFault(**(asdict(fault) | {"pid": victims.agent_pid(fault.node) or 0}))
         with open(self._record, "ab+") as file:
+            # A supervisor that died in the middle of its line must not take this one with it.
             torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
             file.write(b"\n" * torn + json.dumps(asdict(fault)).encode() + b"\n")
             file.flush()
+            # Durable before it is injected: `kill-supervisor` ends this very process, and its
+            # successor would end itself in turn, for ever.
             os.fsync(file.fileno())
         injections: dict[str, Callable[[], object]] = {
             "kill-node": lambda: victims.fence(fault.node),

@@ -37,7 +37,7 @@ class WorkerThread:
         """What `work(*arguments)` returns or raises, as a future of the running loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        future.add_done_callback(_heard)
+        future.add_done_callback(_retrieve_error)
         self._jobs.put(_Job(loop, future, work, arguments))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="helper", daemon=True)
@@ -70,6 +70,6 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None)
         future.set_exception(error)
 
 
-def _heard(future: "asyncio.Future[Any]") -> None:
+def _retrieve_error(future: "asyncio.Future[Any]") -> None:
     if not future.cancelled():
         future.exception()  # asyncio would complain of an error that nobody waited for

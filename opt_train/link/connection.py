@@ -1,7 +1,7 @@
 """Lines of JSON over a stream: how agent and supervisor talk once both have proved the secret.
 
 A line is one message. Whatever breaks the rules (an overlong line, garbage, silence) ends that
-connection alone: the agent dials again, tells its whole state, and what was not acknowledged is
+connection alone: the agent dials again, sends its whole state, and what was not acknowledged is
 sent once more. So a link needs no repair, and a lost line costs nothing.
 
 Lines from a peer that has not proved itself yet are short (`MAX_HANDSHAKE_BYTES`); `trust` lifts
@@ -67,6 +67,8 @@ class Connection:
     async def receive_line(self, deadline_seconds: float) -> bytes:
         """The next line without its newline. Raises `LinkRefused` as `receive` does."""
         try:
+            # TCP by itself does not notice a cut cable as long as nothing is sent: heartbeats come
+            # every second, and their absence is the only sign there is.
             async with asyncio.timeout(deadline_seconds):
                 return await self._line()
         except TimeoutError:
@@ -99,6 +101,8 @@ class Connection:
         """
         if self.writer.is_closing():
             raise LinkRefused("the connection is closed")
+        # asyncio buffers without end: one agent that has stopped reading would take all the memory
+        # of the supervisor of two thousand.
         if self.unsent_bytes > MAX_UNSENT_BYTES:
             self.close()
             raise LinkRefused(

@@ -74,6 +74,7 @@ async def prove_agent(connection: Connection, secret: bytes, node: str, least_le
     agreed = (node, leader, agent_nonce, supervisor_nonce)
     if not is_same(_proof(secret, "supervisor", *agreed), challenge.get("proof")):
         raise LinkRefused("the supervisor does not know this run's secret")
+    # Behind the proof: anybody can claim a number.
     if leader < least_leader:
         raise LinkRefused(f"supervisor {leader} has been succeeded by {least_leader}")
     connection.send({"proof": _proof(secret, "agent", *agreed)})

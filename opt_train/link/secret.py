@@ -27,6 +27,7 @@ def ensure_secret(path: Path) -> bytes:
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_bytes(SECRET_BYTES).hex() + "\n")
                 file.flush()
+                # An empty secret after a power cut would lock every agent out of its own run.
                 os.fsync(file.fileno())
             # A link, unlike a rename, replaces nothing: of two that make a secret at once, one wins
             # and both read it.
@@ -45,6 +46,7 @@ def read_secret(path: Path) -> bytes:
         SecretUnusable: it is missing, is not 64 hexadecimal digits, or is open to others.
     """
     try:
+        # A planted link is not followed, and a planted pipe does not hold us up.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777

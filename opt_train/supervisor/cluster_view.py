@@ -138,6 +138,9 @@ class ClusterView:
             self._watched_at = now.monotonic
         match input_:
             case HeartbeatReceived(node, heartbeat):
+                # Heartbeats are never numbered: the next one, a second later, replaces this one. An
+                # agent sends all that waits for it before its first heartbeat on a connection, so
+                # one heartbeat proves that its facts are here.
                 self.node(node).caught_up = True
                 self._apply_slots(self.node(node), heartbeat.slots, state)
             case FactReceived():
@@ -153,6 +156,8 @@ class ClusterView:
                 self.node(node).connect(agent, state.generation, now.monotonic)
                 self._apply_slots(self.node(node), agent.slots, state)
             case AgentDisconnected(node):
+                # Silence is unknown (invariant 11): a clock begins to run, and a rule acts when
+                # something else agrees.
                 self.node(node).disconnect(now.monotonic)
             case CheckpointVerified(path):
                 self.verified[path] = input_
@@ -184,6 +189,8 @@ class ClusterView:
                 view.absent_since.setdefault(slot.slot, now)
                 continue
             view.absent_since.pop(slot.slot, None)
+            # An agent may show a generation that the journal has lost with a damaged line. The next
+            # number must lie above that one too, or fencing would let its ranks write.
             self.highest_generation = max(self.highest_generation, slot.generation)
             self._known(slot.generation).rank(slot.rank).was_running = True
             if before is None or (before.stage, before.generation) != ("running", slot.generation):
@@ -194,6 +201,8 @@ class ClusterView:
         node, fact = input_.node, input_.fact
         view = self.node(node)
         self.pending.add(node)
+        # Its acknowledgement was lost with a link. It is acknowledged again and not applied again:
+        # by now the attempt that it speaks of may be over.
         if input_.number <= view.acknowledged:
             view.resent = True
             return
@@ -242,6 +251,8 @@ class ClusterView:
                     self.pending.discard(node)
             case FenceNode(node):
                 self._sent.mark(effect, 0, now)
+                # The cluster will call it down from now on, by our own hand: the diagnosis must not
+                # take that for a failure of the node.
                 self.node(node).fenced_unreached |= self.node(node).cluster != "down"
             case VerifyCheckpoint():
                 self._sent.mark(effect, 0, now)
@@ -265,6 +276,8 @@ class ClusterView:
             case Begin(generation, _, _, _, rank):
                 self._known(generation).rank(rank).was_begun = True
                 view = self.node(node)
+                # What did not run when the agent dialled in was marked as gone
+                # (`NodeView.connect`); from here on it may run.
                 view.gone_generation = min(view.gone_generation, generation - 1)
             case Drop(path):  # nobody fetches it any more
                 self._sent.forget_fetches(path)

@@ -24,7 +24,7 @@ class SupervisorConfig:
     """No learned timeout is shorter."""
     settle_seconds: Annotated[float, NOT_NEGATIVE] = 1.0
     """Between the first sign of a failure and the diagnosis: time for the other ranks' last
-    words."""
+    facts."""
     orphan_seconds: Annotated[float, POSITIVE] = 60.0
     """Agents that nobody leads kill their ranks and leave after this."""
     join_seconds: Annotated[float, POSITIVE] = 120.0

@@ -87,6 +87,8 @@ class Supervisor:
         every node."""
         self.view = ClusterView(self.config.supervisor, now)
         identity = self.identity
+        # Nothing is journalled: a finished run that is started again keeps its chronicle, byte for
+        # byte (invariant 12).
         if self.state.stage is Stage.FINISHED and not identity.opens_lineage:
             self.view.finished = True
             return [final_effect(Context(self.state, self.view, self.config, identity))]
@@ -107,9 +109,10 @@ class Supervisor:
         return [*effects, *self._settle()]
 
     def handle(self, input_: Input, now: Now) -> list[Effect]:
-        """Hear `input_` at `now`, and say what is to be done about all that is known by then."""
+        """What is to be done about all that is known at `now`, `input_` included."""
         if self.view.finished:
             return []
+        # Before the view takes the line in: afterwards its step is the newest, and no news.
         effects = self._announce(input_)
         self.view.apply_input(input_, now, self.state)
         for event in self._journalled(input_):
@@ -140,6 +143,8 @@ class Supervisor:
         entry = Entry(
             time=round(self.view.now.wall, 3), attempt=attempt, step=record.step, event=record.event
         )
+        # Folded before it is durable. If the process dies first, nobody has seen it: whatever
+        # follows from it waits behind the `Append`.
         before, self.state = self.state, fold(self.state, entry)
         self.view.follow(before, self.state)
         return [Append(entry)]
@@ -169,6 +174,8 @@ class Supervisor:
                 return []
 
     def _stop(self, by: str) -> list[Event]:
+        # A second request is no second order. How often it was asked the view counts: twice is
+        # impatience, and ends the ranks without a save (rules/orders.py).
         if self.state.stop_wanted is not None or self.state.stage in (*TERMINAL, Stage.FINISHING):
             return []
         return [order_given(SaveAndStop(self.state.orders_given + 1, by))]

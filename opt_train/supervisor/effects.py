@@ -21,7 +21,7 @@ effect             promise                                   what comes back
 `Finish`           the last one                              nothing
 ================== ========================================= ===================================
 
-"Done" is said of what the host tells the outcome of, good or bad. Whatever else fails is logged,
+"Done": the host reports the outcome, good or bad. Whatever else fails is logged,
 and it is the core that asks again.
 """
 
@@ -68,7 +68,7 @@ class StartAgent:
 
 @dataclass(frozen=True, slots=True)
 class FenceNode:
-    """Make sure nothing of the run lives on the node any more; `ClusterObserved` will tell."""
+    """Make sure nothing of the run lives on the node any more; `ClusterObserved` will show it."""
 
     node: str
 

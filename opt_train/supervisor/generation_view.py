@@ -107,6 +107,8 @@ class GenerationView:
                 self._save(step).reports[rank] = fact
             case SaveFailed(step, reason):
                 save = self._save(step)
+                # The first reason stays: on a full disk rank after rank fails, and the journal may
+                # have it by then.
                 save.failure = save.failure or (rank, reason)
             case ExitNotice():
                 self.rank(rank).notice = fact
@@ -169,5 +171,7 @@ class GenerationView:
 
 def is_announced(exited: RankExited) -> bool:
     """Whether the rank ended as it said it would, its work done or its state saved."""
+    # An exit code is believed only together with the last fact: Python itself exits 2 for a missing
+    # file, and a library may exit with any code.
     notice = exited.leaving
     return notice is not None and exited.code in (DONE, STOPPED) and notice.code == exited.code

@@ -66,7 +66,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class AgentConnected:
-    """An authenticated agent dialled in and told its state. A newer connection of a node replaces
+    """An authenticated agent dialled in and sent its state. A newer connection of a node replaces
     the older."""
 
     node: str
@@ -117,7 +117,7 @@ class MetricsRecalled:
 
 @dataclass(frozen=True, slots=True)
 class ClusterObserved:
-    """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Told every
+    """What the cluster says of its nodes: `up`, `down` (with the reason) or `unknown`. Every
     second."""
 
     nodes: Mapping[str, str]

@@ -85,6 +85,8 @@ class MetricHistory:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         step = int(line["step"])
+        # A step that is there already is of a branch that a rollback has left: the chain has each
+        # once.
         self.forget_beyond(step - 1)
         for name, value in line.items():
             if name not in self._columns and number_of(value) is not None:
@@ -100,7 +102,7 @@ class MetricHistory:
 
 
 def number_of(value: object) -> float | None:
-    """The number that a metrics line's `value` is, NaN and infinities too, which travel as words;
+    """The number that a metrics line's `value` is, NaN and infinities too, which travel as text;
     None: it is none (text, a list, null)."""
     if isinstance(value, str):
         return _NON_FINITE.get(value)

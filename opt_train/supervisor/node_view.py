@@ -52,6 +52,8 @@ class NodeView:
         """Its agent dialled in. `generation` is the run's newest."""
         if self.pid != state.pid:
             if self.pid:
+                # Ranks die with their agent (PR_SET_PDEATHSIG): another process here means that
+                # they are gone, whoever saw it.
                 self.lost_generation = generation
             # Another process numbers its facts anew.
             self.pid, self.facts, self.acknowledged = state.pid, {}, 0
@@ -87,6 +89,8 @@ class NodeView:
 
     def is_down(self, now: float) -> bool:
         """The cluster says the node is gone, and it does not answer."""
+        # An agent that answers outweighs the cluster: Slurm marks a cut node DOWN after 13 to 20 s
+        # (measured), and its tasks run on until the cable is back.
         if self.connected or self.cluster != "down":
             return False
         return self.seen_up or now - self.down_since >= DOWN_BEFORE_UP_SECONDS

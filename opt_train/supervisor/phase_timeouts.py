@@ -9,6 +9,8 @@ from opt_train.supervisor.config import SupervisorConfig
 MARGIN = 3.0
 """No timeout is ever shorter than this many times the largest length seen."""
 
+# Peers that judged first steps and validations by the pace of all others took them for hangs and
+# killed healthy jobs (DLRover).
 FIRST_STEPS = 2
 """Steps after a start that are learned apart: they allocate, compile, and fill caches."""
 
@@ -39,6 +41,8 @@ class PhaseTimeouts:
         nothing."""
         key = (phase, first)
         self._samples[key] = self._samples.get(key, 0) + 1
+        # The largest, no mean or quantile: one kill of ranks that would have gone on costs a
+        # restart, a limit that is too long costs the wait alone.
         if seconds > self._largest.get(key, 0.0):
             self._largest[key] = seconds
 

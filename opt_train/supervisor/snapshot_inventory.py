@@ -45,6 +45,8 @@ class SnapshotInventory:
 
     def apply_connection(self, node: str, agent: AgentState) -> None:
         self._addresses[node] = agent.address
+        # Its own list replaces what was known: a new agent process has no memory of the old one,
+        # and one that was cut off may have dropped files meanwhile.
         self._files[node] = {files.path: set(files.names) for files in agent.held}
 
     def apply_snapshot(self, node: str, fact: SnapshotHeld) -> None:

@@ -59,6 +59,7 @@ class TrainingView:
         first = is_first(self.history.step, state)
         for phase in ("step", "data"):
             seconds = self.history.newest(f"{phase}_seconds")
+            # A limit learned from an infinite length would never be exceeded.
             if seconds is not None and math.isfinite(seconds):
                 self.timeouts.learn(phase, first, seconds)
 
@@ -73,6 +74,8 @@ class TrainingView:
             return
         self.moved_at = now
         seconds = before.phase_seconds
+        # The phase ended between the two heartbeats: the gap is shared out between it and the next
+        # one, whose clock the agent began by itself.
         if moved and gap <= HEARTBEAT_GAP_SECONDS:
             seconds += max(0.0, gap - slot.phase_seconds)
         self.timeouts.learn(before.phase, is_first(before.step, state), seconds)

@@ -46,6 +46,8 @@ def acknowledge(s: Context) -> list[Decision]:
             if not is_settled(s, fact):
                 break
             upto = number
+        # Also when nothing more is settled: a fact that came again shows that the last
+        # acknowledgement was lost, and the agent would send it on every connection.
         if upto > view.acknowledged or view.resent:
             decisions.append(AcknowledgeFact(node, upto))
     return decisions

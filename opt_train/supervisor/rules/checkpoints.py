@@ -17,6 +17,8 @@ def commit(s: Context) -> list[Decision]:
     written."""
     attempt = s.attempt
     decisions: list[Decision] = []
+    # Nothing names a checkpoint before every rank has reported its part: nanotron has each rank
+    # write the pointer to the newest, before the others are through.
     for step, reports in s.generation.shared_saves():
         path = path_of_save(attempt.name, step)
         if (
@@ -75,6 +77,8 @@ def abandon_failed(s: Context) -> list[Decision]:
     """A rank could not save: without its part there is no checkpoint; training goes on."""
     attempt = s.attempt
     decisions: list[Decision] = []
+    # OLMo-core writes the metadata of an asynchronous save that has failed; here one rank is enough
+    # to end it for all.
     for step, (rank, reason) in s.generation.failed_saves():
         path = path_of_save(attempt.name, step)
         if path not in s.state.settled_saves:
@@ -102,6 +106,7 @@ def abandon(s: Context, path: str, why: str, step: int, attempt: str) -> list[De
     """Say that a save came to nothing, and give its space back: a large model's shards fill a disk
     in a few."""
     decisions: list[Decision] = [Record(SaveAbandoned(path, why), step, attempt)]
+    # Its manifest may be in place in a moment; then it is a checkpoint all the same (`conclude`).
     if path not in s.view.committing:
         decisions.append(RetireCheckpoint(path))
     return decisions
@@ -116,6 +121,8 @@ def saves_in_flight(s: Context) -> bool:
 def retire(s: Context) -> list[Decision]:
     """Drop what the rule of retention keeps no longer: on record first, then from the disk."""
     decisions: list[Decision] = []
+    # A crash between the two leaves a folder, which the next supervisor removes (core.py). The
+    # other order would leave a record of a checkpoint that is gone.
     for old in dispensable(s.state, s.config):
         decisions += [
             Record(CheckpointRetired(old.path), old.step, old.attempt),

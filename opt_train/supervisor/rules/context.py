@@ -22,12 +22,14 @@ from opt_train.supervisor.rules.node_fitness import is_unfit
 REPEAT_SECONDS = 2.0
 """A kill that was not answered is sent again after this."""
 UNKILLED_SECONDS = 60.0
-"""An agent that cannot tell the end of its ranks by then (one hangs in the kernel, say) is fenced
+"""An agent that cannot report the end of its ranks by then (one hangs in the kernel, say) is fenced
 with its node."""
 FENCE_AGAIN_SECONDS = 10.0
 UNREACHABLE_SECONDS = 5.0
 """Grace for an agent to dial in again before its node is fenced: an agent that lives redials at
 once."""
+# Two clocks, from two moments: the agent counts from the last renewal that it received, we from the
+# end of the link. The margin sees to it that the clock of the agent ends first.
 LEASE_MARGIN = 1.25
 """An agent without a leader has killed its ranks after this many times
 `supervisor.orphan_seconds`."""
@@ -74,8 +76,8 @@ class Context:
             return 0
         if self.view.training.history.step >= 0:
             return self.view.training.history.step
-        # A supervisor that has just come has heard no metrics yet; where the ranks are is the next
-        # best.
+        # A supervisor that has just come has received no metrics yet; where the ranks are is
+        # the next best.
         running = [slot.step for _, slot in self.running(attempt.generation)]
         return max([attempt.start_step, *running])
 
@@ -128,17 +130,21 @@ class Context:
         return self.lease_is_over(view)
 
     def end_of(self, generation: int, nodes: tuple[str, ...]) -> list[Decision]:
-        """What brings `generation` to its end: kills where agents can be told, fences where that
+        """What brings `generation` to its end: kills where agents can be reached, fences where that
         does not help."""
         decisions: list[Decision] = []
         for node in nodes:
             view = self.view.node(node)
+            # A process in state D (a dead file system, a sick driver) does not die of SIGKILL: then
+            # the node has to go.
             kill_sent_at = self.view.generation(generation).kill_sent_at.get(node, inf)
             if view.connected and self.view.age(kill_sent_at) > UNKILLED_SECONDS:
                 fenced = self.view.was_sent(FenceNode(node), within=FENCE_AGAIN_SECONDS)
                 if view.gone_generation < generation and not fenced:
                     decisions.append(FenceNode(node))
             elif view.connected:
+                # Stacks, because the dead cannot be asked: they show which rank the others waited
+                # for.
                 kill = Kill(generation=generation, stacks=True)
                 due = not self.view.was_sent(Send(node, kill), within=REPEAT_SECONDS)
                 if view.gone_generation < generation and due:

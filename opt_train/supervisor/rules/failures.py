@@ -35,6 +35,8 @@ def failure(s: Context, node: str, rank: int, what: str, sign: str) -> list[Deci
 
 def detect_rank_exit(s: Context) -> list[Decision]:
     """A rank is gone that had not said it would go."""
+    # The first that was reported names the incident. Which one is the root is for the diagnosis,
+    # when all have ended and their logs are here.
     for rank, (node, exited) in s.generation.deaths.items():
         how = f"signal {exited.signal}" if exited.signal is not None else f"exit code {exited.code}"
         where = f" in phase {exited.phase}" if exited.phase else ""
@@ -66,6 +68,7 @@ def detect_unsaved_end(s: Context) -> list[Decision]:
         return []
     last = max(exited.leaving.step for _, exited in exits.values() if exited.leaving is not None)
     done = all(exited.code == DONE for _, exited in exits.values())
+    # What agents have goes with them when the run ends.
     if not done or any(saved.step == last for saved in s.state.chain() if not saved.is_with_agents):
         return []
     return failure(
@@ -106,12 +109,16 @@ def detect_other_lineage(s: Context) -> list[Decision]:
 
 
 def kill(s: Context) -> list[Decision]:
+    # The whole generation, not what is left of one node: gloo notices a dead peer at once, but on
+    # NCCL survivors spin in their collective for minutes.
     return s.end_of(s.attempt.generation, s.attempt.nodes)
 
 
 def conclude_kill(s: Context) -> list[Decision]:
-    """All ranks are gone from every node, and the last words have had time to arrive."""
+    """All ranks are gone from every node, and their last facts have had time to arrive."""
     attempt = s.attempt
+    # The log of the root may arrive behind the complaints of its victims: a diagnosis made at once
+    # would blame the loudest.
     failing = s.state.stage is Stage.FAILING
     if attempt.killed or (
         failing and s.view.age(s.view.stage_since) < s.config.supervisor.settle_seconds
@@ -211,6 +218,8 @@ def follow(s: Context) -> list[Decision]:
         return halt(s, question_of(incident, remedy), incident.cause)
     culprit = incident.culprit
     if remedy.action is Action.REPLACE_NOW and culprit and not s.state.has_failed(culprit):
+        # On record first: a supervisor that dies before the fence does not hand the node back
+        # (invariant 8). The cloud of OPT-175B handed out the same bad node again and again.
         return [Record(NodeFailed(culprit, incident.number, incident.cause)), FenceNode(culprit)]
     return []
 

@@ -43,6 +43,8 @@ def note(s: Context) -> list[Decision]:
         for fact in s.view.node(node).facts.values():
             if isinstance(fact, NodeFinding):
                 noted = _event(node, fact)
+                # One at a time: two equal findings in the queue of a node are one line, since the
+                # second look finds the first in the journal.
                 if not _is_known(s.state, noted):
                     step = s.step if s.state.attempt is not None else None
                     return [Record(noted, step=step)]

@@ -44,9 +44,9 @@ from opt_train.supervisor.rules.failures import failure
 from opt_train.supervisor.training_view import is_first
 
 FRESH_SECONDS = 5.0
-"""A pulse comes every second; what is older than this tells nothing of now."""
+"""A heartbeat comes every second; what is older than this shows nothing of now."""
 MISSING_SECONDS = 5.0
-"""An agent tells of a rank's end at once; a rank that is not there for this long has ended
+"""An agent reports a rank's end at once; a rank that is not there for this long has ended
 unseen."""
 BEHIND = {"start": 0, "data": 1, "checkpoint": 1, "evaluation": 1, "step": 2, "waiting": 3}
 """Within a step, who is in an earlier phase is behind; those in later ones wait for it."""
@@ -71,6 +71,7 @@ def watch_hang(s: Context) -> list[Decision]:
     fresh = [(node, rank) for node, rank in ranks if _is_fresh(s, node)]
     if not fresh:
         return []
+    # SIGSTOP leaves phase and step as they were: only the state letter of the kernel shows it.
     stopped = [(n, r) for n, r in fresh if r.process_state == "T"]
     silent = [(n, r) for n, r in ranks if (n, r) not in fresh]
     if not stopped and silent:
@@ -133,6 +134,7 @@ def watch_silence(s: Context) -> list[Decision]:
     attempt = s.attempt
     patience = LEASE_MARGIN * s.config.supervisor.orphan_seconds + UNREACHABLE_SECONDS
     if attempt.leader != s.state.leader:
+        # Right after a takeover every agent is silent, until it has found the new address.
         patience = max(patience, s.config.supervisor.join_seconds)
     if s.view.age(s.view.training.moved_at) <= patience:
         return []
@@ -151,7 +153,7 @@ def watch_silence(s: Context) -> list[Decision]:
 
 
 def watch_missing(s: Context) -> list[Decision]:
-    """A rank should run where its agent shows none, and nobody told of its end."""
+    """A rank should run where its agent shows none, and nobody reported its end."""
     if not s.view.watching:
         return []
     attempt = s.attempt
@@ -165,8 +167,11 @@ def watch_missing(s: Context) -> list[Decision]:
         if rank in ended or not (view.connected and view.caught_up) or absent is None:
             continue
         seen_before = attempt.began or taking_over or s.generation.was_running(rank)
+        # Ranks die with their agent: behind a new one there is nothing to wait for.
         replaced = view.lost_generation >= generation and seen_before
         since = absent if seen_before else s.view.stage_since
+        # One that was never seen may still be importing torch: 1 to 3 s on an idle core, 7 to 10 s
+        # on a busy one (measured), more from a cold shared file system.
         limit = MISSING_SECONDS if seen_before else s.config.supervisor.start_seconds
         if (
             not replaced

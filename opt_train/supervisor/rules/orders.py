@@ -50,6 +50,7 @@ def withdraw(s: Context) -> list[Decision]:
     stop = s.state.stop_wanted
     if stop is None or stop.outcome == WITHDRAWN:
         return []
+    # Before the first step there is nothing that the checkpoint it began with does not have.
     nothing_new = not s.attempt.began
     impatient = s.view.stops >= IMPATIENT_STOPS
     late = not stop.outcome and s.view.watching and _is_late(s)
@@ -97,6 +98,8 @@ def relay(s: Context) -> list[Decision]:
         return []
     decisions: list[Decision] = []
     for record in s.state.outstanding_orders:
+        # To rank 0 alone: four ranks that each read a pipe of their own obeyed 19 to 20 of 20
+        # orders at different steps. With the number in the step stats none did (measured).
         command = Relay(s.attempt.generation, record.order)
         if not s.view.was_sent(Send(node, command), within=RELAY_AGAIN_SECONDS):
             decisions.append(Send(node, command))
@@ -132,16 +135,21 @@ def rest(s: Context) -> list[Decision]:
     decisions: list[Decision] = [
         Record(OrderEnded(order.number, WITHDRAWN)) for order in s.state.outstanding_orders
     ]
-    notices = s.view.generation(last.generation).notices if last is not None else {}
-    by = (
-        stop.reason
-        if stop is not None
-        else next((t.reason for t in notices.values() if t.reason), "the scheduler")
-    )
+    # The memory of agents goes with them, so what is in it alone was not saved.
     saved = max(
         (c.step for c in s.state.chain() if not c.rejected and c.tier != MEMORY), default=-1
     )
-    return [*decisions, *close_incidents(s, "stopped"), Record(RunStopped(by, saved))]
+    return [*decisions, *close_incidents(s, "stopped"), Record(RunStopped(_stopped_by(s), saved))]
+
+
+def _stopped_by(s: Context) -> str:
+    """Who asked for the stop; of ranks that stopped of themselves, what they gave as their
+    reason."""
+    stop, last = s.state.stop_wanted, s.state.attempt
+    if stop is not None:
+        return stop.reason
+    notices = s.view.generation(last.generation).notices if last is not None else {}
+    return next((t.reason for t in notices.values() if t.reason), "the scheduler")
 
 
 def _began_anew(s: Context, stop: OrderRecord) -> bool:

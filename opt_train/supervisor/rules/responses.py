@@ -85,21 +85,26 @@ RESPONSES: Mapping[tuple[Cause, str], Response] = {
     (Cause.STRAGGLER, ""): Response(Action.REPLACE_NOW),
     # A bug of a kernel, mostly; bad memory looks the same, so the last try is on another node.
     (Cause.ILLEGAL_ACCESS, ""): Response(Action.RESTART, restarts=2, escalates=True),
+    # The same code with the same batch does it again: one try tells that from an accident.
     (Cause.GPU_OOM, ""): Response(Action.RESTART, restarts=1),
     (Cause.USER_CODE, ""): Response(Action.RESTART, restarts=1),
     (Cause.HOST_OOM, ""): Response(Action.RESTART, restarts=2),
+    # The node that is named may be a witness and no more: it stays until the last try.
     (Cause.NETWORK, ""): Response(Action.RESTART, escalates=True),
     (Cause.COLLECTIVE_TIMEOUT, ""): Response(Action.RESTART, escalates=True),
     (Cause.HANG, ""): Response(Action.RESTART, escalates=True),
     (Cause.KILLED, ""): Response(Action.RESTART, escalates=True),
     (Cause.STORAGE, ""): Response(Action.RESTART),
     (Cause.CORRUPT_CHECKPOINT, ""): Response(Action.RESTART),
+    # A restart reads the same bytes.
     (Cause.DATA, ""): Response(Action.HALT),
     (Cause.CONFIG, ""): Response(Action.HALT),
     (Cause.LOSS_SCALE_FLOOR, ""): Response(Action.RESTART, restarts=1),
     (Cause.LOSS_NAN, ""): Response(Action.RESTART, restarts=1),
     (Cause.LOSS_SPIKE, ""): Response(Action.RESTART, restarts=1),
     (Cause.DRIFT, ""): Response(Action.RESTART, restarts=1),
+    # Three changes of the optimizer relapsed for Marin 32B, and its architecture was changed: that
+    # is no decision for a robot.
     (Cause.PLATEAU, ""): Response(Action.HALT),
     (Cause.PREEMPTION, ""): Response(Action.RESTART),
     (Cause.STOPPED, ""): Response(Action.RESTART),

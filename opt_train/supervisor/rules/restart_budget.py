@@ -23,6 +23,7 @@ def restart_budget(restarts: int | None, config: SupervisorConfig) -> int:
     configured = config.restarts_without_progress
     if restarts is None:
         return configured
+    # A person who configures less patience has it for every cause.
     return min(restarts, configured)
 
 

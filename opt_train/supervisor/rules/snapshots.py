@@ -77,6 +77,8 @@ def commit(s: Context) -> list[Decision]:
             file.path: (file.bytes, file.sha256) for part in held.values() for file in part.files
         }
         every = s.config.checkpoint.node_every_steps
+        # The memory of agents ends with the run: the last snapshot goes on to the disks, whatever
+        # its step.
         onward = every and (step % every == 0 or s.state.stage is Stage.STOPPING)
         paths = (path, *([path_of_save(attempt.name, step, NODE)] if onward else []))
         seconds = max(part.seconds for part in held.values())
@@ -171,6 +173,8 @@ def bring_together(s: Context, wanted: Checkpoint) -> list[Decision]:
     if not all(s.view.node(node).connected for node in places):
         return []
     names_of = names_by_node(s, wanted)
+    # A part that does not verify rejects the snapshot for good: Megatron reloaded one corrupt
+    # replica of its local checkpoints 44 times.
     silent = []
     for node, names in names_of.items():
         answer = s.view.inventory.answer(node, wanted.path, names)

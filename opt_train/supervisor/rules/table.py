@@ -28,6 +28,7 @@ from opt_train.supervisor.rules.context import Context, Decision
 
 Rule = Callable[[Context], list[Decision]]
 
+# Before all others, in every stage: what is acknowledged at the end (LAST) is on record by then.
 RECEIVE: tuple[Rule, ...] = (findings.note, checkpoints.conclude, nodes.join)
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
 HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
@@ -38,6 +39,8 @@ REPORT: tuple[Rule, ...] = (
     attempts.report_validation,
     attempts.close_recovered,
 )
+# From certain to inferred: how a process ended, what the cluster knows, who is absent, who does not
+# move, who is silent. The first that has something names the incident.
 SIGNS: tuple[Rule, ...] = (
     failures.detect_rank_exit,
     failures.detect_node_down,
@@ -88,6 +91,7 @@ STOP: tuple[Rule, ...] = (
     orders.relay,
     *KEEP,
 )
+# Reports of a save may have been on their way when a rank died: a complete one is kept.
 KILL: tuple[Rule, ...] = (*SAVE, failures.kill, failures.conclude_kill)
 
 STAGES: Mapping[Stage, tuple[Rule, ...]] = {

@@ -90,6 +90,8 @@ class AgentServer:
         try:
             connection.send(command)
         except LinkRefused as refused:
+            # A peer that does not read is cut off, not waited for: it dials again, and the core
+            # sends what still matters.
             log.warning("%s: %s", node, refused)
             connection.close()
             return False
@@ -122,6 +124,8 @@ class AgentServer:
         if older is not None:
             older.close()
         try:
+            # Before anything else: an agent near the end of `orphan_seconds` must not kill ranks
+            # that were just found again.
             connection.send(LeaderLease(self._leader))
             self._handle_input(AgentConnected(node, state))
             while self._current.get(node) is connection:

@@ -55,6 +55,7 @@ class CheckpointKeeper:
         becoming one."""
         try:
             folder = self._folder(effect.path)
+            # A rank with another mount under this name has saved where nobody here will ever look.
             if Path(effect.folder).resolve() != folder.resolve():
                 raise CheckpointError(
                     f"the ranks saved in {effect.folder} instead of {effect.path}"
@@ -130,13 +131,14 @@ class CheckpointKeeper:
         needed."""
         try:
             if self._lock.still_held():
+                # Fenced as a commit is: a successor may keep what was decided here a minute ago.
                 retire_checkpoint(self._folder(path))
         except (CheckpointError, OSError) as error:
             log.error("%s cannot be removed: %s", path, error)
 
     def clear(self, attempts: Collection[str], kept: Collection[str]) -> None:
         """Remove every save of `attempts` but those in `kept`: ranks that died while they saved
-        told nobody of it."""
+        reported nothing of it."""
         for attempt in attempts:
             for folder in sorted(
                 f for root in self._roots() for f in (root / attempt).glob("step-*")

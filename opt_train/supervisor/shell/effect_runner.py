@@ -1,8 +1,8 @@
 """Carries out the core's effects, in the order given, with `Append` as a barrier that stalls nobody
 but them.
 
-One thread appends. While it waits for a sick file system the event loop goes on: leases, pulses and
-the status line do not wait for it, but everything the core decided after the entry does.
+One thread appends. While it waits for a sick file system the event loop goes on: leases, heartbeats
+and the status line do not wait for it, but everything the core decided after the entry does.
 """
 
 import asyncio
@@ -84,6 +84,7 @@ class EffectRunner:
         self._cluster, self._checkpoints = cluster, checkpoints
         self._feed, self._show, self._add_line, self._durable = feed, show, add_line, durable
         self._queue: asyncio.Queue[Effect | Callable[[], object]] = asyncio.Queue()
+        # One thread, so that lines stand in the order in which they were decided.
         self._appending = ThreadPoolExecutor(1, thread_name_prefix="append")
         self._working = ThreadPoolExecutor(4, thread_name_prefix="work")
         self._checking = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
@@ -117,6 +118,8 @@ class EffectRunner:
             if isinstance(effect, Finish):
                 return effect
             if isinstance(effect, Append):
+                # The barrier. A kill that is sent before its line is durable may be forgotten by a
+                # crash, and the successor would adopt a generation that is half dead.
                 await self._append(effect.entry)
             else:
                 self._perform(effect)
@@ -168,12 +171,15 @@ class EffectRunner:
                 async with asyncio.timeout(seconds):
                     await asyncio.get_running_loop().run_in_executor(pool, work)
         for pool in (self._appending, self._working, self._checking, self._removing):
+            # Not waited for: a thread that hangs in a dead file system ends at no time of ours.
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _append(self, entry: Entry) -> None:
         began, pause, loop = time.monotonic(), 0.25, asyncio.get_running_loop()
         while True:
             try:
+                # Durable means fsynced, which takes seconds to minutes on a file system that fails
+                # over: never on the event loop, or the leases of all agents would run out with it.
                 appended = await loop.run_in_executor(self._appending, self._journal.append, entry)
                 break
             except OSError as error:
@@ -185,17 +191,21 @@ class EffectRunner:
                     "decisions wait for it"
                 )
                 await asyncio.sleep(pause)
+                # For ever: ranks need no journal to train on (invariant 10), and a full disk may be
+                # emptied.
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
         self._durable(appended)
         seconds = time.monotonic() - began
-        # A stall that delayed the line about a stall is not told in turn: on a slow disk that would
-        # never end.
+        # A stall that delayed the line about a stall is not reported in turn: on a slow disk that
+        # would never end.
         if seconds > STALL_SECONDS and not isinstance(entry.event, JournalStalled):
             log.warning("an append took %.1f s", seconds)
             self._feed(JournalWasStalled(seconds))
 
     def _send(self, node: str, command: Message) -> None:
         if isinstance(command, Begin) and not command.journal_head:
+            # Only here: the line of the attempt stands in front of this effect and has its hash
+            # now.
             command = replace(command, journal_head=self._journal.head.hash)
         if not self._links.send(node, command):
             log.info("%s is not connected: %s forgotten", node, command.kind)
@@ -205,6 +215,8 @@ class EffectRunner:
             self._metrics.append(attempt, line, str(self._journal.head))
         except (OSError, ValueError, TypeError) as error:
             self._metrics_lost += 1
+            # At the first, second, fourth, eighth: a dead file system must not fill the log as
+            # well.
             if self._metrics_lost.bit_count() == 1:
                 log.error("%d metrics lines could not be written: %s", self._metrics_lost, error)
 
@@ -227,6 +239,8 @@ class EffectRunner:
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
+            # Raised where `run` takes it: whoever awaits that sees it, while asyncio would only log
+            # it.
             self._queue.put_nowait(partial(_raise, error))
 
 

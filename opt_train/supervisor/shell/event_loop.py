@@ -1,5 +1,5 @@
-"""One supervisor's life on an event loop: everything the core is told and everything it asks for
-goes through here.
+"""One supervisor's life on an event loop: every input of the core and every effect that it
+asks for goes through here.
 
 It decides nothing. If the core or the shell itself fails, it says so and goes at once: the ranks
 train on, a supervisor that is started within `supervisor.orphan_seconds` adopts them, and after
@@ -134,7 +134,7 @@ class EventLoop:
         return finish
 
     def feed(self, input_: Input) -> None:
-        """Tell the core, and queue what it wants done."""
+        """Give `input_` to the core, and queue what it wants done."""
         if self._over.is_set():
             return
         try:
@@ -156,6 +156,7 @@ class EventLoop:
         if older is not None:  # its supervisor is gone: we hold the lock
             remove_endpoint(older.endpoint)
         bound = await self._server.start()
+        # Published once somebody listens there: agents dial at once, and back off when refused.
         publish(self._run.supervisor_address, Address(bound, self._identity.leader))
         loop = asyncio.get_running_loop()
         for number in signals.ASK_TO_STOP:
@@ -185,6 +186,7 @@ class EventLoop:
     async def _observe(self) -> None:
         while True:
             seen = await asyncio.to_thread(self._cluster.observe)
+            # Off the loop: a controller under load answers late, and the leases go on meanwhile.
             states = {node: view.state for node, view in seen.items()}
             self.feed(
                 ClusterObserved(
@@ -225,7 +227,7 @@ class EventLoop:
         try:
             dropped.remove()
         except OSError as error:
-            # It stays among the letters that were told: told again twice a second, it would fill
+            # It stays among the messages that were fed: fed again twice a second, it would fill
             # the journal.
             log.warning("%s cannot be removed: %s", dropped.path.name, error)
         else:
@@ -239,6 +241,7 @@ class EventLoop:
 
     async def _render(self) -> None:
         """Bring the chronicle up to date, in a process that gives way to the ranks."""
+        # A Ctrl-C at the terminal reaches its whole process group, and is meant for the run alone.
         with signals.blocked():
             self._rendering = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "opt_logbook.cli", "render", str(self._run.path)),

@@ -61,6 +61,7 @@ def supervise(
         BadInput: another process has the run, the fault plan is wrong, or the run directory cannot
             be written or read.
     """
+    # In front of the lock: a misspelt plan has touched nothing.
     plan = FaultPlan(config.faults, run.faults)
     try:
         with Lock.acquire(run) as lock:
@@ -94,6 +95,8 @@ def supervise(
                     git_dirty=git_dirty,
                     packages=dict(packages or {}),
                 )
+                # From here on a predecessor that wakes up reads a number above its own, and commits
+                # nothing.
                 lock.set_leader(identity.leader)
                 secret = ensure_secret(run.secret)
                 core = make_core(config, state, identity)

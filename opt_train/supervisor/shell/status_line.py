@@ -23,6 +23,8 @@ class StatusLine:
         self._news = threading.Condition()
         self._closed = False
         self._drawn = ""
+        # A daemon: a write to a stopped terminal may never return, and nobody waits for it at the
+        # end.
         self._thread = threading.Thread(target=self._write, name="status line", daemon=True)
         self._thread.start()
 
@@ -35,6 +37,7 @@ class StatusLine:
     def add_line(self, sentence: str) -> None:
         """A line that stays."""
         with self._news:
+            # A terminal that takes nothing for a month must not take the memory.
             self._lines = [*self._lines[-99:], sentence]
             self._news.notify()
 

@@ -20,6 +20,7 @@ class SupervisorLog:
         form = logging.Formatter(
             "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
         )
+        # UTC as in the journal: the two are read side by side.
         form.converter = time.gmtime
         self._file.setFormatter(form)
         self._queue, self._listener = written_beside(self._file)
