@@ -1,7 +1,7 @@
-# make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: from the start)
-# make test     lint, types, import contracts, tests; JOBS=2 files of them at a time
-# make test-end-to-end   whole runs that break and recover, a Slurm, and what else takes long: some twenty minutes more
-# make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit with an undisturbed one
+# make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: anew)
+# make test     lint, types, import contracts, tests, fast ones first; JOBS=2 files at a time
+# make test-end-to-end   whole runs that break and recover, a Slurm: some twenty minutes more
+# make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make benchmarks-gpu  training steps on one GPU: tokens/s, MFU, memory
 # make docs     rewrite the generated parts of README.md and docs/
@@ -16,12 +16,19 @@ JOBS ?= 2
 KILLS ?= 50
 SEED ?=
 
+# Without processes or torch, in a minute: most mistakes show here. Behind it what starts ranks.
+PURE := tests/protocol tests/diagnosis tests/link tests/project tests/supervisor
+NOT_PURE := $(addprefix --ignore ,$(filter-out tests/supervisor,$(PURE))) \
+  --ignore-glob 'tests/supervisor/test_*.py'
+TESTS := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 -m "not slow"
+
 .PHONY: demo test test-end-to-end test-resume benchmarks benchmarks-gpu venv docs clean
 .DEFAULT_GOAL := demo
 
 venv: $(VENV)/installed
 
-# torch first: it is the largest, and whoever wants another build of it installs that into .venv and goes on from here.
+# torch first: it is the largest, and whoever wants another build of it installs that into .venv and
+# goes on from here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "opt-train needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -52,11 +59,12 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/end_to_end -m "not slow"
+	$(TESTS) $(PURE) --ignore tests/supervisor/shell
+	$(TESTS) --ignore tests/end_to_end $(NOT_PURE)
 
 test-end-to-end: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/end_to_end
-	$(BIN)/python -m pytest --ignore tests/end_to_end -m slow
+	$(BIN)/python -m pytest --durations=20 tests/end_to_end
+	$(BIN)/python -m pytest --durations=20 --ignore tests/end_to_end -m slow
 
 test-resume: $(VENV)/installed-dev
 	$(BIN)/python -m tests.resume.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
