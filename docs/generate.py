@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -53,6 +54,7 @@ COLUMNS = (
 )
 
 
+@cache
 def sizes() -> str:
     """The table of the published sizes and their recipes, Markdown."""
     names = [path.stem for path in (configs_directory() / "experiment").glob("opt-*.yaml")]

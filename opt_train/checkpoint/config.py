@@ -60,8 +60,7 @@ class CheckpointConfig:
             young = self.keep_hours * 3600.0 / (self.every_steps * step_seconds)
             newest = max(newest, math.ceil(min(young, steps / self.every_steps)))
         every = self.milestone_every_steps
-        return (
-            newest + max(0, steps // every - newest * self.every_steps // every)
-            if every
-            else newest
-        )
+        if not every:
+            return newest
+        # A milestone among the newest is counted once.
+        return newest + max(0, steps // every - newest * self.every_steps // every)

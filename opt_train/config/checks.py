@@ -122,6 +122,8 @@ def _batches(config: "RunConfig") -> None:
             "ranks without a "
             f"sequence; use {ranks} or more, or fewer nodes"
         )
+    # Shares may be unequal (padding has weight 0): a run that loses one node of 124 idles
+    # a tenth of its work, and not half.
     share = -(-config.train.global_batch // ranks)
     if config.train.micro_batch > share:
         raise BadInput(

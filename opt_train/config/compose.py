@@ -3,7 +3,8 @@ Hydra.
 
 Hydra composes the groups over the dataclasses' defaults; `builder` makes the frozen dataclasses of
 the result, strictly, because a value of the wrong type must be a sentence now and not a crash at
-three in the morning. Hydra is imported where it is used, so that `--help` answers at once.
+three in the morning. `hydra.main` is not used: it exits 1 for a mistake, prints a traceback and
+litters a folder `outputs/`. Hydra is imported where it is used, so that `--help` answers at once.
 """
 
 import itertools
@@ -70,11 +71,13 @@ def compose(overrides: Sequence[str], config_directory: Path | None = None) -> R
     directories = _directories(config_directory)
     for override in _parsed(overrides):
         _check_override(override, directories)
+    # As a plain dict: Hydra takes no frozen dataclass as a structured config.
     ConfigStore.instance().store(name="base", node=asdict(RunConfig()))
     # A folder added by `hydra.searchpath` comes after the packaged one, exactly as with Hydra's own
     # `--config-dir`.
     search = [f"hydra.searchpath={json.dumps(['file://' + str(d) for d in directories[1:]])}"]
     try:
+        # Without a version Hydra warns, and behaves as 1.1 did.
         with initialize_config_dir(str(directories[0]), version_base="1.3"):
             composed = hydra_compose("config", overrides=[*search, *overrides])
             values = OmegaConf.to_container(composed, resolve=True)

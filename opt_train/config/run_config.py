@@ -83,4 +83,6 @@ def from_json(path: Path) -> RunConfig:
         OSError, ValueError: the file cannot be read, or is no JSON.
         BadInput: a key is unknown or its value of another type.
     """
+    # Names and types, no laws: they were asked when the run began, and one that came since must not
+    # lock it out of its own directory.
     return build(RunConfig, json.loads(path.read_text()))

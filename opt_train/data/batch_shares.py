@@ -1,4 +1,8 @@
-"""How sequences are shared between ranks and fall into micro-batches. Standard library only."""
+"""How sequences are shared between ranks and fall into micro-batches. Standard library only.
+
+Batches are counted in sequences, as OPT really ran them: one for each of 124 x 8 GPUs, 992 and not
+the 1024 that "2M tokens" would be, which does not divide over them.
+"""
 
 BEARABLE_PADDING = 0.05
 """Part of a share up to which padding is no reason for smaller micro-batches."""

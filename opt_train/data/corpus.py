@@ -74,6 +74,7 @@ class Corpus:
             before = datasets.config.HF_DATASETS_CACHE
             datasets.config.HF_DATASETS_CACHE = Path(cache)
             try:
+                # large_string has 64-bit offsets: a batch of `string` ends at 2 GB.
                 rows = datasets.IterableDataset.from_generator(
                     _rows,
                     gen_kwargs=arguments,
@@ -125,6 +126,7 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 def position_in_split(text: str) -> float:
     """A uniform number in [0, 1) that the text alone decides."""
+    # 48 bits: a float holds them exactly.
     return int.from_bytes(digest_of(text)[:6], "big") / 2**48
 
 

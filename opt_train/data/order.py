@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+# Three rounds of a random function make a pseudorandom permutation, four a strong one (Luby and
+# Rackoff 1988). Ours mixes 64 bits cheaply instead, so there are more.
 ROUNDS = 6
 _64_BITS = (1 << 64) - 1
 

@@ -127,6 +127,7 @@ def _fill(
     split = _survey(corpus, data.validation_fraction, sets_by_document(sets), progress)
     tokenizer = _tokenizer(corpus, split, config, progress)
     vocab_size = bpe.size_of(tokenizer)
+    # GPT-2's 50,265 ids take two bytes each: 180 billion tokens, as many as OPT had, are 360 GB.
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     serialized = tokenizer.to_str().encode()
     write_durably(folder / TOKENIZER_FILE, serialized)

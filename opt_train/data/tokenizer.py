@@ -17,6 +17,7 @@ from opt_train.protocol.exits import BadInput
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# In OPT's order, which decides their ids: released weights mean these numbers.
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 PAD = 1
 EOS = 2

@@ -129,7 +129,7 @@ def evaluate(
     """
     # The harness, and what it imports, print some of their progress; standard output is for the
     # answer.
-    with _quiet(), _alone(), contextlib.redirect_stdout(sys.stderr):
+    with _quiet(), _in_one_process(), contextlib.redirect_stdout(sys.stderr):
         classes = importlib.import_module("lm_eval.models.huggingface")
         evaluator = importlib.import_module("lm_eval.evaluator")
         # It would ask git for the version of whatever lies in the working directory, and git would
@@ -289,7 +289,7 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _in_one_process() -> Iterator[None]:
     """Without processes beside this one, in the harness's own way."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"

@@ -11,6 +11,7 @@ SOURCE = "EleutherAI/lm-evaluation-harness, results/opt"
 CONDITIONS = "no shots, accuracies not normalised by length, version 0 of each task"
 """As those files say: `num_fewshot`, `acc` beside `acc_norm`, `versions`."""
 
+# The harness has renamed tasks and changed their versions since; these are as it printed them then.
 SHOTS = 0
 
 LAMBADA_PERPLEXITY = ("lambada_openai", "perplexity")

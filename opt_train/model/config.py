@@ -22,6 +22,7 @@ class ModelConfig:
     """Width of the token embedding and so of the tied head; another one than `d_model` is projected
     to it and back (OPT-350M: 512). 0: `d_model`."""
     vocab_size: Annotated[int, POSITIVE, FIXED] = 50272
+    """Rows of the token table: OPT's 50,265 entries, padded."""
     positions: Annotated[int, POSITIVE, FIXED] = 2048
     """Longest sequence; the table has two rows more (OPT's offset)."""
     dropout: Annotated[float, BELOW_ONE, TRAINING] = 0.1

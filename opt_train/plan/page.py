@@ -94,15 +94,11 @@ def _without_a_node(plan: Plan) -> str:
     share = f"{fewer.idle_share:.1%}: {fewer}"
     best = fewer.best_micro_batch()
     padded = Batch.split(fewer.sequences, fewer.data_ranks, best)
-    better = (
-        f"; with train.micro_batch={best} {padded.idle_share:.1%}"
-        if padded.computed < fewer.computed
-        else ""
-    )
-    warning = (
-        f"; warning: more than {IDLE_SHARE_MAX:.0%}" if padded.idle_share > IDLE_SHARE_MAX else ""
-    )
-    return f"{share}{better}{warning}"
+    if padded.computed < fewer.computed:
+        share += f"; with train.micro_batch={best} {padded.idle_share:.1%}"
+    if padded.idle_share > IDLE_SHARE_MAX:
+        share += f"; warning: more than {IDLE_SHARE_MAX:.0%}"
+    return share
 
 
 def _what_would_go(plan: Plan) -> str:
@@ -233,11 +229,9 @@ def _snapshots(plan: Plan) -> list[tuple[str, str]]:
             )
         ]
     copied = config.cluster.nodes > 1
-    beside = (
-        ", the next one, and a partner's as many"
-        if copied
-        else " and the next one; no node is there to copy to"
-    )
+    beside = " and the next one; no node is there to copy to"
+    if copied:
+        beside = ", the next one, and a partner's as many"
     rows = [("in memory", f"{takes} of each node's, for {policy.memory_keep} snapshots{beside}")]
     if copied:
         rows.append(
@@ -264,9 +258,9 @@ def _losses(plan: Plan) -> list[tuple[str, str]]:
     policy, seconds = plan.config.checkpoint, plan.throughput.step_seconds
 
     def lost(steps: int) -> str:
-        return f"{steps:,} steps" + (
-            f" ({steps * seconds / 60:,.1f} minutes)" if seconds is not None else ""
-        )
+        if seconds is None:
+            return f"{steps:,} steps"
+        return f"{steps:,} steps ({steps * seconds / 60:,.1f} minutes)"
 
     rows = [
         ("lost work", f"up to {lost(policy.every_steps)} where a restart reads the file system")

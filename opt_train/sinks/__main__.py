@@ -36,6 +36,7 @@ POLL_SECONDS = 1.0
 NICENESS = 10
 """Ranks and supervisor go first."""
 
+# linux/prctl.h; Python has no name for it.
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,9 +68,8 @@ def forward(run: RunDirectory, name: str) -> int:
                 f"waiting for another process, which forwards {run.path} to {name} already",
                 file=sys.stderr,
             )
-            fcntl.flock(
-                lock, fcntl.LOCK_EX
-            )  # a starter that has come to its end gives its sinks seconds
+            # Waiting is safe: a starter that has come to its end gives its sinks seconds.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         state = folder / f"{name}.json"
         tail = MetricsTail(run, Position.read(state))
         module, cls = SINKS[name]

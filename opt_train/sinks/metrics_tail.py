@@ -94,9 +94,9 @@ class MetricsTail:
         while self.position.attempt:
             try:
                 with self._run.metrics_of(self.position.attempt).open("rb") as file:
-                    if (
-                        file.seek(0, os.SEEK_END) < self._offset
-                    ):  # a crash of the machine took lines that were not safe
+                    # A crash of the machine may take lines that were not safe yet: read again, and
+                    # let the position drop what was sent already.
+                    if file.seek(0, os.SEEK_END) < self._offset:
                         self._offset = 0
                     file.seek(self._offset)
                     data = file.read(READ_BYTES)

@@ -59,6 +59,8 @@ class SinkProcesses:
         self._run.make_folder(self._run.logs)
         # -P: a folder `wandb` where the run was started is not the library.
         command = [sys.executable, "-P", "-m", "opt_train.sinks", str(self._run.path), name]
+        # In a session of its own: Ctrl-C in the starter's terminal is not for it, it has lines to
+        # send.
         with self._log.open("ab") as log, signals.blocked():
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
