@@ -170,7 +170,7 @@ class LocalCluster:
             registered = Registered(fields["pid"], fields["start_ticks"])
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
             return None
-        # bool is an int to isinstance, and pid 0 or below would signal whole process groups.
+        # Whoever can write to the run directory can write this file; to isinstance true is an int.
         whole = (
             type(registered.pid) is int
             and type(registered.start_ticks) is int

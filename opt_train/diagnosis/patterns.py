@@ -86,7 +86,6 @@ ROOTS: tuple[Pattern, ...] = (
     ),
     _pattern(
         Cause.HOST_OOM,
-        # dmesg is closed to ordinary users on many systems; then this is the only trace of it.
         "an allocation on the host failed",
         0.9,
         r"^MemoryError|DefaultCPUAllocator: can't allocate memory|"

@@ -213,7 +213,7 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
     rank, notice = exited.rank, exited.leaving or last_fact
     reading = _read_log(exited.log_tail)
     # Bad hardware is believed whoever shows it. Ranks die together, so the one on the sick GPU may
-    # have been killed on command, before its own error came through.
+    # have been killed on command like its peers.
     if reading is not None and reading.precedence < Precedence.NODE_DOWN:
         return _by_log(node, rank, reading)
     if (
@@ -253,7 +253,7 @@ def _rank_ended(node: str, exited: RankExited, last_fact: ExitNotice | None) -> 
             (_observed(text),),
         )
     announced = notice is not None and notice.code == exited.code
-    # It left as it said it would, perhaps because a peer was gone: no suspect.
+    # It was done, or left as it had announced, perhaps because a peer was gone: no suspect.
     if exited.code == 0 or (announced and exited.code is not None):
         return None
     return _crashed(node, exited)
@@ -338,7 +338,7 @@ def _read_traceback(tail: tuple[LogLine, ...]) -> _LogReading | None:
 # The first sign -----------------------------------------------------------------------------------
 
 FIRST_SIGNS: Mapping[str, tuple[int, Indication]] = {
-    # Ahead of all: whatever else these ranks complain of, they trained with the wrong values.
+    # Ahead of all but a finding: whatever else these ranks complain of, their values are wrong.
     "in_force": (
         0,
         Indication(Cause.CONFIG, "what is in force is not what the configuration says", 0.99),

@@ -9,8 +9,7 @@ from opt_train.supervisor.config import SupervisorConfig
 MARGIN = 3.0
 """No timeout is ever shorter than this many times the largest length seen."""
 
-# Peers that judged first steps and validations by the pace of all others took them for hangs and
-# killed healthy jobs (DLRover).
+# DLRover times first steps and evaluations as it times all others, and flags them as hangs.
 FIRST_STEPS = 2
 """Steps after a start that are learned apart: they allocate, compile, and fill caches."""
 

@@ -565,7 +565,7 @@ class World:
         agent = self.agents.get(node)
         if agent is not None:
             line = LogLine("", 0, f"NVRM: Xid: {detail}")
-            self.say(agent, NodeFinding(cause, detail, permanent, 0.95, (line,)))
+            self.report(agent, NodeFinding(cause, detail, permanent, 0.95, (line,)))
 
     def kill_rank(self, rank: int, code: int | None = None, text: str = "") -> None:
         """SIGKILL from outside, or an exit of its own with a line in its log."""

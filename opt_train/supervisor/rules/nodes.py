@@ -114,7 +114,7 @@ def close_incidents(s: Context, outcome: str) -> list[Decision]:
 
 
 def is_warm(s: Context, node: str) -> bool:
-    """Every slot of the node has a spare that waits, and nothing runs there."""
+    """Every slot of the node has a warm rank, and nothing runs there."""
     # Without a warm rank in every slot one import of torch (7 to 10 s on a busy core) would hold up
     # all other ranks; from a warm one the first step takes 0.2 to 0.9 s (measured).
     slots = s.view.node(node).slots

@@ -124,8 +124,6 @@ class AgentServer:
         if older is not None:
             older.close()
         try:
-            # Before anything else: an agent near the end of `orphan_seconds` must not kill ranks
-            # that were just found again.
             connection.send(LeaderLease(self._leader))
             self._handle_input(AgentConnected(node, state))
             while self._current.get(node) is connection:

@@ -185,8 +185,8 @@ class EventLoop:
 
     async def _observe(self) -> None:
         while True:
+            # Off the loop: a cluster's controller may answer late, and the leases go on meanwhile.
             seen = await asyncio.to_thread(self._cluster.observe)
-            # Off the loop: a controller under load answers late, and the leases go on meanwhile.
             states = {node: view.state for node, view in seen.items()}
             self.feed(
                 ClusterObserved(

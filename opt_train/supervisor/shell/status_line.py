@@ -23,8 +23,7 @@ class StatusLine:
         self._news = threading.Condition()
         self._closed = False
         self._drawn = ""
-        # A daemon: a write to a stopped terminal may never return, and nobody waits for it at the
-        # end.
+        # A daemon: a write to a stopped terminal may never return, and must not keep the process.
         self._thread = threading.Thread(target=self._write, name="status line", daemon=True)
         self._thread.start()
 
