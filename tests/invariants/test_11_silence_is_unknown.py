@@ -50,13 +50,13 @@ def test_silence_of_a_node_whose_peers_wait_for_it_acts() -> None:
 def test_a_cluster_that_cannot_tell_changes_nothing() -> None:
     world = a_run()
     journalled = len(world.journal)
-    world.tell(ClusterObserved(dict.fromkeys(world.names, "unknown"), {}))
+    world.feed(ClusterObserved(dict.fromkeys(world.names, "unknown"), {}))
     assert len(world.journal) == journalled
 
 
 def test_down_of_a_node_that_still_talks_waits_for_its_silence() -> None:
     world = a_run()
-    world.tell(
+    world.feed(
         ClusterObserved(
             {"n0": "down", "n1": "up", "n2": "up"}, {"n0": "a hiccup of the controller"}
         )

@@ -287,8 +287,8 @@ def test_a_manifest_that_lands_after_its_attempt_is_journalled_and_not_restored(
     world.until(TrainingBegan, 2)
     world.disk["checkpoints/1.00/step-00000005"] = ""
     late = ManifestCommitted("checkpoints/1.00/step-00000005", "1.00", 5, "", "sha", 10, 2, 0.1)
-    world.tell(late)
-    world.tell(late)
+    world.feed(late)
+    world.feed(late)
     assert [c.path for c in world.events(CheckpointCommitted)].count(late.path) == 1
     world.kill_rank(0)
     world.until(AttemptStarted, 3)
@@ -310,10 +310,10 @@ def test_metrics_of_an_older_generation_are_fenced_off_and_repeats_are_dropped()
     world.until(TrainingBegan, 2)
     assert world.core is not None
     before = len([e for e in world.effects if isinstance(e, WriteMetrics)])
-    world.tell(MetricsReceived("n0", 1, {"step": 99, "loss": 0.0}))
+    world.feed(MetricsReceived("n0", 1, {"step": 99, "loss": 0.0}))
     newest = world.core.view.training.history.step
     assert newest > 0
-    world.tell(MetricsReceived("n0", 2, {"step": newest, "loss": 0.0}))
+    world.feed(MetricsReceived("n0", 2, {"step": newest, "loss": 0.0}))
     assert len([e for e in world.effects if isinstance(e, WriteMetrics)]) == before
 
 

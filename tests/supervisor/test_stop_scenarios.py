@@ -95,8 +95,8 @@ def test_a_stop_during_recovery_does_not_restart() -> None:
 
 def test_a_stop_by_the_inbox_is_the_same_stop_and_a_note_is_journalled() -> None:
     world = a_run().until_step(4)
-    world.tell(InboxReceived({"kind": "note", "author": "Ada", "text": "looks fine"}))
-    world.tell(InboxReceived({"kind": "stop", "by": "Ada"}))
+    world.feed(InboxReceived({"kind": "note", "author": "Ada", "text": "looks fine"}))
+    world.feed(InboxReceived({"kind": "stop", "by": "Ada"}))
     world.run()
     assert world.events(Note) == [Note("Ada", "looks fine")]
     assert world.events(RunStopped)[0].by == "Ada"

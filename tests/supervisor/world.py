@@ -127,7 +127,7 @@ class World:
         """(step, log line): rank 0 crashes there, every time."""
         self.settled_saves: set[str] = set()
         self.reported_saves: set[tuple[int, str]] = set()
-        """(generation, path) of reports that this supervisor was told."""
+        """(generation, path) of reports that this supervisor received."""
         self.cleared: list[str] = []
         """Saves that were in no record and were removed."""
         self.ended: set[int] = set()
@@ -172,7 +172,7 @@ class World:
         for agent in self.agents.values():
             agent.connected = False
 
-    def tell(self, input_: Input) -> None:
+    def feed(self, input_: Input) -> None:
         """One input, now."""
         if self.core is None:
             return
@@ -356,10 +356,10 @@ class World:
                     if rank is not None and rank.begin.generation <= generation:
                         if stacks:
                             state = "T" if rank.stopped else "S"
-                            told = Stacks(
+                            fact = Stacks(
                                 rank.begin.generation, rank.begin.rank, not rank.stopped, state
                             )
-                            self.report(agent, told)
+                            self.report(agent, fact)
                         self.end_rank(agent, slot, signal=9, by_agent=True)
                 self.report(agent, GenerationGone(generation))
             case Relay() if self.deaf:
@@ -465,14 +465,14 @@ class World:
         )
 
     def _slots(self, agent: Agent) -> tuple[SlotState, ...]:
-        told = []
+        slots = []
         for number, slot in enumerate(agent.slots):
             warm = slot.warm_at <= self.now
             rank = slot.rank
             if rank is None:
-                told.append(SlotState(number, "warm" if warm else "warming", spare=warm))
+                slots.append(SlotState(number, "warm" if warm else "warming", spare=warm))
                 continue
-            told.append(
+            slots.append(
                 SlotState(
                     number,
                     "running",
@@ -487,7 +487,7 @@ class World:
                     "T" if rank.stopped else "S",
                 )
             )
-        return tuple(told)
+        return tuple(slots)
 
     def _connect(self, agent: Agent) -> None:
         agent.connected, agent.led_at = True, self.now
@@ -629,20 +629,20 @@ class World:
         self._drain()
         if self.core is not None:
             states = {node: "down" if node in self.down else "up" for node in self.names}
-            self.tell(ClusterObserved(states, dict(self.down)))
+            self.feed(ClusterObserved(states, dict(self.down)))
         for agent in list(self.agents.values()):
             if agent.connected and not agent.frozen:
-                self.tell(HeartbeatReceived(agent.node, Heartbeat(self._slots(agent))))
+                self.feed(HeartbeatReceived(agent.node, Heartbeat(self._slots(agent))))
         due = [item for item in self.later if item[0] <= self.now]
         self.later = [item for item in self.later if item[0] > self.now]
         self.queue += [input_ for _, _, input_ in sorted(due, key=lambda item: item[:2])]
         self._drain()
-        self.tell(Tick())
+        self.feed(Tick())
         self._drain()
 
     def _drain(self) -> None:
         while self.queue and self.core is not None:
-            self.tell(self.queue.pop(0))
+            self.feed(self.queue.pop(0))
 
     def run(self, seconds: int = 600) -> "World":
         """Until the supervisor is done; every run ends."""
@@ -683,7 +683,7 @@ class World:
         self._drain()
 
     def ask_stop(self, by: str = "a person") -> None:
-        self.tell(StopAsked(by))
+        self.feed(StopAsked(by))
         self._drain()
 
     # What was journalled --------------------------------------------------------------------------

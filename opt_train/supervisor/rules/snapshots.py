@@ -62,26 +62,26 @@ def commit(s: Context) -> list[Decision]:
     attempt = s.attempt
     decisions: list[Decision] = []
     waiting: list[tuple[str, int]] = []
-    for step, held in s.generation.snapshots():
+    for step, parts in s.generation.snapshots():
         path = path_of_save(attempt.name, step, MEMORY)
         if path in s.state.settled_saves or path in s.view.committing:
             continue
-        if len(held) < attempt.world_size:
+        if len(parts) < attempt.world_size:
             waiting.append((path, step))
             continue
         for old, old_step in waiting:
             decisions += abandon(s, old, "not all ranks took it", old_step, attempt.name)
         waiting = []
-        state = next((part.state for part in held.values() if part.state is not None), {})
+        state = next((part.state for part in parts.values() if part.state is not None), {})
         files = {
-            file.path: (file.bytes, file.sha256) for part in held.values() for file in part.files
+            file.path: (file.bytes, file.sha256) for part in parts.values() for file in part.files
         }
         every = s.config.checkpoint.node_every_steps
         # The memory of agents ends with the run: the last snapshot goes on to the disks, whatever
         # its step.
         onward = every and (step % every == 0 or s.state.stage is Stage.STOPPING)
         paths = (path, *([path_of_save(attempt.name, step, NODE)] if onward else []))
-        seconds = max(part.seconds for part in held.values())
+        seconds = max(part.seconds for part in parts.values())
         decisions.append(CommitSnapshot(paths, attempt.name, step, files, state or {}, seconds))
     return decisions
 
@@ -96,10 +96,11 @@ def copy_to_partners(s: Context) -> list[Decision]:
     partner_of = partners(s, attempt)
     for node, names in own_names(attempt).items():
         partner = partner_of[node]
-        held, address = s.view.inventory.on(partner, newest.path), s.view.inventory.address(node)
+        copied = s.view.inventory.on(partner, newest.path)
+        address = s.view.inventory.address(node)
         if (
             partner == node
-            or held.issuperset(names)
+            or copied.issuperset(names)
             or not address
             or not s.view.node(partner).connected
         ):

@@ -43,9 +43,9 @@ def test_a_loss_that_is_no_number_is_shown_and_does_not_end_the_line() -> None:
     world.start_supervisor()
     world.until_step(2)
     assert world.replayed.live is not None
-    world.tell(MetricsReceived("n0", world.replayed.live.generation, {"step": 3, "loss": "NaN"}))
+    world.feed(MetricsReceived("n0", world.replayed.live.generation, {"step": 3, "loss": "NaN"}))
     world.now += 1
-    world.tell(Tick())
+    world.feed(Tick())
     shown = [effect for effect in world.effects if isinstance(effect, Show)][-1]
     assert "loss nan" in describe(shown)
 
