@@ -55,10 +55,12 @@ def _typed(key: str, value: object, kind: type, default: object) -> object:
     if kind is float and type(value) is int:
         try:
             value = float(value)
+        # An int of YAML's has no bound; a float ends at 1.8e308.
         except OverflowError:
             raise BadInput(
                 f"{key} is too large a number; give one like {_example(kind, default)}"
             ) from None
+    # Exact types: to isinstance, `true` is an int and would mean one layer.
     if type(value) is not kind:
         if kind is str:
             raise BadInput(
@@ -67,6 +69,7 @@ def _typed(key: str, value: object, kind: type, default: object) -> object:
         raise BadInput(
             f"{key}={shown(value)} is not {_KINDS[kind]}; give one like {_example(kind, default)}"
         )
+    # YAML writes .inf and .nan; the resolved configuration is JSON, which has neither.
     if isinstance(value, float) and not math.isfinite(value):
         raise BadInput(
             f"{key}={value} is not a finite number; give one like {_example(kind, default)}"

@@ -31,6 +31,7 @@ def check(config: "RunConfig") -> None:
     Raises:
         BadInput: the first rule that does not hold.
     """
+    # First: the rules below divide by values that these laws keep above 0.
     obey_laws(config)
     _model_and_data(config)
     _tensor(config)
@@ -174,6 +175,7 @@ def _engine(config: "RunConfig") -> None:
             f"parallel.engine={engine} updates with torch's AdamW, not optim.fused=apex; use "
             "optim.fused=auto"
         )
+    # fairscale 0.4.13 assumes CUDA streams, and a shape of reduce-scatter that gloo refuses.
     if engine == "fairscale" and config.train.device == "cpu":
         raise BadInput(
             "parallel.engine=fairscale needs GPUs, and train.device=cpu has none; use "
@@ -243,6 +245,8 @@ def _precision(config: "RunConfig") -> None:
 def _tensor(config: "RunConfig") -> None:
     """What a tensor group splits must split evenly."""
     degree, model = config.parallel.tensor, config.model
+    # Whole heads and rows a rank, as Megatron-LM splits them (arXiv 1909.08053). The sequence too:
+    # between the layers each rank has a part of it (sequence parallelism, arXiv 2205.05198).
     split = {
         "model.heads": model.heads,
         "model.ffn": model.ffn,
@@ -279,12 +283,14 @@ def _cluster(config: "RunConfig") -> None:
     module, interface = config.cluster.rank_module, config.cluster.interface
     try:
         found = importlib.util.find_spec(module)
+    # ValueError: a module that has no spec, as `__main__`; ImportError: its package is missing.
     except (ImportError, ValueError):
         found = None
     if found is None:
         raise BadInput(
             f"cluster.rank_module={module} cannot be imported; the trainer is opt_train.train.warm"
         )
+    # Only for ranks on this machine: a login node's interfaces are not those of the nodes.
     names = [name for _, name in socket.if_nameindex()]
     if config.cluster.kind == "local" and interface and interface not in names:
         raise BadInput(
@@ -307,11 +313,9 @@ def _checkpoints(config: "RunConfig") -> None:
 def _tiers(config: "RunConfig") -> None:
     memory, node = config.checkpoint.memory_every_steps, config.checkpoint.node_every_steps
     if node and (not memory or node % memory):
-        fix = (
-            f"use {listed(_multiples_near(node, memory))}"
-            if memory
-            else "set checkpoint.memory_every_steps too"
-        )
+        fix = "set checkpoint.memory_every_steps too"
+        if memory:
+            fix = f"use {listed(_multiples_near(node, memory))}"
         raise BadInput(
             f"checkpoint.node_every_steps={node} must be a multiple of "
             f"checkpoint.memory_every_steps={memory}: what "

@@ -110,11 +110,9 @@ def expand(overrides: Sequence[str], config_directory: Path | None = None) -> li
                 choice for choice in choices if _matches(choice, swept.include, swept.exclude)
             ]
             if not matching:
-                known = (
-                    f"choose from {', '.join(choices)}"
-                    if choices
-                    else f"{key} is no group of choices"
-                )
+                known = f"{key} is no group of choices"
+                if choices:
+                    known = f"choose from {', '.join(choices)}"
                 raise BadInput(f"{override.input_line} matches nothing; {known}")
             axes.append([f"{key}={choice}" for choice in matching])
         elif override.is_discrete_sweep():
@@ -189,6 +187,7 @@ def _check_override(override: "Override", directories: Sequence[Path]) -> None:
             f"{override.input_line} adds or removes a key, but all keys are known; write "
             f"{key}=VALUE"
         )
+    # Our own lists of keys and groups, not Hydra's: they give the nearest name to a typing mistake.
     keys = flatten(RunConfig())
     groups = sorted(p.name for directory in directories for p in directory.iterdir() if p.is_dir())
     if override.package is not None or (key not in keys and key not in groups):

@@ -26,11 +26,10 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     """Every key of the configuration, dotted, with its value, in the order of the dataclasses."""
     flat: dict[str, Any] = {}
     for name, value in asdict(config).items():
-        flat.update(
-            {f"{name}.{inner}": v for inner, v in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[name] = value
     return flat
 
 
@@ -45,6 +44,7 @@ class Difference(NamedTuple):
 def difference(old: RunConfig, new: RunConfig) -> Difference:
     """What changed from `old` to `new`. `lineage` is a request, not a value."""
     before, after = flatten(old), flatten(new)
+    # The fields are the values of `KeyKind`: a kind without a field raises at its first change.
     lines: dict[str, list[str]] = {kind: [] for kind in Difference._fields}
     for key in after:
         if before[key] != after[key] and key != "lineage":

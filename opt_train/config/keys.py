@@ -41,6 +41,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
             assert isinstance(hint, type)
             yield from keys_of(hint, f"{name}.")
             continue
+        # An annotation without marks is a bare type: its kind is the room's.
         value_type, *marks = get_args(hint) or (hint,)
         kinds = [mark for mark in marks if isinstance(mark, KeyKind)]
         if room_kind is not None:

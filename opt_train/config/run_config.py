@@ -68,6 +68,7 @@ class RunConfig:
 
 def to_json(config: RunConfig) -> str:
     """The resolved configuration as JSON, the same bytes for the same values."""
+    # Sorted: the hash of these bytes tells a rank that it reads the file that the supervisor meant.
     return json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
 
 

@@ -11,10 +11,10 @@ def shown(value: object) -> str:
 
 def listed(items: Sequence[object], last: str = "or") -> str:
     """`1, 2 or 4`."""
-    words = [str(item) for item in items]
-    if len(words) == 1:
-        return words[0]
-    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+    texts = [str(item) for item in items]
+    if len(texts) == 1:
+        return texts[0]
+    return f"{', '.join(texts[:-1])} {last} {texts[-1]}"
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
@@ -24,6 +24,7 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
         near = [c for c in candidates if c.rpartition(".")[2] == word.rpartition(".")[2]][:1]
     if near:
         return f"; did you mean {near[0]}?"
+    # A dozen names still read as a sentence.
     if len(candidates) <= 12:
         return f"; choose from {', '.join(candidates)}"
     return "; `opt-train run --cfg job` prints them all"

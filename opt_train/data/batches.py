@@ -77,9 +77,12 @@ def open_split(
             "run `opt-train prepare`"
         )
     check_shards(directory, manifest, split, verify=verify, progress=progress)
+    # Little-endian on disk, whichever machine reads them.
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     return TokenStream(
         [
+            # Mapped, not read: OPT's 180 billion tokens are 360 GB, and a node's ranks share the
+            # page cache.
             np.memmap(directory / shard.path, dtype=dtype, mode="r")
             for shard in manifest.shards_of(split)
         ]
@@ -112,8 +115,12 @@ class Batches:
 
         Every rank gets as many micro-batches, of the same shape, as the largest share needs.
         """
+        # Invariant 1: positions count through the global batch, so another number of ranks cuts the
+        # same samples in another way.
         positions = share_of(self.global_batch, data_rank, data_world)
         samples = [self.order.index(cursor.samples + position) for position in positions]
+        # By the largest share for every rank: a forward pass that one of them left out would leave
+        # the others waiting in its collectives.
         largest = len(share_of(self.global_batch, 0, data_world))
         number, rows = micro_batches_of(largest, micro_batch)
         return [

@@ -25,6 +25,8 @@ class DataConfig:
     """Further texts to measure the loss on, as comma-separated ``name=corpus`` pairs, each a corpus
     like the one above: ``"web=texts/web,code=src"``. A document of theirs is not trained on."""
     sequence_length: Annotated[int, POSITIVE, FIXED] = 2048
+    # 2^26 tokens are a file of 128 MiB as uint16; a shard is gathered in memory before it is
+    # written.
     shard_tokens: Annotated[int, POSITIVE, OPERATIONAL] = 1 << 26
 
 

@@ -51,6 +51,8 @@ class Corpus:
         taken = 0
         for text in self._stream():
             taken += len(text.encode())
+            # Stop at the first that does not fit: what is taken is a beginning of the corpus, and a
+            # larger limit only adds to it.
             if self.max_bytes and taken > self.max_bytes:
                 return
             yield text
@@ -198,6 +200,8 @@ def _standard_library(key: str) -> tuple[Path, ...]:
             f"{key}=stdlib found no .py files in {root}; install Python's library sources or name "
             "another corpus"
         )
+    # By the path below the library: neither where Python is installed nor the order in which a file
+    # system lists names may decide the order of training.
     return tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix()))
 
 

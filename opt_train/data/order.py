@@ -34,6 +34,7 @@ class SampleOrder:
         if position < 0:
             raise ValueError(f"positions count from 0, not {position}")
         epoch, value = divmod(position, self.samples)
+        # A network of no bits has nothing to permute.
         if self.samples == 1:
             return 0
         half = ((self.samples - 1).bit_length() + 1) // 2

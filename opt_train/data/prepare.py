@@ -145,6 +145,8 @@ def _fill(
     train, validation = (writers[name].finish() for name in SPLITS)
 
     tokenizer_sha256 = hashlib.sha256(serialized).hexdigest()
+    # Over the streams, not the files: how tokens are cut into shards changes nothing that is
+    # trained.
     fingerprint = hashlib.sha256(
         json.dumps([dtype, tokenizer_sha256, train.sha256, validation.sha256]).encode()
     ).hexdigest()
@@ -181,6 +183,7 @@ def unigram_perplexity(train: npt.NDArray[np.int64], validation: npt.NDArray[np.
         train: occurrences of each entry `[vocab_size]`.
         validation: the same of the validation tokens.
     """
+    # One added to each count: an entry that training never saw would make the perplexity infinite.
     logarithms = np.log(train + 1.0) - math.log(float(train.sum()) + len(train))
     return math.exp(-float((validation * logarithms).sum()) / float(validation.sum()))
 
@@ -204,6 +207,8 @@ class _Split:
 
     def name_of(self, text: str) -> str:
         """``train``, ``validation``, or nothing for a document that is left out."""
+        # Held out first, whoever else has it: a named set may share text with validation, never
+        # with training.
         if is_held_out(text, self.fraction):
             return HELD_OUT
         return "" if self.named and digest_of(text) in self.named else TRAIN
@@ -261,6 +266,8 @@ def _tokenizer(
         progress(f"reading the tokenizer {config.name} from {config.vocab_file}")
         return bpe.from_files(config)
     progress(f"training the tokenizer {config.name} with {config.vocab_size:,} entries")
+    # Training documents alone: merges learnt from held-out text would flatter the validation loss.
+    # They are read again, because a corpus need not fit into memory.
     texts = (text for text in corpus.documents() if split.name_of(text) == TRAIN)
     return bpe.train(texts, config.vocab_size)
 
@@ -333,6 +340,7 @@ def _is_mount_point(place: Path) -> bool:
     written = os.fsencode(place).replace(b"\\", rb"\134")
     for character in b" \t\n":
         written = written.replace(bytes([character]), b"\\%03o" % character)
+    # The fifth field is the mount point (proc(5)).
     return any(line.split(b" ")[4] == written for line in lines)
 
 

@@ -26,7 +26,7 @@ from opt_train.data.manifest import (
     Shard,
 )
 from opt_train.data.named_sets import named_sets
-from opt_train.data.prepared import check_length, check_sets, documents_in_words
+from opt_train.data.prepared import check_length, check_sets, counted_documents
 from opt_train.data.split_writer import SplitWriter
 from opt_train.data.staging_folder import StagingFolder
 from opt_train.protocol.exits import BadInput
@@ -109,6 +109,7 @@ def add_sets(
         return prepared
     sets = {name: corpus for name, corpus in open_sets(data).items() if name in lacking}
     tokenizer = bpe.load(place / TOKENIZER_FILE)
+    # By another tokenizer the set's ids would mean other text than the model was trained on.
     if (
         hashlib.sha256((place / TOKENIZER_FILE).read_bytes()).hexdigest()
         != prepared.tokenizer_sha256
@@ -151,6 +152,7 @@ def documents_in(
         for end in np.flatnonzero(tokens == manifest.eos).tolist():
             yield begun + tokens[first:end].tobytes()
             begun, first = b"", end + 1
+        # Shards are cut by tokens, so a document may go on in the next one.
         begun += tokens[first:].tobytes()
 
 
@@ -164,7 +166,7 @@ def _check_not_trained_on(
     trained = sum(hashlib.sha256(document).digest() in digests for document in training)
     if trained:
         raise BadInput(
-            f"{corpus} holds {documents_in_words(trained)} that {place} has among its training "
+            f"{corpus} holds {counted_documents(trained)} that {place} has among its training "
             "tokens; take them out of the set, or use another data.name, where they are left "
             "out of training"
         )

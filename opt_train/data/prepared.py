@@ -12,11 +12,9 @@ from opt_train.protocol.exits import BadInput
 
 def directory_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Where the prepared data of this configuration lies."""
-    return (
-        Path(data.directory)
-        if data.directory
-        else Path("prepared") / f"{data.name}-{tokenizer.name}"
-    )
+    if data.directory:
+        return Path(data.directory)
+    return Path("prepared") / f"{data.name}-{tokenizer.name}"
 
 
 def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, str | int | float]:
@@ -27,6 +25,7 @@ def configuration_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, 
         "data.max_bytes": data.max_bytes,
         "data.validation_fraction": data.validation_fraction,
     }
+    # With files given, vocab_size decides nothing and must not part folders of the same tokens.
     if tokenizer.vocab_file:
         return keys | {
             "tokenizer.vocab_file": tokenizer.vocab_file,
@@ -87,7 +86,7 @@ def check_sets(manifest: DatasetManifest, data: DataConfig, directory: Path) -> 
         if known.name not in wanted:
             if known.left_out:
                 raise BadInput(
-                    f"{directory} was prepared without {documents_in_words(known.left_out)} of the "
+                    f"{directory} was prepared without {counted_documents(known.left_out)} of the "
                     f"corpus that the set {known.name} holds; keep {known.name}={known.corpus} "
                     "in data.validation_sets, or use another data.name or data.directory"
                 )
@@ -116,6 +115,6 @@ def check_length(named: NamedSet, data: DataConfig) -> None:
         )
 
 
-def documents_in_words(count: int) -> str:
+def counted_documents(count: int) -> str:
     """`count` documents, for a sentence."""
     return f"{count:,} document{'' if count == 1 else 's'}"

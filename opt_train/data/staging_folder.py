@@ -84,6 +84,8 @@ def _locked(path: Path, progress: Callable[[str], None]) -> int:
     lock."""
     while True:
         path.mkdir(exist_ok=True)
+        # NOFOLLOW: a link planted at this name must not have us lock, and later clear, another
+        # folder.
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -78,6 +78,8 @@ def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         special_tokens=[
             tokenizers.AddedToken(special, special=True, normalized=False) for special in SPECIALS
         ],
+        # Every byte, seen in training or not: text that holds a missing one could not be written
+        # down.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -29,6 +29,7 @@ class Sampling:
     """The same seed draws the same tokens."""
 
     def __post_init__(self) -> None:
+        # torch's generators take a signed 64-bit seed.
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"--seed={self.seed} must not be negative and be below 2**63")
         if self.greedy:

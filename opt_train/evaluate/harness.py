@@ -69,6 +69,7 @@ def check_installed() -> str:
     """
     for name in NEEDED:
         try:
+            # Asked of the metadata, because importing these takes seconds.
             version(name)
         except PackageNotFoundError:
             raise BadInput(
@@ -140,6 +141,7 @@ def evaluate(
             backend="causal",
             device=str(device),
             dtype=dtype,
+            # bf16 keeps 8 bits: the log-probabilities of close answers would tie.
             softmax_dtype=torch.float32,
             batch_size=batch,
             max_length=length,
@@ -274,6 +276,8 @@ def _load(manager: Any, spec: str, name: str, *, own: bool) -> Task:
             + ("mend its YAML" if own else "give other tasks")
         ) from None
     for task in loaded["tasks"].values():
+        # Such tasks execute what the model writes, and nothing that is read is executed (invariant
+        # 13).
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise BadInput(
                 f"task {name} runs code that a model writes, or shows it pictures; leave it out"

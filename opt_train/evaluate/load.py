@@ -37,6 +37,7 @@ def load_model(
         CheckpointError: it does not verify, or is of another model.
     """
     committed = manifest.read(folder, manifest_sha256)
+    # On meta first: initial weights would only be drawn to be overwritten.
     with torch.device("meta"):
         model = OPT(config.model).to(TYPES[config.precision.weights])
     model.to_empty(device=device)

@@ -10,6 +10,7 @@ from opt_train.data.batches import ValidationSet
 from opt_train.model.decoder import OPT
 from opt_train.parallel.measure import loss_over
 
+# A double's exp overflows at 709.8.
 LARGEST_EXPONENT = 700.0
 """Beyond it `exp` overflows; such a loss means nothing anyway."""
 

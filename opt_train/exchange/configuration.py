@@ -19,6 +19,8 @@ SAME_IN_ALL = {
 }
 """Switches of `OPTConfig` that no published OPT turns, and that our decoder does not have."""
 
+# A limit against hostile files: no loop and no allocation may follow a number that nobody has
+# checked.
 LARGEST = 1 << 24
 """No size of a model is larger; the widest published OPT has 50,272."""
 
@@ -44,6 +46,7 @@ def to_hugging_face(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "layerdrop": 0.0,
         "init_std": model.init_std,
         "use_cache": True,
+        # As the published files have it: an OPT text begins with `</s>`, never with `<s>`.
         "bos_token_id": EOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
@@ -79,11 +82,10 @@ def from_hugging_face(path: Path, values: Mapping[str, Any]) -> ModelConfig:
                 f"{only!r} works"
             )
     width = _size(path, values, "hidden_size", 768)
-    narrow = (
-        _size(path, values, "word_embed_proj_dim", width)
-        if values.get("word_embed_proj_dim")
-        else width
-    )
+    narrow = width
+    if values.get("word_embed_proj_dim"):
+        narrow = _size(path, values, "word_embed_proj_dim", width)
+    # False in the released OPT-350M alone, the one that also narrows its embedding (512 to 1024).
     before = values.get("do_layer_norm_before", True)
     if not isinstance(before, bool):
         raise BadInput(
@@ -106,6 +108,7 @@ def from_hugging_face(path: Path, values: Mapping[str, Any]) -> ModelConfig:
         vocab_size=_size(path, values, "vocab_size", 50272),
         positions=_size(path, values, "max_position_embeddings", 2048),
         dropout=_share(path, values, "dropout", 0.1),
+        # Hugging Face's default, not the paper's 0.006: the file is read as its own class reads it.
         init_std=_share(path, values, "init_std", 0.02),
     )
 
@@ -113,6 +116,7 @@ def from_hugging_face(path: Path, values: Mapping[str, Any]) -> ModelConfig:
 def _name(given: object, path: Path) -> str:
     """A word for people: the last part of what the file calls itself, or its folder's name."""
     word = given.rpartition("/")[2] if isinstance(given, str) else ""
+    # It is shown on terminals: a file of somebody's brings no escape sequences with it.
     return word[:80] if word and word.isprintable() else path.resolve().parent.name
 
 

@@ -62,6 +62,7 @@ def export(
             not free.
         OSError: the file system does not allow it.
     """
+    # Before every byte of the checkpoint is verified: a mistake in the place shows at once.
     check_free(to)
     stored = weights_in(checkpoint, manifest_sha256, verifying)
     check_complete(checkpoint, stored, model)
@@ -101,6 +102,7 @@ def _shards(
     room = shard_bytes
     for name, one in tensors.items():
         size = bytes_in(one.shape, TYPES[dtype])
+        # A tensor beyond the limit has a file to itself, and no file is empty.
         if size > room and shares[-1]:
             shares.append({})
             room = shard_bytes

@@ -37,13 +37,16 @@ def filled_beside(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))
     check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside, not in /tmp: a rename is atomic within one file system only.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         yield partial
+        # mkdtemp makes 0700, which nobody else could read; a plain mkdir would have given this.
         partial.chmod(0o777 & ~_umask())
         for inner in [path for path in partial.rglob("*") if path.is_dir()]:
             sync_folder(inner)
         sync_folder(partial)
+        # Again: filling takes long, and somebody may have put something there meanwhile.
         check_free(folder)
         partial.rename(folder)  # takes the place of an empty folder too
         sync_folder(folder.parent)
@@ -58,6 +61,8 @@ def filled_beside(folder: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    # POSIX has no call that only reads it. The strict value stands while it is set: too few rights
+    # for a moment, never too many.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

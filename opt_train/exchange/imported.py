@@ -93,15 +93,13 @@ def check_same_tokenizer(folder: Path, other: TokenizerConfig | Path) -> None:
     own = folder / tokenizer_files.FOLDER
     if not tokenizer_files.tokenizer_files(own) or tokenizer_files.same_ids(own, other):
         return
-    mend = "use data that was prepared with the weights' own"
+    fix = "use data that was prepared with the weights' own"
     vocabulary, merges = own / tokenizer_files.VOCABULARY, own / tokenizer_files.MERGES
     if vocabulary.is_file() and merges.is_file():
-        mend = (
-            f"use tokenizer=gpt2 tokenizer.vocab_file={vocabulary} tokenizer.merges_file={merges}"
-        )
+        fix = f"use tokenizer=gpt2 tokenizer.vocab_file={vocabulary} tokenizer.merges_file={merges}"
     theirs = other if isinstance(other, Path) else other.vocab_file
     raise BadInput(
         f"train.initial_weights={folder} came with another tokenizer ({own}) than the data's "
         f"({theirs}), "
-        f"so each id would mean another text; {mend}, or other weights"
+        f"so each id would mean another text; {fix}, or other weights"
     )

@@ -48,6 +48,7 @@ def bring_in(source: Source, to: Path, writing: ReportProgress | None = None) ->
         OSError: the file system does not allow it.
     """
     check_free(to)
+    # By names, shapes and types alone: a wrong model is refused before gigabytes are written.
     check_complete(source.path, source.tensors, source.model)
     tensors = {name: source.tensors[name] for name, _ in shapes_of(source.model)}
     dtypes = {one.dtype for one in tensors.values()}
@@ -85,6 +86,7 @@ def bring_in(source: Source, to: Path, writing: ReportProgress | None = None) ->
                 len(content),
                 hashlib.sha256(content).hexdigest(),
             )
+        # Last: without a manifest a folder is no checkpoint, whatever lies in it.
         sha256 = commit_manifest(folder, build_manifest(folder, ATTEMPT, 0, files))
     return Imported(
         source.model, TYPE_NAMES[dtype], total // dtype.itemsize, total, bool(copies), sha256

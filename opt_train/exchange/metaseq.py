@@ -29,6 +29,7 @@ RENAMED = {
 FUSED = ("k_proj", "v_proj", "q_proj")
 """The order inside `qkv_proj`, whatever its name says."""
 
+# A buffer of fairseq's decoders with the version of their format; it is no weight.
 LEFT_OUT = ("version",)
 HEAD = "output_projection.weight"
 VOCABULARY_MULTIPLE = 8
@@ -101,6 +102,7 @@ def _renamed(path: Path, weights: Mapping[Any, Any]) -> dict[str, StoredTensor]:
 
 
 def _given(piece: torch.Tensor) -> Callable[[], torch.Tensor]:
+    # A lambda in the loop itself would see its variable, and each read would give the last piece.
     return lambda: piece
 
 
@@ -138,14 +140,12 @@ def _model(
         size("embed_positions", 1),
     )
     numbers = [name.split(".")[3] for name in tensors if name.startswith("model.decoder.layers.")]
-    told = (
-        preset
-        if preset is not None
-        else ModelConfig(name=path.stem, heads=_heads(path, loaded), dropout=0.1)
-    )
+    described = preset
+    if described is None:
+        described = ModelConfig(name=path.stem, heads=_heads(path, loaded), dropout=0.1)
     layers = len({number for number in numbers if number.isdecimal()})
     model = replace(
-        told,
+        described,
         layers=layers,
         d_model=d_model,
         ffn=size("layers.0.fc1", 0),
@@ -193,6 +193,8 @@ def _as_preset(path: Path, model: ModelConfig, preset: ModelConfig) -> ModelConf
 
 def _heads(path: Path, loaded: Mapping[str, Any]) -> int:
     """Heads, where the file carries the arguments it was trained with."""
+    # The shapes do not tell it: projections are d_model by d_model for any number of heads. Older
+    # files have argparse's record under `args`, newer ones a mapping under `cfg`.
     for record in (loaded.get("args"), loaded.get("cfg")):
         values = _values(record)
         for inner in (values, _values(values.get("model"))):

@@ -74,6 +74,8 @@ def write(
     header = header_of(described, {"format": "pt"})
     size = len(header) + sum(bytes_in(stored.shape, dtype) for stored in tensors.values())
     digest = hashlib.sha256(header)
+    # x: never over another file. Hashed as it is written, since reading it back would mean all
+    # bytes once more.
     with naming(path), path.open("xb") as file:
         file.write(header)
         for name, stored in tensors.items():

@@ -27,6 +27,7 @@ SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 """Behind the name of the single file: which tensor is in which file, where there are several."""
 
+# A limit against hostile files: an index of 10,000 tensors takes about a megabyte.
 LARGEST_JSON = 1 << 26
 
 HEAD = "lm_head.weight"
@@ -97,6 +98,7 @@ def _consolidated(path: Path, kind: str) -> Path | None:
 
 def _hugging_face(folder: Path) -> tuple[str, dict[str, StoredTensor]]:
     """Every tensor of a folder, of the better of its two formats."""
+    # safetensors first: such a file can carry no code, and is read by offset.
     for kind, single in (("safetensors", SAFETENSORS), ("bin", BIN)):
         if (folder / single).exists():
             return kind, _tensors_of(kind, folder / single)
@@ -119,6 +121,8 @@ def _sharded(kind: str, index: Path) -> dict[str, StoredTensor]:
         raise BadInput(f"{index} has no weight_map from tensors to files; get it again")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(placed.values())):
+        # An index is somebody's text: a path that leads elsewhere must not be opened (invariant
+        # 13).
         if PurePosixPath(name).name != name or name in ("", ".", ".."):
             raise BadInput(
                 f"{index} names {name!r}, which is not a file beside it; do not use this folder"
@@ -156,6 +160,7 @@ def in_memory(path: Path, named: Iterable[tuple[object, object]]) -> dict[str, S
     for name, tensor in named:
         plain = (
             isinstance(tensor, torch.Tensor)
+            # A sparse one may claim a shape that no bytes stand behind.
             and tensor.layout == torch.strided
             and tensor.device.type == "cpu"
         )
@@ -179,6 +184,7 @@ def load_torch_file(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"{path} is no file; give the weights")
     try:
+        # metaseq's files hold such a record; to build one runs nothing of the file's.
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -254,6 +260,7 @@ def same(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same bytes."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
+    # As bytes: by value NaN differs from itself, and 0.0 equals -0.0.
     return torch.equal(
         one.read().contiguous().view(torch.uint8), other.read().contiguous().view(torch.uint8)
     )

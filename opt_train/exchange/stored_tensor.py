@@ -115,6 +115,7 @@ def chunks_of(name: str, stored: StoredTensor, dtype: torch.dtype) -> Iterator[t
     ):
         converted = piece.to(dtype)
         if not torch.isfinite(converted).all():
+            # fp16 ends at 65,504; bf16 has the range of fp32.
             if torch.isfinite(piece).all():
                 raise BadInput(
                     f"tensor {name} of {stored.where} has numbers too large for "

@@ -19,6 +19,7 @@ SETTINGS, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 NAMES = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, SPECIALS, "added_tokens.json")
 """What Hugging Face's tokenizers of OPT consist of."""
 
+# A limit, because files are copied through memory; GPT-2's have a megabyte or two.
 LARGEST = 1 << 28
 
 FOLDER = "tokenizer"

@@ -89,9 +89,13 @@ def throughput_of(
 def recomputed_flops_per_token(config: RunConfig) -> int:
     """What activation checkpointing adds to a token's forward and backward pass."""
     model, length = config.model, config.data.sequence_length
+    # Two products, scores and values, of 2 d s operations each; as in 12 L d s, what the causal
+    # mask would save is not taken off.
     attention = 4 * model.d_model * length
     match config.parallel.activation_checkpointing:
         case "full":
+            # A forward pass takes 2 operations a parameter; the tied head lies outside the blocks
+            # and is not computed again.
             blocks = parameter_count(model) - model.vocab_size * model.embedding_width
             return 2 * blocks + model.layers * attention
         case "selective":

@@ -41,11 +41,15 @@ class Begin(Command, kind="begin"):
     world_size: int
     local_rank: int
     store_host: str
+    # A port picked ahead could be taken by the time the store binds, so rank 0 binds port 0 and
+    # reports.
     store_port: int
     config_path: str
     """The resolved configuration, JSON, inside the run directory."""
     config_sha256: str
     run_directory: str
+    # No default: to forget it would train from scratch without a word (invariant 2), as metaseq did
+    # when a file to restore was missing.
     checkpoint: str | None
     """Absolute path of the checkpoint to restore; None only for a run that has none."""
     manifest_sha256: str | None
@@ -67,6 +71,8 @@ class Kill(Command, kind="kill"):
     """Kill every rank of generations up to `generation`, after stacks if asked; the answer is
     `GenerationGone`."""
 
+    # "Up to": a node that was cut off may still run an older generation, and one command ends them
+    # all.
     generation: int
     stacks: bool
 
@@ -99,6 +105,8 @@ class Fetch(Command, kind="fetch"):
     path: str
     """Under the run directory, where its manifest lies: `memory/...` is held in memory, `node/...`
     on a node's disk."""
+    # A copy is believed only if it is what was committed. Megatron's local checkpoints, which have
+    # no such check, loaded one corrupt replica 44 times.
     manifest_sha256: str
     names: tuple[str, ...]
     sources: Mapping[str, str]
@@ -151,6 +159,7 @@ class LeaderLease(Command, kind="lead"):
     """The supervisor's pulse, every second: the lease. `leader` is its own generation; older ones
     are not obeyed."""
 
+    # A supervisor that was cut off and comes back after another took over must not command.
     leader: int
 
     @property

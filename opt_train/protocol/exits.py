@@ -1,5 +1,7 @@
 """Exit codes of a rank and of the command line, and the one exception that becomes a sentence."""
 
+# 75 and 78 are EX_TEMPFAIL and EX_CONFIG of sysexits.h, and 81 lies behind its last. All are below
+# 126, where the codes of shells and, from 128 on, those of signals begin.
 DONE = 0
 NO = 1
 BAD_INPUT = 2

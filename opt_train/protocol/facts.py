@@ -40,6 +40,7 @@ class Phase(Message, kind="phase"):
     """The rank has entered `phase` (one of `PHASES`) of training step `step`. The agent's clock
     does the timing."""
 
+    # A rank that is stopped or hangs cannot report that time passes: its agent has to time it.
     phase: str
     step: int
 
@@ -48,6 +49,8 @@ class Phase(Message, kind="phase"):
 class Progress(Message, kind="progress"):
     """A long phase moves: `done` of `total` units. It restarts the phase's clock."""
 
+    # Without it a long save or validation looks like a hang, as first and evaluation steps did to
+    # DLRover.
     done: int
     total: int
 
@@ -56,6 +59,8 @@ class Progress(Message, kind="progress"):
 class InForce(Message, kind="in_force"):
     """What is really in effect after a start, read back from the optimizer, scaler and cursor."""
 
+    # Invariant 3. metaseq took betas and eps back from the checkpoint on resume, which spoiled
+    # OPT's runs 12.35 to 12.37: so they are read where they act, not in the configuration.
     values: Mapping[str, Any]
 
 
@@ -64,6 +69,7 @@ class Metrics(Message, kind="metrics"):
     """One step's metrics line (docs/journal.md). The only fact that may be dropped; drops are
     counted."""
 
+    # Invariant 10: when the pipe is full, a line is lost and no step waits.
     line: Mapping[str, Any]
 
 
@@ -142,6 +148,7 @@ class ExitNotice(Message, kind="leaving"):
     """The rank's last fact: the exit code that will follow and why. An exit code is believed only
     with this."""
 
+    # A crash can leave any exit code behind; a notice sent before shows that the rank chose it.
     code: int
     step: int
     reason: str
@@ -189,6 +196,7 @@ class HeldFiles:
 class AgentState(Message, kind="agent_state"):
     """The agent's whole state, told first on every connection."""
 
+    # Whole, not a difference: a supervisor that restarted or took over has no state to add one to.
     node: str
     pid: int
     slots: tuple[SlotState, ...]
@@ -206,6 +214,7 @@ class AgentState(Message, kind="agent_state"):
 class Heartbeat(Message, kind="pulse"):
     """Sent every second, never numbered: the agent is there, and this is where its ranks are."""
 
+    # No number, so never sent again: an old one is worth nothing once the next has come.
     slots: tuple[SlotState, ...]
 
 
@@ -315,6 +324,8 @@ class Fetched(Message, kind="fetched"):
 class NumberedFact(Message, kind="told"):
     """A numbered fact: kept and told again until acknowledged."""
 
+    # TCP acknowledges to the kernel, not to the journal: what a supervisor had read and not written
+    # down when it died must come again.
     number: int
     fact: Message
 
@@ -337,4 +348,5 @@ FACTS_OF_A_RANK: tuple[type[Message], ...] = (
 
 def is_metrics_line(line: Any) -> bool:
     """Whether `line` is what the supervisor can file: an object with an integer `step`."""
+    # Not isinstance for the step: to Python, true is an int.
     return isinstance(line, dict) and type(line.get("step")) is int

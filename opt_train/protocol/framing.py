@@ -16,13 +16,15 @@ from typing import Any, ClassVar, Self, get_type_hints
 MAX_FACT_BYTES = 4096
 """PIPE_BUF on Linux: the largest write to a pipe that is atomic."""
 
+# A limit against a broken or hostile peer: a line that never ends would otherwise be buffered until
+# memory is gone.
 MAX_MESSAGE_BYTES = 1 << 20
 """The longest line that agent and supervisor accept from one another."""
 
 
 MAX_DEPTH = 32
 """Objects and lists within one another. Messages need a quarter of it, and what is deeper could be
-read but not told again: the way back to JSON takes more of the interpreter's stack than the way
+read but not written again: the way back to JSON takes more of the interpreter's stack than the way
 from it."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -37,6 +39,7 @@ class Message:
     wire."""
 
     __slots__ = ()
+    # Kinds are published: a class may be renamed, what stands on the wire may not.
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type["Message"]]] = {}
 
@@ -79,12 +82,17 @@ def to_payload(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_payload(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        if math.isnan(value):
+            return "NaN"
+        return "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def to_line(message: Any) -> bytes:
     """`message` as one line, newline included."""
+    # allow_nan: a float that slipped past `to_payload` raises here instead of making a line that is
+    # no JSON. A lone surrogate, as in a file name that is not UTF-8, becomes a question mark: no
+    # fact is lost for its text.
     text = json.dumps(
         to_payload(message), separators=(",", ":"), allow_nan=False, ensure_ascii=False
     )
@@ -132,6 +140,8 @@ def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
+# Python would read NaN and Infinity, which JSON does not have and readers in other languages
+# refuse.
 _DECODER = json.JSONDecoder(parse_constant=_no_json)
 
 
@@ -146,7 +156,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 @functools.cache
 def _hints_of(kind: type) -> Mapping[str, Any]:
     """The types of a class's fields. To look them up costs as much as the rest of reading a
-    pulse."""
+    heartbeat."""
     return get_type_hints(kind)
 
 
@@ -175,11 +185,9 @@ def _typed(value: Any, hint: Any) -> Any:
         return _exactly(value, hint)
     arguments = getattr(hint, "__args__", ())
     if type(None) in arguments:
-        return (
-            None
-            if value is None
-            else _typed(value, next(a for a in arguments if a is not type(None)))
-        )
+        if value is None:
+            return None
+        return _typed(value, next(a for a in arguments if a is not type(None)))
     return value
 
 

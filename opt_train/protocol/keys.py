@@ -89,6 +89,7 @@ class _PowerOfTwo(Law):
 
 
 POWER_OF_TWO = _PowerOfTwo(
+    # frexp's mantissa lies in [0.5, 1) and is 0.5 for powers of two alone.
     lambda value: value == 0 or math.frexp(value)[0] == 0.5,
     "{key}={value:g} is no power of two, so scaling would round; use {below:g} or {above:g}",
     "a power of two",

@@ -50,6 +50,8 @@ class SaveAndStop(Order, kind="save_and_stop"):
 class UnknownOrder(Order):
     """An order of a newer version, as a journal or a checkpoint told it. It is never sent."""
 
+    # Lasting, so that it stays in the ledger and stops a start, instead of vanishing from the
+    # values.
     name: str = ""
 
     lasting: ClassVar[bool] = True

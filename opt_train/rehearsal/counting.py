@@ -139,6 +139,8 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def _count(self, tensor: Tensor, what: str) -> None:
         storage = tensor.untyped_storage()
+        # An id may be given again after a storage has died; the weak reference forgets the old one
+        # first.
         key = id(storage)
         if key in self._known:
             return
@@ -157,6 +159,7 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def peak(self) -> Peak:
         """The moment when most was allocated."""
+        # From the log, since only at the end is it known which moment was the peak.
         live = highest = when = 0
         for number, (change, _, _) in enumerate(self._log):
             live += change
@@ -197,6 +200,8 @@ class CollectiveCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             kind = next(kind for kind in self.KINDS if flat.startswith(kind.replace("_", "")))
             key = (kind, _ranks(args))
             self._count[key] += 1
+            # A gather is as large as its result, a scatter as its input: the larger is the whole
+            # tensor.
             self._bytes[key] += max(_sizes((args, result)))
         return result
 
@@ -208,6 +213,8 @@ class CollectiveCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
 
 def _ranks(args: Any) -> int:
+    # c10d passes the group as an object, functional collectives its name; an operation such as
+    # "sum" is a string too.
     for value in args:
         if isinstance(value, str) and value not in ("sum", "avg", "max", "min"):
             return _resolve_process_group(GroupName(value)).size()

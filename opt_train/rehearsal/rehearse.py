@@ -86,6 +86,8 @@ def rehearse(config: RunConfig, report: Callable[[str], None] = lambda line: Non
         report: called with a line now and then; the largest models take a minute.
     """
     spec = spec_of(config)
+    # torch's fake backend: collectives return at once, so one process stands for rank 0 of any
+    # world.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
         with rehearsing() as fake:
@@ -160,6 +162,7 @@ def empty_model(spec: EngineSpec, fake: FakeTensorMode) -> OPT:
 def micro_batches(config: RunConfig, layout: Layout) -> list[MicroBatch]:
     """As many as rank 0's share of the global batch takes, of the shape that `Batches.at` gives
     them."""
+    # Rank 0's share is the largest, and decides the shape for all.
     share = len(share_of(config.train.global_batch, 0, layout.data_world))
     count, rows = micro_batches_of(share, config.train.micro_batch)
     ids = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64)
