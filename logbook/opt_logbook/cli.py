@@ -21,6 +21,7 @@ from opt_logbook.record.verify import verify
 from opt_logbook.story.format import listed_briefly, printable
 
 DONE, NO, BAD_INPUT = 0, 1, 2
+# Polled: inotify sees nothing of what another host writes over NFS.
 FOLLOW_SECONDS = 0.5
 
 
@@ -141,6 +142,8 @@ def _note(chosen: argparse.Namespace) -> int:
         raise UsageError("the note is empty; write what should stand in the chronicle")
     author = chosen.author or _user()
     try:
+        # With no fencing number: agents obey none below the highest they have seen, so a note must
+        # not raise it.
         with Lock.acquire(run) as lock:
             _append_note(run, lock, Note(author, text))
     except LockHeld as held:
@@ -190,11 +193,13 @@ def _tail(chosen: argparse.Namespace) -> int:
     entries = read(run.journal).entries
     seen = entries[-1].seq if entries else 0
     _print(
+        # `entries[-count:]` would be all of them for 0.
         entries[len(entries) - chosen.count :] if chosen.count < len(entries) else entries,
         chosen.json,
     )
     while chosen.follow:
         time.sleep(FOLLOW_SECONDS)
+        # The whole journal again: damage in an old line changes which of the later ones verify.
         fresh = tuple(entry for entry in read(run.journal).entries if entry.seq > seen)
         _print(fresh, chosen.json)
         seen = fresh[-1].seq if fresh else seen
@@ -220,6 +225,8 @@ def _print(entries: Sequence[Entry], as_json: bool) -> None:
                 f"{entry.seq:>5}  {head['time']}  {entry.attempt:<6} {step:<10} "
                 f"{head['kind']:<20} {words}"
             )
+            # A log line in the journal may hold terminal escapes, and must not be obeyed here
+            # (invariant 13); in JSON they are escaped.
             print(printable(line).rstrip(), flush=True)
 
 

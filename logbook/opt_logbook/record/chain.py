@@ -101,6 +101,8 @@ def check(data: bytes) -> Chain:
                 why = "its hash does not fit its content and the line before"
             damaged.append(Damage(number, why))
             candidates = _after_damage(line, candidates)
+    # The next line must follow from something even where the last one is damaged: from the
+    # likeliest.
     return Chain(tuple(good), tuple(damaged), tuple(lines), torn_bytes, candidates[0])
 
 
@@ -137,6 +139,7 @@ def read_bytes(data: bytes) -> Reading:
             lines.append(number)
         except CodecError as error:
             damaged.append(Damage(number, f"it verifies but cannot be read: {error}"))
+    # Damaged lines at the end had numbers too, and none may be given out twice.
     trailing = len(chain.lines) - (lines[-1] if lines else 0)
     return Reading(
         entries=tuple(entries),
@@ -166,9 +169,12 @@ def _after_damage(line: bytes, candidates: list[str]) -> list[str]:
     """
     parts = split(line)
     # Where the hash begins is not known: by position, and by what looks like the mark.
+    # 75: the mark's 9 bytes, 64 digits, a quote and a brace.
     bodies = {line[:-75], line[: line.rfind(b',"hash":')]}
     if parts is not None:
         bodies = {parts[0]}
+    # Each costs a sha256 of the line (1.8 GB/s a core), so the likeliest three alone. Sorted, since
+    # the order of a set of bytes changes with the hash seed (invariant 12).
     computed = [digest(c, b) for c in candidates[:3] for b in sorted(bodies)]
     stated = line[-66:-2].decode("ascii", "replace")
     if len(stated) == len(GENESIS) and set(stated) <= _HEX_DIGITS:

@@ -41,6 +41,7 @@ class CodecError(Exception):
 
 def time_to_text(seconds: float) -> str:
     """Unix seconds as UTC with milliseconds: ``2026-11-22T14:03:05.123Z``."""
+    # Whole milliseconds: a time that was read and is written again has the same text.
     moment = _EPOCH + timedelta(milliseconds=round(seconds * 1000))
     return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
@@ -85,6 +86,7 @@ def encode(entry: Entry, seq: int, previous_hash: str) -> bytes:
     clash = own.keys() & set(RESERVED)
     if clash:
         raise CodecError(f"{head['kind']} has a field {min(clash)!r}, which every line has")
+    # One form alone, compact and in this order: the hash is over bytes, not over values.
     text = json.dumps(head | own, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     # A lone surrogate (a log line that was no UTF-8) has no bytes in UTF-8; it becomes a question
     # mark.
@@ -122,6 +124,7 @@ def decode(line: bytes) -> Entry:
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise CodecError(f"not a journal line: {type(error).__name__} {error}") from None
     right = (
+        # Not isinstance, to which `true` is an integer.
         type(seq) is int
         and (step is None or type(step) is int)
         and all(isinstance(v, str) for v in (kind, attempt))
@@ -143,6 +146,7 @@ def parse(line: bytes) -> dict[str, Any]:
     """
     try:
         payload = json.loads(line)
+    # Some thousand brackets on a line exhaust the parser's stack, which is no ValueError.
     except (ValueError, RecursionError) as error:
         raise CodecError(f"not JSON: {error}") from None
     if not isinstance(payload, dict):
@@ -222,10 +226,14 @@ def _typed(value: Any, hint: Any) -> Any:
         return {k: _typed(v, get_args(hint)[1]) for k, v in value.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         known = _schema(hint)
+        # What a newer version added inside such an object is dropped; only the line's own new
+        # fields are kept, in `Entry.extra`.
         return hint(**{k: _typed(v, known[k][0]) for k, v in value.items() if k in known})
     if hint is float:
         if isinstance(value, str):
             return NON_FINITE[value]
+        # An integer is a number too: other writers print 1.0 as 1. A bool is not, though Python
+        # takes it for an integer.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{value!r} is not a number")
         return float(value)

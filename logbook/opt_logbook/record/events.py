@@ -18,6 +18,7 @@ class Event:
     """Base of the kinds; `registry` maps a line's `kind` to its class."""
 
     kind: ClassVar[str]
+    # In the order of this file, which is that of docs/journal.md.
     registry: ClassVar[dict[str, type["Event"]]] = {}
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
@@ -226,6 +227,8 @@ class AttemptStarted(Event, kind="attempt_started"):
     config_sha256: str = ""
     git_commit: str = ""
     git_dirty: bool = False
+    # OPT-175B's run 12.47 was 2 % faster and had another activation norm: a dependency had been
+    # upgraded by accident.
     packages: Mapping[str, str] = field(default_factory=dict)
     difference: tuple[str, ...] = ()
     """Operational keys changed since the attempt before: `key: old -> new`."""

@@ -56,6 +56,8 @@ def drop(run: RunDirectory, message: Mapping[str, Any]) -> Path:
             f"a message of {len(text)} bytes is too long; {MESSAGE_BYTES_MAX} are the most"
         )
     run.inbox.mkdir(exist_ok=True)
+    # A clock may jump back, so the order is only as good as the clock: no message may rest on one
+    # before it. Random digits, since on two hosts over NFS two writers may have one pid.
     name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.json"
     path = run.inbox / name
     # Its partial file is hidden, which `waiting` leaves alone.
@@ -98,8 +100,10 @@ def _read(path: Path) -> dict[str, Any]:
     # No links followed, and a FIFO must not make the supervisor wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        # Asked of what is open: the name may stand for another file by now.
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("not a regular file")
+        # One byte more than is allowed shows that it is too long; how much too long is no matter.
         text = os.read(descriptor, MESSAGE_BYTES_MAX + 1)
     finally:
         os.close(descriptor)

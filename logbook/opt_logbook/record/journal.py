@@ -88,6 +88,7 @@ class Journal:
         """
         if not lock.still_held():
             raise LockLost(f"{run.lock} is not held by this process")
+        # Without O_APPEND, under which Linux ignores the offset of pwrite.
         descriptor = os.open(run.journal, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             reading = read(run.journal)
@@ -119,6 +120,7 @@ class Journal:
         # Before it is written: a line that nobody can read must not stand in the file.
         appended = decode(line)
         self._cut_half_line()
+        # Before the write: whatever becomes of it, the next append cuts first.
         self._clean = False
         try:
             _write_all(self._descriptor, line, self._bytes)

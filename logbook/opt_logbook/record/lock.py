@@ -60,6 +60,7 @@ class Holder:
 
     @classmethod
     def myself(cls, leader: int = 0) -> Self:
+        # Slurm sets it from the first requeue on; before that there is no such variable.
         restart = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             host=socket.gethostname(),
@@ -153,6 +154,8 @@ def holder_of(run: RunDirectory) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
+        # A writer empties the file before it fills it. Shared, a reader waits for both, and never
+        # for another reader.
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return _read(descriptor)
     finally:
@@ -175,6 +178,8 @@ def start_of(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (OSError, ValueError):
         return None
+    # A zombie has exited and writes nothing, and may stay for ever under a parent that does not
+    # reap it. `starttime` is field 22 of proc(5), and `rest` begins with field 4.
     return None if state in "ZX" else f"{rest[18]}@{boot}"
 
 
@@ -210,6 +215,7 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
 
 
 def _read(descriptor: int) -> Holder | None:
+    # Bounded: anything may lie at this path, and a lock is a few hundred bytes.
     text = os.pread(descriptor, 1 << 16, 0)
     try:
         payload = json.loads(text)
@@ -227,5 +233,8 @@ def _write(descriptor: int, holder: Holder) -> None:
     written = os.pwrite(descriptor, text, 0)
     if written != len(text):
         os.ftruncate(descriptor, 0)
+        # A full disk writes a part and reports no error; ENOSPC would come with the next write.
         raise OSError(28, "no space for the lock")
+    # Over NFS a write stays with its client until fsync or close, and the next to ask for the lock
+    # may ask from another host.
     os.fsync(descriptor)

@@ -68,6 +68,8 @@ class MetricsWriter:
         payload = {"attempt": attempt, **anchor, **to_json_value(line)}
         text = json.dumps(payload, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
+            # No fsync: at a line a step it would cost more than the gap that a crash leaves in a
+            # curve. What somebody acts on is in the journal.
             written = os.write(self._descriptor, text)
             if written != len(text):
                 raise OSError(28, f"no space for a line of {self._run.metrics_of(attempt)}")
@@ -98,6 +100,7 @@ class MetricsWriter:
         data = path.read_bytes()
         end = data.rfind(b"\n") + 1
         if end != len(data):
+            # A torn line would run into the next one and spoil that too.
             os.ftruncate(self._descriptor, end)
         self._steps = set()
         for text in data[:end].splitlines():
@@ -166,6 +169,7 @@ def newest_lines(
             lines = [line for line in lines if upto is None or line["step"] <= upto]
             if len(lines) >= count or length >= size:
                 return lines[-count:] if count > 0 else []
+            # By fours, so that even lines of megabytes need few readings.
             length *= 4
 
 

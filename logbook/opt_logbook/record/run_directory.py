@@ -84,6 +84,7 @@ class RunDirectory:
             OSError: the run directory is not there, or the folder cannot be made.
         """
         below = folder.relative_to(self.path)
+        # Folder by folder: mkdir with `parents` would make the run directory again.
         for part in (*reversed(below.parents[:-1]), below):
             (self.path / part).mkdir(exist_ok=True)
 

@@ -91,6 +91,7 @@ def _anchors(run: RunDirectory) -> list[tuple[str, int, str]]:
         with run.metrics_of(attempt).open("rb") as file:
             first = file.readline()
         found += [(_relative(run, run.metrics_of(attempt)), 1, text) for text in _heads_in(first)]
+    # A folder lists its names in whatever order its file system has them.
     for manifest in sorted(run.checkpoints.glob(f"*/step-*/{MANIFEST}")):
         found += [(_relative(run, manifest), 0, text) for text in _heads_in(manifest.read_bytes())]
     return found
@@ -137,6 +138,7 @@ def _wrong_with(anchor: str, reading: Reading) -> str:
             f"names journal line {head.seq}, but the journal ends at {reading.head.seq}: its "
             "tail was cut off"
         )
+    # A damaged line cannot contradict its anchor, and is among the defects already.
     found = next((entry.hash for entry in reading.entries if entry.seq == head.seq), head.hash)
     if found != head.hash:
         return (
@@ -184,6 +186,8 @@ def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Defect]:
                 expected = {
                     path: known for path, known in expected.items() if tier_of(path) != "memory"
                 }
+            # The nodes are given back with the run, and with them what lay in their memory and on
+            # their disks.
             case RunFinished():
                 expected = {
                     path: known for path, known in expected.items() if tier_of(path) == "shared"
@@ -192,6 +196,8 @@ def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Defect]:
                 pass
     defects: list[Defect] = []
     for path, (seq, sha256) in expected.items():
+        # Hashed and not parsed: a line that verifies is no proof of who wrote it, and neither is
+        # its path.
         manifest = run.path / path / MANIFEST
         try:
             found = hashlib.sha256(manifest.read_bytes()).hexdigest()

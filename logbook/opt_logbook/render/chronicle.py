@@ -130,6 +130,8 @@ def _attempt_story(
         duration(attempt.until - attempt.since),
         why or origin,
     )
+    # A name that was tampered with must not end the attribute it stands in; the index keeps two
+    # such anchors apart.
     anchor = f"attempt-{re.sub('[^0-9.]', '', attempt.name)}-{index + 1}"
     return AttemptStory(
         attempt.name, anchor, heading, tuple(reversed(incidents)), describe_attempt(attempt), row
@@ -150,6 +152,7 @@ def _status(story: Story) -> tuple[str, str]:
         case RunHalted():
             return "halted", "halted: a person must decide"
         case _:
+            # The journal cannot show whether its writer lives: silence is unknown (invariant 11).
             return "open", "going on or broken off: no end in the journal"
 
 
@@ -212,6 +215,7 @@ def _card(story: Story, status_words: str) -> tuple[tuple[str, Sentence], ...]:
                 Sentence(f"{duration(totals.wall)}, from {moment(begin)} to {moment(story.until)}"),
             )
         )
+    # Without metrics nothing is known to be kept, and 0 % would be a claim.
     if totals.effective_ratio is not None and totals.kept:
         rows.append(
             ("Effective training time", Sentence(f"{totals.effective_ratio:.1%} of the wall clock"))

@@ -26,6 +26,8 @@ FIGURES = (
 )
 """File name and caption of each figure."""
 
+# What means something in the middle of a text; the marks of lists, headings and rules do so only at
+# its start.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 _AT_START = re.compile(r"^(\d{1,9})([.)])(?=\s|$)|^([-+=#])")
 

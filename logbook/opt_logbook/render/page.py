@@ -13,6 +13,8 @@ from opt_logbook.story.format import duration, printable
 from opt_logbook.story.incident import IncidentStory, Quote, Section
 from opt_logbook.story.sentences import Sentence
 
+# Log text stands in the page. It is escaped everywhere; should one place be missed, this still lets
+# no script run, and fetches nothing that would show a stranger that the page was opened.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security: a page that was opened loads nothing and runs nothing."""
 
@@ -138,6 +140,8 @@ def inlined(name: str, svg: str) -> str:
     """An SVG file as part of the page: without prologue, with ids of its own, in the page's
     colours."""
     svg = svg[svg.index("<svg") :].strip()
+    # All figures stand in one document: with clip paths of the same name one would cut another's
+    # curves.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -208,6 +212,7 @@ def _quote(quote: Quote) -> str:
     place = f"{quote.file}:{quote.line}"
     if not quote.file:
         source = "seen by the supervisor"
+    # The journal is input: no link of it may lead out of the run directory.
     elif ".." in quote.file.split("/") or quote.file.startswith("/"):
         source = _text(place)
     else:

@@ -37,6 +37,8 @@ STEPS_MAX = 10**15
 """A damaged line may hold a step of hundreds of digits, which no axis can show."""
 
 _STYLE = {
+    # Text stays text. It is measured with DejaVu Sans, which comes with matplotlib, so the layout
+    # does not depend on the fonts of the machine.
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -108,11 +110,14 @@ def _svg(name: str, inches: tuple[float, float], paint: Callable[[Figure], None]
         # A person's matplotlibrc must not change a byte.
         mpl.rcdefaults()
         settings: Any = mpl.rcParams
+        # Without a salt the ids of clip paths are drawn at random.
         settings.update(_STYLE | {"svg.hashsalt": name})
+        # pyplot would choose a backend by the display, and keep every figure alive.
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure)
         text = io.StringIO()
+        # Otherwise the file holds the time of its drawing and matplotlib's version (invariant 12).
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
@@ -208,6 +213,7 @@ def _draw_set(
                 markersize=5,
                 linestyle="none",
             )
+    # Perplexity is exp(loss): on this scale equal distances are equal differences of loss.
     axes.set_yscale("log")
     unigram = story.created.event.unigram_perplexity if story.created and name == HELD_OUT else 0.0
     if unigram > 0:
@@ -228,6 +234,7 @@ def _draw_set(
     )
     axes.set_ylabel("validation perplexity" if name == HELD_OUT else "perplexity")
     if name != HELD_OUT:
+        # A name between dollar signs would be set as a formula, and a broken formula raises.
         axes.set_title(printable(name), loc="left", fontsize=9, parse_math=False)
 
 

@@ -41,6 +41,8 @@ def render(run: RunDirectory) -> Rendered:
     Raises:
         OSError: the run directory cannot be read, or `chronicle/` not be written.
     """
+    # Once: a supervisor may append meanwhile, and the story and its quoted lines must be of the
+    # same bytes.
     data = run.journal.read_bytes() if run.journal.exists() else b""
     reading = read_bytes(data)
     story = fold_story(reading, metrics.read(run))
@@ -51,6 +53,7 @@ def render(run: RunDirectory) -> Rendered:
 
     folder = run.chronicle / "figures"
     run.make_folder(folder)
+    # Before the Markdown that names them: whoever opens it in between misses none.
     drawn = tuple(_replace(folder / f"{name}.svg", text) for name, text in figures.items())
     return Rendered(
         page=_replace(run.chronicle / "index.html", to_html(chronicle, figures)),
@@ -67,6 +70,7 @@ def _raw_lines(data: bytes, numbers: tuple[int, ...], seqs: list[int]) -> dict[i
     for number, seq in zip(numbers, seqs, strict=True):
         parts = split(lines[number - 1])
         if parts:
+            # The hash was cut off and the closing brace with it.
             raw[seq] = parts[0].decode("utf-8", "replace") + "}"
     return raw
 

@@ -123,6 +123,7 @@ def _snapshots(
     snapshots = [one for one in saved if one.event.tier == tier]
     if not snapshots:
         return []
+    # One line, since each snapshot replaces an older one and they come every few steps.
     newest = snapshots[-1]
     text = (
         f"{many(len(snapshots), 'snapshot')} of {bytes_in_words(newest.event.bytes)} {where}, "
@@ -245,6 +246,7 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             return f"the run finished: {many(tokens, 'token')} in {duration(seconds)}."
         case kinds.Unknown(name=name, fields=fields):
             return f"{name} (a kind that this version does not know): {_pairs(fields)}."
+        # A kind without a sentence of its own is shown all the same: no line may go unseen.
         case other:
             return f"{other.kind}: {_pairs(to_json_value(other))}."
 

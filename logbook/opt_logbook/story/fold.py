@@ -50,6 +50,7 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
                 created = created or Recorded(entry, event)
             case LineageOpened() if event.steps is not None:
                 aimed = Recorded(entry, event)
+            # A run that was stopped or halted was taken up again: that end was none.
             case SupervisorStarted() | AttemptStarted():
                 end = None
             case RunFinished():
@@ -74,6 +75,8 @@ def fold_story(reading: Reading, measured: metrics.MetricsReading) -> Story:
     newest = [
         value for line in measured.lines if (value := metrics.number_of(line, "time")) is not None
     ]
+    # Never the clock: rendered next year, the page has the same bytes (invariant 12). The largest
+    # and not the last, since a clock may jump back.
     now = max([entry.time for entry in reading.entries] + newest, default=0.0)
     # A note made days after the end must not make the run longer.
     until = end.time if end else now
@@ -171,6 +174,7 @@ def _measure(
         taken = steps.get(attempt.name, [])
         attempt.first_step, attempt.last_step = (min(taken), max(taken)) if taken else (None, None)
         if attempt.ended and attempt.began:
+            # Metrics are not fsynced and may lack the newest steps; the journal's line is durable.
             attempt.last_step = max(attempt.last_step or 0, attempt.ended.step or 0)
         if attempt.ended:
             attempt.until = attempt.ended.time
@@ -187,6 +191,7 @@ def _kept(attempts: list[AttemptRecord], lines: Iterable[dict[str, Any]]) -> lis
     index_of = {attempt.name: index for index, attempt in enumerate(attempts)}
     ranges: dict[str, tuple[int, float]] = {}
     index, limit = len(attempts) - 1, math.inf
+    # No attempt twice: in a damaged journal parents may form a circle.
     while index >= 0 and attempts[index].name not in ranges:
         attempt = attempts[index]
         ranges[attempt.name] = (attempt.from_step, limit)
@@ -205,6 +210,8 @@ def _kept(attempts: list[AttemptRecord], lines: Iterable[dict[str, Any]]) -> lis
 
 
 def _within(step: int, bounds: tuple[int, float]) -> bool:
+    # A checkpoint of step n has the work of step n: line n is the parent's, and the child begins at
+    # n + 1.
     return bounds[0] < step <= bounds[1]
 
 

@@ -42,7 +42,10 @@ CAUSES = {
 """Cause labels in words that somebody who has not seen the code understands: as many as whoever
 writes the journal has (opt_train/diagnosis/causes.py), which a test sees to."""
 
+# The sequences that colour and move; the escape character of any other is replaced as a control.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+# Controls of both sets; the marks with which a text shows in another order than it has
+# (CVE-2021-42574, "Trojan Source"); the line separators; lone surrogates, which no UTF-8 has.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -75,6 +78,7 @@ def duration(seconds: float) -> str:
     """``4.5 s``, ``2 min 05 s``, ``3 h 12 min``, ``2 d 03 h``."""
     if not math.isfinite(seconds):
         return "an unknown time"
+    # 59.95 would be shown as 60.0 s.
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -91,6 +95,7 @@ def short(number: float) -> str:
     """``819k``, ``3.7M``, ``175B``."""
     number = _as_float(number)
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # From here on three digits round to the next unit: 999,500 would be 1e+03k.
         if number >= size * 0.9995:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"

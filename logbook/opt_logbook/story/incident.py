@@ -41,6 +41,8 @@ def place_of(incident: IncidentRecord, attempts: list[AttemptRecord]) -> int | N
     for index, attempt in enumerate(attempts):
         if attempt.started and attempt.started.event.incident == incident.number:
             return index
+    # The line of its restart is damaged, or the run ended first and was taken up later: the next
+    # attempt is the nearest.
     first = min(incident.lines, default=0)
     for index, attempt in enumerate(attempts):
         if attempt.first_line > first:

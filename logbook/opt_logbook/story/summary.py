@@ -217,6 +217,7 @@ def _finished_unattended(story: Story) -> bool:
     events = [entry.event for entry in story.reading.entries]
     acted = any(isinstance(event, (RunStopped, RunHalted, JournalDamaged)) for event in events)
     supervisors = sum(isinstance(event, SupervisorStarted) for event in events)
+    # Damage may hide a stop or another supervisor, so nothing is claimed then.
     whole = not story.reading.damaged and not story.reading.torn_bytes
     finished = story.end is not None and isinstance(story.end.event, RunFinished)
     return finished and supervisors == 1 and whole and not acted
