@@ -71,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(
-        name: str, command: Callable[[argparse.Namespace], int], words: str
+        name: str, command: Callable[[argparse.Namespace], int], summary: str
     ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=words, description=words)
+        sub = verbs.add_parser(name, help=summary, description=summary)
         sub.add_argument(
             "run", metavar="RUN", type=Path, help="the run's folder, for example runs/demo"
         )
@@ -146,16 +146,16 @@ def _note(chosen: argparse.Namespace) -> int:
         # not raise it.
         with Lock.acquire(run) as lock:
             _append_note(run, lock, Note(author, text))
-    except LockHeld as held:
+    except LockHeld as refusal:
         try:
             inbox.drop(run, {"kind": "note", "author": author, "text": text})
         except ValueError as error:
             raise UsageError(f"the note cannot be left: {error}") from None
-        if held.holder.leader == 0:
+        if refusal.holder.leader == 0:
             # A lone `opt-train train` reads no inbox.
             print("left in the inbox; the next `opt-train run` journals it")
         else:
-            where = f"process {held.holder.pid} on {held.holder.host}"
+            where = f"process {refusal.holder.pid} on {refusal.holder.host}"
             print(f"left for the supervisor ({where}), who journals it in a moment")
     return DONE
 
@@ -220,10 +220,10 @@ def _print(entries: Sequence[Entry], as_json: bool) -> None:
             print(json.dumps(head | own | {"hash": entry.hash}), flush=True)
         else:
             step = "" if entry.step is None else f"step {entry.step}"
-            words = "  ".join(f"{key}={_plainly(value)}" for key, value in own.items())
+            shown = "  ".join(f"{key}={_plainly(value)}" for key, value in own.items())
             line = (
                 f"{entry.seq:>5}  {head['time']}  {entry.attempt:<6} {step:<10} "
-                f"{head['kind']:<20} {words}"
+                f"{head['kind']:<20} {shown}"
             )
             # A log line in the journal may hold terminal escapes, and must not be obeyed here
             # (invariant 13); in JSON they are escaped.

@@ -87,7 +87,7 @@ def serve(options: AgentOptions) -> int:
     """Be the node's agent until it leaves; see `main`."""
     # Whoever started this may have set it; a person who did not must get a node that can be fenced.
     os.environ[NODE_MARK] = mark_of(options.run.path, options.node)
-    deregister = hold_node(options.run, options.node)
+    deregister = register_node(options.run, options.node)
     if deregister is None:
         log.info("node %s has an agent already", options.node)
         return 1
@@ -100,7 +100,7 @@ def serve(options: AgentOptions) -> int:
     return 0
 
 
-def hold_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
+def register_node(run: RunDirectory, node: str) -> Callable[[], None] | None:
     """Become the node's one agent, for the life of this process, and register; None if the node has
     one already.
 

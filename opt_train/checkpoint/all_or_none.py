@@ -32,6 +32,8 @@ def all_or_none(
     failed = int(error is not None)
     if dist.is_initialized():
         votes = torch.tensor(failed, dtype=torch.int64)
+        # Otherwise one rank's error leaves the others in a collective until the group's timeout,
+        # half an hour by torch's default.
         dist.all_reduce(votes, group=process_group)
         failed = int(votes.item())
     if not failed:

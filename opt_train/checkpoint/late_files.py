@@ -35,6 +35,7 @@ def retry_while_late(
     Raises:
         CheckpointError: what `work` raised last.
     """
+    # Monotonic: a clock that is set back must not prolong the wait.
     end = time.monotonic() + seconds
     while True:
         try:

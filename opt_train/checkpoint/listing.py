@@ -40,6 +40,7 @@ def list_checkpoints(
         files_here: False where only the manifests lie in `root`, and agents hold the files.
     """
     found = []
+    # A folder's name is no proof of a checkpoint: an unfinished save has one too.
     for folder in sorted(root.glob("*/step-*")):
         if folder.is_dir() and folder.name.removeprefix("step-").isdecimal():
             found.append(_listed(folder, (committed or {}).get(folder), files_here))
@@ -52,11 +53,9 @@ def _listed(folder: Path, manifest_sha256: str | None, files_here: bool) -> List
         manifest = read(folder, manifest_sha256)
     except CheckpointError as error:
         there = (folder / MANIFEST).exists()
-        why = (
-            str(error)
-            if there or manifest_sha256 is not None
-            else "no manifest: it was never committed"
-        )
+        why = "no manifest: it was never committed"
+        if there or manifest_sha256 is not None:
+            why = str(error)
         sizes = _sizes(folder)
         return Listed(folder, attempt, step, sum(sizes), len(sizes), why, there)
     why = ""

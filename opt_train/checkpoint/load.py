@@ -142,11 +142,9 @@ def _check_whole(
         )
         # The stored shape is known from the parts alone, so a part lost at the end shows as a
         # smaller tensor.
-        shape = (
-            [max(end) for end in zip(*ends, strict=True)]
-            if len({len(part.offsets) for part in parts}) == 1
-            else []
-        )
+        shape = []
+        if len({len(part.offsets) for part in parts}) == 1:
+            shape = [max(end) for end in zip(*ends, strict=True)]
         if shape != list(tensor.shape):
             raise CheckpointError(
                 f"tensor {name} has shape {shape} in it and {list(tensor.shape)} here"

@@ -28,6 +28,7 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, OwnPart]:
                 part = OwnPart(tensor.to_local(), tuple(offsets))
             else:
                 part = OwnPart(tensor.detach(), (0,) * tensor.ndim)
+            # A tensor with fewer rows than ranks leaves some ranks without a part of it.
             if part.local.numel() or not tensor.numel():
                 parts[name] = part
     return parts

@@ -74,11 +74,9 @@ class MemoryEfficientAdamW(torch.optim.Optimizer):
             (state["step"], step),
         ):
             # Selected and not multiplied by 0 or 1: 0 x NaN is NaN.
-            kept = (
-                updated
-                if self.found_inf is None
-                else torch.where(self.found_inf != 0, old, updated.to(old.dtype))
-            )
+            kept = updated
+            if self.found_inf is not None:
+                kept = torch.where(self.found_inf != 0, old, updated.to(old.dtype))
             old.copy_(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

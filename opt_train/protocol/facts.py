@@ -183,7 +183,7 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldFiles:
+class SnapshotFiles:
     """Files of one checkpoint that an agent holds, in memory or on its node's disk."""
 
     path: str
@@ -202,7 +202,7 @@ class AgentState(Message, kind="agent_state"):
     slots: tuple[SlotState, ...]
     leader_generation: int = 0
     """The highest supervisor generation this agent has obeyed."""
-    held: tuple[HeldFiles, ...] = ()
+    held: tuple[SnapshotFiles, ...] = ()
     address: str = ""
     """``host:port`` at which other agents of the run get what it holds; empty: nothing can be
     had."""
@@ -294,7 +294,7 @@ class GenerationGone(Message, kind="generation_gone"):
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotHeld(Message, kind="snapshot_held"):
+class SnapshotStored(Message, kind="snapshot_held"):
     """The agent holds what `SnapshotTaken` told of, whatever becomes of the rank."""
 
     generation: int

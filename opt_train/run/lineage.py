@@ -18,7 +18,7 @@ from opt_logbook.record import journal
 from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.events import (
     JournalDamaged,
-    JournalMended,
+    JournalRepaired,
     LineageOpened,
     Note,
     RunFinished,
@@ -34,7 +34,7 @@ from opt_train.protocol.exits import BadInput
 from opt_train.run.admission import unwritable
 from opt_train.run.checkpoint import MEMORY, NODE, SHARED
 
-REMARKS = (Note, JournalMended, JournalDamaged)
+REMARKS = (Note, JournalRepaired, JournalDamaged)
 """Lines that anybody may add to a run at rest; it stays what it was."""
 
 PACKAGES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "safetensors")

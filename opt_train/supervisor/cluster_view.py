@@ -17,7 +17,7 @@ from opt_train.protocol.facts import (
     RankExited,
     RankFact,
     SlotState,
-    SnapshotHeld,
+    SnapshotStored,
     Stacks,
 )
 from opt_train.protocol.framing import Message
@@ -219,7 +219,7 @@ class ClusterView:
                 self._known(generation).apply_stacks(node, fact)
             case GenerationGone(generation):
                 view.gone_generation = max(view.gone_generation, generation)
-            case SnapshotHeld(generation):
+            case SnapshotStored(generation):
                 self._known(generation).apply_snapshot(fact)
                 self.inventory.apply_snapshot(node, fact)
             case Fetched():

@@ -16,7 +16,7 @@ from opt_train.protocol.facts import (
     RankExited,
     SaveFailed,
     ShardsSaved,
-    SnapshotHeld,
+    SnapshotStored,
     Stacks,
     Store,
     Validation,
@@ -47,7 +47,7 @@ class SaveView:
     """By rank: its shards lie in the shared file system."""
     failure: tuple[int, str] | None = None
     """The first rank that could not save, and why."""
-    snapshots: dict[int, SnapshotHeld] = field(default_factory=dict)
+    snapshots: dict[int, SnapshotStored] = field(default_factory=dict)
     """By rank: its agent has its part in memory."""
 
 
@@ -128,7 +128,7 @@ class GenerationView:
     def apply_stacks(self, node: str, fact: Stacks) -> None:
         self.rank(fact.rank).stacks = node, fact
 
-    def apply_snapshot(self, fact: SnapshotHeld) -> None:
+    def apply_snapshot(self, fact: SnapshotStored) -> None:
         self._save(fact.step).snapshots[fact.rank] = fact
 
     # Its saves ------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class GenerationView:
             if save.failure is not None:
                 yield step, save.failure
 
-    def snapshots(self) -> list[tuple[int, dict[int, SnapshotHeld]]]:
+    def snapshots(self) -> list[tuple[int, dict[int, SnapshotStored]]]:
         """(step, what agents have by rank) of every snapshot that is not settled, oldest first."""
         return sorted((step, save.snapshots) for step, save in self.saves.items() if save.snapshots)
 

@@ -4,7 +4,7 @@ them. It decides nothing."""
 from collections.abc import Iterable
 
 from opt_train.protocol.commands import Command, Drop, Fetch
-from opt_train.protocol.facts import AgentState, Fetched, SnapshotHeld
+from opt_train.protocol.facts import AgentState, Fetched, SnapshotStored
 from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.supervisor.effects import CommitSnapshot
 from opt_train.supervisor.inputs import ManifestCommitted
@@ -49,7 +49,7 @@ class SnapshotInventory:
         # and one that was cut off may have dropped files meanwhile.
         self._files[node] = {files.path: set(files.names) for files in agent.held}
 
-    def apply_snapshot(self, node: str, fact: SnapshotHeld) -> None:
+    def apply_snapshot(self, node: str, fact: SnapshotStored) -> None:
         path = path_of_save(fact.attempt, fact.step, MEMORY)
         self._add(node, path, (file.path for file in fact.files))
 

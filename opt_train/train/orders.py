@@ -73,6 +73,8 @@ class ControlPipe:
         while True:
             try:
                 piece = os.read(self._fd, _READ_BYTES)
+            # Empty for now. End of file, by contrast, reads as no bytes: no writer is left, which
+            # is how a rank learns of its agent's end even where PDEATHSIG did not reach it.
             except BlockingIOError:
                 break
             if not piece:
@@ -105,6 +107,7 @@ class StopSignals:
 
     def listen(self, *more: signal.Signals) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, *more):
+            # The default of SIGUSR1 is death, and Slurm sends it to every process of a step.
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

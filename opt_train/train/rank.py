@@ -99,11 +99,9 @@ def start(
     if manifest is not None:
         # Before any memory is filled: a checkpoint that is bad costs a restart its reading alone.
         verify(begin, manifest, group, publish)
-    initial = (
-        Path(config.train.initial_weights)
-        if config.train.initial_weights and manifest is None
-        else None
-    )
+    initial = None
+    if config.train.initial_weights and manifest is None:
+        initial = Path(config.train.initial_weights)
     # A checkpoint fills every weight: drawing them first would cost a restart minutes.
     seed = config.seed if manifest is None and initial is None else None
     engine = make_engine(

@@ -43,6 +43,7 @@ def read_manifest(begin: Begin, publish: Publish) -> checkpoint_manifest.Manifes
     """
     if begin.checkpoint is None:
         return None
+    # By path and hash, never "the newest folder", which may be one that a save has not finished.
     if not begin.manifest_sha256:
         raise CannotStart(
             "corrupt_checkpoint", f"no hash came with the checkpoint {begin.checkpoint}"
@@ -69,6 +70,8 @@ def read_state(
         CannotStart: the state does not read, or was trained on other data.
     """
     if manifest is None:
+        # Only where no checkpoint was asked for (invariant 2); metaseq trained from scratch where
+        # the file to restore was missing.
         return TrainState()
     try:
         state = TrainState.from_json(manifest.state)

@@ -70,11 +70,10 @@ def train_standalone(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     device = choose_device(config.train.device, local_rank)
 
-    group = (
-        join_by_environment(config, device)
-        if "RANK" in os.environ
-        else join(_begin(), config, device, _discard)
-    )
+    if "RANK" in os.environ:
+        group = join_by_environment(config, device)
+    else:
+        group = join(_begin(), config, device, _discard)
     decide = open_run
     while True:
         try:

@@ -32,6 +32,8 @@ class StatsReceiver:
             self.newest = stats
             context.state.absorb(stats, context.loss_scale.policy.floor)
             self.stop_votes += stats.stop_votes
+            # Four ranks that each read a pipe of their own obeyed 19 of 20 orders at different
+            # steps; with the number in the stats, read a step late, none of 20.
             self.order_number = max(self.order_number, stats.order_number)
             if context.is_rank_zero:
                 self._publish_metrics(stats)

@@ -61,6 +61,8 @@ def take_step(run: Training, micro_batches: list[MicroBatch], data_seconds: floa
     tokens = tokens_of(micro_batches) / sharing_ranks
     weight = torch.tensor(tokens, dtype=torch.float64).to(context.device, non_blocking=True)
     grad_norm = engine.grad_norm(weight, grad_scale)
+    # Multiplying by 0 would not skip: 0 x NaN is NaN. A skipped step leaves everything untouched,
+    # to the bit (invariant 5).
     decision = clip(grad_norm, values["clip"])
     probes.measure_layers(grad_norm.divisor)
     readback = Readback(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from opt_logbook.cli import main
-from opt_logbook.record.events import Entry, JournalMended, Note
+from opt_logbook.record.events import Entry, JournalRepaired, Note
 from opt_logbook.record.inbox import waiting
 from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
@@ -82,7 +82,7 @@ def test_a_note_is_appended_where_nobody_holds_the_journal(demo: RunDirectory) -
         file.write(b'{"torn')
     assert main(["note", str(demo.path), "all", "is", "well", "--author", "maria"]) == 0
     events = [entry.event for entry in read(demo.journal).entries[-2:]]
-    assert events == [JournalMended(6), Note("maria", "all is well")]
+    assert events == [JournalRepaired(6), Note("maria", "all is well")]
     assert main(["verify", str(demo.path)]) == 0
     Lock.acquire(demo).release()
 

@@ -16,7 +16,7 @@ from opt_train.protocol.facts import (
     SavedFile,
     SaveFailed,
     ShardsSaved,
-    SnapshotHeld,
+    SnapshotStored,
     Validation,
 )
 from opt_train.protocol.orders import SaveAndStop
@@ -133,7 +133,7 @@ def _snapshot(world: "World", group: Group, parts: list[tuple[Agent, Slot, Rank]
         agent.held.setdefault(path, set()).update(names)
         world.report(
             agent,
-            SnapshotHeld(
+            SnapshotStored(
                 group.generation, rank.begin.attempt, rank.begin.rank, group.step, files, 0.1, state
             ),
         )

@@ -19,7 +19,7 @@ from opt_logbook.record.events import (
 
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.exits import DONE
-from opt_train.protocol.facts import AgentState, Fetched, HeldFiles
+from opt_train.protocol.facts import AgentState, Fetched, SnapshotFiles
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import MEMORY, Checkpoint, path_of_save
 from opt_train.run.state import RunState
@@ -220,7 +220,7 @@ def a_snapshot_of_124_nodes(config_sha256: str = "c0") -> tuple[Context, Checkpo
     view, path = world.core.view, path_of_save("1.00", 3, MEMORY)
     attempt = Attempt("1.00", 1, 0, world.names, 992)
     for k, (node, names) in enumerate(own_names(attempt).items()):
-        agent = AgentState(node, 1, (), 0, (HeldFiles(path, names),), f"10.0.0.{k}:4000")
+        agent = AgentState(node, 1, (), 0, (SnapshotFiles(path, names),), f"10.0.0.{k}:4000")
         view.apply_input(AgentConnected(node, agent), Now(1.0, 1.0), world.replayed)
     made = Checkpoint(path, "1.00", 3, "sha", world_size=992, config_sha256=config_sha256)
     state = replace(world.replayed, attempt=attempt, checkpoints=(made,))

@@ -32,14 +32,14 @@ from opt_train.protocol.facts import (
     Fetched,
     GenerationGone,
     Heartbeat,
-    HeldFiles,
     LogLine,
     NodeFinding,
     RankExited,
     RankFact,
     ShardsSaved,
     SlotState,
-    SnapshotHeld,
+    SnapshotFiles,
+    SnapshotStored,
     Stacks,
     Store,
 )
@@ -328,7 +328,7 @@ class World:
                 assert (node, fact.cause, fact.detail) in noted, (
                     f"{fact} of {node} is forgotten before it is journalled"
                 )
-            if isinstance(fact, SnapshotHeld):
+            if isinstance(fact, SnapshotStored):
                 path = path_of_save(fact.attempt, fact.step, MEMORY)
                 assert old or path in self.settled_saves, (
                     f"{path} is forgotten before its fate is journalled"
@@ -491,7 +491,9 @@ class World:
 
     def _connect(self, agent: Agent) -> None:
         agent.connected, agent.led_at = True, self.now
-        held = tuple(HeldFiles(path, tuple(sorted(names))) for path, names in agent.held.items())
+        held = tuple(
+            SnapshotFiles(path, tuple(sorted(names))) for path, names in agent.held.items()
+        )
         assert self.core is not None
         agent.first_leader = agent.first_leader or self.core.identity.leader
         state = AgentState(

@@ -414,7 +414,7 @@ class Note(Event, kind="note"):
 
 
 @dataclass(frozen=True, slots=True)
-class JournalMended(Event, kind="journal_mended"):
+class JournalRepaired(Event, kind="journal_mended"):
     """The last line was torn by a crash and has been cut off."""
 
     bytes_removed: int

@@ -24,7 +24,7 @@ from typing import Self
 from opt_logbook.record.chain import NO_LINE, Damage, Head, Reading, read_bytes
 from opt_logbook.record.codec import decode, encode
 from opt_logbook.record.durable_file import replace_file, sync_folder
-from opt_logbook.record.events import Entry, Event, JournalDamaged, JournalMended
+from opt_logbook.record.events import Entry, Event, JournalDamaged, JournalRepaired
 from opt_logbook.record.lock import Lock, LockLost
 from opt_logbook.record.run_directory import RunDirectory
 
@@ -86,7 +86,7 @@ class Journal:
             LockLost: `lock` is not held any more.
             OSError: the file cannot be read or written.
         """
-        if not lock.still_held():
+        if not lock.is_mine():
             raise LockLost(f"{run.lock} is not held by this process")
         # Without O_APPEND, under which Linux ignores the offset of pwrite.
         descriptor = os.open(run.journal, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -113,7 +113,7 @@ class Journal:
             CodecError: a field is of the wrong type, so that no reader could read the line.
             OSError: the line could not be made durable, for example on a full disk.
         """
-        if not self._lock.still_held():
+        if not self._lock.is_mine():
             raise LockLost(f"{self._run.lock} is not held by this process any more")
         seq = self.head.seq + 1
         line = encode(entry, seq, self.head.hash)
@@ -174,7 +174,7 @@ def repairs_of(reading: Reading, anchor: Head | None) -> tuple[Event, ...]:
         )
         events.append(JournalDamaged(anchor.seq, why))
     if reading.torn_bytes:
-        events.append(JournalMended(reading.torn_bytes))
+        events.append(JournalRepaired(reading.torn_bytes))
     # A line that names one behind itself was about a tail that was gone, not about the line that
     # stands there now.
     journalled = {

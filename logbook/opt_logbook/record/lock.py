@@ -12,7 +12,7 @@ a person must say that it is gone.
 
 `leader` is the fencing number: the supervisor that takes over writes a higher one, and agents obey
 no lower one than they have seen. A supervisor that was frozen and wakes finds another name or
-number in the file (`still_held`, before every line of the journal) and writes nothing.
+number in the file (`is_mine`, before every line of the journal) and writes nothing.
 
 The file is written where it lies and not replaced: processes that wait for its flock wait for this
 inode, and a rename would leave each with a lock of its own. A half-written one is read as nobody's,
@@ -123,7 +123,7 @@ class Lock:
             self._holder = replace(self._holder, leader=leader)
             _write(descriptor, self._holder)
 
-    def still_held(self) -> bool:
+    def is_mine(self) -> bool:
         """Whether the file, read again, still names this process and this leader."""
         return holder_of(self._run) == self._holder
 

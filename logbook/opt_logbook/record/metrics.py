@@ -190,11 +190,9 @@ def is_not_finite(line: Mapping[str, Any], key: str) -> bool:
     """Whether the value under `key` is NaN or infinite, as a number or as the journal's word for
     it."""
     value = line.get(key)
-    return (
-        value in NON_FINITE
-        if isinstance(value, str)
-        else isinstance(value, float) and not math.isfinite(value)
-    )
+    if isinstance(value, str):
+        return value in NON_FINITE
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _content(line: dict[str, Any]) -> dict[str, Any]:

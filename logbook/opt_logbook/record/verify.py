@@ -124,11 +124,9 @@ def _wrong_with(anchor: str, reading: Reading) -> str:
     """What an anchor (`seq hash`, or a hash alone) says against the journal; empty: nothing."""
     if len(anchor) == len(GENESIS) and " " not in anchor:
         known = anchor in reading.hashes or anchor == GENESIS
-        return (
-            ""
-            if known
-            else "names a journal line that the journal does not have: its tail was cut off"
-        )
+        if known:
+            return ""
+        return "names a journal line that the journal does not have: its tail was cut off"
     try:
         head = Head.parse(anchor)
     except ValueError:

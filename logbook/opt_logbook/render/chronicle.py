@@ -50,7 +50,7 @@ class Chronicle:
     title: str
     status: str
     """``finished``, ``stopped``, ``halted``, ``open`` (no end in the journal) or ``empty``."""
-    status_words: str
+    status_text: str
     as_of: str
     summary: tuple[tuple[Sentence, ...], ...]
     """Paragraphs."""
@@ -71,7 +71,7 @@ def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
     """The chronicle of a story. `name` is the run's where the journal does not tell; `raw_lines`
     are the journal's."""
     title = story.created.event.name if story.created else name
-    status, status_words = _status(story)
+    status, status_text = _status(story)
     stories = {incident.number: describe_incident(incident, story) for incident in story.incidents}
     placed = {incident.number: place_of(incident, story.attempts) for incident in story.incidents}
     entries = tuple(
@@ -81,11 +81,11 @@ def compose(story: Story, name: str, raw_lines: dict[int, str]) -> Chronicle:
     top = Chronicle(
         title=title,
         status=status,
-        status_words=status_words,
+        status_text=status_text,
         as_of=moment(story.now) if story.now else "",
         summary=summarize(story),
         warnings=_warnings(story),
-        card=_card(story, status_words),
+        card=_card(story, status_text),
         time_spent=_time_spent(story),
         open_incidents=tuple(stories[n] for n in reversed(stories) if placed[n] is None),
         entries=entries,
@@ -191,9 +191,9 @@ def _warnings(story: Story) -> tuple[Sentence, ...]:
     return tuple(sentences)
 
 
-def _card(story: Story, status_words: str) -> tuple[tuple[str, Sentence], ...]:
+def _card(story: Story, status_text: str) -> tuple[tuple[str, Sentence], ...]:
     rows: list[tuple[str, Sentence]] = [
-        ("Status", Sentence(sentence(status_words), end_lines(story)))
+        ("Status", Sentence(sentence(status_text), end_lines(story)))
     ]
     totals = story.totals
     if story.created:

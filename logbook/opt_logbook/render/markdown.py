@@ -53,7 +53,7 @@ def to_markdown(chronicle: Chronicle, figures: tuple[str, ...]) -> str:
     parts = [f"# Chronicle of {escaped(chronicle.title)}"]
     if chronicle.as_of:
         parts.append(
-            f"Status: {escaped(chronicle.status_words)} · as of {chronicle.as_of} · "
+            f"Status: {escaped(chronicle.status_text)} · as of {chronicle.as_of} · "
             "\\[J12\\] means line 12 of `journal.jsonl`"
         )
     parts += [f"> **Attention.** {_sentence(sentence)}" for sentence in chronicle.warnings]
@@ -68,8 +68,8 @@ def to_markdown(chronicle: Chronicle, figures: tuple[str, ...]) -> str:
         parts.append("## How the time was spent")
         total = sum(seconds for _, seconds, _ in chronicle.time_spent) or 1.0
         rows = "\n".join(
-            f"| {name} | {duration(seconds)} | {seconds / total:.1%} | {words} |"
-            for name, seconds, words in chronicle.time_spent
+            f"| {name} | {duration(seconds)} | {seconds / total:.1%} | {meaning} |"
+            for name, seconds, meaning in chronicle.time_spent
         )
         parts.append(f"| | time | share | |\n|---|---:|---:|---|\n{rows}")
         parts.append("Effective training time ratio = kept / wall clock.")

@@ -67,11 +67,9 @@ def _text(text: str) -> str:
 def _sentence(sentence: Sentence) -> str:
     if not sentence.lines:
         return _text(sentence.text)
-    shown = (
-        sentence.lines
-        if len(sentence.lines) <= REFERENCES_MAX
-        else sentence.lines[: REFERENCES_MAX - 1]
-    )
+    shown = sentence.lines
+    if len(shown) > REFERENCES_MAX:
+        shown = shown[: REFERENCES_MAX - 1]
     links = ", ".join(f'<a href="#J{line}">J{line}</a>' for line in shown)
     if shown != sentence.lines:
         rest = ", ".join(f"J{line}" for line in sentence.lines[len(shown) :])
@@ -88,7 +86,7 @@ def _header(chronicle: Chronicle) -> str:
         f'<header>\n<p class="over">Chronicle</p>\n<h1>{_text(chronicle.title)}</h1>\n<div '
         'class="status">'
         '<span class="badge '
-        f'{chronicle.status}">{_text(chronicle.status_words)}</span>{as_of}</div>\n</header>'
+        f'{chronicle.status}">{_text(chronicle.status_text)}</span>{as_of}</div>\n</header>'
     )
 
 
@@ -117,8 +115,8 @@ def _time_spent(chronicle: Chronicle) -> str:
     rows = "\n".join(
         f'<tr><td class="nowrap"><span class="swatch {name}"></span>{name}</td>'
         f'<td class="number">{duration(seconds)}</td><td '
-        f'class="number">{seconds / total:.1%}</td><td>{words}</td></tr>'
-        for name, seconds, words in chronicle.time_spent
+        f'class="number">{seconds / total:.1%}</td><td>{meaning}</td></tr>'
+        for name, seconds, meaning in chronicle.time_spent
     )
     return (
         '<h2>How the time was spent</h2>\n<div class="bar" '

@@ -297,11 +297,8 @@ def thinned(points: Points, most: int) -> Points:
                 min(finite, key=lambda i: points[i][1]),
                 max(finite, key=lambda i: points[i][1]),
             }
-        kept |= (
-            {next(index for index in part if math.isnan(points[index][1]))}
-            if len(finite) < len(part)
-            else set()
-        )
+        if len(finite) < len(part):
+            kept.add(next(index for index in part if math.isnan(points[index][1])))
     return [points[index] for index in sorted(kept)]
 
 

@@ -11,7 +11,7 @@ from opt_logbook.record.run_directory import tier_of
 from opt_logbook.story.format import (
     CAUSES,
     TIERS,
-    bytes_in_words,
+    byte_size,
     clock,
     duration,
     listed,
@@ -102,7 +102,7 @@ def _checkpoints(saved: list[Recorded[kinds.CheckpointCommitted]]) -> list[Sente
     if not saved:
         return []
     slowest = max(one.event.seconds for one in saved)
-    size = bytes_in_words(saved[-1].event.bytes)
+    size = byte_size(saved[-1].event.bytes)
     where = "step" if len(saved) == 1 else "steps"
     text = (
         f"{many(len(saved), 'checkpoint')} of {size} saved, at {where} {_steps(saved)}; the "
@@ -126,7 +126,7 @@ def _snapshots(
     # One line, since each snapshot replaces an older one and they come every few steps.
     newest = snapshots[-1]
     text = (
-        f"{many(len(snapshots), 'snapshot')} of {bytes_in_words(newest.event.bytes)} {where}, "
+        f"{many(len(snapshots), 'snapshot')} of {byte_size(newest.event.bytes)} {where}, "
         f"the newest at step {newest.step or 0:,}."
     )
     return [Sentence(text, (newest.line,))]
@@ -201,8 +201,10 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.NodeFailed() | kinds.GenerationKilled() | kinds.NodePromoted():
             return ""
         case kinds.FindingNoted(node=node, cause=cause, detail=detail, response=response):
-            words = CAUSES.get(cause, cause)
-            return f"a probe of {node} found that {words} ({detail or cause}): {sentence(response)}"
+            meaning = CAUSES.get(cause, cause)
+            return (
+                f"a probe of {node} found that {meaning} ({detail or cause}): {sentence(response)}"
+            )
         case kinds.ReplacementBegan(node=node):
             return f"all ranks are ended to take {node} out; nothing has failed."
         case kinds.InForceReported(values=values):
@@ -222,7 +224,7 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             )
         case kinds.SaveAbandoned(path=path, why=why):
             return f"the save of {path} was abandoned: {sentence(why)}"
-        case kinds.JournalMended(bytes_removed=count):
+        case kinds.JournalRepaired(bytes_removed=count):
             verb = "was" if count == 1 else "were"
             return (
                 f"the journal's last line had been torn by a crash; {many(count, 'byte')} "

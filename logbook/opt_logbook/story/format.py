@@ -121,7 +121,7 @@ def perplexity_on(validation_set: str) -> str:
     )
 
 
-def bytes_in_words(number: int) -> str:
+def byte_size(number: int) -> str:
     """``44.3 MB``."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= size * 0.9995:

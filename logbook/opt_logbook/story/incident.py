@@ -69,11 +69,9 @@ def _heading(incident: IncidentRecord) -> str:
     heading = f"Incident {incident.number}"
     if incident.diagnosed:
         event = incident.diagnosed.event
-        where = (
-            f"rank {event.rank} on {event.node}"
-            if event.rank >= 0 and event.cause != "node_failure"
-            else event.node
-        )
+        where = event.node
+        if event.rank >= 0 and event.cause != "node_failure":
+            where = f"rank {event.rank} on {event.node}"
         joint = "," if where.startswith("rank") else " on"
         heading += f" · {event.cause}" + (f"{joint} {where}" if where else "")
     if incident.seen:
@@ -93,11 +91,9 @@ def _seen(incident: IncidentRecord) -> tuple[Sentence, ...]:
         named = event.rank < 0 or f"rank {event.rank} " in event.what.lower()
         where = event.node if named else f"rank {event.rank} on {event.node}"
         of = f", {where}" if where and where not in event.what else ""
-        step = (
-            f", after step {sign.step:,} of attempt {sign.entry.attempt}"
-            if sign.step is not None
-            else ""
-        )
+        step = ""
+        if sign.step is not None:
+            step = f", after step {sign.step:,} of attempt {sign.entry.attempt}"
         sentences.append(
             Sentence(f"{clock(sign.time, shown)}{of}{step}: {sentence(event.what)}", (sign.line,))
         )
@@ -116,16 +112,12 @@ def _cause(incident: IncidentRecord) -> Section:
     ]
     if event.detail:
         sentences.append(Sentence(sentence(event.detail), line))
-    most = (
-        f" (the first {QUOTES_MAX} of {len(event.evidence)})"
-        if len(event.evidence) > QUOTES_MAX
-        else ""
-    )
-    confidence = (
-        f"Confidence {event.confidence:.0%}, on this evidence{most}:"
-        if event.evidence
-        else "No evidence."
-    )
+    most = ""
+    if len(event.evidence) > QUOTES_MAX:
+        most = f" (the first {QUOTES_MAX} of {len(event.evidence)})"
+    confidence = "No evidence."
+    if event.evidence:
+        confidence = f"Confidence {event.confidence:.0%}, on this evidence{most}:"
     sentences.append(Sentence(confidence, line))
     quotes = [
         Quote(evidence.file, evidence.line, evidence.text)
@@ -170,12 +162,10 @@ def _done(incident: IncidentRecord) -> tuple[Sentence, ...]:
         sentences.append(Sentence(text, (rejected.line,)))
     for restart in incident.restarts:
         event = restart.event
-        source = (
-            f"the {TIERS[tier_of(event.checkpoint)]} of step {restart.step or 0:,} "
-            f"({event.checkpoint})"
-            if event.checkpoint
-            else "the initial weights"
-        )
+        source = "the initial weights"
+        if event.checkpoint:
+            tier = TIERS[tier_of(event.checkpoint)]
+            source = f"the {tier} of step {restart.step or 0:,} ({event.checkpoint})"
         sentences.append(
             Sentence(
                 f"{clock(restart.time, shown)}: attempt {restart.entry.attempt} was started on "
@@ -197,13 +187,11 @@ def _cost(incident: IncidentRecord, story: Story) -> tuple[Sentence, ...]:
     if event.outcome != "recovered":
         work = (Sentence(f"The work of {lost} was lost.", line),) if event.steps_lost else ()
         return (*work, Sentence(_time_until_the_end(incident.closed), line))
+    again = "No step had to be done again."
+    if event.steps_lost:
+        again = f"{lost} had to be done again."
     return (
-        Sentence(
-            f"{lost} had to be done again."
-            if event.steps_lost
-            else "No step had to be done again.",
-            line,
-        ),
+        Sentence(again, line),
         Sentence(
             f"{duration(event.seconds_lost)} from the failure until training was back where it "
             "had been; "

@@ -58,11 +58,9 @@ def _what_ran(story: Story) -> list[Sentence]:
             )
             sentences.append(Sentence(text, end_lines(story)))
         case RunStopped(by=by, saved_step=saved):
-            state = (
-                f"its state is saved at step {saved:,}"
-                if saved >= 0
-                else "nothing had been saved yet"
-            )
+            state = "nothing had been saved yet"
+            if saved >= 0:
+                state = f"its state is saved at step {saved:,}"
             sentences.append(
                 Sentence(
                     f"It was stopped by {by} at {moment(_end_time(story))}; {state}.",
@@ -79,11 +77,9 @@ def _what_ran(story: Story) -> list[Sentence]:
                 )
             )
         case _:
-            at = (
-                f"attempt {story.attempts[-1].name} was at step {story.totals.steps:,}"
-                if story.attempts
-                else "no attempt had begun"
-            )
+            at = "no attempt had begun"
+            if story.attempts:
+                at = f"attempt {story.attempts[-1].name} was at step {story.totals.steps:,}"
             text = (
                 f"The journal has no end: when it was last written, at {moment(story.now)}, {at}. "
                 "The run was going on "
@@ -102,7 +98,7 @@ def _what_broke(story: Story) -> list[list[Sentence]]:
     opening = Sentence(
         "One thing broke on the way."
         if len(incidents) == 1
-        else f"{_number_in_words(len(incidents))} things broke on the way."
+        else f"{_number_name(len(incidents))} things broke on the way."
     )
     return [[opening], *(_in_brief(incident, _end_time(story)) for incident in incidents)]
 
@@ -162,11 +158,9 @@ def _in_brief(incident: IncidentRecord, shown: float) -> list[Sentence]:
         event_ = incident.closed.event
         if event_.outcome == "recovered":
             verb = "was" if event_.steps_lost == 1 else "were"
-            steps = (
-                f"{many(event_.steps_lost, 'step')}, which {verb} done again,"
-                if event_.steps_lost
-                else "no step"
-            )
+            steps = "no step"
+            if event_.steps_lost:
+                steps = f"{many(event_.steps_lost, 'step')}, which {verb} done again,"
             sentences.append(
                 Sentence(
                     f"It cost {steps} and {duration(event_.seconds_lost)}, of which "
@@ -232,5 +226,5 @@ def _end_time(story: Story) -> float:
     return story.end.time if story.end else story.now
 
 
-def _number_in_words(number: int) -> str:
+def _number_name(number: int) -> str:
     return {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}.get(number, str(number))

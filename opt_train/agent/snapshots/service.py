@@ -41,10 +41,10 @@ from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import Begin, Drop, Fetch
 from opt_train.protocol.facts import (
     Fetched,
-    HeldFiles,
     NumberedFact,
     SavedFile,
-    SnapshotHeld,
+    SnapshotFiles,
+    SnapshotStored,
     SnapshotTaken,
 )
 from opt_train.protocol.framing import Message, ProtocolError, parse, to_line
@@ -127,7 +127,7 @@ class SnapshotService:
         await self.store.close()
         self._worker.close()
 
-    def files(self) -> tuple[HeldFiles, ...]:
+    def files(self) -> tuple[SnapshotFiles, ...]:
         """All files by checkpoint."""
         return self.store.files()
 
@@ -140,7 +140,7 @@ class SnapshotService:
         try:
             for file in taken.files:
                 self.store.adopt(path, file.path, pid, file.fd, file.bytes, file.sha256)
-            fact = SnapshotHeld(
+            fact = SnapshotStored(
                 generation=begin.generation,
                 attempt=begin.attempt,
                 rank=begin.rank,

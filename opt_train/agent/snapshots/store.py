@@ -31,7 +31,7 @@ from opt_train.agent.snapshots.snapshot_file import PIECE_BYTES, OpenSnapshot, S
 from opt_train.checkpoint.durable_file import write_durably
 from opt_train.checkpoint.manifest import MANIFEST, FileEntry
 from opt_train.host.worker_thread import WorkerThread
-from opt_train.protocol.facts import HeldFiles
+from opt_train.protocol.facts import SnapshotFiles
 
 Key = tuple[str, str]
 """A checkpoint's path and a file's name."""
@@ -102,12 +102,12 @@ class SnapshotStore:
             self._forget(key)
         self._put((path, name), SnapshotFile(bytes, descriptor, sha256=sha256, inode=inode))
 
-    def files(self) -> tuple[HeldFiles, ...]:
+    def files(self) -> tuple[SnapshotFiles, ...]:
         """All files by checkpoint, good or not."""
         names = defaultdict(list)
         for path, name in sorted(self._files):
             names[path].append(name)
-        return tuple(HeldFiles(path, tuple(found)) for path, found in names.items())
+        return tuple(SnapshotFiles(path, tuple(found)) for path, found in names.items())
 
     def has(self, path: str, name: str) -> bool:
         """Whether the file is kept, good or not."""

@@ -20,7 +20,7 @@ from opt_train.protocol.facts import (
     RankFact,
     SaveFailed,
     ShardsSaved,
-    SnapshotHeld,
+    SnapshotStored,
     Stacks,
     Store,
     Validation,
@@ -94,7 +94,7 @@ def _when_save_is_settled(s: Context, live: Attempt, fact: ShardsSaved | SaveFai
     return path_of_save(live.name, fact.step) in s.state.settled_saves
 
 
-def _when_snapshot_is_settled(s: Context, live: Attempt, fact: SnapshotHeld) -> bool:
+def _when_snapshot_is_settled(s: Context, live: Attempt, fact: SnapshotStored) -> bool:
     return path_of_save(live.name, fact.step, MEMORY) in s.state.settled_saves
 
 
@@ -117,7 +117,7 @@ SETTLED: Mapping[type[Message], IsSettled] = {
     RankExited: _when_over,
     Stacks: _when_over,
     GenerationGone: _always,
-    SnapshotHeld: _when_snapshot_is_settled,
+    SnapshotStored: _when_snapshot_is_settled,
     Fetched: _always,
     NodeFinding: _when_noted,
 }

@@ -9,7 +9,7 @@ failure costs half the interval. A *snapshot* is the same state in memory: each 
 into memory of its own and gives it to the agent of its node, which outlives the rank. It costs
 seconds and no file system, so it may be taken every few steps.
 
-1. *Take.* Each agent reports the part of each of its ranks (`SnapshotHeld`). When all ranks' parts
+1. *Take.* Each agent reports the parts of its ranks (`SnapshotStored`). When all ranks' parts
    of one step are reported, the manifest is written (`commit`): from then on it is a checkpoint of
    tier ``memory``, on record as any other. An older step that is still incomplete never will be
    complete: a rank that takes a snapshot has done with the one before.

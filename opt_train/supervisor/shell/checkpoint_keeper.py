@@ -72,7 +72,7 @@ class CheckpointKeeper:
             built = retry_while_late(folder, build)
             # Re-read at the last moment: a supervisor that was succeeded while it slept must not
             # commit anything.
-            if not self._lock.still_held():
+            if not self._lock.is_mine():
                 raise CheckpointError("another supervisor has taken over")
             sha256 = commit_manifest(folder, built)
         except (CheckpointError, OSError) as error:
@@ -104,7 +104,7 @@ class CheckpointKeeper:
                 config_sha256=self._config_sha256,
                 journal_head=journal_head,
             )
-            if not self._lock.still_held():
+            if not self._lock.is_mine():
                 raise CheckpointError("another supervisor has taken over")
             for each in effect.paths:
                 folder = self._folder(each)
@@ -130,7 +130,7 @@ class CheckpointKeeper:
         """Remove a checkpoint, manifest first; trouble is logged, for the space is wanted, not
         needed."""
         try:
-            if self._lock.still_held():
+            if self._lock.is_mine():
                 # Fenced as a commit is: a successor may keep what was decided here a minute ago.
                 retire_checkpoint(self._folder(path))
         except (CheckpointError, OSError) as error:

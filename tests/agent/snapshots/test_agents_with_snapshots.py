@@ -15,10 +15,10 @@ from opt_train.checkpoint import manifest as manifests
 from opt_train.protocol.commands import Drop, Fetch, Kill, Leave
 from opt_train.protocol.facts import (
     Fetched,
-    HeldFiles,
     RankExited,
     SavedFile,
-    SnapshotHeld,
+    SnapshotFiles,
+    SnapshotStored,
     SnapshotTaken,
 )
 from opt_train.supervisor.inputs import AgentConnected, FactReceived
@@ -77,9 +77,9 @@ async def agents(
 
 async def snapshot_held(
     listener: SupervisorEnd, run: RunDirectory, node: str = "node-1"
-) -> SnapshotHeld:
+) -> SnapshotStored:
     listener.server.send(node, snapshot_of(run, node))
-    return await listener.fact(SnapshotHeld)
+    return await listener.fact(SnapshotStored)
 
 
 def log_of(run: RunDirectory, node: str = "node-1") -> str:
@@ -118,7 +118,7 @@ def test_a_snapshot_outlives_its_rank_and_can_be_restored(run: RunDirectory, dis
                 lambda: len([i for i in listener.inputs if isinstance(i, AgentConnected)]) == 2
             )
             state = (await listener.connected()).state
-            assert state.held == (HeldFiles(MEMORY, tuple(sorted(FILES))),)
+            assert state.held == (SnapshotFiles(MEMORY, tuple(sorted(FILES))),)
             assert state.address.startswith("127.0.0.1:")
         assert not list(disk.iterdir()), "an agent that held nothing on disk left something there"
 
@@ -149,7 +149,7 @@ def test_a_state_that_nobody_could_read_makes_no_snapshot(
             await listener.until(lambda: memory_descriptors(started["node-1"].pid) == 0)
             listener.server.send("node-1", Kill(1, stacks=False))
             await listener.fact(RankExited)
-            assert not listener.facts(SnapshotHeld)
+            assert not listener.facts(SnapshotStored)
 
     play(scene())
 
@@ -262,7 +262,7 @@ def test_a_new_agent_finds_on_disk_what_a_killed_one_left(run: RunDirectory, dis
                 lambda: len([i for i in listener.inputs if isinstance(i, AgentConnected)]) == 2
             )
             assert (await listener.connected()).state.held == (
-                HeldFiles(NODE, tuple(sorted(FILES))),
+                SnapshotFiles(NODE, tuple(sorted(FILES))),
             )
             assert not Path(answer.folder).exists(), "links to files of a dead process"
             answer = await fetched(listener, "node-1", to_fetch(run, NODE))

@@ -18,7 +18,7 @@ from opt_train.protocol.commands import Drop, Fetch
 from opt_train.protocol.facts import (
     Fetched,
     MemoryFile,
-    SnapshotHeld,
+    SnapshotStored,
     SnapshotTaken,
 )
 from opt_train.protocol.framing import Message
@@ -104,7 +104,7 @@ def test_only_rank_0_reports_a_state(run: RunDirectory, disk: Path) -> None:
     async def scene(service: SnapshotService, facts: list[Message]) -> None:
         with child(b"data") as rank:
             service.keep(rank.pid, of_rank(run, 1), taken(rank, b"data"))
-        assert isinstance(facts[0], SnapshotHeld)
+        assert isinstance(facts[0], SnapshotStored)
         assert facts[0].state is None
 
     in_process(scene, run, disk)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from opt_logbook.record.chain import check, read_bytes
 from opt_logbook.record.codec import GENESIS, encode
-from opt_logbook.record.events import Entry, FailureSeen, JournalDamaged, JournalMended, Note
+from opt_logbook.record.events import Entry, FailureSeen, JournalDamaged, JournalRepaired, Note
 from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -96,7 +96,7 @@ def test_a_last_line_cut_at_every_byte_is_torn_and_mended(tmp_path: Path) -> Non
         for end in range(start + 1, len(FIFTY)):
             run.journal.write_bytes(FIFTY[:end])
             with Journal.open(run, lock) as journal:
-                assert journal.repairs == (JournalMended(end - start),)
+                assert journal.repairs == (JournalRepaired(end - start),)
                 assert (len(journal.entries), journal.head.seq) == (49, 49)
                 assert run.journal.read_bytes() == FIFTY[:start]
         run.journal.write_bytes(FIFTY[:-9])
@@ -224,7 +224,7 @@ def test_a_crash_between_two_repairs_does_not_lose_the_tail_that_is_gone(tmp_pat
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
         assert [type(event) for event in journal.repairs] == [
             JournalDamaged,
-            JournalMended,
+            JournalRepaired,
             JournalDamaged,
         ]
         journal.append(Entry(1795356999.0, "", None, journal.repairs[0]))

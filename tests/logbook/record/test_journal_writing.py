@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from opt_logbook.record.codec import CodecError
-from opt_logbook.record.events import Entry, JournalMended, Note
+from opt_logbook.record.events import Entry, JournalRepaired, Note
 from opt_logbook.record.journal import Journal, read, read_head
 from opt_logbook.record.lock import Lock, LockLost
 from opt_logbook.record.run_directory import RunDirectory
@@ -194,7 +194,7 @@ def test_reading_while_a_line_is_being_written_sees_the_lines_before_it(tmp_path
             file.write(b'{"seq":2,"ti')
         assert len(read(run.journal).entries) == 1
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
-        assert journal.repairs == (JournalMended(12),)
+        assert journal.repairs == (JournalRepaired(12),)
 
 
 def test_an_event_that_no_reader_could_read_is_not_written(tmp_path: Path) -> None:

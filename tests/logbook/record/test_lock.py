@@ -81,7 +81,7 @@ def test_a_live_holder_is_named(tmp_path: Path) -> None:
         Lock.acquire(run)
     lock.release()
     assert holder_of(run) is None
-    assert Lock.acquire(run, leader=5).still_held()
+    assert Lock.acquire(run, leader=5).is_mine()
 
 
 def test_a_lock_that_cannot_be_given_back_does_not_hide_what_the_run_came_to(
@@ -102,7 +102,7 @@ def plant(run: RunDirectory, **changes: object) -> None:
 def test_a_process_number_that_was_given_to_somebody_else_is_stale(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     plant(run, start="12@another-boot")
-    assert Lock.acquire(run).still_held()
+    assert Lock.acquire(run).is_mine()
 
 
 def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_on_another_host(
     with pytest.raises(LockHeld):  # another process of the same start of the job
         Lock.acquire(run)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert Lock.acquire(run).still_held()
+    assert Lock.acquire(run).is_mine()
 
 
 def test_a_zombie_holds_nothing() -> None:
@@ -138,7 +138,7 @@ def test_a_half_written_lock_is_nobody_s(tmp_path: Path, text: str) -> None:
     run = RunDirectory(tmp_path)
     run.lock.write_text(text)
     assert holder_of(run) is None
-    assert Lock.acquire(run).still_held()
+    assert Lock.acquire(run).is_mine()
 
 
 def test_who_was_replaced_knows_it(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_who_was_replaced_knows_it(tmp_path: Path) -> None:
     lock = Lock.acquire(run, leader=1)
     lock.set_leader(2)
     assert lock.leader == 2
-    assert lock.still_held()
+    assert lock.is_mine()
     plant(run, leader=3)
-    assert not lock.still_held()
+    assert not lock.is_mine()
     with pytest.raises(LockLost):
         lock.set_leader(4)
     lock.release()
@@ -160,5 +160,5 @@ def test_a_lock_removed_by_hand_can_be_taken_and_the_old_holder_is_fenced(tmp_pa
     old = Lock.acquire(run, leader=1)
     run.lock.unlink()
     new = Lock.acquire(run, leader=2)
-    assert new.still_held()
-    assert not old.still_held()
+    assert new.is_mine()
+    assert not old.is_mine()

@@ -15,7 +15,7 @@ from opt_logbook.record.events import (
     FailureSeen,
     IncidentClosed,
     IncidentDiagnosed,
-    JournalMended,
+    JournalRepaired,
     LineageOpened,
     NodeFailed,
     Note,
@@ -228,7 +228,7 @@ def test_snapshots_are_told_in_a_sentence_and_restarts_say_where_they_came_from(
 def test_sentences_agree_with_their_numbers(tmp_path: Path) -> None:
     demo = half_a_run(tmp_path / "demo")
     evidence = tuple(Evidence("", 0, f"sign {number}") for number in range(15))
-    demo.append(JournalMended(1))
+    demo.append(JournalRepaired(1))
     for step in (70, 80):
         demo.append(CheckpointCommitted(f"checkpoints/{step}", "", 1, 1, 0.1, healthy=False), step)
     demo.append(FailureSeen(1, 1, "node-2", 1, "rank 1 is gone"), 60)

@@ -4,7 +4,7 @@ given."""
 import math
 
 import pytest
-from opt_logbook.story.format import bytes_in_words, clock, duration, moment, printable, short
+from opt_logbook.story.format import byte_size, clock, duration, moment, printable, short
 
 NOON = 1795348800.0  # 2026-11-22 12:00:00 UTC
 
@@ -21,7 +21,7 @@ NOON = 1795348800.0  # 2026-11-22 12:00:00 UTC
     ],
 )
 def test_a_size_never_needs_an_exponent(number: int, words: str) -> None:
-    assert bytes_in_words(number) == words
+    assert byte_size(number) == words
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, 1e18, 1e300, -1e300])
@@ -34,7 +34,7 @@ def test_a_time_that_no_calendar_has_is_said_not_a_crash(seconds: float) -> None
 def test_an_endless_number_is_said_not_a_crash() -> None:
     assert duration(math.nan) == duration(math.inf) == "an unknown time"
     assert short(10**400)
-    assert bytes_in_words(10**400)
+    assert byte_size(10**400)
 
 
 def test_a_time_has_its_date_where_the_reader_cannot_know_it() -> None:
