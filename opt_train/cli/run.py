@@ -20,12 +20,11 @@ from opt_train.run.admission import (
     check_weights_fit_model,
     unwritable,
 )
+from opt_train.run.code_state import read_code_state
 from opt_train.run.entries import run_created
 from opt_train.run.lineage import (
     RunStart,
     classify_start,
-    git_state,
-    package_versions,
     resolve,
     write_configuration,
 )
@@ -97,7 +96,7 @@ def _supervise(
         write_configuration(directory, config, start)
         sinks.start()
 
-    commit, dirty = git_state()
+    code = read_code_state()
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,9 +110,9 @@ def _supervise(
             opens_lineage=start.opens_lineage,
             lineage_difference=start.lineage_difference,
             operational_difference=start.operational_difference,
-            git_commit=commit,
-            git_dirty=dirty,
-            packages=package_versions(),
+            git_commit=code.git_commit,
+            git_dirty=code.git_dirty,
+            packages=code.packages,
         )
     finally:
         sinks.close()

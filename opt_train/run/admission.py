@@ -6,10 +6,11 @@ cluster checks (`clusters/cluster.py`)."""
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from opt_logbook.record import journal
-from opt_logbook.record.events import RunCreated
+from opt_logbook.record.events import Event, JournalDamaged, RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.config.run_config import RunConfig
@@ -83,6 +84,19 @@ def check_same_data(directory: RunDirectory, manifest: DatasetManifest) -> None:
                 f"({manifest.fingerprint[:12]} instead of {event.data_fingerprint[:12]}); prepare "
                 "the same corpus again"
             )
+
+
+def damage_question(run: RunDirectory, repairs: Sequence[Event]) -> str:
+    """What a person must decide about a journal with these repairs; empty where nothing in it is
+    damaged."""
+    lines = "; ".join(
+        f"line {event.line}: {event.why}" for event in repairs if isinstance(event, JournalDamaged)
+    )
+    return lines and (
+        f"{run.journal} is damaged ({lines}), and what stood there is forgotten: perhaps a failed "
+        "node or checkpoint; restore the file from a copy, or start the same command again to go "
+        "on without"
+    )
 
 
 def check_room(directory: RunDirectory, config: RunConfig) -> None:

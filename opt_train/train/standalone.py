@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import BAD_INPUT, BadInput
 from opt_train.protocol.facts import ExitNotice, ShardsSaved
 from opt_train.protocol.framing import Message, from_line, to_line
+from opt_train.protocol.standalone import StandaloneBegin
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import run_rank
 from opt_train.train.rendezvous import choose_device, join, join_by_environment
@@ -24,19 +25,6 @@ from opt_train.train.rendezvous import choose_device, join, join_by_environment
 PublishFrom = Callable[[int, Message], None]
 """Called with (rank, fact) on rank 0: its own facts, and every rank's `ShardsSaved`, which a
 committer needs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StandaloneBegin:
-    """What somebody who holds the journal decided about an attempt without a supervisor."""
-
-    attempt: str
-    config_path: str
-    config_sha256: str
-    run_directory: str
-    checkpoint: str | None = None
-    manifest_sha256: str | None = None
-    journal_head: str = ""
 
 
 def train_standalone(

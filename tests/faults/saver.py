@@ -113,7 +113,7 @@ class Child:
     def __init__(self, run: RunDirectory, lock: "Lock") -> None:
         import torch
 
-        from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
+        from opt_train.run.checkpoint_keeper import CheckpointKeeper
 
         torch.set_num_threads(1)
         self.run, self.keeper = run, CheckpointKeeper(run, lock, "c0")
@@ -171,12 +171,10 @@ class Child:
 
     def commit(self, case: Case, report: str) -> Answer:
         """Of what was reported; nothing is removed where that is refused."""
-        from opt_train.supervisor.effects import CommitManifest
-
         path = path_of(case.step)
         files = {name: (size, sha256) for name, (size, sha256) in json.loads(report).items()}
-        wanted = CommitManifest(path, str(self.run.path / path), ATTEMPT, case.step, files, 0.1)
-        done = self.keeper.commit(wanted, "0" * 64)
+        folder = str(self.run.path / path)
+        done = self.keeper.commit(path, folder, ATTEMPT, case.step, files, "0" * 64)
         return Answer(done.why, done.manifest_sha256)
 
     def save_and_commit(self, case: Case) -> Answer:

@@ -8,17 +8,17 @@ from opt_logbook.record.journal import read
 
 from opt_train.config.compose import compose
 from tests.command import prepared_once, workplace  # noqa: F401 - fixtures
-from tests.run.test_standalone import SMALL, a_lone_run, save
+from tests.run.test_standalone import SMALL, a_standalone_run, save
 from tests.train.rig import environment
 
 
 def test_what_a_lone_rank_cannot_commit_gives_its_space_back(workplace: Path) -> None:  # noqa: F811
-    alone, run = a_lone_run(compose(SMALL))
-    attempt = alone.open().attempt
-    save(alone, run, attempt, 4, missing_bytes=1)
+    standalone, run = a_standalone_run(compose(SMALL))
+    attempt = standalone.open().attempt
+    save(standalone, run, attempt, 4, missing_bytes=1)
     assert not run.checkpoint(attempt, 4).exists()
-    save(alone, run, attempt, 8)
-    alone.close()
+    save(standalone, run, attempt, 8)
+    standalone.close()
     told = {entry.step: entry.event for entry in read(run.journal).entries if entry.step in (4, 8)}
     assert [event.kind for event in told.values()] == ["save_abandoned", "checkpoint_committed"]
     assert "bytes instead of" in getattr(told[4], "why", "")

@@ -16,6 +16,7 @@ from opt_logbook.record.run_directory import RunDirectory
 import opt_train
 from opt_train.config.compose import compose
 from opt_train.run import lineage
+from opt_train.run.code_state import package_versions
 
 SMALL = (
     "model=tiny",
@@ -84,7 +85,7 @@ def an_edit(run: RunDirectory) -> str:
 
 
 def an_upgrade(run: RunDirectory) -> str:
-    now = lineage.package_versions()["torch"]
+    now = package_versions()["torch"]
     edit(
         run.path / "code" / "1" / "packages.txt",
         lambda text: text.replace(f"torch=={now}\n", "torch==2.12.0\n"),
@@ -93,7 +94,7 @@ def an_upgrade(run: RunDirectory) -> str:
 
 
 def a_package_that_was_not_there(run: RunDirectory) -> str:
-    now = lineage.package_versions()["safetensors"]
+    now = package_versions()["safetensors"]
     edit(
         run.path / "code" / "1" / "packages.txt",
         lambda text: text.replace(f"safetensors=={now}\n", ""),

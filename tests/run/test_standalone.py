@@ -15,13 +15,14 @@ from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.cli import train as cli_train
-from opt_train.cli.train import StandaloneRun
 from opt_train.config.compose import compose
 from opt_train.config.run_config import RunConfig
 from opt_train.host.processes import stat_of
 from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
 from opt_train.protocol.facts import ExitNotice, Metrics, SavedFile, ShardsSaved, Validation
 from opt_train.run import lineage
+from opt_train.run.standalone import StandaloneRun
+from opt_train.train.fact_pipe import log_line
 
 SMALL = (
     "model=tiny",
@@ -49,15 +50,15 @@ def config(workplace: Path) -> RunConfig:
     return compose(SMALL)
 
 
-def a_lone_run(config: RunConfig) -> tuple[StandaloneRun, RunDirectory]:
+def a_standalone_run(config: RunConfig) -> tuple[StandaloneRun, RunDirectory]:
     run, resolved = lineage.resolve(config)
     return StandaloneRun(
-        run, resolved, lineage.classify_start(run, resolved, asked_for_lineage=False)
+        run, resolved, lineage.classify_start(run, resolved, asked_for_lineage=False), log_line
     ), run
 
 
 def save(
-    alone: StandaloneRun, run: RunDirectory, attempt: str, step: int, missing_bytes: int = 0
+    standalone: StandaloneRun, run: RunDirectory, attempt: str, step: int, missing_bytes: int = 0
 ) -> None:
     """What a rank writes and says when it saves."""
     folder = run.checkpoint(attempt, step)
@@ -68,26 +69,26 @@ def save(
         files.append(
             SavedFile(name, len(content) + missing_bytes, hashlib.sha256(content).hexdigest())
         )
-    alone.tell(0, ShardsSaved(step, str(folder), tuple(files), 0.1))
+    standalone.record(0, ShardsSaved(step, str(folder), tuple(files), 0.1))
 
 
 def test_ranks_of_a_dead_supervisor_are_not_joined_by_a_lone_one(config: RunConfig) -> None:
     """Its lock is free and its ranks train on until their agents' lease is over: two generations at
     once."""
-    alone, run = a_lone_run(config)
+    standalone, run = a_standalone_run(config)
     (run.nodes / "node-1").mkdir(parents=True)
     me = stat_of(os.getpid())
     assert me is not None
     registration = {"node": "node-1", "pid": os.getpid(), "start_ticks": me.start_ticks}
     (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration))
     with pytest.raises(BadInput, match=r"node-1.*still live.*opt-train run"):
-        alone.open()
-    alone.close()
+        standalone.open()
+    standalone.close()
     assert not run.journal.exists()
 
     (run.nodes / "node-1" / "agent.json").write_text(json.dumps(registration | {"start_ticks": 1}))
-    assert alone.open().attempt == "1.00", "an agent that is gone keeps nobody out"
-    alone.close()
+    assert standalone.open().attempt == "1.00", "an agent that is gone keeps nobody out"
+    standalone.close()
 
 
 def test_a_path_in_the_journal_does_not_lead_retirement_out_of_the_run(
@@ -96,19 +97,19 @@ def test_a_path_in_the_journal_does_not_lead_retirement_out_of_the_run(
     precious = workplace / "precious" / "folder"
     precious.mkdir(parents=True)
     (precious / "thesis.txt").write_text("years of work")
-    alone, run = a_lone_run(config)
-    alone.open()
-    save(alone, run, "1.00", 4)
-    alone.close()
+    standalone, run = a_standalone_run(config)
+    standalone.open()
+    save(standalone, run, "1.00", 4)
+    standalone.close()
     with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
         planted = CheckpointCommitted("../../precious/folder", "0" * 64, 1, 1, 0.1, healthy=True)
         journal.append(Entry(1.7e9, "1.00", 1, planted))
 
-    alone, run = a_lone_run(config)
-    assert alone.open().checkpoint == str(run.checkpoint("1.00", 4))
+    standalone, run = a_standalone_run(config)
+    assert standalone.open().checkpoint == str(run.checkpoint("1.00", 4))
     for step in (8, 12):
-        save(alone, run, "1.01", step)
-    alone.close()
+        save(standalone, run, "1.01", step)
+    standalone.close()
     assert not run.checkpoint("1.00", 4).exists()
     assert (precious / "thesis.txt").read_text() == "years of work"
 
@@ -120,18 +121,21 @@ def test_done_is_only_what_a_checkpoint_holds(
     again when asked."""
 
     def ranks(
-        _config: RunConfig, open_run: Callable[[], object], tell: Callable[[int, object], None]
+        _config: RunConfig,
+        open_run: Callable[[], object],
+        _reject_checkpoint: object,
+        record: Callable[[int, object], None],
     ) -> int:
-        alone = tell.__self__  # type: ignore[attr-defined]  # LoneRun.tell is a method
+        standalone = record.__self__  # type: ignore[attr-defined]  # StandaloneRun.record
         open_run()
         save(
-            alone,
+            standalone,
             RunDirectory(Path(config.runs, config.name).absolute()),
             "1.00",
             12,
             missing_bytes=1,
         )
-        tell(0, ExitNotice(DONE, 12, "all 12 steps are done"))
+        record(0, ExitNotice(DONE, 12, "all 12 steps are done"))
         return DONE
 
     monkeypatch.setattr(cli_train, "train_standalone", ranks)
@@ -145,14 +149,14 @@ def test_done_is_only_what_a_checkpoint_holds(
 def test_a_damaged_journal_is_a_persons_decision_alone_too(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone, run = a_lone_run(config)
-    alone.open()
-    alone.close()
+    standalone, run = a_standalone_run(config)
+    standalone.open()
+    standalone.close()
     content = run.journal.read_bytes()
     run.journal.write_bytes(content.replace(b"started alone", b"started Alone"))
     begun = []
 
-    def ranks(_config: RunConfig, open_run: Callable[[], object], _tell: object) -> int:
+    def ranks(_config: RunConfig, open_run: Callable[[], object], *_rest: object) -> int:
         begun.append(open_run())
         return DONE
 
@@ -165,15 +169,15 @@ def test_a_damaged_journal_is_a_persons_decision_alone_too(
 
 
 def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) -> None:
-    alone, run = a_lone_run(config)
+    standalone, run = a_standalone_run(config)
     run.lock.mkdir(parents=True)
     with pytest.raises(BadInput, match=r"journal\.lock.*mend it"):
-        alone.open()
-    alone.close()
+        standalone.open()
+    standalone.close()
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "sentence"),
     [
         ({"WORLD_SIZE": "2"}, r"no RANK and no MASTER_ADDR .* beside WORLD_SIZE .*torchrun"),
         ({"RANK": "0"}, r"no WORLD_SIZE and no MASTER_ADDR .* beside RANK .*unset it"),
@@ -190,30 +194,30 @@ def test_a_run_directory_that_cannot_be_used_is_a_sentence(config: RunConfig) ->
     ],
 )
 def test_an_environment_that_is_not_torchruns_is_a_sentence(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], sentence: str
 ) -> None:
     """A variable left behind by another job made a traceback, and an attempt of two ranks in the
     journal."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=sentence):
         cli_train.train(config)
     assert not Path(config.runs, config.name).exists()
 
 
-def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
+def test_metrics_that_cannot_be_written_are_reported_once_and_end_nothing(
     config: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    alone, run = a_lone_run(config)
-    alone.open()
+    standalone, run = a_standalone_run(config)
+    standalone.open()
     run.metrics.write_text("a file where a folder should be")
     for step in (1, 2):
-        alone.tell(0, Metrics({"step": step, "loss": 5.0, "tokens": 128 * step}))
-    said = [line for line in capfd.readouterr().out.splitlines() if "metrics" in line]
-    assert said == ["step 1: its metrics could not be written (File exists); training goes on"]
+        standalone.record(0, Metrics({"step": step, "loss": 5.0, "tokens": 128 * step}))
+    reported = [line for line in capfd.readouterr().out.splitlines() if "metrics" in line]
+    assert reported == ["step 1: its metrics could not be written (File exists); training goes on"]
     run.metrics.unlink()
-    alone.tell(0, Metrics({"step": 3, "loss": 4.0, "tokens": 384}))
-    alone.close()
+    standalone.record(0, Metrics({"step": 3, "loss": 4.0, "tokens": 384}))
+    standalone.close()
     assert [line["step"] for line in metrics.read(run).lines] == [3]
 
 
@@ -222,8 +226,8 @@ def test_a_journal_that_takes_no_more_is_a_sentence(
 ) -> None:
     """What it does not hold, no later start would know; so training ends, and not with a
     traceback."""
-    alone, run = a_lone_run(config)
-    alone.open()
+    standalone, run = a_standalone_run(config)
+    standalone.open()
 
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -231,6 +235,6 @@ def test_a_journal_that_takes_no_more_is_a_sentence(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", full)
         with pytest.raises(BadInput, match=r"journal\.jsonl: No space left on device; make room"):
-            alone.tell(0, Validation("validation", 4, 2.0, 100))
-    alone.close()
+            standalone.record(0, Validation("validation", 4, 2.0, 100))
+    standalone.close()
     assert read(run.journal).damaged == ()

@@ -7,15 +7,11 @@ from pathlib import Path
 from opt_logbook.record.events import (
     AgentsAdopted,
     AttemptEnded,
-    AttemptStarted,
     CheckpointRejected,
     IncidentClosed,
     InForceReported,
     MetricsDropped,
     OrderEnded,
-    RunFinished,
-    TrainingBegan,
-    ValidationMeasured,
 )
 from opt_logbook.record.run_directory import RunDirectory
 
@@ -25,6 +21,13 @@ from opt_train.protocol.facts import Store
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
+from opt_train.run.code_state import CodeState
+from opt_train.run.entries import (
+    attempt_started,
+    run_finished,
+    training_began,
+    validation_measured,
+)
 from opt_train.run.state import OBEYED, REPLACED, WITHDRAWN
 from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
 from opt_train.supervisor.rules import snapshots
@@ -89,20 +92,16 @@ def start(s: Context) -> list[Decision]:
     # Keys change between two lives of the supervisor, by a person: an automatic restart differs in
     # nothing.
     news = last is None or last.leader != s.state.leader
-    started = AttemptStarted(
+    started = attempt_started(
+        wanted,
+        CodeState(s.identity.git_commit, s.identity.git_dirty, s.identity.packages),
         generation=max(s.state.generation, s.view.highest_generation) + 1,
-        parent=wanted.attempt if wanted else "",
-        checkpoint=wanted.path if wanted else "",
-        manifest_sha256=wanted.manifest_sha256 if wanted else "",
         nodes=places,
         buffer=tuple(ready),
         world_size=len(places) * s.config.cluster.slots_per_node,
         reason=_reason(s),
         incident=incident.number if incident else 0,
         config_sha256=s.identity.config_sha256,
-        git_commit=s.identity.git_commit,
-        git_dirty=s.identity.git_dirty,
-        packages=s.identity.packages,
         difference=s.identity.operational_difference if news else (),
     )
     # Ranks that died in a save left shards that no line names: of OPT-175B 1.6 TB each time.
@@ -232,13 +231,9 @@ def begin_training(s: Context) -> list[Decision]:
     attempt = s.attempt
     if attempt.began or s.view.training.history.step <= attempt.start_step:
         return []
-    # From another supervisor only wall time is known, and a clock may have been set back since.
-    seconds = max(0.0, s.view.now.wall - attempt.started)
-    return [
-        Record(
-            TrainingBegan(attempt.generation, round(seconds, 3)), step=s.view.training.history.step
-        )
-    ]
+    # From another supervisor only wall time is known.
+    step = s.view.training.history.step
+    return [Record(training_began(attempt, s.view.now.wall), step=step)]
 
 
 def close_recovered(s: Context) -> list[Decision]:
@@ -260,18 +255,10 @@ def close_recovered(s: Context) -> list[Decision]:
 
 def report_validation(s: Context) -> list[Decision]:
     return [
-        Record(ValidationMeasured(v.name, v.loss, perplexity(v.loss), v.tokens), step=v.step)
+        Record(validation_measured(v.name, v.loss, v.tokens), step=v.step)
         for key, v in s.generation.validations.items()
         if key not in s.state.validations
     ]
-
-
-def perplexity(loss: float) -> float:
-    """e to the loss in nats a token; infinite where a float cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 # Its end ------------------------------------------------------------------------------------------
@@ -318,10 +305,5 @@ def finish(s: Context) -> list[Decision]:
     tokens = s.view.training.history.newest("tokens")
     if tokens is None:
         tokens = train.steps * train.global_batch * s.config.data.sequence_length
-    finished = RunFinished(
-        loss=loss,
-        validation_perplexity=measured.perplexity if measured else math.nan,
-        tokens=int(tokens),
-        seconds=round(max(0.0, s.view.now.wall - s.state.created_time), 3),
-    )
+    finished = run_finished(s.state, loss, int(tokens), s.view.now.wall)
     return [*close_incidents(s, "recovered"), Record(finished, step=train.steps)]

@@ -1,14 +1,14 @@
 """Rules about checkpoints: commit what every rank has saved, give up what will not be complete,
 retire the old."""
 
-from opt_logbook.record.events import CheckpointCommitted, CheckpointRetired, SaveAbandoned
+from opt_logbook.record.events import CheckpointRetired, SaveAbandoned
 from opt_logbook.record.run_directory import tier_of
 
 from opt_train.run.checkpoint import MEMORY, SHARED, path_of_save
+from opt_train.run.entries import checkpoint_committed
 from opt_train.run.retention import dispensable
 from opt_train.run.state import TERMINAL
 from opt_train.supervisor.effects import CommitManifest, RetireCheckpoint
-from opt_train.supervisor.inputs import ManifestCommitted
 from opt_train.supervisor.rules.context import Context, Decision, Record
 
 
@@ -54,23 +54,10 @@ def conclude(s: Context) -> list[Decision]:
             if path not in s.state.settled_saves:
                 decisions += abandon(s, path, answer.why, answer.step, answer.attempt)
             continue
-        decisions.append(Record(committed(path, answer), answer.step, answer.attempt))
+        decisions.append(
+            Record(checkpoint_committed(path, answer, answer.seconds), answer.step, answer.attempt)
+        )
     return decisions
-
-
-def committed(path: str, made: ManifestCommitted) -> CheckpointCommitted:
-    """What the journal says of a manifest that is in place."""
-    return CheckpointCommitted(
-        path,
-        made.manifest_sha256,
-        made.bytes,
-        made.files,
-        made.seconds,
-        made.healthy,
-        tier=tier_of(path),
-        world_size=made.world_size,
-        config_sha256=made.config_sha256,
-    )
 
 
 def abandon_failed(s: Context) -> list[Decision]:

@@ -44,9 +44,10 @@ from opt_train.checkpoint.manifest import STATE, own_file_name
 from opt_train.protocol.commands import Drop, Fetch
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import MEMORY, NODE, Checkpoint, path_of_save
+from opt_train.run.entries import checkpoint_committed
 from opt_train.run.state import Stage
 from opt_train.supervisor.effects import CommitSnapshot, Send
-from opt_train.supervisor.rules.checkpoints import abandon, committed
+from opt_train.supervisor.rules.checkpoints import abandon
 from opt_train.supervisor.rules.context import Context, Decision, Record
 
 COPY_AGAIN_SECONDS = 60.0
@@ -132,7 +133,7 @@ def pass_on(s: Context) -> list[Decision]:
             decisions += abandon(s, path, failed[0], made.step, attempt.name)
             continue
         if all(answer is not None for answer in answers.values()):
-            decisions.append(Record(committed(path, made), made.step))
+            decisions.append(Record(checkpoint_committed(path, made, made.seconds), made.step))
             continue
         for node, answer in answers.items():
             command = Fetch(path, made.manifest_sha256, names_of[node], {}, origin=made.path)

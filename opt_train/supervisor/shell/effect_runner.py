@@ -22,6 +22,7 @@ from opt_logbook.record.metrics import MetricsWriter
 from opt_train.clusters.cluster import Cluster
 from opt_train.protocol.commands import Acknowledge, Begin
 from opt_train.protocol.framing import Message
+from opt_train.run.checkpoint_keeper import CheckpointKeeper, CommitResult
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
     Append,
@@ -38,8 +39,12 @@ from opt_train.supervisor.effects import (
     VerifyCheckpoint,
     WriteMetrics,
 )
-from opt_train.supervisor.inputs import Input, JournalWasStalled
-from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
+from opt_train.supervisor.inputs import (
+    CheckpointVerified,
+    Input,
+    JournalWasStalled,
+    ManifestCommitted,
+)
 
 STALL_SECONDS = 1.0
 RETRY_SECONDS_MAX = 10.0
@@ -139,16 +144,12 @@ class EffectRunner:
             case FenceNode(node):
                 self._spawn(self._on_node(node, partial(self._cluster.fence, node)))
             case VerifyCheckpoint(path, sha256):
-                self._spawn(self._answer(partial(self._checkpoints.verify, path, sha256)))
+                self._spawn(self._answer(partial(self._verify, path, sha256)))
             case CommitManifest():
-                self._spawn(
-                    self._answer(partial(self._checkpoints.commit, effect, self._journal.head.hash))
-                )
+                self._spawn(self._answer(partial(self._commit, effect, self._journal.head.hash)))
             case CommitSnapshot():
                 self._spawn(
-                    self._answer(
-                        partial(self._checkpoints.commit_snapshot, effect, self._journal.head.hash)
-                    )
+                    self._answer(partial(self._commit_snapshot, effect, self._journal.head.hash))
                 )
             case RetireCheckpoint(path):
                 self._removing.submit(self._checkpoints.retire, path)
@@ -231,6 +232,22 @@ class EffectRunner:
     async def _answer(self, work: Callable[[], Input]) -> None:
         self._feed(await asyncio.get_running_loop().run_in_executor(self._checking, work))
 
+    def _verify(self, path: str, sha256: str) -> CheckpointVerified:
+        found = self._checkpoints.verify(path, sha256)
+        return CheckpointVerified(path, found.why, found.manifest_sha256)
+
+    def _commit(self, effect: CommitManifest, journal_head: str) -> ManifestCommitted:
+        result = self._checkpoints.commit(
+            effect.path, effect.folder, effect.attempt, effect.step, effect.files, journal_head
+        )
+        return _answer_of(effect.path, effect, result)
+
+    def _commit_snapshot(self, effect: CommitSnapshot, journal_head: str) -> ManifestCommitted:
+        result = self._checkpoints.commit_snapshot(
+            effect.paths, effect.attempt, effect.step, effect.files, effect.state, journal_head
+        )
+        return _answer_of(effect.paths[0], effect, result)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -242,6 +259,24 @@ class EffectRunner:
             # Raised where `run` takes it: whoever awaits that sees it, while asyncio would only log
             # it.
             self._queue.put_nowait(partial(_raise, error))
+
+
+def _answer_of(
+    path: str, effect: CommitManifest | CommitSnapshot, result: CommitResult
+) -> ManifestCommitted:
+    return ManifestCommitted(
+        path,
+        effect.attempt,
+        effect.step,
+        result.why,
+        result.manifest_sha256,
+        result.bytes,
+        result.files,
+        0.0 if result.why else effect.seconds,
+        result.healthy,
+        result.world_size,
+        result.config_sha256,
+    )
 
 
 def _nothing() -> None:

@@ -31,6 +31,7 @@ from opt_train.link.address import Address, publish, read_address
 from opt_train.link.endpoint import remove_endpoint
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
+from opt_train.run.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.effects import Effect, Finish
 from opt_train.supervisor.inputs import (
     AgentDisconnected,
@@ -43,7 +44,6 @@ from opt_train.supervisor.inputs import (
     Tick,
 )
 from opt_train.supervisor.shell.agent_server import AgentServer
-from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.shell.effect_runner import EffectRunner
 from opt_train.supervisor.shell.status_line import StatusLine
 

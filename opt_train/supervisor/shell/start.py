@@ -6,12 +6,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, TextIO
 
 from opt_logbook.record import metrics
-from opt_logbook.record.events import Entry, Event, JournalDamaged, RunCreated
+from opt_logbook.record.events import Entry, RunCreated
 from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock, LockHeld
 from opt_logbook.record.run_directory import RunDirectory
@@ -21,6 +21,7 @@ from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.faults.plan import FaultPlan
 from opt_train.link.secret import SecretUnusable, ensure_secret
 from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
+from opt_train.run.admission import damage_question
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
@@ -147,19 +148,6 @@ def _folded(journal: Journal) -> RunState:
         log.warning("the journal needed mending: %s", repair)
         state = fold(state, journal.append(Entry(round(time.time(), 3), attempt, None, repair)))
     return state
-
-
-def damage_question(run: RunDirectory, repairs: Sequence[Event]) -> str:
-    """What a person must decide about a journal with these repairs; empty where nothing in it is
-    damaged."""
-    lines = "; ".join(
-        f"line {event.line}: {event.why}" for event in repairs if isinstance(event, JournalDamaged)
-    )
-    return lines and (
-        f"{run.journal} is damaged ({lines}), and what stood there is forgotten: perhaps a failed "
-        "node or checkpoint; "
-        "restore the file from a copy, or start the same command again to go on without"
-    )
 
 
 def _render_chronicle(run: RunDirectory, stream: TextIO) -> None:

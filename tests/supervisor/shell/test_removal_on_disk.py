@@ -22,6 +22,8 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.commit import retire_checkpoint
 from opt_train.checkpoint.listing import list_checkpoints
+from opt_train.run import checkpoint_keeper
+from opt_train.run.checkpoint_keeper import CheckpointKeeper, CommitResult
 from opt_train.supervisor.effects import (
     ClearUncommitted,
     CommitManifest,
@@ -30,8 +32,6 @@ from opt_train.supervisor.effects import (
     RetireCheckpoint,
 )
 from opt_train.supervisor.inputs import Input, ManifestCommitted
-from opt_train.supervisor.shell import checkpoint_keeper
-from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.shell.effect_runner import EffectRunner
 
 SHARDS = 5
@@ -58,6 +58,12 @@ def saved(run: RunDirectory, step: int) -> CommitManifest:
         (folder / name).write_bytes(content)
         files[name] = (len(content), hashlib.sha256(content).hexdigest())
     return CommitManifest(path_of(step), str(folder), "1.00", step, files, 0.1)
+
+
+def commit(keeper: CheckpointKeeper, wanted: CommitManifest) -> CommitResult:
+    return keeper.commit(
+        wanted.path, wanted.folder, wanted.attempt, wanted.step, wanted.files, "0" * 64
+    )
 
 
 class NoJournal:
@@ -137,7 +143,7 @@ def test_a_removal_killed_at_any_moment_leaves_a_checkpoint_or_rubbish(
     is ended."""
     with Lock.acquire(run, leader=1) as lock:
         keeper = CheckpointKeeper(run, lock, "c0")
-        keep, drop = (keeper.commit(saved(run, step), "0" * 64) for step in (3, 6))
+        keep, drop = (commit(keeper, saved(run, step)) for step in (3, 6))
         assert (keep.why, drop.why) == ("", "")
         folder = run.path / path_of(6)
         program = f"""

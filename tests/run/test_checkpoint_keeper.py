@@ -4,13 +4,13 @@ folder."""
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.supervisor.effects import CommitManifest
-from opt_train.supervisor.shell.checkpoint_keeper import CheckpointKeeper
+from opt_train.run.checkpoint_keeper import CheckpointKeeper
 
 PATH = "checkpoints/1.00/step-00000003"
 
@@ -22,20 +22,20 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def saved(run: RunDirectory, folder: Path) -> CommitManifest:
+def saved(run: RunDirectory, folder: Path) -> dict[str, Any]:
     """What a rank has written into `folder` and reported, as the save at `PATH`."""
     folder.mkdir(parents=True)
     files = {}
     for name, content in (("state.json", b"{}"), ("model.safetensors", b"weights")):
         (folder / name).write_bytes(content)
         files[name] = (len(content), hashlib.sha256(content).hexdigest())
-    return CommitManifest(PATH, str(folder), "1.00", 3, files, 0.1)
+    return {"path": PATH, "folder": str(folder), "attempt": "1.00", "step": 3, "files": files}
 
 
 def test_a_manifest_is_committed_verified_and_retired(run: RunDirectory) -> None:
     with Lock.acquire(run, leader=1) as lock:
         keeper = CheckpointKeeper(run, lock, "c0")
-        done = keeper.commit(saved(run, run.path / PATH), "0" * 64)
+        done = keeper.commit(**saved(run, run.path / PATH), journal_head="0" * 64)
         assert (done.why, done.files, done.bytes) == ("", 2, 9)
         assert keeper.verify(PATH, done.manifest_sha256).why == ""
         keeper.retire(PATH)
@@ -48,7 +48,7 @@ def test_a_supervisor_that_was_succeeded_commits_and_removes_nothing(run: RunDir
         keeper = CheckpointKeeper(run, lock, "c0")
         wanted = saved(run, run.path / PATH)
         run.lock.write_text(json.dumps(json.loads(run.lock.read_text()) | {"leader": 2}))
-        assert "taken over" in keeper.commit(wanted, "0" * 64).why
+        assert "taken over" in keeper.commit(**wanted, journal_head="0" * 64).why
         assert not (run.path / PATH / "manifest.json").exists()
         keeper.retire(PATH)
         assert (run.path / PATH / "model.safetensors").exists()
@@ -90,4 +90,4 @@ def test_shards_that_lie_elsewhere_are_not_vouched_for(run: RunDirectory) -> Non
     with Lock.acquire(run, leader=1) as lock:
         keeper = CheckpointKeeper(run, lock, "c0")
         wanted = saved(run, run.path.parent / "elsewhere" / "1.00" / "step-00000003")
-        assert "instead of" in keeper.commit(wanted, "0" * 64).why
+        assert "instead of" in keeper.commit(**wanted, journal_head="0" * 64).why

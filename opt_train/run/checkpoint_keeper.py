@@ -1,11 +1,16 @@
-"""The supervisor's hand on checkpoints: check, commit, retire. Any of it may take long; not for an
-event loop."""
+"""What whoever holds a run's lock does to its checkpoints: check, commit, retire.
+
+Any of it may take long: it is not for an event loop. A supervisor and a standalone run share it,
+and neither may touch what lies outside the run's own folders of checkpoints.
+"""
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -20,10 +25,32 @@ from opt_train.checkpoint.commit import (
 from opt_train.checkpoint.late_files import retry_while_late
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.run.checkpoint import FASTEST_LAST
-from opt_train.supervisor.effects import CommitManifest, CommitSnapshot
-from opt_train.supervisor.inputs import CheckpointVerified, ManifestCommitted
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of a look at a checkpoint. `why` is empty when it is good."""
+
+    why: str
+    manifest_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitResult:
+    """What came of a commit. `why` is empty when the manifest is in place, else it says what kept
+    it."""
+
+    why: str
+    manifest_sha256: str = ""
+    bytes: int = 0
+    files: int = 0
+    healthy: bool = True
+    world_size: int = 0
+    """Of a snapshot: the ranks that made it."""
+    config_sha256: str = ""
+    """Of a snapshot: what those ranks were configured with."""
 
 
 class CheckpointKeeper:
@@ -32,7 +59,7 @@ class CheckpointKeeper:
     def __init__(self, run: RunDirectory, lock: Lock, config_sha256: str) -> None:
         self._run, self._lock, self._config_sha256 = run, lock, config_sha256
 
-    def verify(self, path: str, manifest_sha256: str) -> CheckpointVerified:
+    def verify(self, path: str, manifest_sha256: str) -> Verification:
         """Compare the manifest's hash, and the files' names and sizes; `why` of the answer is empty
         when they are right.
 
@@ -47,80 +74,82 @@ class CheckpointKeeper:
                 or hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()
             )
         except (CheckpointError, OSError) as error:
-            return CheckpointVerified(path, self._relative(error))
-        return CheckpointVerified(path, "", found)
+            return Verification(self._relative(error))
+        return Verification("", found)
 
-    def commit(self, effect: CommitManifest, journal_head: str) -> ManifestCommitted:
-        """Make what the ranks saved a checkpoint; `why` of the answer says what kept it from
-        becoming one."""
+    def commit(
+        self,
+        path: str,
+        folder: str,
+        attempt: str,
+        step: int,
+        files: Mapping[str, tuple[int, str]],
+        journal_head: str,
+    ) -> CommitResult:
+        """Make what the ranks saved a checkpoint.
+
+        Args:
+            path: relative to the run directory, where the checkpoint must lie.
+            folder: where the ranks say that they wrote it.
+            files: path inside the folder to (bytes, sha256), as reported.
+        """
         try:
-            folder = self._folder(effect.path)
+            place = self._folder(path)
             # A rank with another mount under this name has saved where nobody here will ever look.
-            if Path(effect.folder).resolve() != folder.resolve():
-                raise CheckpointError(
-                    f"the ranks saved in {effect.folder} instead of {effect.path}"
-                )
+            if Path(folder).resolve() != place.resolve():
+                raise CheckpointError(f"the ranks saved in {folder} instead of {path}")
             build = partial(
                 build_manifest,
-                folder,
-                effect.attempt,
-                effect.step,
-                effect.files,
+                place,
+                attempt,
+                step,
+                files,
                 config_sha256=self._config_sha256,
                 journal_head=journal_head,
             )
-            built = retry_while_late(folder, build)
+            built = retry_while_late(place, build)
             # Re-read at the last moment: a supervisor that was succeeded while it slept must not
             # commit anything.
             if not self._lock.is_mine():
                 raise CheckpointError("another supervisor has taken over")
-            sha256 = commit_manifest(folder, built)
+            sha256 = commit_manifest(place, built)
         except (CheckpointError, OSError) as error:
-            return ManifestCommitted(
-                effect.path, effect.attempt, effect.step, self._relative(error)
-            )
-        return ManifestCommitted(
-            effect.path,
-            effect.attempt,
-            effect.step,
-            "",
-            sha256,
-            built.bytes,
-            len(built.files),
-            effect.seconds,
-            built.healthy,
-        )
+            return CommitResult(self._relative(error))
+        return CommitResult("", sha256, built.bytes, len(built.files), built.healthy)
 
-    def commit_snapshot(self, effect: CommitSnapshot, journal_head: str) -> ManifestCommitted:
-        """Write the manifest of files that agents hold; as `commit`, but nothing of theirs can be
-        looked at here."""
-        path = effect.paths[0]
+    def commit_snapshot(
+        self,
+        paths: Sequence[str],
+        attempt: str,
+        step: int,
+        files: Mapping[str, tuple[int, str]],
+        state: Mapping[str, Any],
+        journal_head: str,
+    ) -> CommitResult:
+        """Write the manifest of files that agents have, at each of `paths`; as `commit`, but
+        nothing of theirs can be looked at here."""
         try:
             made = manifest_of_reports(
-                effect.attempt,
-                effect.step,
-                effect.files,
-                effect.state,
+                attempt,
+                step,
+                files,
+                state,
                 config_sha256=self._config_sha256,
                 journal_head=journal_head,
             )
             if not self._lock.is_mine():
                 raise CheckpointError("another supervisor has taken over")
-            for each in effect.paths:
-                folder = self._folder(each)
+            for path in paths:
+                folder = self._folder(path)
                 self._run.make_folder(folder)
                 sha256 = commit_manifest(folder, made)
         except (CheckpointError, OSError) as error:
-            return ManifestCommitted(path, effect.attempt, effect.step, self._relative(error))
-        return ManifestCommitted(
-            path,
-            effect.attempt,
-            effect.step,
+            return CommitResult(self._relative(error))
+        return CommitResult(
             "",
             sha256,
             made.bytes,
             len(made.files),
-            effect.seconds,
             made.healthy,
             world_size=sum(name.endswith(manifest.SHARD_SUFFIX) for name in made.files),
             config_sha256=self._config_sha256,
