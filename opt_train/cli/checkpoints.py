@@ -5,7 +5,6 @@ Folders and journal are read beside each other, without a lock; nothing in the r
 """
 
 import json
-import sys
 import textwrap
 import time
 from collections import defaultdict
@@ -28,13 +27,13 @@ from opt_logbook.record.run_directory import RunDirectory, tier_of
 
 from opt_train.checkpoint import manifest
 from opt_train.checkpoint.listing import Listed, list_checkpoints
-from opt_train.checkpoint.manifest import CheckpointError, ReportProgress
+from opt_train.checkpoint.manifest import CheckpointError
+from opt_train.cli.progress import report_bytes
 from opt_train.protocol.exits import DONE, NO
 from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, NODE, SHARED
 from opt_train.run.report import RunReport
 from opt_train.run.state import RunState, Stage
 
-PUBLISH_SECONDS = 2.0
 COLUMNS = 100
 LIVE, ABANDONED = "live", "abandoned"
 
@@ -264,40 +263,17 @@ def _verified(
     wanted = [one for one in listed if not one.why]
     total, done = sum(one.bytes for one in wanted), 0
     found = {}
-    telling = _telling(total)
+    report = report_bytes("verifying", total, _size)
     for one in wanted:
         try:
             manifest.verify(
-                one.path, committed.get(one.path), manifest.shifted(telling, done, total)
+                one.path, committed.get(one.path), manifest.shifted(report, done, total)
             )
             found[one.path] = ""
         except CheckpointError as error:
             found[one.path] = str(error).replace(f"{run.path}/", "")
         done += one.bytes
     return found
-
-
-def _telling(total: int) -> ReportProgress:
-    """Says on stderr how far the reading has come: in place on a terminal, else a line now and
-    then."""
-    told, in_place = time.monotonic(), sys.stderr.isatty()
-
-    def tell(done: int, _: int) -> None:
-        nonlocal told
-        ended = done >= total
-        if time.monotonic() - told >= PUBLISH_SECONDS * (0.1 if in_place else 1.0) or (
-            in_place and ended
-        ):
-            told = time.monotonic()
-            line = f"verifying: {_size(done)} of {_size(total)} ({done / total:.0%})"
-            print(
-                f"\r{line:60}" if in_place else line,
-                end="\n" if ended or not in_place else "",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
-
-    return tell
 
 
 def _payload(row: Row) -> dict[str, object]:

@@ -6,12 +6,12 @@ import json
 import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opt_train.cli.chosen_model import choose_device, load_model
+from opt_train.cli.progress import report_count
 from opt_train.config.run_config import RunConfig
 from opt_train.data import tokenizer
 from opt_train.data.batches import ValidationSet, open_split
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 64
 """Unless told otherwise, and the model has positions for them."""
-
-PUBLISH_SECONDS = 5.0
 
 
 def sets_named(
@@ -72,14 +70,14 @@ def evaluate(
         name: ValidationSet(open_split(folder, name, verify=True), length, name)
         for name in sets_named(folder, dataset, sets, length)
     }
-    model = load_model(subject, device, telling("reading the checkpoint", "bytes"))
+    model = load_model(subject, device, report_count("reading the checkpoint", "bytes"))
     measured = {
         name: perplexity(
             model,
             validation,
             micro_batch=config.train.micro_batch,
             device=device,
-            progress=telling(f"evaluated on {name}", "sequences"),
+            progress=report_count(f"evaluated on {name}", "sequences"),
         )
         for name, validation in opened.items()
     }
@@ -198,8 +196,8 @@ def harness(
             Path(folder, "exported"),
             dtype=config.precision.compute,
             tokenizer=subject.tokenizer_files(),
-            verifying=telling("verifying the checkpoint", "bytes"),
-            writing=telling("writing it for the harness", "bytes"),
+            verifying=report_count("verifying the checkpoint", "bytes"),
+            writing=report_count("writing it for the harness", "bytes"),
         )
         scores = bridge.evaluate(
             Path(folder, "exported"),
@@ -326,7 +324,9 @@ def generate(
     # Training saw each document behind the end of another one: so a text begins.
     ids = [tokenizer.EOS, *words.encode(_checked(prompt), add_special_tokens=False).ids]
     count = _room_for(len(ids), max_new_tokens, subject.config)
-    model = load_model(subject, choose_device(subject), telling("reading the checkpoint", "bytes"))
+    model = load_model(
+        subject, choose_device(subject), report_count("reading the checkpoint", "bytes")
+    )
     tokens = generated(
         model,
         ids,
@@ -403,16 +403,3 @@ def _pieces(words: "Tokenizer", tokens: Iterable[int]) -> Iterable[str]:
         yield whole[len(told) :]
         told = whole
     yield words.decode(ids)[len(told) :]
-
-
-def telling(what: str, unit: str) -> Callable[[int, int], None]:
-    """Says on stderr, every few seconds, how far long work has come."""
-    told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= PUBLISH_SECONDS:
-            told = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
-
-    return tell

@@ -65,7 +65,7 @@ def add_import_flags(parser: argparse.ArgumentParser) -> None:
 
 def export_weights(flags: argparse.Namespace) -> int:
     """Write a checkpoint as a Hugging Face folder."""
-    from opt_train.cli.evaluate import telling
+    from opt_train.cli.progress import report_count
     from opt_train.exchange.exporting import export
     from opt_train.run.checkpoint_choice import CheckpointChoice
 
@@ -85,8 +85,8 @@ def export_weights(flags: argparse.Namespace) -> int:
         dtype=flags.dtype,
         shard_bytes=_bytes_of(flags.max_shard_size),
         tokenizer=tokenizer,
-        verifying=telling("verifying the checkpoint", "bytes"),
-        writing=telling("writing", "bytes"),
+        verifying=report_count("verifying the checkpoint", "bytes"),
+        writing=report_count("writing", "bytes"),
     )
     if flags.json:
         payload = {
@@ -114,7 +114,7 @@ def export_weights(flags: argparse.Namespace) -> int:
 
 def import_weights(flags: argparse.Namespace) -> int:
     """Write somebody's weights as a checkpoint."""
-    from opt_train.cli.evaluate import telling
+    from opt_train.cli.progress import report_count
     from opt_train.config.compose import compose
     from opt_train.exchange.importing import bring_in
     from opt_train.exchange.sources import open_source
@@ -127,7 +127,7 @@ def import_weights(flags: argparse.Namespace) -> int:
             raise BadInput(f"--model={flags.model} is no model's name; use one as opt-125m")
         preset = compose([f"model={flags.model}", "data.corpus=stdlib"]).model
     source = open_source(flags.run, flags.kind, preset)
-    done = bring_in(source, flags.to, telling("writing", "bytes"))
+    done = bring_in(source, flags.to, report_count("writing", "bytes"))
     if flags.json:
         payload = {
             "name": done.model.name,

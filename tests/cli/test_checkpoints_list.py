@@ -334,7 +334,7 @@ def test_listing_and_verifying_change_nothing(story: Story, say) -> None:
 def test_progress_of_long_reading_goes_to_standard_error(
     story: Story, say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opt_train.cli.checkpoints.PUBLISH_SECONDS", 0.0)
+    monkeypatch.setattr("opt_train.cli.progress.BYTES_SECONDS", 0.0)
     story.close()
     said = say("checkpoints", str(story.run.path), "--verify", "--json")
     assert json.loads(said.out)
