@@ -1,6 +1,8 @@
 """What ranks without a supervisor learn from rank 0, in place of the `Begin` of an agent."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +19,8 @@ class StandaloneBegin:
     manifest_sha256: str | None = None
     journal_head: str = ""
     """Hash of the newest journal line at the start."""
+    order_number: int = 0
+    """The newest order already obeyed or withdrawn."""
+    ledger: tuple[Mapping[str, Any], ...] = ()
+    """Lasting orders of the whole run, as `run.ledger.to_json` writes them: this record goes to
+    the other ranks as JSON."""

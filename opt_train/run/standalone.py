@@ -63,6 +63,7 @@ from opt_train.run.entries import (
     validation_measured,
 )
 from opt_train.run.fold import fold
+from opt_train.run.ledger import to_json
 from opt_train.run.lineage import RunStart, write_configuration
 from opt_train.run.retention import dispensable
 from opt_train.run.state import RunState
@@ -189,6 +190,10 @@ class StandaloneRun:
             checkpoint=str(self._directory.path / checkpoint.path) if checkpoint else None,
             manifest_sha256=checkpoint.manifest_sha256 if checkpoint else None,
             journal_head=str(journal.head),
+            # What a supervised attempt was ordered to change for good stays changed, whoever keeps
+            # the journal now.
+            order_number=state.settled_order,
+            ledger=tuple(to_json(state.ledger)),
         )
 
     def reject_checkpoint(self, why: str) -> StandaloneBegin:

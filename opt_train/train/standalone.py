@@ -18,6 +18,7 @@ from opt_train.protocol.exits import BAD_INPUT, BadInput
 from opt_train.protocol.facts import ExitNotice, ShardsSaved
 from opt_train.protocol.framing import Message, from_line, to_line
 from opt_train.protocol.standalone import StandaloneBegin
+from opt_train.run.ledger import from_json
 from opt_train.train.orders import NoOrders, StopSignals
 from opt_train.train.rank import run_rank
 from opt_train.train.rendezvous import choose_device, join, join_by_environment
@@ -86,9 +87,12 @@ def train_standalone(
 def _begin(
     decided: StandaloneBegin | None = None, rank: int = 0, world_size: int = 1, local_rank: int = 0
 ) -> Begin:
+    if decided is None:
+        # The ranks meet before rank 0 has opened the run: only the place of the store matters then.
+        decided = StandaloneBegin(attempt="", config_path="", config_sha256="", run_directory="")
     return Begin(
         generation=1,
-        attempt=decided.attempt if decided else "",
+        attempt=decided.attempt,
         node="alone",
         slot=local_rank,
         rank=rank,
@@ -96,13 +100,14 @@ def _begin(
         local_rank=local_rank,
         store_host="127.0.0.1",
         store_port=0,
-        config_path=decided.config_path if decided else "",
-        config_sha256=decided.config_sha256 if decided else "",
-        run_directory=decided.run_directory if decided else "",
-        checkpoint=decided.checkpoint if decided else None,
-        manifest_sha256=decided.manifest_sha256 if decided else None,
-        order_number=0,
-        journal_head=decided.journal_head if decided else "",
+        config_path=decided.config_path,
+        config_sha256=decided.config_sha256,
+        run_directory=decided.run_directory,
+        checkpoint=decided.checkpoint,
+        manifest_sha256=decided.manifest_sha256,
+        order_number=decided.order_number,
+        ledger=from_json(decided.ledger),
+        journal_head=decided.journal_head,
     )
 
 

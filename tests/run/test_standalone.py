@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from opt_logbook.record import metrics
-from opt_logbook.record.events import CheckpointCommitted, Entry
+from opt_logbook.record.events import CheckpointCommitted, Entry, OrderEnded, OrderGiven
 from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -20,9 +21,13 @@ from opt_train.config.run_config import RunConfig
 from opt_train.host.processes import stat_of
 from opt_train.protocol.exits import DONE, NO, PERSON_MUST_DECIDE, BadInput
 from opt_train.protocol.facts import ExitNotice, Metrics, SavedFile, ShardsSaved, Validation
+from opt_train.protocol.orders import LedgerEntry
+from opt_train.protocol.standalone import StandaloneBegin
 from opt_train.run import lineage
+from opt_train.run.ledger import from_json
 from opt_train.run.standalone import StandaloneRun
 from opt_train.train.fact_pipe import log_line
+from tests.train.lr_factor import LrFactor
 
 SMALL = (
     "model=tiny",
@@ -238,3 +243,25 @@ def test_a_journal_that_takes_no_more_is_a_sentence(
             standalone.record(0, Validation("validation", 4, 2.0, 100))
     standalone.close()
     assert read(run.journal).damaged == ()
+
+
+def test_lasting_orders_of_a_supervised_attempt_stay_in_force(config: RunConfig) -> None:
+    """A learning rate that somebody lowered must not rise because nobody supervises any more."""
+    standalone, run = a_standalone_run(config)
+    assert standalone.open().ledger == ()
+    standalone.close()
+    halved = LrFactor(1, "a spike", 0.5)
+    with Lock.acquire(run) as lock, Journal.open(run, lock) as journal:
+        for event in (
+            OrderGiven(1, "test_lr_factor", "a spike", {"factor": 0.5}),
+            OrderEnded(1, "obeyed"),
+        ):
+            journal.append(Entry(1.7e9, "1.00", 7, event))
+
+    standalone, run = a_standalone_run(config)
+    begin = standalone.open()
+    standalone.close()
+    assert begin.order_number == 1
+    # As every rank but the first gets it.
+    received = StandaloneBegin(**json.loads(json.dumps(asdict(begin))))
+    assert from_json(received.ledger) == (LedgerEntry(7, halved),)
