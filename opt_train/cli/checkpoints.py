@@ -4,6 +4,7 @@ it is worth.
 Folders and journal are read beside each other, without a lock; nothing in the run is changed.
 """
 
+import argparse
 import json
 import textwrap
 import time
@@ -223,21 +224,33 @@ def _numbers(attempt: str) -> tuple[int, ...]:
 # The verb -----------------------------------------------------------------------------------------
 
 
-def checkpoints(path: Path, verify: bool, as_json: bool) -> int:
-    """List the checkpoint folders of the run at `path`; with `verify`, read all their bytes.
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `opt-train checkpoints`."""
+    parser.add_argument(
+        "--verify", action="store_true", help="read and hash every byte, not names and sizes alone"
+    )
+
+
+def run(flags: argparse.Namespace) -> int:
+    """List the checkpoint folders of the run at `flags.run`; with `--verify`, read all their
+    bytes.
 
     Returns: `NO` if there is nothing that a restart could take.
     """
-    run = RunDirectory(path)
-    report = RunReport(run)
+    directory = RunDirectory(flags.run)
+    report = RunReport(directory)
     record = Record(report.story.reading.entries)
-    committed = {run.path / path: sha256 for path, sha256 in record.manifests.items()}
-    listed = list_checkpoints(run.checkpoints, committed)
-    verified = _verified(run, listed, committed) if verify else None
+    committed = {directory.path / path: sha256 for path, sha256 in record.manifests.items()}
+    listed = list_checkpoints(directory.checkpoints, committed)
+    verified = _verified(directory, listed, committed) if flags.verify else None
     rows = rows_of(
-        run, report.state, record, [*listed, *_held(run, report.state, committed)], verified
+        directory,
+        report.state,
+        record,
+        [*listed, *_held(directory, report.state, committed)],
+        verified,
     )
-    if as_json:
+    if flags.json:
         print(json.dumps([_payload(row) for row in rows], indent=2))
     else:
         print(_page(report.created.name, rows, time.time()))

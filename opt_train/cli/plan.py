@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from opt_train.cli.jobs import compose_jobs, print_configurations
 from opt_train.config.run_config import RunConfig
 from opt_train.config.sentences import listed
 from opt_train.plan.comparison import (
@@ -108,24 +109,37 @@ def options_of(flags: argparse.Namespace) -> PlanOptions:
     )
 
 
-def plan(configs: Sequence[RunConfig], wishes: PlanOptions) -> int:
+def run(flags: argparse.Namespace) -> int:
+    """Print what each job would need; unlike a verb that trains, it reads neither corpus nor
+    tokenizer, and its flags hold for every job.
+
+    Raises:
+        BadInput: an override or a flag is wrong.
+    """
+    if flags.cfg:
+        return print_configurations(compose_jobs(flags, flags.overrides), flags.multirun)
+    jobs = compose_jobs(flags, [*UNREAD, *flags.overrides])
+    return plan([job.config for job in jobs], options_of(flags))
+
+
+def plan(configs: Sequence[RunConfig], options: PlanOptions) -> int:
     """Print the plan of each of `configs`; 1 where one of them should not start as it is."""
     code, payloads = DONE, []
     for number, config in enumerate(configs):
-        made = plan_of(config, wishes.gpu, wishes.mfu, wishes.tokens)
-        against = refusals(made, wishes.allow_idle)
-        if not wishes.as_json:
+        made = plan_of(config, options.gpu, options.mfu, options.tokens)
+        against = refusals(made, options.allow_idle)
+        if not options.as_json:
             print("\n\n" * bool(number) + page(made), flush=True)
-        compared = _compare(made) if wishes.rehearse else None
-        if wishes.as_json:
+        compared = _compare(made) if options.rehearse else None
+        if options.as_json:
             payloads.append(_payload(made, against, compared))
         elif compared is not None:
             print(f"\n{_comparison_page(made, compared)}", flush=True)
         for sentence in against:
             print(f"opt-train: {config.name}: {sentence}", file=sys.stderr, flush=True)
             code = NO
-    if wishes.as_json:
-        print(json.dumps(payloads if wishes.as_list else payloads[0], indent=2))
+    if options.as_json:
+        print(json.dumps(payloads if options.as_list else payloads[0], indent=2))
     return code
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.cli.jobs import Job, call
 from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest
@@ -32,7 +33,18 @@ from opt_train.run.report import summary
 from opt_train.sinks.sink_processes import SinkProcesses
 
 
-def run(config: RunConfig, prepare: Callable[[], int]) -> int:
+def run(job: Job) -> int:
+    """Train the job's configuration under a supervisor.
+
+    Raises:
+        BadInput: the run cannot begin, or not with this configuration.
+    """
+    # Preparing loads the libraries of tokenizer and corpus; a process of its own takes them with it
+    # when it ends, while this one stays for months.
+    return run_supervised(job.config, prepare=lambda: call(["prepare", *job.arguments]))
+
+
+def run_supervised(config: RunConfig, prepare: Callable[[], int]) -> int:
     """Train until done, stopped or in need of a person; the same call resumes.
 
     Args:

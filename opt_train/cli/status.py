@@ -1,7 +1,7 @@
 """`opt-train status`: how a run is doing."""
 
+import argparse
 import json
-from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
 
@@ -10,10 +10,10 @@ from opt_train.run.report import RunReport
 from opt_train.run.state import TERMINAL
 
 
-def status(path: Path, as_json: bool) -> int:
-    """Print how the run at `path` is doing."""
-    report = RunReport(RunDirectory(path))
-    if as_json:
+def run(flags: argparse.Namespace) -> int:
+    """Print how the run at `flags.run` is doing."""
+    report = RunReport(RunDirectory(flags.run))
+    if flags.json:
         print(json.dumps(report.payload(), indent=2))
         return DONE
     print(report.headline)

@@ -1,9 +1,9 @@
 """`opt-train stop`: a request in the run's inbox, which whoever leads the run obeys."""
 
+import argparse
 import getpass
 import os
 import socket
-from pathlib import Path
 
 from opt_logbook.record import inbox, lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -12,11 +12,13 @@ from opt_train.protocol.exits import DONE, NO, BadInput
 from opt_train.run.report import RunReport
 
 
-def stop(path: Path) -> int:
-    """Ask whoever leads the run to save and stop."""
-    run = RunDirectory(path)
-    report = RunReport(run)
-    holder = lock.live_holder_of(run)
+def run(flags: argparse.Namespace) -> int:
+    """Ask whoever leads the run at `flags.run` to save and stop."""
+    path = flags.run
+    directory = RunDirectory(path)
+    report = RunReport(directory)
+    # A request in the inbox of a run that nobody leads would stop the next start of it at once.
+    holder = lock.live_holder_of(directory)
     if holder is None:
         print(f"nothing to stop: {report.headline}")
         return NO
@@ -26,10 +28,10 @@ def stop(path: Path) -> int:
             f"send TERM to process {holder.pid} on {holder.host}"
         )
     try:
-        inbox.drop(run, {"kind": "stop", "by": f"{_user()} on {socket.gethostname()}"})
+        inbox.drop(directory, {"kind": "stop", "by": f"{_user()} on {socket.gethostname()}"})
     except OSError as error:
-        mend = f"make it writable, or send TERM to process {holder.pid} on {holder.host}"
-        raise BadInput(f"{run.inbox} cannot be written ({error.strerror}); {mend}") from None
+        fix = f"make it writable, or send TERM to process {holder.pid} on {holder.host}"
+        raise BadInput(f"{directory.inbox} cannot be written ({error.strerror}); {fix}") from None
     print(
         f"asked {report.created.name} to save and stop; `opt-train status {path}` tells when it has"
     )

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.cli.jobs import Job
 from opt_train.cli.run import warn
 from opt_train.config.checks import check
 from opt_train.config.run_config import RunConfig
@@ -36,6 +37,11 @@ EXIT_OF = {RANK_BAD_CONFIG: BAD_INPUT, RANK_UNSTABLE: PERSON_MUST_DECIDE}
 
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a rank that is not alone finds in its environment."""
+
+
+def run(job: Job) -> int:
+    """Train the job's configuration in this process."""
+    return train(job.config)
 
 
 def train(config: RunConfig) -> int:

@@ -1,14 +1,17 @@
 """How well a model predicts text it has not seen."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from opt_train.data.batches import ValidationSet
+from opt_train.data.manifest import TRAIN, DatasetManifest
 from opt_train.model.decoder import OPT
 from opt_train.parallel.measure import loss_over
+from opt_train.protocol.exits import BadInput
 
 # A double's exp overflows at 709.8.
 LARGEST_EXPONENT = 700.0
@@ -49,3 +52,23 @@ def perplexity(
         model, batches, device, lambda done: progress(done, validation.sequences)
     )
     return MeanLoss(loss_sum / tokens, tokens)
+
+
+def choose_sets(
+    data: Path, dataset: DatasetManifest, wanted: Sequence[str], sequence_length: int
+) -> list[str]:
+    """The validation sets to measure: those `wanted`, or all that have a whole sequence.
+
+    Raises:
+        BadInput: the data holds no such set.
+    """
+    available = {name: tokens for name, tokens in dataset.splits.items() if name != TRAIN}
+    for name in wanted:
+        if name not in available:
+            raise BadInput(
+                f"--set={name} is not in {data}, which holds {', '.join(available)}; "
+                "`opt-train prepare` adds what data.validation_sets names"
+            )
+    return list(dict.fromkeys(wanted)) or [
+        name for name, size in available.items() if size > sequence_length
+    ]

@@ -8,6 +8,8 @@ BAD_INPUT = 2
 PERSON_MUST_DECIDE = 3
 STOPPED = 75
 """Asked to stop, state saved (EX_TEMPFAIL: start me again)."""
+INTERRUPTED, TERMINATED = 130, 143
+"""What a shell reports for a program that Ctrl-C or TERM ended; nothing of it needs saving."""
 RANK_BAD_CONFIG = 78
 RANK_UNSTABLE = 81
 """Non-finite or unstable; the supervisor decides."""

@@ -12,7 +12,7 @@ from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
 
-from opt_train.cli.main import VERBS
+from opt_train.cli.verbs import VERBS
 from opt_train.config.compose import configs_directory
 
 

@@ -11,6 +11,7 @@ import yaml
 from opt_logbook.record.journal import read
 
 from opt_train.cli import main as cli
+from opt_train.protocol.exits import TERMINATED
 
 SMALL = (
     "model=tiny",
@@ -41,7 +42,7 @@ def imports_of(statement: str) -> set[str]:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    loaded = imports_of("from opt_train import cli; cli.main(['--help'])")
+    loaded = imports_of("from opt_train.cli.main import main; main(['--help'])")
     assert not loaded & {"torch", "numpy", "hydra", "datasets", "matplotlib"}
 
 
@@ -174,7 +175,7 @@ def test_a_term_while_data_are_prepared_starts_no_further_job(
 
     def ended_by_term(words: list[str]) -> int:
         begun.append(words)
-        return cli.TERMINATED
+        return TERMINATED
 
     monkeypatch.setattr(cli, "_call", ended_by_term)
     assert say("run", "--multirun", *SMALL, "seed=1,2").code == 143

@@ -14,7 +14,7 @@ from opt_logbook.record.events import Entry, LineageOpened
 from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock
 
-from opt_train.cli import main as cli
+from opt_train.cli import jobs
 from opt_train.cli import run as cli_run
 from opt_train.config.compose import compose
 from opt_train.config.run_config import sha256_of
@@ -381,7 +381,7 @@ def test_a_run_that_another_start_began_meanwhile_keeps_its_configuration(begun:
 
 def test_a_file_named_like_a_library_is_not_run_in_its_place(workplace: Path) -> None:
     (workplace / "datasets.py").write_text("raise SystemExit('this is the notebook of a user')")
-    assert cli._call(["prepare", *SMALL, "data.name=again", "data.validation_fraction=0.2"]) == 0
+    assert jobs.call(["prepare", *SMALL, "data.name=again", "data.validation_fraction=0.2"]) == 0
 
 
 def test_an_interface_that_is_not_there_is_named(

@@ -49,8 +49,8 @@ def test_the_files_a_user_names_are_kept(say: Say) -> None:
 
 
 def test_planning_never_loads_torch() -> None:
-    planning = "import sys; from opt_train import cli; cli.main(['plan', 'experiment=opt-125m'])"
-    code = f"{planning}; assert not {{'torch', 'numpy'}} & {{*sys.modules}}"
+    planning = "from opt_train.cli.main import main; main(['plan', 'experiment=opt-125m'])"
+    code = f"import sys; {planning}; assert not {{'torch', 'numpy'}} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

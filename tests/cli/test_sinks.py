@@ -126,7 +126,7 @@ def test_a_supervised_run_feeds_its_sinks_too(
     config = compose(
         (*SMALL, "data.validation_fraction=0.2", "sinks.tensorboard=true", "sinks.flush_seconds=60")
     )
-    assert cli_run.run(config, prepare=lambda: 0) == 0
+    assert cli_run.run_supervised(config, prepare=lambda: 0) == 0
     run = Path(config.runs, config.name)
     assert json.loads((run / "sinks" / "tensorboard.json").read_text()) == {
         "attempt": "1.00",

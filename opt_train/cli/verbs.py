@@ -1,0 +1,141 @@
+"""The verbs of `opt-train`, in the order of `opt-train --help`: one table, one module a verb.
+
+A verb's module is imported when it is needed and not before: `--help` answers at once, and `run`,
+which stays for months, never loads torch.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+RUN = ("RUN", "run directory, such as runs/demo")
+RUN_OR_FOLDER = ("RUN", "run directory, such as runs/demo, or a checkpoint's folder")
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One word after `opt-train`."""
+
+    summary: str
+    examples: tuple[str, ...]
+    module: str
+    """Of `opt_train.cli`. Its `run` takes a `Job` where the verb `composes`, else the flags, and
+    returns the exit code."""
+    configured: bool = False
+    """Takes Hydra overrides; otherwise the path of a run directory."""
+    composes: bool = False
+    """Its configuration is composed before its module is loaded, and each job of a multirun is a
+    process."""
+    has_flags: bool = False
+    """Its module has `add_flags(parser)`, for those that no other verb has; without them `--help`
+    need not load it."""
+    about: tuple[str, str] = RUN
+    """What a verb that is not configured takes: its name and meaning."""
+
+    def load(self) -> ModuleType:
+        return import_module(f"opt_train.cli.{self.module}")
+
+
+VERBS = {
+    "prepare": Verb(
+        "make token shards of a corpus, once",
+        (
+            "opt-train prepare experiment=demo",
+            "opt-train prepare data=files data.corpus=texts data.name=texts",
+        ),
+        "prepare",
+        configured=True,
+        composes=True,
+    ),
+    "run": Verb(
+        "train under a supervisor, on a cluster or on this machine; the same command resumes",
+        (
+            "opt-train run experiment=demo",
+            "opt-train run experiment=demo --cfg job",
+            "opt-train run --multirun experiment=demo optim.lr=1e-3,3e-3",
+        ),
+        "run",
+        configured=True,
+        composes=True,
+    ),
+    "train": Verb(
+        "train without a supervisor: alone, or as torchrun starts it",
+        (
+            "opt-train train experiment=demo cluster.nodes=1 name=alone",
+            "torchrun --standalone --nproc-per-node=2 -m opt_train.cli.main train experiment=demo "
+            "name=two",
+        ),
+        "train",
+        configured=True,
+        composes=True,
+    ),
+    "plan": Verb(
+        "say what a run needs, before it starts: memory, communication, padding, time, disk",
+        (
+            "opt-train plan experiment=opt-175b",
+            "opt-train plan experiment=opt-175b cluster.nodes=123 --allow-idle --json",
+            "opt-train plan experiment=opt-1.3b --gpu H100 --mfu 0.42 --rehearse",
+            "opt-train plan --multirun 'experiment=glob(opt-*)'",
+        ),
+        "plan",
+        configured=True,
+        has_flags=True,
+    ),
+    "status": Verb("say how a run is doing", ("opt-train status runs/demo",), "status"),
+    "stop": Verb(
+        "ask a run to save and stop; `run` resumes it",
+        ("opt-train stop runs/demo",),
+        "stop",
+    ),
+    "checkpoints": Verb(
+        "list a run's checkpoints: what each is worth, and which one a restart would take",
+        ("opt-train checkpoints runs/demo", "opt-train checkpoints runs/demo --verify --json"),
+        "checkpoints",
+        has_flags=True,
+    ),
+    "evaluate": Verb(
+        "measure a checkpoint's perplexity on the validation sets, or its scores on public tasks",
+        (
+            "opt-train evaluate runs/demo",
+            "opt-train evaluate name=demo --checkpoint 120 --set validation --json",
+            "opt-train evaluate runs/demo --harness",
+            "opt-train evaluate runs/demo --harness=piqa,sciq --limit 100",
+            "opt-train evaluate runs/demo --harness --tasks mine.yaml",
+        ),
+        "evaluate",
+        has_flags=True,
+        about=RUN_OR_FOLDER,
+    ),
+    "generate": Verb(
+        "let a checkpoint go on with a text",
+        (
+            'opt-train generate runs/demo "import os" --greedy',
+            'opt-train generate runs/demo "def " --max-new-tokens 100 --temperature 0.8 --top-p '
+            "0.9 --seed 1",
+        ),
+        "generate",
+        has_flags=True,
+        about=RUN_OR_FOLDER,
+    ),
+    "export": Verb(
+        "write a checkpoint's weights as a Hugging Face folder",
+        (
+            "opt-train export runs/demo --to demo-hf",
+            "opt-train export name=demo --checkpoint 120 --to demo-hf --dtype fp16 "
+            "--max-shard-size 2GB",
+        ),
+        "export_weights",
+        has_flags=True,
+        about=RUN_OR_FOLDER,
+    ),
+    "import": Verb(
+        "make a checkpoint of Hugging Face's or metaseq's OPT weights",
+        (
+            "opt-train import opt-125m-hf --to opt-125m",
+            "opt-train import consolidated.pt --from metaseq --model opt-125m --to opt-125m",
+        ),
+        "import_weights",
+        has_flags=True,
+        about=("SOURCE", "a Hugging Face folder, or metaseq's consolidated file"),
+    ),
+}
