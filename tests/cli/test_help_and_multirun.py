@@ -10,6 +10,7 @@ import pytest
 import yaml
 from opt_logbook.record.journal import read
 
+from opt_train.cli import jobs
 from opt_train.cli import main as cli
 from opt_train.protocol.exits import TERMINATED
 
@@ -48,7 +49,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_a_supervisors_process_never_loads_torch() -> None:
     loaded = imports_of(
-        "import opt_train.cli.run, opt_train.supervisor.shell.start, opt_train.config.run_config "
+        "import opt_train.cli.run, opt_train.supervisor.shell.start, opt_train.config.compose "
         "as c; c.compose([])"
     )
     assert not loaded & {"torch", "datasets", "tokenizers", "pandas", "pyarrow"}
@@ -177,6 +178,6 @@ def test_a_term_while_data_are_prepared_starts_no_further_job(
         begun.append(words)
         return TERMINATED
 
-    monkeypatch.setattr(cli, "_call", ended_by_term)
+    monkeypatch.setattr(jobs, "call", ended_by_term)
     assert say("run", "--multirun", *SMALL, "seed=1,2").code == 143
     assert len(begun) == 1
