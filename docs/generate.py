@@ -16,7 +16,7 @@ from opt_train.config.keys import keys_of
 from opt_train.config.run_config import RunConfig
 from opt_train.diagnosis.causes import CAUSES
 from opt_train.model.sizes import parameter_count
-from opt_train.run.state import TERMINAL, TRANSITIONS, Case, Stage, Trigger
+from opt_train.run.state import TERMINAL, TRANSITIONS, EventCase, Stage, Trigger
 from opt_train.supervisor.rules.responses import RESPONSES, Action, Response
 from opt_train.train.metrics import METRICS
 
@@ -205,7 +205,7 @@ def stages() -> str:
 
 
 def _name_of(trigger: Trigger) -> str:
-    if isinstance(trigger, Case):
+    if isinstance(trigger, EventCase):
         return f"{trigger.event.kind} ({trigger.what})"
     return trigger.kind
 

@@ -73,7 +73,7 @@ class Row:
     """A restart would take it now."""
 
 
-class Record:
+class JournalRecord:
     """What the journal's lines say of each path."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -105,10 +105,34 @@ class Record:
                 self.stop = stopped
 
 
+def _branch_of(path: str, known: set[str], live: set[str]) -> str:
+    """Whether the checkpoint is on the live chain; empty: the journal has no line of it."""
+    if path not in known:
+        return ""
+    return LIVE if path in live else ABANDONED
+
+
+def _fate_of(branch: str, has_manifest: bool) -> str:
+    """What became of a checkpoint that the journal neither retired nor rejected."""
+    if branch:
+        return "good" if branch == LIVE else ABANDONED
+    # A manifest that no line tells of: another run's, or a commit whose journal line was lost.
+    return "unknown" if has_manifest else ""
+
+
+def _check_of(why: str, tier: str, was_verified: bool) -> str:
+    """What is known of the files; `why` says what is wrong with them."""
+    if why:
+        return "bad"
+    if tier != SHARED:
+        return "held"  # only the agents that hold them can read them
+    return "verified" if was_verified else "listed"
+
+
 def rows_of(
     run: RunDirectory,
     state: RunState,
-    record: Record,
+    record: JournalRecord,
     listed: Sequence[Listed],
     verified: Mapping[Path, str] | None,
 ) -> list[Row]:
@@ -124,27 +148,13 @@ def rows_of(
     for one in [*listed, *_gone(run, state, listed)]:
         path = one.path.relative_to(run.path).as_posix()
         why = one.why.replace(f"{run.path}/", "") or (verified or {}).get(one.path, "")
-        branch = "" if path not in known else LIVE if path in live else ABANDONED
+        branch = _branch_of(path, set(known), live)
         fate, reason = record.fates.get(path, ("", ""))
         if not fate:
-            fate = (
-                ("good" if branch == LIVE else ABANDONED)
-                if branch
-                else "unknown"
-                if one.has_manifest
-                else ""
-            )
+            fate = _fate_of(branch, one.has_manifest)
         commit = record.commits.get(path)
         tier = tier_of(path)
-        checked = (
-            "bad"
-            if why
-            else "held"
-            if tier != SHARED
-            else "listed"
-            if verified is None
-            else "verified"
-        )
+        checked = _check_of(why, tier, verified is not None)
         if fate == "" or (fate in ("retired", "given up") and not one.has_manifest):
             checked, why = "-", reason
         elif fate == "unknown":
@@ -195,7 +205,7 @@ def _gone(run: RunDirectory, state: RunState, listed: Sequence[Listed]) -> list[
 
 
 def _referred(
-    run: RunDirectory, state: RunState, record: Record, path: str, one: Listed, branch: str
+    run: RunDirectory, state: RunState, record: JournalRecord, path: str, one: Listed, branch: str
 ) -> tuple[str, ...]:
     told = []
     beginnings = record.beginnings.get(path, [])
@@ -239,7 +249,7 @@ def run(flags: argparse.Namespace) -> int:
     """
     directory = RunDirectory(flags.run)
     report = RunReport(directory)
-    record = Record(report.story.reading.entries)
+    record = JournalRecord(report.story.reading.entries)
     committed = {directory.path / path: sha256 for path, sha256 in record.manifests.items()}
     listed = list_checkpoints(directory.checkpoints, committed)
     verified = _verified(directory, listed, committed) if flags.verify else None
@@ -335,10 +345,10 @@ def _page(name: str, rows: Sequence[Row], now: float) -> str:
 
 
 def _cells(row: Row, now: float) -> tuple[str, ...]:
-    health = "-" if row.healthy is None else "well" if row.healthy else "unwell"
-    time_, age = (
-        ("-", "-") if row.committed is None else (_time(row.committed), _age(now - row.committed))
-    )
+    health = {None: "-", True: "well", False: "unwell"}[row.healthy]
+    time_, age = "-", "-"
+    if row.committed is not None:
+        time_, age = _time(row.committed), _age(now - row.committed)
     state = "live" if row.state == "good" else row.state
     return (
         ">" if row.next else "",

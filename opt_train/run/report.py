@@ -119,13 +119,13 @@ class RunReport:
 
 def _facts_of(incident: IncidentRecord) -> dict[str, Any]:
     """An incident's facts: the diagnosis where there is one, else the first sign."""
-    first, diagnosed, closed = (
-        incident.seen[0] if incident.seen else None,
-        incident.diagnosed,
-        incident.closed,
-    )
-    named = diagnosed.event if diagnosed else first.event if first else None
-    where = (named.node + (f" rank {named.rank}" if named.rank >= 0 else "")) if named else ""
+    first = incident.seen[0] if incident.seen else None
+    diagnosed, closed = incident.diagnosed, incident.closed
+    best = diagnosed or first
+    where = ""
+    if best is not None:
+        named = best.event
+        where = named.node + (f" rank {named.rank}" if named.rank >= 0 else "")
     return {
         "number": incident.number,
         "step": first.step if first else None,

@@ -129,24 +129,24 @@ INTERRUPTED = "interrupted"
 a run whose supervisor was killed cannot say so."""
 
 
-class Case(NamedTuple):
+class EventCase(NamedTuple):
     """An event that moves the stage by what it says, not by its kind alone."""
 
     event: type[Event]
     what: str
 
 
-Trigger = type[Event] | Case
+Trigger = type[Event] | EventCase
 
-ENDED_FINISHED = Case(AttemptEnded, "finished")
-ENDED_STOPPED = Case(AttemptEnded, "stopped")
-ENDED_REPLACED = Case(AttemptEnded, REPLACED)
-ENDED_FAILED = Case(AttemptEnded, "failed")
-STOP_ORDERED = Case(OrderGiven, SaveAndStop.kind)
-RANKS_FAILED = Case(FailureSeen, "ranks may live")
+ENDED_FINISHED = EventCase(AttemptEnded, "finished")
+ENDED_STOPPED = EventCase(AttemptEnded, "stopped")
+ENDED_REPLACED = EventCase(AttemptEnded, REPLACED)
+ENDED_FAILED = EventCase(AttemptEnded, "failed")
+STOP_ORDERED = EventCase(OrderGiven, SaveAndStop.kind)
+RANKS_FAILED = EventCase(FailureSeen, "ranks may live")
 
 
-ENDINGS: Mapping[str, Case] = {
+ENDINGS: Mapping[str, EventCase] = {
     case.what: case for case in (ENDED_FINISHED, ENDED_STOPPED, ENDED_REPLACED)
 }
 """Outcome of an attempt -> what the stage goes by. Any other outcome is a failure."""
@@ -158,7 +158,7 @@ def trigger_of(event: Event, *, lives: bool) -> Trigger:
         case AttemptEnded(outcome=outcome):
             return ENDINGS.get(outcome, ENDED_FAILED)
         case OrderGiven(order=order):
-            return Case(OrderGiven, order)
+            return EventCase(OrderGiven, order)
         case FailureSeen():
             # With nothing to kill there is nothing to wait for: only a damaged journal has this.
             return RANKS_FAILED if lives else FailureSeen

@@ -24,7 +24,7 @@ from opt_train.run.state import (
     REGARDLESS,
     TERMINAL,
     TRANSITIONS,
-    Case,
+    EventCase,
     RunState,
     Stage,
     Trigger,
@@ -40,7 +40,7 @@ MOVES |= {ReplacementBegan, RunFinished, RunStopped, RunHalted, LineageOpened, S
 
 
 def kind_of(trigger: Trigger) -> type[Event]:
-    return trigger.event if isinstance(trigger, Case) else trigger
+    return trigger.event if isinstance(trigger, EventCase) else trigger
 
 
 def test_every_stage_is_reached_from_a_new_run() -> None:
