@@ -16,6 +16,7 @@ SMALL = (
     "model.positions=32",
     "data=files",
     "data.corpus=corpus",
+    "data.validation_fraction=0.2",
     "data.sequence_length=32",
     "tokenizer.vocab_size=400",
     "precision=fp32",
@@ -49,7 +50,7 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(library / name, folder / "corpus" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.main(["prepare", *SMALL, "data.validation_fraction=0.2"]) == 0
+        assert cli.main(["prepare", *SMALL]) == 0
     return folder
 
 

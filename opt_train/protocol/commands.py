@@ -6,6 +6,7 @@ is not killed. So whoever sends one sends it again when what it is for has not c
 before: `key` says of two commands to one agent whether the second is the first one again.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,15 +14,17 @@ from opt_train.protocol.framing import Message
 from opt_train.protocol.orders import LedgerEntry, Order
 
 
-class Command(Message):
+class Command(Message, ABC):
     """Base of the commands."""
 
     __slots__ = ()
 
+    # Abstract, so that a command without one cannot even be made: with a key in common a second
+    # order once waited until the first could be sent again.
     @property
+    @abstractmethod
     def key(self) -> tuple[str, ...]:
         """Names what is asked among the commands of this kind to one agent."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
+from opt_train.cli import evaluate_harness
 from opt_train.cli import main as cli
 from opt_train.data.tokenizer import EOS, PAD, load
-from opt_train.evaluate import harness, published
+from opt_train.evaluate import harness
 from tests.command import SMALL
 
 LENGTH = 32
@@ -360,7 +361,7 @@ def public(path: str, **_: object) -> datasets.DatasetDict:
 def as_if_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """Public data sets are there, in small, and the small model passes for OPT-125M."""
     monkeypatch.setattr("datasets.load_dataset", public)
-    monkeypatch.setattr(published, "size_of", lambda model: "opt-125m")
+    monkeypatch.setattr(evaluate_harness, "size_of", lambda model: "opt-125m")
 
 
 def test_published_values_stand_beside_the_same_tasks(

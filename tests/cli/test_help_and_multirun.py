@@ -13,24 +13,9 @@ from opt_logbook.record.journal import read
 from opt_train.cli import jobs
 from opt_train.cli import main as cli
 from opt_train.protocol.exits import TERMINATED
+from tests import command
 
-SMALL = (
-    "model=tiny",
-    "model.vocab_size=400",
-    "model.positions=32",
-    "data=files",
-    "data.corpus=corpus",
-    "data.validation_fraction=0.2",
-    "data.sequence_length=32",
-    "tokenizer.vocab_size=400",
-    "precision=fp32",
-    "optim.warmup_steps=2",
-    "train.steps=4",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.threads=1",
-    "name=small",
-)
+SMALL = (*command.SMALL, "train.steps=4")
 
 
 def imports_of(statement: str) -> set[str]:

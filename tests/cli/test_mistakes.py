@@ -22,24 +22,7 @@ from opt_train.data.manifest import DatasetManifest
 from opt_train.protocol.exits import BadInput
 from opt_train.run import lineage
 from opt_train.run.entries import run_created
-
-SMALL = (
-    "model=tiny",
-    "model.vocab_size=400",
-    "model.positions=32",
-    "data=files",
-    "data.corpus=corpus",
-    "data.validation_fraction=0.2",
-    "data.sequence_length=32",
-    "tokenizer.vocab_size=400",
-    "precision=fp32",
-    "optim.warmup_steps=2",
-    "train.steps=12",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.threads=1",
-    "name=small",
-)
+from tests.command import SMALL
 
 ALL_VERBS = (
     "prepare, run, train, plan, status, stop, checkpoints, evaluate, generate, export, import"
@@ -381,7 +364,7 @@ def test_a_run_that_another_start_began_meanwhile_keeps_its_configuration(begun:
 
 def test_a_file_named_like_a_library_is_not_run_in_its_place(workplace: Path) -> None:
     (workplace / "datasets.py").write_text("raise SystemExit('this is the notebook of a user')")
-    assert jobs.call(["prepare", *SMALL, "data.name=again", "data.validation_fraction=0.2"]) == 0
+    assert jobs.call(["prepare", *SMALL, "data.name=again"]) == 0
 
 
 def test_an_interface_that_is_not_there_is_named(

@@ -56,7 +56,7 @@ is said of it."""
 
 def train(folder: Path, name: str, *words: str, path: Path | None = None) -> tuple[str, float]:
     """What a lone run says on standard error, and its seconds."""
-    overrides = (*SMALL, "data.validation_fraction=0.2", f"name={name}", *words)
+    overrides = (*SMALL, f"name={name}", *words)
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "opt_train.cli.main", "train", *overrides],
@@ -123,9 +123,7 @@ def test_a_supervised_run_feeds_its_sinks_too(
         return 0
 
     monkeypatch.setattr(shell, "supervise", supervise)
-    config = compose(
-        (*SMALL, "data.validation_fraction=0.2", "sinks.tensorboard=true", "sinks.flush_seconds=60")
-    )
+    config = compose((*SMALL, "sinks.tensorboard=true", "sinks.flush_seconds=60"))
     assert cli_run.run_supervised(config, prepare=lambda: 0) == 0
     run = Path(config.runs, config.name)
     assert json.loads((run / "sinks" / "tensorboard.json").read_text()) == {

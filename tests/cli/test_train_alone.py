@@ -14,24 +14,7 @@ from opt_logbook.record.events import AttemptStarted, CheckpointCommitted, Check
 from opt_logbook.record.journal import read
 from opt_logbook.record.run_directory import RunDirectory
 
-SMALL = (
-    "model=tiny",
-    "model.vocab_size=400",
-    "model.positions=32",
-    "data=files",
-    "data.corpus=corpus",
-    "data.validation_fraction=0.2",
-    "data.sequence_length=32",
-    "tokenizer.vocab_size=400",
-    "precision=fp32",
-    "optim.warmup_steps=2",
-    "train.steps=12",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.threads=1",
-    "checkpoint.every_steps=4",
-    "name=small",
-)
+from tests.command import SMALL
 
 
 def command(*words: str) -> list[str]:

@@ -17,26 +17,9 @@ import opt_train
 from opt_train.config.compose import compose
 from opt_train.run import lineage
 from opt_train.run.code_state import package_versions
+from tests import command
 
-SMALL = (
-    "model=tiny",
-    "model.vocab_size=400",
-    "model.positions=32",
-    "data=files",
-    "data.corpus=corpus",
-    "data.validation_fraction=0.2",
-    "data.sequence_length=32",
-    "tokenizer.vocab_size=400",
-    "precision=fp32",
-    "optim.warmup_steps=2",
-    "train.steps=6",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.threads=1",
-    "checkpoint.every_steps=4",
-    "supervisor.orphan_seconds=4",
-    "name=small",
-)
+SMALL = (*command.SMALL, "train.steps=6", "supervisor.orphan_seconds=4")
 
 STEP = "opt_train/train/step.py"
 """A file that decides what is computed."""

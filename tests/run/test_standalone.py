@@ -27,27 +27,10 @@ from opt_train.run import lineage
 from opt_train.run.ledger import from_json
 from opt_train.run.standalone import StandaloneRun
 from opt_train.train.fact_pipe import log_line
+from tests import command
 from tests.train.lr_factor import LrFactor
 
-SMALL = (
-    "model=tiny",
-    "model.vocab_size=400",
-    "model.positions=32",
-    "data=files",
-    "data.corpus=corpus",
-    "data.sequence_length=32",
-    "tokenizer.vocab_size=400",
-    "precision=fp32",
-    "optim.warmup_steps=2",
-    "train.steps=12",
-    "train.global_batch=4",
-    "train.micro_batch=2",
-    "train.threads=1",
-    "checkpoint.every_steps=4",
-    "checkpoint.keep=2",
-    "data.validation_fraction=0.2",
-    "name=small",
-)
+SMALL = (*command.SMALL, "checkpoint.keep=2")
 
 
 @pytest.fixture
