@@ -21,16 +21,11 @@ from opt_logbook.record.events import (
     RunCreated,
     SaveAbandoned,
 )
-from opt_logbook.record.run_directory import tier_of
 
-from opt_train.checkpoint.manifest import own_file_name
 from opt_train.config.run_config import RunConfig
-from opt_train.protocol.commands import Begin, Drop, Fetch, Kill, Leave, Relay
 from opt_train.protocol.facts import (
     AgentState,
     ExitNotice,
-    Fetched,
-    GenerationGone,
     Heartbeat,
     LogLine,
     NodeFinding,
@@ -40,12 +35,10 @@ from opt_train.protocol.facts import (
     SlotState,
     SnapshotFiles,
     SnapshotStored,
-    Stacks,
-    Store,
 )
 from opt_train.protocol.framing import Message
 from opt_train.protocol.orders import Order
-from opt_train.run.checkpoint import MEMORY, NODE, SHARED, path_of_save
+from opt_train.run.checkpoint import MEMORY, path_of_save
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
@@ -82,6 +75,7 @@ from opt_train.supervisor.rules.context import Record
 from opt_train.supervisor.rules.orders import order_given
 from tests.supervisor.actors import TAIL_FILE, WARM_SECONDS, Agent, Group, Rank, Slot, make_config
 from tests.supervisor.lockstep import advance
+from tests.supervisor.node_agents import fetch, obey
 
 
 class World:
@@ -209,7 +203,7 @@ class World:
             case Send(node, command):
                 agent = self.agents.get(node)
                 if agent is not None and agent.connected and not agent.frozen:
-                    self._obey(agent, command)
+                    obey(self, agent, command)
             case AcknowledgeFact(node, number):
                 self._acknowledge(node, number)
             case StartAgent(node):
@@ -343,115 +337,10 @@ class World:
         self.agents[node] = Agent(node, self._pids, slots, self.now, held=left)
         self.down.pop(node, None)
 
-    def _obey(self, agent: Agent, command: Message) -> None:  # noqa: PLR0912 - one case a command
-        match command:
-            case Begin():
-                self._begin(agent, command)
-            case Kill() if agent.unkillable:
-                pass
-            case Kill(generation, stacks):
-                agent.killed_up_to = max(agent.killed_up_to, generation)
-                for slot in agent.slots:
-                    rank = slot.rank
-                    if rank is not None and rank.begin.generation <= generation:
-                        if stacks:
-                            state = "T" if rank.stopped else "S"
-                            fact = Stacks(
-                                rank.begin.generation, rank.begin.rank, not rank.stopped, state
-                            )
-                            self.report(agent, fact)
-                        self.end_rank(agent, slot, signal=9, by_agent=True)
-                self.report(agent, GenerationGone(generation))
-            case Relay() if self.deaf:
-                pass
-            case Relay(generation, order):
-                for slot in agent.slots:
-                    if slot.rank and slot.rank.begin.generation == generation:
-                        slot.rank.orders.append(order)
-            case Fetch():
-                agent.fetching.append((self.now + 1.0, command))
-            case Drop(path):
-                agent.held.pop(path, None)
-                self.node_disks.get(agent.node, {}).pop(path, None)
-            case Leave():
-                for slot in agent.slots:
-                    slot.rank = None
-                self.agents.pop(agent.node, None)
-                self.down[agent.node] = "its agent left"
-                self.queue.append(AgentDisconnected(agent.node))
-            case _:
-                raise AssertionError(f"no agent obeys {command}")
-
-    def _begin(self, agent: Agent, begin: Begin) -> None:
-        slot = agent.slots[begin.slot]
-        if begin.generation <= agent.killed_up_to or slot.rank is not None:
-            return
-        assert agent.node not in self.failed_nodes, f"{agent.node} has failed and is handed back"
-        assert self.replayed.live is not None, "what begins is journalled"
-        assert self.replayed.live.generation == begin.generation
-        others = [
-            r.begin.generation for r in self.ranks() if r.begin.generation != begin.generation
-        ]
-        assert not others, f"generation {begin.generation} begins while ranks of {others} live"
-        if slot.warm_at > self.now:
-            return
-        self._check_restored(agent, begin)
+    def next_pid(self) -> int:
+        """A process number that nobody has had."""
         self._pids += 1
-        slot.rank = Rank(begin, self._pids, since=self.now, step=self.replayed.live.start_step)
-        slot.warm_at = self.now + WARM_SECONDS
-        self.begun.append((begin.generation, begin.rank, agent.node))
-        group = self.groups.setdefault(
-            begin.generation,
-            Group(
-                begin.generation,
-                self.replayed.live.start_step,
-                self.now,
-                self.now,
-                begin.order_number,
-            ),
-        )
-        if begin.rank == 0:
-            self.report_of(agent, slot.rank, Store("host", 7000 + begin.generation))
-        group.moved = self.now
-
-    def _check_restored(self, agent: Agent, begin: Begin) -> None:
-        """What a rank of a snapshot reads is there, all of it, and good."""
-        assert self.replayed.live is not None
-        path = self.replayed.live.checkpoint
-        if begin.checkpoint is None or tier_of(path) == SHARED:
-            return
-        assert begin.checkpoint == f"/held/{agent.node}/{path}"
-        made = next(c for c in self.replayed.checkpoints if c.path == path)
-        same = made.world_size == begin.world_size
-        names = {own_file_name(rank) for rank in ([begin.rank] if same else range(made.world_size))}
-        assert names <= agent.held.get(path, set()), f"rank {begin.rank} lacks its part of {path}"
-        assert {(path, name) for name in names} <= agent.verified, (
-            f"rank {begin.rank} reads what nobody has verified"
-        )
-
-    def _fetch(self, agent: Agent, command: Fetch) -> None:
-        why = ""
-        for name in command.names:
-            own = [p for p in (command.path, command.origin) if name in agent.held.get(p, ())]
-            good = [p for p in own if (p, name) not in agent.spoiled]
-            there = self.agents.get(command.sources.get(name, ""))
-            if good or (
-                there is not None
-                and name in there.held.get(command.path, ())
-                and not there.frozen
-                and (command.path, name) not in there.spoiled
-            ):
-                agent.held.setdefault(command.path, set()).add(name)
-                if tier_of(command.path) == NODE:
-                    self.node_disks.setdefault(agent.node, {}).setdefault(command.path, set()).add(
-                        name
-                    )
-                agent.spoiled.discard((command.path, name))
-                agent.verified.add((command.path, name))
-            else:
-                why = f"{name} is nowhere"
-        folder = "" if why else f"/held/{agent.node}/{command.path}"
-        self.report(agent, Fetched(command.path, command.names, why, folder))
+        return self._pids
 
     def report(self, agent: Agent, fact: Message) -> None:
         agent.number += 1
@@ -625,7 +514,7 @@ class World:
             ]
             agent.fetching = [item for item in agent.fetching if item[1] not in due_now]
             for command in due_now:
-                self._fetch(agent, command)
+                fetch(self, agent, command)
         for group in list(self.groups.values()):
             advance(self, group)
         self._drain()
