@@ -30,15 +30,15 @@ from opt_train.supervisor.effects import (
     Effect,
     FenceNode,
     Finish,
+    InspectCheckpoint,
     Send,
     Show,
-    VerifyCheckpoint,
 )
 from opt_train.supervisor.generation_view import GenerationView
 from opt_train.supervisor.inputs import (
     AgentConnected,
     AgentDisconnected,
-    CheckpointVerified,
+    CheckpointInspected,
     ClusterObserved,
     FactReceived,
     HeartbeatReceived,
@@ -96,7 +96,7 @@ class ClusterView:
         """Checkpoint -> since when its manifest is being written."""
         self.committed: dict[str, ManifestCommitted] = {}
         """What the input at hand says of manifests."""
-        self.verified: dict[str, CheckpointVerified] = {}
+        self.verified: dict[str, CheckpointInspected] = {}
         self.shown: Show | None = None
         self.shown_at = float("-inf")
         self._sent = SentEffects()
@@ -159,7 +159,7 @@ class ClusterView:
                 # Silence is unknown (invariant 11): a clock begins to run, and a rule acts when
                 # something else agrees.
                 self.node(node).disconnect(now.monotonic)
-            case CheckpointVerified(path):
+            case CheckpointInspected(path):
                 self.verified[path] = input_
             case ManifestCommitted(path):
                 self.committing.pop(path, None)
@@ -254,7 +254,7 @@ class ClusterView:
                 # The cluster will call it down from now on, by our own hand: the diagnosis must not
                 # take that for a failure of the node.
                 self.node(node).fenced_unreached |= self.node(node).cluster != "down"
-            case VerifyCheckpoint():
+            case InspectCheckpoint():
                 self._sent.mark(effect, 0, now)
             case CommitManifest(path):
                 self.committing[path] = now

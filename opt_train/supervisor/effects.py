@@ -12,7 +12,7 @@ effect             promise                                   what comes back
 `StartAgent`       tried once                                `ClusterObserved`, a connection
 `FenceNode`        tried once, one at a time on a node       `ClusterObserved`: down
 `WriteMetrics`     behind the entries before it; not fsynced nothing
-`VerifyCheckpoint` done                                      `CheckpointVerified`
+`InspectCheckpoint` done                                      `CheckpointInspected`
 `CommitManifest`   done, if the lock is still ours           `ManifestCommitted`
 `CommitSnapshot`   done, if the lock is still ours           `ManifestCommitted`
 `RetireCheckpoint` tried; the next supervisor tries it again nothing
@@ -83,9 +83,9 @@ class WriteMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyCheckpoint:
-    """Check every file of the checkpoint (path relative to the run) by its manifest; answer
-    `CheckpointVerified`."""
+class InspectCheckpoint:
+    """Compare the manifest's hash and the files' names and sizes (path relative to the run);
+    answer `CheckpointInspected`. The bytes are the ranks' to verify, who read them anyway."""
 
     path: str
     manifest_sha256: str
@@ -171,7 +171,7 @@ Effect = (
     | StartAgent
     | FenceNode
     | WriteMetrics
-    | VerifyCheckpoint
+    | InspectCheckpoint
     | CommitManifest
     | CommitSnapshot
     | RetireCheckpoint

@@ -10,7 +10,7 @@ input                where it comes from                             more than o
 `MetricsReceived`    rank 0 through its agent; some may be lost      yes: (attempt, step) says so
 `MetricsRecalled`    `metrics/`, once, before all others             no
 `ClusterObserved`    the cluster, every second                       the newest counts
-`CheckpointVerified` the answer to `VerifyCheckpoint`                no
+`CheckpointInspected` the answer to `InspectCheckpoint`                no
 `ManifestCommitted`  the answer to a commit                          no
 `JournalWasStalled`  an append that took long                        no
 `InboxReceived`      a file in `inbox/`, kept until it is journalled after a supervisor's death
@@ -125,8 +125,8 @@ class ClusterObserved:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointVerified:
-    """The answer to `VerifyCheckpoint`. `why` is empty when it is good."""
+class CheckpointInspected:
+    """The answer to `InspectCheckpoint`. `why` is empty when it is good."""
 
     path: str
     why: str
@@ -186,7 +186,7 @@ Input = (
     | MetricsReceived
     | MetricsRecalled
     | ClusterObserved
-    | CheckpointVerified
+    | CheckpointInspected
     | ManifestCommitted
     | JournalWasStalled
     | InboxReceived

@@ -7,9 +7,9 @@ it beside its fields (protocol/commands.py).
 """
 
 from opt_train.protocol.commands import Fetch
-from opt_train.supervisor.effects import FenceNode, Send, VerifyCheckpoint
+from opt_train.supervisor.effects import FenceNode, InspectCheckpoint, Send
 
-Repeatable = Send | FenceNode | VerifyCheckpoint
+Repeatable = Send | FenceNode | InspectCheckpoint
 
 
 class SentEffects:
@@ -50,5 +50,5 @@ def _key_of(effect: Repeatable, connections: int) -> tuple[str, ...]:
             return (command.kind, node, str(connections), *command.key)
         case FenceNode(node):
             return ("fence", node)
-        case VerifyCheckpoint(path):
+        case InspectCheckpoint(path):
             return ("verify", path)

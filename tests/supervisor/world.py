@@ -51,16 +51,16 @@ from opt_train.supervisor.effects import (
     Effect,
     FenceNode,
     Finish,
+    InspectCheckpoint,
     RetireCheckpoint,
     Send,
     StartAgent,
-    VerifyCheckpoint,
     WriteMetrics,
 )
 from opt_train.supervisor.inputs import (
     AgentConnected,
     AgentDisconnected,
-    CheckpointVerified,
+    CheckpointInspected,
     ClusterObserved,
     FactReceived,
     HeartbeatReceived,
@@ -217,9 +217,9 @@ class World:
                     "metrics of an older generation are fenced off"
                 )
                 self.metrics[attempt, line["step"]] = line["loss"]
-            case VerifyCheckpoint(path):
+            case InspectCheckpoint(path):
                 assert path in self.disk, f"{path} is wanted and not on the disk"
-                self._answer(1.0, CheckpointVerified(path, self.disk[path], "sha"))
+                self._answer(1.0, CheckpointInspected(path, self.disk[path], "sha"))
             case CommitManifest(path, _, attempt, step):
                 why = ""
                 if self.fail_commits:

@@ -29,7 +29,7 @@ from opt_train.run.entries import (
     validation_measured,
 )
 from opt_train.run.state import OBEYED, REPLACED, WITHDRAWN
-from opt_train.supervisor.effects import ClearUncommitted, Send, VerifyCheckpoint
+from opt_train.supervisor.effects import ClearUncommitted, InspectCheckpoint, Send
 from opt_train.supervisor.rules import snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
@@ -67,7 +67,7 @@ def verify(s: Context) -> list[Decision]:
     if answer is not None:
         rejection = CheckpointRejected(wanted.path, answer.why)
         return [Record(rejection, wanted.step, wanted.attempt)] if answer.why else []
-    verify = VerifyCheckpoint(wanted.path, wanted.manifest_sha256)
+    verify = InspectCheckpoint(wanted.path, wanted.manifest_sha256)
     return [] if s.view.was_sent(verify, within=VERIFY_AGAIN_SECONDS) else [verify]
 
 

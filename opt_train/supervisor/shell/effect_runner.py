@@ -32,15 +32,15 @@ from opt_train.supervisor.effects import (
     Effect,
     FenceNode,
     Finish,
+    InspectCheckpoint,
     RetireCheckpoint,
     Send,
     Show,
     StartAgent,
-    VerifyCheckpoint,
     WriteMetrics,
 )
 from opt_train.supervisor.inputs import (
-    CheckpointVerified,
+    CheckpointInspected,
     Input,
     JournalWasStalled,
     ManifestCommitted,
@@ -143,7 +143,7 @@ class EffectRunner:
                 self._spawn(self._on_node(node, partial(self._cluster.start_agent, node)))
             case FenceNode(node):
                 self._spawn(self._on_node(node, partial(self._cluster.fence, node)))
-            case VerifyCheckpoint(path, sha256):
+            case InspectCheckpoint(path, sha256):
                 self._spawn(self._answer(partial(self._verify, path, sha256)))
             case CommitManifest():
                 self._spawn(self._answer(partial(self._commit, effect, self._journal.head.hash)))
@@ -232,9 +232,9 @@ class EffectRunner:
     async def _answer(self, work: Callable[[], Input]) -> None:
         self._feed(await asyncio.get_running_loop().run_in_executor(self._checking, work))
 
-    def _verify(self, path: str, sha256: str) -> CheckpointVerified:
+    def _verify(self, path: str, sha256: str) -> CheckpointInspected:
         found = self._checkpoints.verify(path, sha256)
-        return CheckpointVerified(path, found.why, found.manifest_sha256)
+        return CheckpointInspected(path, found.why, found.manifest_sha256)
 
     def _commit(self, effect: CommitManifest, journal_head: str) -> ManifestCommitted:
         result = self._checkpoints.commit(
