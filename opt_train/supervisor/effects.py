@@ -3,23 +3,23 @@
 An `Append` is a barrier: nothing behind it happens before the entry is durable. So the world never
 sees a decision that a crash could make the journal forget.
 
-================== ========================================= ===================================
-effect             promise                                   what comes back
-================== ========================================= ===================================
-`Append`           durable before anything behind it         `JournalWasStalled` if it took long
-`Send`             in order, if the agent is connected       facts; nothing if it was lost
-`AcknowledgeFact`  as `Send`                                 nothing; a lost one: the fact again
-`StartAgent`       tried once                                `ClusterObserved`, a connection
-`FenceNode`        tried once, one at a time on a node       `ClusterObserved`: down
-`WriteMetrics`     behind the entries before it; not fsynced nothing
+=================== ========================================= ===================================
+effect              promise                                   what comes back
+=================== ========================================= ===================================
+`Append`            durable before anything behind it         `JournalWasStalled` if it took long
+`Send`              in order, if the agent is connected       facts; nothing if it was lost
+`AcknowledgeFact`   as `Send`                                 nothing; a lost one: the fact again
+`StartAgent`        tried once                                `ClusterObserved`, a connection
+`FenceNode`         tried once, one at a time on a node       `ClusterObserved`: down
+`WriteMetrics`      behind the entries before it; not fsynced nothing
 `InspectCheckpoint` done                                      `CheckpointInspected`
-`CommitManifest`   done, if the lock is still ours           `ManifestCommitted`
-`CommitSnapshot`   done, if the lock is still ours           `ManifestCommitted`
-`RetireCheckpoint` tried; the next supervisor tries it again nothing
-`ClearUncommitted` tried; the next attempt tries it again    nothing
-`Show`             at once, ahead of all others              nothing
-`Finish`           the last one                              nothing
-================== ========================================= ===================================
+`CommitManifest`    done, if the lock is still ours           `ManifestCommitted`
+`CommitSnapshot`    done, if the lock is still ours           `ManifestCommitted`
+`RetireCheckpoint`  tried; the next supervisor tries it again nothing
+`ClearUncommitted`  tried; the next attempt tries it again    nothing
+`Show`              at once, ahead of all others              nothing
+`Finish`            the last one                              nothing
+=================== ========================================= ===================================
 
 "Done": the host reports the outcome, good or bad. Whatever else fails is logged,
 and it is the core that asks again.

@@ -1,22 +1,22 @@
 """Everything the supervisor's core can learn. Its host makes these; nothing else enters.
 
-==================== =============================================== ============================
-input                where it comes from                             more than once
-==================== =============================================== ============================
-`AgentConnected`     a link that has proved itself                   the newer one counts
-`AgentDisconnected`  a link that broke, or was silent for long       no; means nothing by itself
-`FactReceived`       an agent, numbered, until it is acknowledged    yes: the number says so
-`HeartbeatReceived`  an agent, every second                          the newest counts
-`MetricsReceived`    rank 0 through its agent; some may be lost      yes: (attempt, step) says so
-`MetricsRecalled`    `metrics/`, once, before all others             no
-`ClusterObserved`    the cluster, every second                       the newest counts
-`CheckpointInspected` the answer to `InspectCheckpoint`                no
-`ManifestCommitted`  the answer to a commit                          no
-`JournalWasStalled`  an append that took long                        no
-`InboxReceived`      a file in `inbox/`, kept until it is journalled after a supervisor's death
-`StopAsked`          a signal                                        counted: twice is impatience
-`Tick`               the host's clock, five times a second           yes
-==================== =============================================== ============================
+===================== =============================================== ============================
+input                 where it comes from                             more than once
+===================== =============================================== ============================
+`AgentConnected`      a link that has proved itself                   the newer one counts
+`AgentDisconnected`   a link that broke, or was silent for long       no; means nothing by itself
+`FactReceived`        an agent, numbered, until it is acknowledged    yes: the number says so
+`HeartbeatReceived`   an agent, every second                          the newest counts
+`MetricsReceived`     rank 0 through its agent; some may be lost      yes: (attempt, step) says so
+`MetricsRecalled`     `metrics/`, once, before all others             no
+`ClusterObserved`     the cluster, every second                       the newest counts
+`CheckpointInspected` the answer to `InspectCheckpoint`               no
+`ManifestCommitted`   the answer to a commit                          no
+`JournalWasStalled`   an append that took long                        no
+`InboxReceived`       a file in `inbox/`, kept until it is journalled after a supervisor's death
+`StopAsked`           a signal                                        counted: twice is impatience
+`Tick`                the host's clock, five times a second           yes
+===================== =============================================== ============================
 """
 
 from collections.abc import Mapping

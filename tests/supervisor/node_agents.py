@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tests.supervisor.world import World
 
 
-def obey(world: "World", agent: Agent, command: Message) -> None:  # noqa: PLR0912 - one case a command
+# One case a command.
+def obey(world: "World", agent: Agent, command: Message) -> None:  # noqa: PLR0912
     match command:
         case Begin():
             _begin(world, agent, command)
