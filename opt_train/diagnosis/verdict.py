@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from opt_logbook.record.events import Evidence, FindingNoted, IncidentDiagnosed
+from opt_logbook.record.events import Evidence, FailureSeen, FindingNoted, IncidentDiagnosed
 
 from opt_train.diagnosis.causes import LABELS, Blame, Cause, blame_of, cause_named
 from opt_train.diagnosis.patterns import EXCEPTION, FRAME, ROOTS, VICTIMS, Indication, Pattern
@@ -62,11 +62,8 @@ class Precedence(IntEnum):
 class Case:
     """All that is known of a failed generation."""
 
-    sign: str
-    """How the failure showed itself first (`FailureSeen.sign`)."""
-    what: str
-    node: str
-    rank: int
+    seen: FailureSeen
+    """The first sign of it."""
     exits: Mapping[int, tuple[str, RankExited]]
     """Rank -> node, how it ended."""
     exit_notices: Mapping[int, ExitNotice]
@@ -134,9 +131,10 @@ def diagnose(case: Case) -> Diagnosis:
     suspects = [*found, *_nodes_lost(case), *_ranks_ended(case), _first_sign(case)]
     # Among equals the one that showed itself first, then the lowest rank: the same case always
     # reads the same.
-    first_seen = (case.node, case.rank)
+    seen = case.seen
+    first_seen = (seen.node, seen.rank)
     suspects.sort(
-        key=lambda s: (s.precedence, (s.node, s.rank) != first_seen, s.node != case.node, s.rank)
+        key=lambda s: (s.precedence, (s.node, s.rank) != first_seen, s.node != seen.node, s.rank)
     )
     root = suspects[0]
     others = [e for s in suspects[1:] if s.precedence == Precedence.VICTIM for e in s.evidence]
@@ -370,25 +368,26 @@ NO_SIGN = (Precedence.NOTHING, Indication(Cause.UNKNOWN, "the evidence does not 
 
 def _first_sign(case: Case) -> Suspect:
     """What the first sign by itself says, for when no process and no log says more."""
-    seen = (_observed(case.what),)
-    if case.sign == "hang":
-        return _hang(case, seen)
-    precedence, indication = FIRST_SIGNS.get(case.sign, NO_SIGN)
-    return Suspect(precedence, indication, case.node, case.rank, seen)
+    seen = case.seen
+    evidence = (_observed(seen.what),)
+    if seen.sign == "hang":
+        return _hang(case, evidence)
+    precedence, indication = FIRST_SIGNS.get(seen.sign, NO_SIGN)
+    return Suspect(precedence, indication, seen.node, seen.rank, evidence)
 
 
 def _hang(case: Case, seen: tuple[Evidence, ...]) -> Suspect:
     detail = "stopped moving"
-    ended = case.exits.get(case.rank)
+    ended = case.exits.get(case.seen.rank)
     if ended is not None and ended[1].phase:
         detail += f" in phase {ended[1].phase}"
-    stack = case.stacks.get(case.rank)
+    stack = case.stacks.get(case.seen.rank)
     if stack is not None:
         seen += tuple(_evidence(line) for line in stack[1].tail[-3:])
         if stack[1].process_state == "T":
             detail += "; its process was stopped"
     indication = Indication(Cause.HANG, detail, 0.8)
-    return Suspect(Precedence.STOPPED_MOVING, indication, case.node, case.rank, seen)
+    return Suspect(Precedence.STOPPED_MOVING, indication, case.seen.node, case.seen.rank, seen)
 
 
 # Evidence -----------------------------------------------------------------------------------------

@@ -168,17 +168,7 @@ def _attempt_ended(s: RunState, entry: Entry, event: AttemptEnded) -> RunState:
 
 
 def _failure_seen(s: RunState, entry: Entry, event: FailureSeen) -> RunState:
-    incident = Incident(
-        number=event.incident,
-        generation=event.generation,
-        attempt=entry.attempt,
-        step=entry.step or 0,
-        opened=entry.time,
-        node=event.node,
-        rank=event.rank,
-        what=event.what,
-        sign=event.sign,
-    )
+    incident = Incident(event, entry.attempt, step=entry.step or 0, opened=entry.time)
     return replace(
         s,
         incidents=max(s.incidents, event.incident),
@@ -195,14 +185,7 @@ def _incident_diagnosed(s: RunState, entry: Entry, event: IncidentDiagnosed) -> 
     restarts = s.restarts_after(event.cause)
     strikes, in_all = restarts.get(event.cause, 0), sum(restarts.values())
     known = tuple(
-        replace(
-            i,
-            cause=event.cause,
-            detail=event.detail,
-            culprit=event.node,
-            strikes=strikes,
-            strikes_in_all=in_all,
-        )
+        replace(i, diagnosis=event, strikes=strikes, strikes_in_all=in_all)
         if i.number == event.incident
         else i
         for i in s.open_incidents

@@ -4,6 +4,7 @@ a user's bug."""
 from typing import Any
 
 import pytest
+from opt_logbook.record.events import FailureSeen
 
 from opt_train.diagnosis.verdict import Case, Diagnosis, diagnose
 from opt_train.protocol.facts import ExitNotice, LogLine, RankExited, Stacks
@@ -36,10 +37,11 @@ def ended(
 
 
 def verdict(*exits: RankExited, sign: str = "exit", rank: int = 0, **known: object) -> Diagnosis:
-    seen: dict[str, object] = {"exit_notices": {}, "stacks": {}, "down": {}, **known}
+    known = {"exit_notices": {}, "stacks": {}, "down": {}, **known}
     table = {exited.rank: (f"n{exited.rank}", exited) for exited in exits}
-    case: Any = Case  # with `seen` as a test's shorthand
-    return diagnose(case(sign, "what was seen", f"n{rank}", rank, table, **seen))
+    case: Any = Case  # with `known` as a test's shorthand
+    first = FailureSeen(1, 1, f"n{rank}", rank, "what was seen", sign)
+    return diagnose(case(first, table, **known))
 
 
 @pytest.mark.parametrize(

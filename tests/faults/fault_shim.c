@@ -10,7 +10,8 @@ A rule is a line of fields between tabs:
     fault      an errno's name (ENOSPC EDQUOT EIO ESTALE ...): the call is not made and fails so
                the same with a "+" behind it: the call is made, and its answer is lost, as with a server that reboots
                short: a write takes half of what it is given
-               stall: this call, and every matching one that begins within the seconds, returns only at their end
+               stall: this call, and every matching one that begins within the seconds, returns only at their end,
+                      or when the rules are set anew
                late: a rename is seen at once by the process that makes it, and by others only after the seconds. This
                      is an NFS client whose cache knows that the name is not there (a negative entry of an attribute
                      cache): open and stat of the new name answer ENOENT. Not modelled: what a listing shows, and the
@@ -110,10 +111,11 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* Until then, or until the rules are set anew. */
 static void wait_until(uint64_t end_ns) {
-    struct timespec end = {(time_t)(end_ns / 1000000000u), (long)(end_ns % 1000000000u)};
-    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL) == EINTR) {
-    }
+    uint64_t generation = atomic_load(&shared->generation);
+    struct timespec pause = {0, 1000000};
+    while (now_ns() < end_ns && atomic_load(&shared->generation) == generation) nanosleep(&pause, NULL);
 }
 
 /* A whole small file, with a zero behind it; its length. */

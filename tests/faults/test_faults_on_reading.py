@@ -127,7 +127,7 @@ def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(
         for number in range(prepared, len(calls) + 2):
             stage = f"call {number} of {len(calls)}"
             retire_checkpoint(folder)
-            shim.set(Rule("stall", f"{folder}*", first=number, seconds=0.3))
+            shim.set(Rule("stall", f"{folder}*", first=number, seconds=60))
             slow.begin(Case("save-only", STEP, 2.0))
             deadline = time.monotonic() + 30
             while number <= len(calls) and not shim.fired():
@@ -135,6 +135,7 @@ def test_of_two_that_save_at_once_one_commits_and_what_it_commits_is_its_own(
             other = None if number <= len(calls) else slow.end()
             won = quick.do("save", STEP)
             assert won.why == "", stage
+            shim.set()  # now it goes on
             other = other or slow.end()
             if other.why:
                 assert folder.name in other.why, stage

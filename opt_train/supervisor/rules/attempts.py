@@ -135,7 +135,7 @@ def _old_ranks_live(s: Context) -> bool:
 def _reason(s: Context) -> str:
     incident = s.state.incident
     if incident is not None:
-        return f"recovery from incident {incident.number}: {incident.cause or incident.what}"
+        return f"recovery from incident {incident.number}: {incident.cause or incident.seen.what}"
     if s.state.attempt is None:
         return "first start"
     if s.state.attempt.outcome == REPLACED:

@@ -157,14 +157,12 @@ def diagnosis_of(s: Context, incident: Incident) -> Diagnosis:
     down = {
         n: s.view.node(n).cluster_reason for n in nodes if s.view.is_down(n) and n not in fenced
     }
-    if incident.sign == "down" and incident.node not in down:
+    seen = incident.seen
+    if seen.sign == "down" and seen.node not in down:
         # It went down, and by now its agent may be back: what was seen was seen.
-        down[incident.node] = incident.what
+        down[seen.node] = seen.what
     case = Case(
-        sign=incident.sign,
-        what=incident.what,
-        node=incident.node,
-        rank=incident.rank,
+        seen=seen,
         exits=s.generation.exits,
         exit_notices=s.generation.notices,
         stacks=s.generation.stacks,
@@ -235,4 +233,4 @@ def _suspect(s: Context, incident: Incident) -> Checkpoint | None:
 
 def question_of(incident: Incident, remedy: Remedy) -> str:
     """What a person must decide, with what was seen."""
-    return f"{remedy.question} Seen: {incident.what}."
+    return f"{remedy.question} Seen: {incident.seen.what}."
