@@ -1,4 +1,6 @@
 # make demo     train a small model for a few minutes, break it, see it recover (FRESH=1: anew)
+# make demo-slurm  the same on a real Slurm of five nodes that it starts here, as root: a node dies,
+#               another's GPU reports an ECC error, both are swapped; some four minutes
 # make test     lint, types, import contracts, tests, fast ones first; JOBS=2 files at a time
 # make test-end-to-end   whole runs that break and recover, a Slurm: some twenty minutes more
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit
@@ -22,7 +24,7 @@ NOT_PURE := $(addprefix --ignore ,$(filter-out tests/supervisor,$(PURE))) \
   --ignore-glob 'tests/supervisor/test_*.py'
 TESTS := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 -m "not slow"
 
-.PHONY: demo test test-end-to-end test-resume benchmarks benchmarks-gpu venv docs clean
+.PHONY: demo demo-slurm test test-end-to-end test-resume benchmarks benchmarks-gpu venv docs clean
 .DEFAULT_GOAL := demo
 
 venv: $(VENV)/installed
@@ -53,6 +55,9 @@ demo: $(VENV)/installed
 	@trap : INT; $(BIN)/opt-train run experiment=demo; code=$$?; \
 	if [ $$code -eq 75 ]; then echo "stopped with its state saved; make demo goes on from there"; exit 0; fi; \
 	exit $$code
+
+demo-slurm: $(VENV)/installed
+	@$(BIN)/python -m tests.slurm.demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .

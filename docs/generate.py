@@ -151,7 +151,7 @@ def _keys() -> str:
 def _rows(cls: type, prefix: str) -> list[str]:
     explained = _attribute_docs(cls)
     own = [key for key in keys_of(cls, prefix) if key.name.count(".") == prefix.count(".")]
-    return [
+    rows = [
         _row(
             f"`{key.name}`",
             key.type.__name__,
@@ -162,6 +162,11 @@ def _rows(cls: type, prefix: str) -> list[str]:
         )
         for key in own
     ]
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint) and prefix:
+            assert isinstance(hint, type)
+            rows += _rows(hint, f"{prefix}{name}.")
+    return rows
 
 
 def _default(value: object) -> str:

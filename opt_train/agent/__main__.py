@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ def read_options(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--node", required=True)
     parser.add_argument("--slots", type=int, required=True, help="ranks of this node")
+    parser.add_argument("--give-back", default="", help="command that ends the allocation")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run.resolve())
     config = from_json(run.config_json)
@@ -80,6 +82,7 @@ def read_options(arguments: list[str]) -> AgentOptions:
         interface=cluster.collectives_interface,
         memory_every_steps=checkpoint.memory_every_steps,
         node_directory=checkpoint.node_directory,
+        give_back=tuple(shlex.split(given.give_back)),
     )
 
 

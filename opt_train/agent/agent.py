@@ -22,6 +22,7 @@ from typing import Any
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.outbox import Outbox
+from opt_train.agent.probes.gpu import GpuProbe
 from opt_train.agent.rank_log import LogCopies
 from opt_train.agent.rank_slot import RankSlot, rank_environment
 from opt_train.agent.snapshots.service import SnapshotService
@@ -64,6 +65,7 @@ LAST_FACTS_SECONDS = 0.1
 """For the last facts to reach the supervisor, where one is connected."""
 LOG_SECONDS = 5.0
 """For the ends of the ranks' logs to reach the run directory."""
+GIVE_BACK_SECONDS = 60.0
 DEREGISTER_SECONDS = 2.0
 """For the registration to be taken back, before ranks are killed all the same."""
 
@@ -88,6 +90,9 @@ class AgentOptions:
     """Above 0: ranks take snapshots, and other agents may get them from here."""
     node_directory: str = ""
     """Where this node's disk is; empty: the folder of temporary files."""
+    give_back: tuple[str, ...] = ()
+    """The command that gives the node's allocation back, for an agent that leaves because nobody
+    leads it; empty: there is nothing to give back."""
 
 
 class Agent:
@@ -101,6 +106,7 @@ class Agent:
         self._leader = self._first_leader = 0
         self._lease_renewed = time.monotonic()
         self._leave = asyncio.Event()
+        self._orphaned = False
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_trouble = ""
@@ -137,6 +143,7 @@ class Agent:
         for slot in self._slots:
             slot.open()
         self._start(self._watch_lease())
+        watching = self._start(GpuProbe(self._outbox.add).run())
         # Before the first connection: with it goes what snapshots there are, and where others get
         # them.
         await self._snapshots.open(self._options.memory_every_steps > 0, self._options.interface)
@@ -150,9 +157,23 @@ class Agent:
                 await self._snapshots.close()
         await asyncio.sleep(LAST_FACTS_SECONDS)
         await asyncio.to_thread(self._logs.close, LOG_SECONDS)
-        dialling.cancel()
-        await asyncio.gather(dialling, return_exceptions=True)
+        for task in (dialling, watching):
+            task.cancel()
+        await asyncio.gather(dialling, watching, return_exceptions=True)
         self._files.close()
+        if self._orphaned and self._options.give_back:
+            await self._give_back(self._options.give_back)
+
+    async def _give_back(self, command: tuple[str, ...]) -> None:
+        """No allocation outlives its run (invariant 9). The last thing an agent does: what ends the
+        allocation ends the agent too."""
+        log.error("giving the allocation back: %s", " ".join(command))
+        try:
+            async with asyncio.timeout(GIVE_BACK_SECONDS):
+                giving = await asyncio.create_subprocess_exec(*command)
+                await giving.wait()
+        except (OSError, TimeoutError) as trouble:
+            log.error("the allocation was not given back: %s", trouble)
 
     async def _take_registration_back(self) -> None:
         try:
@@ -301,6 +322,7 @@ class Agent:
             orphaned_seconds = time.monotonic() - self._lease_renewed
             if orphaned_seconds > self._options.orphan_seconds:
                 log.error("nobody has led this node for %.0f s: leaving", orphaned_seconds)
+                self._orphaned = True
                 self._leave.set()
                 return
 

@@ -58,6 +58,16 @@ VERBS = {
         configured=True,
         composes=True,
     ),
+    "submit": Verb(
+        "write the batch script of a run's supervisor and give it to Slurm",
+        (
+            "opt-train submit experiment=demo",
+            "opt-train submit experiment=opt-1.3b cluster.slurm.partition=a100 --dry-run",
+        ),
+        "submit",
+        configured=True,
+        has_flags=True,
+    ),
     "train": Verb(
         "train without a supervisor: alone, or as torchrun starts it",
         (

@@ -1,8 +1,10 @@
 """What the supervisor asks of whatever hands out nodes; each kind of cluster is one file beside
 this one."""
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from opt_train.config.run_config import RunConfig
@@ -26,12 +28,32 @@ class NodeStatus:
     reason: str = ""
 
 
+class Submission(Protocol):
+    """The supervisor of a run as a batch job, for clusters with a queue."""
+
+    def script(self, program: str, arguments: Sequence[str]) -> str:
+        """The batch script, for a person to read.
+
+        Args:
+            program: path of `opt-train`.
+            arguments: of `opt-train run`, beside the cluster's own.
+        """
+
+    def submit(self, script: str) -> tuple[str, Path]:
+        """Keep the script in the run directory and queue it; returns the job and its log.
+
+        Raises:
+            BadInput: the scheduler refuses it.
+        """
+
+
 class Cluster(Protocol):
     """Nodes to run agents on, and every difference between the kinds of clusters.
 
     A back end owes its caller these duties (docs/clusters.md says how to write one):
 
-    1. `node_names` never change during a run; the first `cluster.nodes` of them train.
+    1. `acquire` has the nodes, once; from then on `node_names` do not change, and the first
+       `cluster.nodes` of them train.
     2. `make_endpoint` picks the transport: TCP is bound to one address, never to all interfaces
        (invariant 13).
     3. `start_agent` starts ``python -m opt_train.agent`` on a node, in an environment that bears
@@ -62,6 +84,30 @@ class Cluster(Protocol):
         Raises:
             BadInput: one sentence that names the keys to change.
         """
+
+    def acquire(
+        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> bool:
+        """Have the nodes: those of an earlier supervisor of the run where they still are, else new
+        ones, without those in `failed`. May wait for days.
+
+        Args:
+            failed: nodes that this run has given up.
+            announce: takes a sentence for a person, such as what is waited for.
+            stopped: asked again and again; once it is true the wait ends and what was asked for is
+                taken back.
+
+        Returns:
+            False: it was stopped. Before True `node_names` is empty where names are not known.
+
+        Raises:
+            BadInput: there will never be such nodes.
+        """
+
+    @property
+    def outlives_supervisor(self) -> bool:
+        """A SIGTERM means that the scheduler ends the supervisor's job alone, perhaps to begin it
+        again elsewhere; the nodes stay. Asked once they are had."""
 
     def make_endpoint(self) -> Endpoint:
         """Where this run's supervisor shall listen, such that the agents of all nodes reach it and

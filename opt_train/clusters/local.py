@@ -1,24 +1,23 @@
 """A cluster of one machine: each node is an agent process in a session of its own, that outlives
 the supervisor."""
 
-import json
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.clusters.cluster import NodeState, NodeStatus
 from opt_train.clusters.config import ClusterConfig
+from opt_train.clusters.registration import read_registration
 from opt_train.config.run_config import RunConfig
 from opt_train.host import signals
 from opt_train.host.processes import (
     NODE_MARK,
     bears_mark,
-    is_alive,
     kill_marked,
     mark_of,
     send_signal,
@@ -28,22 +27,8 @@ from opt_train.protocol.exits import BadInput
 
 RANKS_PER_CORE_MAX = 8
 """More on a machine without GPUs are a mistake: tests and trials have two or four."""
-_MAX_FILE_BYTES = 4096
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """What an agent wrote of itself in ``nodes/<node>/agent.json``."""
-
-    pid: int
-    start_ticks: int
-
-    @property
-    def alive(self) -> bool:
-        # A pid alone proves nothing: after a reboot, or a day, another process has it.
-        return is_alive(self.pid, self.start_ticks)
 
 
 class LocalCluster:
@@ -84,6 +69,16 @@ class LocalCluster:
                 "holds"
             )
 
+    def acquire(
+        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> bool:
+        """This machine is here."""
+        return True
+
+    @property
+    def outlives_supervisor(self) -> bool:
+        return False
+
     def make_endpoint(self) -> UnixEndpoint:
         return UnixEndpoint(make_socket_path())
 
@@ -91,7 +86,7 @@ class LocalCluster:
         """Start the agent, unless one lives. Should two be started at once, the node's lock lets
         one live."""
         child = self._children.get(node)
-        registered = self._registered(node)
+        registered = read_registration(self._run, node)
         if (registered is not None and registered.alive) or (
             child is not None and child.poll() is None
         ):
@@ -139,7 +134,7 @@ class LocalCluster:
 
     def agent_pid(self, node: str) -> int | None:
         """The living agent's pid."""
-        registered = self._registered(node)
+        registered = read_registration(self._run, node)
         return registered.pid if registered is not None and registered.alive else None
 
     def signal_process(self, node: str, pid: int, number: int) -> bool:
@@ -150,7 +145,7 @@ class LocalCluster:
 
     def _observe(self, node: str) -> NodeStatus:
         child = self._children.get(node)
-        registered = self._registered(node)
+        registered = read_registration(self._run, node)
         if registered is not None and registered.alive:
             return NodeStatus(NodeState.UP)
         if child is not None:
@@ -162,21 +157,6 @@ class LocalCluster:
             # Nothing was ever seen here: no sign of death (invariant 11).
             return NodeStatus(NodeState.UNKNOWN, "no agent has been started")
         return NodeStatus(NodeState.DOWN, f"agent process {registered.pid} is gone")
-
-    def _registered(self, node: str) -> Registered | None:
-        try:
-            with open(self._run.nodes / node / "agent.json", "rb") as file:
-                fields = json.loads(file.read(_MAX_FILE_BYTES))
-            registered = Registered(fields["pid"], fields["start_ticks"])
-        except (OSError, ValueError, RecursionError, TypeError, KeyError):
-            return None
-        # Whoever can write to the run directory can write this file; to isinstance true is an int.
-        whole = (
-            type(registered.pid) is int
-            and type(registered.start_ticks) is int
-            and registered.pid > 0
-        )
-        return registered if whole else None
 
 
 def _ended(code: int) -> str:

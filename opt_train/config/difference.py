@@ -1,6 +1,7 @@
 """What changed between two configurations, and what each change means for a run: fixed, training or
 operational."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -24,13 +25,15 @@ def kind_of(key: str) -> KeyKind:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Every key of the configuration, dotted, with its value, in the order of the dataclasses."""
-    flat: dict[str, Any] = {}
-    for name, value in asdict(config).items():
+    return dict(_flat(asdict(config), ""))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
         if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            flat[name] = value
-    return flat
+            yield f"{prefix}{name}", value
 
 
 class Difference(NamedTuple):

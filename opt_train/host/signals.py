@@ -8,7 +8,7 @@ they let them in.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -35,6 +35,19 @@ def ignore() -> None:
     for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Meanwhile the signals end nothing: what is given says whether one has come. For the main
+    thread."""
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in ASK_TO_STOP}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def signal_name(number: int) -> str:

@@ -122,9 +122,10 @@ def classify_start(directory: RunDirectory, config: RunConfig, asked_for_lineage
 
 
 def _strangers_in(directory: RunDirectory) -> bool:
-    """Whether the folder holds more than a start leaves that came no further than its lock."""
+    """Whether the folder holds more than a start leaves that came no further than its lock, or its
+    way to Slurm."""
     return directory.path.exists() and any(
-        path != directory.lock for path in directory.path.iterdir()
+        path not in (directory.lock, directory.submit) for path in directory.path.iterdir()
     )
 
 

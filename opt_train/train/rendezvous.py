@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import (
 )  # torch.distributed re-exports them, but not to type checkers
 
 from opt_train.config.run_config import RunConfig
+from opt_train.host.interface import address_of_interface
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Store
@@ -48,7 +49,8 @@ def join(
     """
     # torch's own is half an hour, for which one rank's exception leaves the others in a collective.
     timeout = timedelta(seconds=config.train.collective_timeout_seconds)
-    host = begin.store_host or "127.0.0.1"
+    # Rank 0 listens on the interface of the collectives, where all nodes reach it.
+    host = begin.store_host or address_of_interface(config.cluster.collectives_interface)
     is_rank_zero = begin.rank == 0
     if is_rank_zero:
         # torch would listen on every interface; whoever reaches the store can put keys into it.

@@ -3,6 +3,7 @@ be made to fail. The example of docs/clusters.md."""
 
 import asyncio
 import threading
+from collections.abc import Callable, Collection
 
 from opt_logbook.record.run_directory import RunDirectory
 
@@ -76,6 +77,15 @@ class SimulatedCluster:
     @property
     def node_names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def outlives_supervisor(self) -> bool:
+        return False
+
+    def acquire(
+        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> bool:
+        return True
 
     def check_before_start(self, config: RunConfig) -> None:
         if config.world_size > RANKS_MAX:

@@ -11,11 +11,18 @@ from opt_train.protocol.exits import BadInput
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_a_back_end_with_trainers_first(kind: str, tmp_path: Path) -> None:
+def test_every_kind_has_a_back_end_and_to_make_it_starts_nothing(kind: str, tmp_path: Path) -> None:
     config = ClusterConfig(kind=kind, nodes=3, buffer_nodes=1)
     cluster = make_cluster(config, RunDirectory(tmp_path / "run"))
+    assert set(cluster.node_names) <= {f"node-{number}" for number in range(1, 5)}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_local_cluster_has_its_nodes_at_once(tmp_path: Path) -> None:
+    config = ClusterConfig(kind="local", nodes=3, buffer_nodes=1)
+    cluster = make_cluster(config, RunDirectory(tmp_path / "run"))
+    assert cluster.acquire((), announce=lambda _: None, stopped=lambda: False)
     assert len(cluster.node_names) == 4
-    assert not (tmp_path / "run").exists(), "asking for a cluster starts nothing"
     assert cluster.living_agents() == ()
 
 

@@ -11,6 +11,7 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.clusters.cluster import Cluster, NodeState
 from opt_train.clusters.config import ClusterConfig
 from opt_train.clusters.local import LocalCluster
+from opt_train.clusters.slurm import SlurmCluster
 from opt_train.link.address import read_address
 from opt_train.link.endpoint import TcpEndpoint
 from opt_train.supervisor.effects import Effect, Finish, StartAgent
@@ -23,7 +24,7 @@ from tests.supervisor.shell.tiny_core import TinyCore, entry
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.mark.parametrize("back_end", [LocalCluster, SimulatedCluster])
+@pytest.mark.parametrize("back_end", [LocalCluster, SimulatedCluster, SlurmCluster])
 def test_a_back_end_pays_every_duty_with_the_protocols_arguments(back_end: type) -> None:
     duties = {name: duty for name, duty in vars(Cluster).items() if not name.startswith("_")}
     assert "start_agent" in duties

@@ -15,8 +15,11 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
-PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2"
+PROGRAMS = (
+    *("slurmctld", "slurmd", "sbatch", "munged", "ip", "gcc"),
+    *("unshare", "nsenter", "setpriv"),
+)
+PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2 gcc libc6-dev"
 SCRIPT = Path(__file__).with_name("slurm_lab.sh")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 START_SECONDS = 90.0
@@ -45,13 +48,15 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
-KillWait=120
+KillWait={kill_wait}
+SlurmdTimeout={slurmd_timeout}
 PropagateResourceLimits=NONE
 # Believe CPUs= below, whatever the machine has.
 SlurmdParameters=config_overrides
-NodeName=n[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs={cpus} RealMemory=4000 {gres}State=UNKNOWN
+PartitionName=main Nodes=n[1-{main}] Default=YES MaxTime=INFINITE State=UP
+{service}"""
 
 
 def missing() -> str:
@@ -76,9 +81,36 @@ class SlurmLab:
     """Use as ``with SlurmLab(folder, nodes=1) as slurm:``; `folder` takes its configuration, state
     and logs."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int,
+        *,
+        service_nodes: int = 0,
+        gpus: int = 0,
+        cpus: int = 2,
+        kill_wait: int = 120,
+        slurmd_timeout: int = 10,
+    ) -> None:
+        """Nodes ``n1`` to ``nN`` of the partition ``main``, and behind them `service_nodes` of the
+        partition ``service``, for jobs of one CPU.
+
+        `gpus` are what Slurm believes a node to have; `slurmd_timeout` is after how many seconds of
+        silence Slurm calls a node down.
+        """
         self.folder = folder
-        self._nodes = nodes
+        self._nodes = nodes + service_nodes
+        self._gpus = gpus
+        self._values = {
+            "kill_wait": kill_wait,
+            "slurmd_timeout": slurmd_timeout,
+            "cpus": cpus,
+            "main": nodes,
+            "service": f"PartitionName=service Nodes=n[{nodes + 1}-{self._nodes}] State=UP\n"
+            if service_nodes
+            else "",
+            "gres": f"Gres=gpu:{gpus} " if gpus else "",
+        }
         self._environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))
         } | {
@@ -87,11 +119,17 @@ class SlurmLab:
         }
 
     def __enter__(self) -> "SlurmLab":
-        for part in ("state", *(f"n{number}.spool" for number in range(1, self._nodes + 1))):
+        names = [f"n{number}" for number in range(1, self._nodes + 1)]
+        for part in ("state", *(f"{n}.{use}" for n in names for use in ("spool", "disk"))):
             (self.folder / part).mkdir(parents=True)
         (self.folder / "slurm.conf").write_text(
-            CONFIGURATION.format(folder=self.folder, nodes=self._nodes)
+            CONFIGURATION.format(folder=self.folder, nodes=self._nodes, **self._values)
         )
+        for number in range(self._gpus):
+            (self.folder / f"nvidia{number}").touch()
+        if self._gpus:
+            devices = f"{self.folder}/nvidia[0-{self._gpus - 1}]"
+            (self.folder / "gres.conf").write_text(f"Name=gpu File={devices}\n")
         # Without this slurmd wants systemd, to make itself a control group of version 2.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = self.folder / "munge.key"
@@ -154,6 +192,29 @@ class SlurmLab:
             f"{' '.join(command)} ended with {done.returncode}: {done.stderr}"
         )
         return done.stdout.strip()
+
+    # Faults ---------------------------------------------------------------------------------------
+
+    def disk(self, node: str) -> Path:
+        """What the node sees as /mnt."""
+        return self.folder / f"{node}.disk"
+
+    def kill_node(self, node: str) -> None:
+        """Cut the node's power: its peers hear nothing any more."""
+        self.run("ip", "link", "set", f"to-{node}", "down")
+        self.run("kill", "-KILL", (self.folder / f"{node}.pid").read_text().strip())
+
+    def cut_node(self, node: str) -> None:
+        """Pull the node's network cable; its processes go on."""
+        self.run("ip", "link", "set", f"to-{node}", "down")
+
+    def plug_node(self, node: str) -> None:
+        """Put the network cable back."""
+        self.run("ip", "link", "set", f"to-{node}", "up")
+
+    def boot_node(self, node: str) -> None:
+        """Start a killed node again."""
+        self.run(str(SCRIPT), "boot", str(self.folder), node, f"10.77.0.{node.removeprefix('n')}")
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says, as JobState=COMPLETED, Restarts=1, ExitCode=0:0 and so

@@ -3,8 +3,10 @@
 #
 #   slurm_lab.sh controller FOLDER NODES     munged, slurmctld and a bridge; boots the nodes
 #   slurm_lab.sh node FOLDER NAME ADDRESS    munged and slurmd of one node
+#   slurm_lab.sh boot FOLDER NAME ADDRESS    give the bridge a new node of that name, in the controller's namespaces
 #
-# FOLDER holds slurm.conf, munge.key and, once it runs, logs. Every host has its own network, host name, process table,
+# FOLDER holds slurm.conf, munge.key, a folder NAME.disk a node (its /mnt) and, once it runs, logs and the pid of each
+# node's first process, NAME.pid, as the controller sees it. Every host has its own network, host name, process table,
 # /run and /dev/shm; the rest of the file system is one for all, as a cluster's shared one.
 set -euo pipefail
 role=$1 folder=$2
@@ -26,7 +28,21 @@ rest() { # bash as PID 1 reaps what is left to it
   wait $!
 }
 
+boot() { # NAME ADDRESS
+  unshare --net --uts --mount --pid --fork --kill-child --mount-proc \
+    "$0" node "$folder" "$1" "$2" >>"$folder/$1.log" 2>&1 </dev/null &
+  local starter=$! first=
+  until first=$(<"/proc/$starter/task/$starter/children") && [[ -n $first ]]; do sleep 0.01; done
+  ip link add "to-$1" type veth peer name eth0 netns "${first%% *}"
+  ip link set "to-$1" master bridge up
+  echo "${first%% *}" >"$folder/$1.pid"
+}
+
 case $role in
+boot)
+  ip link delete "to-$3" 2>/dev/null || true
+  boot "$3" "$4"
+  ;;
 controller)
   hostname controller
   mount --bind "$folder/hosts" /etc/hosts
@@ -34,19 +50,16 @@ controller)
   ip address add 10.77.0.254/24 dev bridge
   ip link set bridge up
   daemons slurmctld -i
-  for ((number = 1; number <= $3; number++)); do
-    unshare --net --uts --mount --pid --fork --kill-child --mount-proc \
-      "$0" node "$folder" "n$number" "10.77.0.$number" >>"$folder/n$number.log" 2>&1 </dev/null &
-    starter=$!
-    until first=$(<"/proc/$starter/task/$starter/children") && [[ -n $first ]]; do sleep 0.01; done
-    ip link add "to-n$number" type veth peer name eth0 netns "${first%% *}"
-    ip link set "to-n$number" master bridge up
+  for gpu in "$folder"/nvidia*; do # gres.conf wants character devices
+    [[ ! -e $gpu ]] || mount --bind /dev/null "$gpu"
   done
+  for ((number = 1; number <= $3; number++)); do boot "n$number" "10.77.0.$number"; done
   rest
   ;;
 node)
   hostname "$3"
   until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
+  mount --bind "$folder/$3.disk" /mnt
   ip address add "$4/24" dev eth0
   ip link set eth0 up
   daemons slurmd

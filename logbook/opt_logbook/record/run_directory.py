@@ -71,8 +71,13 @@ class RunDirectory:
 
     @property
     def nodes(self) -> Path:
-        """Local cluster: one folder a node, with its agent's pid and log."""
+        """One folder a node, with its agent's registration and log."""
         return self.path / "nodes"
+
+    @property
+    def submit(self) -> Path:
+        """The supervisor's batch script as submitted, and its log."""
+        return self.path / "submit"
 
     def make_folder(self, folder: Path) -> None:
         """Make `folder`, somewhere below the run directory; that itself is never made again.

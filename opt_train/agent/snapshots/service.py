@@ -35,8 +35,8 @@ from opt_train.checkpoint.late_files import (
     may_be_late,
 )
 from opt_train.checkpoint.manifest import MANIFEST, STATE, CheckpointError, FileEntry, Manifest
+from opt_train.host.interface import address_of_interface
 from opt_train.host.worker_thread import WorkerThread
-from opt_train.link.interface import address_of_interface
 from opt_train.link.secret import SecretUnusable, read_secret
 from opt_train.protocol.commands import Begin, Drop, Fetch
 from opt_train.protocol.facts import (

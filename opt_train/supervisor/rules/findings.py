@@ -91,7 +91,9 @@ def detect_finding(s: Context) -> list[Decision]:
         for finding in interrupting(s.state, node):
             event = finding.event
             detail = f" ({event.detail})" if event.detail else ""
-            return failure(s, node, -1, f"a probe of {node} found {event.cause}{detail}", "finding")
+            seen = f": {event.evidence[0].text}" if event.evidence else ""
+            what = f"a probe of {node} found {event.cause}{detail}{seen}"
+            return failure(s, node, -1, what, "finding")
     return []
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Coroutine
@@ -30,7 +31,7 @@ from opt_train.host import signals
 from opt_train.link.address import Address, publish, read_address
 from opt_train.link.endpoint import remove_endpoint
 from opt_train.protocol.commands import Leave
-from opt_train.protocol.exits import PERSON_MUST_DECIDE
+from opt_train.protocol.exits import PERSON_MUST_DECIDE, TERMINATED
 from opt_train.run.checkpoint_keeper import CheckpointKeeper
 from opt_train.supervisor.effects import Effect, Finish
 from opt_train.supervisor.inputs import (
@@ -59,6 +60,10 @@ _TEXTS = {"note": ("author", "text"), "stop": ("by",)}
 """What may lie in the inbox: kind and the texts it must have."""
 
 log = logging.getLogger(__name__)
+
+
+class SupervisorEnded(Exception):
+    """The scheduler ends the supervisor's job, and the ranks are to train on."""
 
 
 class Core(Protocol):
@@ -161,6 +166,8 @@ class EventLoop:
         loop = asyncio.get_running_loop()
         for number in signals.ASK_TO_STOP:
             loop.add_signal_handler(number, partial(self.feed, StopAsked(number.name)))
+        if self._cluster.outlives_supervisor:
+            loop.add_signal_handler(signal.SIGTERM, self._leave_ranks)
         running = self._start(self._effects.run())
         self._effects.queue(self._core.begin(_now()))
         if self.recalled is not None:
@@ -177,6 +184,12 @@ class EventLoop:
         finish: Finish = running.result()
         log.info("finished with code %d: %s", finish.code, finish.message)
         return finish
+
+    def _leave_ranks(self) -> None:
+        """End this supervisor and nothing else: the next one adopts the ranks, or the agents end
+        them."""
+        log.info("SIGTERM: the scheduler ends this job; the ranks train on")
+        self._break(SupervisorEnded())
 
     async def _tick(self) -> None:
         while True:
@@ -274,6 +287,12 @@ class EventLoop:
         await asyncio.to_thread(self._cluster.release)
 
     def _failure(self, error: Exception) -> Finish:
+        if isinstance(error, SupervisorEnded):
+            return Finish(
+                TERMINATED,
+                "the supervisor's job ends; its ranks train on for supervisor.orphan_seconds: "
+                "start it again within that time, or the agents end them and give the nodes back",
+            )
         if isinstance(error, LockLost) and not self._run.lock.exists():
             return Finish(
                 PERSON_MUST_DECIDE,

@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, TextIO
 
-from opt_logbook.record import metrics
+from opt_logbook.record import inbox, metrics
 from opt_logbook.record.events import Entry, RunCreated
 from opt_logbook.record.journal import Journal
 from opt_logbook.record.lock import Lock, LockHeld
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.clusters.cluster import Cluster
 from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.run_config import RunConfig, sha256_of
 from opt_train.faults.plan import FaultPlan
+from opt_train.host import signals
 from opt_train.link.secret import SecretUnusable, ensure_secret
-from opt_train.protocol.exits import PERSON_MUST_DECIDE, BadInput
+from opt_train.protocol.exits import PERSON_MUST_DECIDE, STOPPED, BadInput
 from opt_train.run.admission import damage_question
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
@@ -79,6 +81,9 @@ def supervise(
                     # The folder was perhaps removed under a run whose agents live: none of them may
                     # meet this one.
                     cluster.release()
+                if not _acquired(cluster, run, state, stream):
+                    _print("stopped before there were nodes; nothing has been started", stream)
+                    return STOPPED
                 identity = Identity(
                     leader=state.leader + 1,
                     host=socket.gethostname(),
@@ -119,6 +124,24 @@ def supervise(
     _render_chronicle(run, stream)
     _print(finish.message, stream)
     return finish.code
+
+
+def _acquired(cluster: Cluster, run: RunDirectory, state: RunState, stream: TextIO) -> bool:
+    """Wait for the nodes; False: somebody asked to stop first."""
+
+    def stop_was_dropped() -> bool:
+        stops = [m for m in inbox.waiting(run) if m.message["kind"] == "stop"]
+        for message in stops:
+            message.remove()
+        return bool(stops)
+
+    failed = [name for name, node in state.nodes.items() if node.role == "failed"]
+    with signals.noted() as came:
+        return cluster.acquire(
+            failed,
+            announce=lambda sentence: _print(sentence, stream),
+            stopped=lambda: came() or stop_was_dropped(),
+        )
 
 
 def _recalled(run: RunDirectory, state: RunState) -> MetricsRecalled | None:

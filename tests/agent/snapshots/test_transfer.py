@@ -27,9 +27,9 @@ from opt_train.agent.snapshots.transfer import (
     prove_holder,
 )
 from opt_train.checkpoint.manifest import FileEntry
+from opt_train.host.interface import address_of_interface
 from opt_train.link import handshake
 from opt_train.link.connection import Connection, LinkRefused
-from opt_train.link.interface import address_of_interface
 from tests.agent.snapshots.stores import (
     MEMORY,
     NODE,
