@@ -1,78 +1,18 @@
 """`opt-train submit` on a real Slurm: a node loses power, another reports an uncontained ECC error;
 both are swapped, and the chronicle names them."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 from opt_logbook.record.verify import verify
 
 from tests.end_to_end import driving
 from tests.slurm import fake_nvml
-from tests.slurm.slurm_lab import SlurmLab, missing
-
-UNABLE = missing()
+from tests.slurm.site import UNABLE, Site
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
     pytest.mark.timeout(600),
 ]
-ROOT = Path(__file__).resolve().parents[2]
-OPT_TRAIN = str(Path(sys.executable).with_name("opt-train"))
-
-
-class Site:
-    """Four nodes with a GPU each, a service node for the supervisor, and a user's folder."""
-
-    def __init__(self, slurm: SlurmLab, folder: Path, environment: dict[str, str]) -> None:
-        self.slurm, self.folder, self.environment = slurm, folder, environment
-        self.run = driving.run_directory(folder)
-        self.job = ""
-        """Of the supervisor."""
-
-    def say(self, *words: str) -> str:
-        return self.slurm.run(OPT_TRAIN, *words, cwd=self.folder, environment=self.environment)
-
-    def submit(self, *overrides: str) -> None:
-        tiny = [o for o in driving.TINY if not o.startswith("cluster")]
-        answer = self.say(
-            "submit",
-            *tiny,
-            "cluster=slurm",
-            "supervisor.orphan_seconds=60",
-            f"data.directory={driving.prepared()}",
-            "name=run",
-            "cluster.slurm.supervisor_partition=service",
-            *overrides,
-        )
-        self.job = answer.split(" as job ")[1].split(";")[0]
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            logs = [*self.run.submit.glob("*.log"), *self.run.nodes.glob("*/agent.log")]
-            assert time.monotonic() < deadline, "\n".join(
-                f"{log}:\n{log.read_text()[-2000:]}" for log in logs
-            )
-            time.sleep(0.2)
-
-    def jobs(self) -> list[str]:
-        return self.slurm.run("squeue", "--noheader", "--format=%A").split()
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    environment = fake_nvml.build(tmp_path / "nvml") | {"OMP_NUM_THREADS": "1"}
-    with SlurmLab(tmp_path / "slurm", nodes=4, service_nodes=1, gpus=1) as slurm:
-        for number in range(1, 5):
-            fake_nvml.set_values(slurm.disk(f"n{number}"), count=1)
-        yield Site(slurm, folder, environment)
-    assert driving.processes_of(tmp_path) == [], "the lab left processes behind"
 
 
 def test_a_dead_node_and_one_with_a_bad_gpu_are_swapped(site: Site) -> None:

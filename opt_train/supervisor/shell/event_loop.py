@@ -51,6 +51,7 @@ from opt_train.supervisor.shell.status_line import StatusLine
 TICK_SECONDS = 0.2
 INBOX_SECONDS = 0.5
 OBSERVE_SECONDS = 1.0
+LOCK_SECONDS = 5.0
 DYING_SECONDS = 0.1
 """From the end of a dying agent's link to the end of its process; then the cluster is asked at
 once."""
@@ -92,7 +93,7 @@ class EventLoop:
         status: StatusLine,
         secret: bytes,
     ) -> None:
-        self._run, self._cluster, self._plan = run, cluster, plan
+        self._run, self._lock, self._cluster, self._plan = run, lock, cluster, plan
         self._core, self._identity, self._status = core, identity, status
         self._endpoint = cluster.make_endpoint()
         self._server = AgentServer(
@@ -177,6 +178,7 @@ class EventLoop:
         )  # agents that were just started are seen as such
         self._start(self._tick())
         self._start(self._read_inbox())
+        self._start(self._watch_lock())
         over = self._start(self._over.wait())
         await asyncio.wait((running, over), return_when=asyncio.FIRST_COMPLETED)
         if self._broken is not None:
@@ -211,6 +213,16 @@ class EventLoop:
                 async with asyncio.timeout(OBSERVE_SECONDS):
                     await self._lost_link.wait()
                     await asyncio.sleep(DYING_SECONDS)
+
+    async def _watch_lock(self) -> None:
+        """A supervisor that was cut off may have been succeeded, and have nothing to journal that
+        would tell it so: it would stay for ever."""
+        while True:
+            await asyncio.sleep(LOCK_SECONDS)
+            # A file system that cannot be read says nothing.
+            with contextlib.suppress(OSError):
+                if not await asyncio.to_thread(self._lock.is_mine):
+                    raise LockLost(f"{self._run.lock} names another process")
 
     async def _read_inbox(self) -> None:
         while True:
