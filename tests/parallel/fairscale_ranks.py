@@ -282,7 +282,7 @@ def evaluated(folder: Path, precisions: list[str]) -> dict[str, Any]:
     return found
 
 
-def hooks(folder: Path) -> dict[str, Any]:
+def hooks(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """How often fairscale's hook runs in each step."""
     hook = FullyShardedDataParallel._post_backward_hook
     calls = 0
@@ -294,7 +294,7 @@ def hooks(folder: Path) -> dict[str, Any]:
 
     found: dict[str, list[int]] = {}
     FullyShardedDataParallel._post_backward_hook = counted
-    for name in ("fp32", "bf16", "memory-efficient fp16"):
+    for name in precisions:
         trainer, found[name] = Trainer("fairscale", PRECISIONS[name]), []
         for step in range(4):
             calls = 0

@@ -70,7 +70,7 @@ CASES = {
 }
 """Three ranks divide neither batch nor parameters evenly."""
 FP32 = [name for name, case in CASES.items() if case.compute == "fp32"]
-SHORT = ("stage 1", "stage 3 on three", "stage 2 bf16")
+SHORT = ("stage 1", "stage 3", "stage 2 bf16")
 
 Reports = dict[str, list[dict[str, Any]]]
 ReportsOf = Callable[[str], Reports]

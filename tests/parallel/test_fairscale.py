@@ -34,7 +34,7 @@ OVERFLOWING = ["fp32", "fp16", "memory-efficient fp16"]
 EXCHANGED = ["fp32", "memory-efficient fp16"]
 EVALUATED = ["fp32", "bf16"]
 UNEVEN = [("bf16", "shards"), ("memory-efficient fp16", "shards")]
-SHORT_NARROW = [("bf16", "shards"), ("overflowing fp16", "whole")]
+SHORT_NARROW = [("bf16", "shards"), ("fp16", "whole")]
 
 Parts = dict[str, dict[str, Any]]
 WHOLE: dict[int, Parts] = {
@@ -47,7 +47,7 @@ WHOLE: dict[int, Parts] = {
         "overflow": {"precisions": OVERFLOWING},
         "exchange": {"precisions": EXCHANGED},
         "evaluated": {"precisions": EVALUATED},
-        "hooks": {},
+        "hooks": {"precisions": ["fp32", "bf16", "memory-efficient fp16"]},
         "waits": {},
         "layer_norms": {},
     },
@@ -64,11 +64,11 @@ evenly."""
 SHORT: dict[int, Parts] = {
     2: {
         "textbook": {"ways": WAYS, "steps": SHORT_STEPS},
-        "beside_fsdp2": {"cases": SHORT_NARROW, "steps": NARROW_STEPS},
+        "beside_fsdp2": {"cases": SHORT_NARROW, "steps": SHORT_STEPS},
         "overflow": {"precisions": ["memory-efficient fp16"]},
-        "exchange": {"precisions": EXCHANGED},
+        "exchange": {"precisions": ["memory-efficient fp16"]},
         "evaluated": {"precisions": ["bf16"]},
-        "hooks": {},
+        "hooks": {"precisions": ["memory-efficient fp16"]},
         "waits": {},
         "layer_norms": {},
     },
@@ -140,7 +140,11 @@ def test_is_fsdp2_in_every_precision(
     else:
         assert both["fairscale"] == both["fsdp2"]
     overflows = sum(both["fairscale"]["skips"])
-    assert 0 < overflows < 10 if precision == "overflowing fp16" else overflows == 0
+    assert (
+        0 < overflows < len(both["fairscale"]["skips"])
+        if precision == "overflowing fp16"
+        else overflows == 0
+    )
     assert both["fairscale"]["losses"][-1] < both["fairscale"]["losses"][0] - 0.03 or overflows
 
 
@@ -175,7 +179,7 @@ def test_overflow_on_any_rank_skips_on_all(
         assert answer["then"]["norm"] == answers[0]["then"]["norm"]
 
 
-@pytest.mark.parametrize(("form", "precision"), in_forms(EXCHANGED, EXCHANGED))
+@pytest.mark.parametrize(("form", "precision"), in_forms(["memory-efficient fp16"], EXCHANGED))
 def test_checkpoints_go_to_fsdp2_and_back(reports: ReportsOf, form: str, precision: str) -> None:
     """And what fairscale has gathered for an evaluation is no longer what it trains with after a
     restore."""
