@@ -50,11 +50,19 @@ def rehearsal(request: pytest.FixtureRequest) -> Rehearsal:
     return of
 
 
+UNTOLD = "held_at_peak"
+"""The largest first, so that depths have other tensors in other places."""
+
+
 def of_all_layers(shallow: Any, deeper: Any) -> Any:
-    """What a rehearsal of 96 layers would say by those of `DEPTHS`: beyond three each adds the
-    same, to every number."""
+    """What a rehearsal of 96 layers would say by those of `DEPTHS`, but for `UNTOLD`: beyond three
+    each adds the same, to every number."""
     if isinstance(shallow, dict):
-        return {key: of_all_layers(value, deeper[key]) for key, value in shallow.items()}
+        return {
+            key: of_all_layers(value, deeper[key])
+            for key, value in shallow.items()
+            if key != UNTOLD
+        }
     if isinstance(shallow, list):
         return [of_all_layers(*each) for each in zip(shallow, deeper, strict=True)]
     if not isinstance(shallow, int):
@@ -140,4 +148,5 @@ def check_fits(config: RunConfig, shallow: dict[str, Any], deeper: dict[str, Any
 def test_two_depths_tell_of_all_layers(rehearsal: Rehearsal) -> None:
     whole, short = rehearsal("whole"), rehearsal("short")
     assert short["peak"] == pytest.approx(whole["peak"], rel=1e-3)
-    assert {**short, "peak": whole["peak"]} == whole
+    told = {key: value for key, value in whole.items() if key != UNTOLD}
+    assert {**short, "peak": whole["peak"]} == told
