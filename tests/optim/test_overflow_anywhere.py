@@ -4,13 +4,16 @@ tensor-parallel ranks disagree.
 Real ranks; `overflow_ranks.py` plants an inf and a NaN on each of them in turn.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opt_train.parallel.layout import Layout
+from tests.forms import in_forms
 from tests.train.rig import ROOT, run_script
 
 pytestmark = pytest.mark.timeout(200)
@@ -23,6 +26,15 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = (Layout(1, 2, 1), Layout(1, 4, 1), Layout(2, 2, 1), Layout(1, 1, 2), Layout(1, 2, 2))
 """Sharded, with copies, and with tensor groups, on two and four ranks."""
+Case = tuple[Layout, str]
+WHOLE: list[Case] = [(layout, name) for layout in LAYOUTS for name in PRECISIONS]
+SHORT: list[Case] = [
+    (LAYOUTS[0], "fp32"),
+    (LAYOUTS[3], "memory-efficient fp16"),
+    (LAYOUTS[2], "memory-efficient fp16"),
+    (LAYOUTS[4], "fp16"),
+]
+"""Every kind of layout, each with some precision, and every precision."""
 
 
 def expected_scales(name: str, overflows: int) -> list[float]:
@@ -30,34 +42,47 @@ def expected_scales(name: str, overflows: int) -> list[float]:
     return [1.0 if name == "fp32" else 64.0 / 2.0**number for number in range(1, overflows + 1)]
 
 
+Reports = dict[Case, list[dict[str, Any]]]
+ReportsOf = Callable[[str], Reports]
+
+
 @pytest.fixture(scope="module")
-def reports(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[tuple[Layout, str], list[dict[str, Any]]]:
-    """What each rank of each case saw; one set of processes for each world size."""
-    found: dict[tuple[Layout, str], list[dict[str, Any]]] = {}
-    for world_size in sorted({layout.world_size for layout in LAYOUTS}):
-        layouts = [layout for layout in LAYOUTS if layout.world_size == world_size]
-        cases = [(layout, name) for layout in layouts for name in PRECISIONS]
-        sent = [
-            ([layout.replicate, layout.shard, layout.tensor], PRECISIONS[name])
-            for layout, name in cases
-        ]
-        script = Path(ROOT / "tests/optim/overflow_ranks.py")
-        answers: list[Any] = run_script(
-            script, world_size, json.dumps(sent), folder=tmp_path_factory.mktemp("ranks")
-        )
-        for number, case in enumerate(cases):
-            found[case] = [answer[number] for answer in answers]
-    return found
+def reports(tmp_path_factory: pytest.TempPathFactory) -> ReportsOf:
+    """What each rank of each case saw, by form; one set of processes for each world size."""
+
+    @functools.cache
+    def of(form: str) -> Reports:
+        found: Reports = {}
+        for world_size in sorted({layout.world_size for layout in LAYOUTS}):
+            cases = [
+                (layout, name)
+                for layout, name in (SHORT if form == "short" else WHOLE)
+                if layout.world_size == world_size
+            ]
+            sent = [
+                ([layout.replicate, layout.shard, layout.tensor], PRECISIONS[name])
+                for layout, name in cases
+            ]
+            script = Path(ROOT / "tests/optim/overflow_ranks.py")
+            answers: list[Any] = run_script(
+                script, world_size, json.dumps(sent), folder=tmp_path_factory.mktemp("ranks")
+            )
+            for number, case in enumerate(cases):
+                found[case] = [answer[number] for answer in answers]
+        return found
+
+    return of
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.replicate}x{x.shard}x{x.tensor}")
+def named(value: Any) -> Any:
+    return f"{value.replicate}x{value.shard}x{value.tensor}" if isinstance(value, Layout) else value
+
+
+@pytest.mark.parametrize(("form", "layout", "precision"), in_forms(SHORT, WHOLE), ids=named)
 def test_overflow_on_any_rank_skips_on_all(
-    reports: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
+    reports: ReportsOf, form: str, layout: Layout, precision: str
 ) -> None:
-    answers = reports[layout, precision]
+    answers = reports(form)[layout, precision]
     overflows = 2 * layout.world_size
     for answer in answers:
         assert answer["skips"] == [1.0] * overflows
@@ -69,12 +94,13 @@ def test_overflow_on_any_rank_skips_on_all(
         assert answer["then"]["norm"] == answers[0]["then"]["norm"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.replicate}x{x.shard}x{x.tensor}")
+@pytest.mark.parametrize(("form", "layout", "precision"), in_forms(SHORT, WHOLE), ids=named)
 def test_norm_counts_every_element_once_whatever_holds_it(
-    reports: dict[tuple[Layout, str], list[dict[str, Any]]], layout: Layout, precision: str
+    reports: ReportsOf, form: str, layout: Layout, precision: str
 ) -> None:
-    found = reports[layout, precision][0]
+    found = reports(form)[layout, precision][0]
     assert found["norms"] == pytest.approx(found["by_hand"], rel=1e-5)
     # And without the loss scale it is the same for all.
-    assert found["norms"][0] == pytest.approx(reports[LAYOUTS[0], "fp32"][0]["norms"][0], rel=1e-2)
+    assert found["norms"][0] == pytest.approx(
+        reports(form)[LAYOUTS[0], "fp32"][0]["norms"][0], rel=1e-2
+    )

@@ -1,10 +1,12 @@
 """One rank of `test_fairscale.py`: `fairscale_ranks.py RANK WORLD STORE PARTS FOLDER`; prints what
 it found, by part.
 
-A part is a function of this file. `FOLDER` is for checkpoints, which another world size may read.
+PARTS is a JSON object: a part is a function of this file, called with FOLDER, which is for
+checkpoints that another world size may read, and with what stands there for it.
 """
 
 import hashlib
+import json
 import math
 import sys
 import warnings
@@ -56,7 +58,6 @@ PRECISIONS = {
     ),
 }
 NARROW = [name for name in PRECISIONS if name != "fp32"]
-STEPS = 10
 
 
 class Trainer:
@@ -145,8 +146,8 @@ class Trainer:
         restore(self.engine, folder, read(folder))
 
 
-def textbook(folder: Path) -> dict[str, Any]:
-    """fp32 over twenty steps, gradients added up in both ways."""
+def textbook(folder: Path, ways: list[str], steps: int) -> dict[str, Any]:
+    """fp32, gradients added up in each of `ways`."""
     layout = Layout(1, dist.get_world_size(), 1)
     return {
         accumulate: train(
@@ -154,32 +155,20 @@ def textbook(folder: Path) -> dict[str, Any]:
             ParallelConfig(engine="fairscale", accumulate=accumulate),
             MODEL,
             dist.get_rank(),
+            steps,
         )
-        for accumulate in ("shards", "whole")
+        for accumulate in ways
     }
 
 
-def beside_fsdp2(folder: Path) -> dict[str, Any]:
-    """The same steps with both engines, in each precision and with both ways to add up."""
-    found = {}
-    for name in NARROW:
-        for accumulate in ("shards", "whole"):
-            found[f"{name} {accumulate}"] = with_both(name, accumulate)
-    return found
-
-
-def beside_fsdp2_unevenly(folder: Path) -> dict[str, Any]:
-    """The same on ranks that nothing divides by, where sums over ranks may round otherwise."""
+def beside_fsdp2(folder: Path, cases: list[tuple[str, str]], steps: int) -> dict[str, Any]:
+    """The same steps with both engines, in each case of precision and way to add up."""
     return {
-        f"{name} shards": with_both(name, "shards") for name in ("bf16", "memory-efficient fp16")
-    }
-
-
-def with_both(name: str, accumulate: str) -> dict[str, Any]:
-    engines = ("fsdp2", "fairscale")
-    return {
-        engine: Trainer(engine, PRECISIONS[name], accumulate=accumulate).steps(0, STEPS)
-        for engine in engines
+        f"{name} {accumulate}": {
+            engine: Trainer(engine, PRECISIONS[name], accumulate=accumulate).steps(0, steps)
+            for engine in ("fsdp2", "fairscale")
+        }
+        for name, accumulate in cases
     }
 
 
@@ -199,10 +188,10 @@ def recomputed(folder: Path) -> dict[str, Any]:
     return found
 
 
-def overflow(folder: Path) -> dict[str, Any]:
+def overflow(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """An inf and a NaN in one element of one rank's gradient, on each rank in turn."""
     found = {}
-    for name in ("fp32", "fp16", "memory-efficient fp16"):
+    for name in precisions:
         trainer = Trainer("fairscale", PRECISIONS[name])
         trainer.backward(0)
         gradients = [
@@ -235,11 +224,11 @@ def overflow(folder: Path) -> dict[str, Any]:
     return found
 
 
-def exchange(folder: Path) -> dict[str, Any]:
+def exchange(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """fsdp2 saves; fairscale restores after other steps and an evaluation, saves; fsdp2 restores
     that."""
     found = {}
-    for name in ("fp32", "memory-efficient fp16"):
+    for name in precisions:
         precision, root = PRECISIONS[name], folder / name
         root.mkdir(exist_ok=True)
         first = Trainer("fsdp2", precision)
@@ -261,10 +250,10 @@ def exchange(folder: Path) -> dict[str, Any]:
     return found
 
 
-def exchanged_elsewhere(folder: Path) -> dict[str, Any]:
+def exchanged_elsewhere(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """What `exchange` saved, each read by the other engine on another number of ranks."""
     found = {}
-    for name in ("fp32", "memory-efficient fp16"):
+    for name in precisions:
         recorded = {}
         for engine, source in (("fairscale", "fsdp2"), ("fsdp2", "fairscale")):
             trainer = Trainer(engine, PRECISIONS[name], seed=None)
@@ -274,10 +263,10 @@ def exchanged_elsewhere(folder: Path) -> dict[str, Any]:
     return found
 
 
-def evaluated(folder: Path) -> dict[str, Any]:
+def evaluated(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """Losses of training, with an evaluation after every other step and without."""
     found: dict[str, Any] = {}
-    for name in ("fp32", "bf16"):
+    for name in precisions:
         undisturbed, disturbed = (Trainer("fairscale", PRECISIONS[name]) for _ in range(2))
         found[name] = {
             "undisturbed": undisturbed.steps(0, 6)["losses"],
@@ -293,7 +282,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
     return found
 
 
-def hooks(folder: Path) -> dict[str, Any]:
+def hooks(folder: Path, precisions: list[str]) -> dict[str, Any]:
     """How often fairscale's hook runs in each step."""
     hook = FullyShardedDataParallel._post_backward_hook
     calls = 0
@@ -305,7 +294,7 @@ def hooks(folder: Path) -> dict[str, Any]:
 
     found: dict[str, list[int]] = {}
     FullyShardedDataParallel._post_backward_hook = counted
-    for name in ("fp32", "bf16", "memory-efficient fp16"):
+    for name in precisions:
         trainer, found[name] = Trainer("fairscale", PRECISIONS[name]), []
         for step in range(4):
             calls = 0
@@ -347,12 +336,11 @@ def layer_norms(folder: Path) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     part.__name__: part
     for part in (
         textbook,
         beside_fsdp2,
-        beside_fsdp2_unevenly,
         recomputed,
         overflow,
         exchange,
@@ -377,7 +365,8 @@ def main() -> None:
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    found = {part: PARTS[part](Path(sys.argv[5])) for part in sys.argv[4].split()}
+    parts, folder = json.loads(sys.argv[4]), Path(sys.argv[5])
+    found = {part: PARTS[part](folder, **arguments) for part, arguments in parts.items()}
     leave_with(found)
 
 

@@ -1,8 +1,8 @@
 """One rank of the layout suite: `layout_ranks.py RANK WORLD STORE CASES`; prints one JSON object,
 the curves by case.
 
-A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes]`. Every
-case trains the same model on the same global batches with the trainer's own parts.
+A case is the JSON list `[name, [replicate, shard, tensor], parallel changes, model changes,
+steps]`. Every case trains the same model on the same global batches with the trainer's own parts.
 """
 
 import json
@@ -70,10 +70,10 @@ def share(step: int, data_rank: int, data_world: int) -> list[MicroBatch]:
 
 
 def train(
-    layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int
+    layout: Layout, parallel: ParallelConfig, config: ModelConfig, rank: int, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Losses and gradient norms of `STEPS` steps, sums that tell initial weights apart, and groups'
-    timeouts."""
+    """Losses and gradient norms of the first steps, sums that tell initial weights apart, and
+    groups' timeouts."""
     engine = make_engine(
         EngineSpec(
             model=config,
@@ -91,7 +91,7 @@ def train(
         if name.startswith(MODEL_PREFIX)
     }
     losses, norms, activations = [], [], []
-    for step in range(STEPS):
+    for step in range(steps):
         batches = share(step, layout.data_rank(rank), layout.data_world)
         loss_sum, squares = engine.forward_backward(batches)
         tokens = float(sum(batch.weights.sum() for batch in batches)) * SEQUENCE
@@ -135,11 +135,11 @@ def main() -> None:
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     curves = {}
-    for name, degrees, ways, changes in json.loads(sys.argv[4]):
+    for name, degrees, ways, changes, steps in json.loads(sys.argv[4]):
         began = time.monotonic()
         torch.compiler.reset()
         curves[name] = train(
-            Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes), rank
+            Layout(*degrees), ParallelConfig(**ways), replace(MODEL, **changes), rank, steps
         )
         curves[name]["seconds"] = time.monotonic() - began
     leave_with(curves if rank == 0 else {})

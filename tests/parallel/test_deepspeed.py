@@ -4,7 +4,9 @@ checkpoints.
 Real ranks over gloo. Each case is one set of processes, because DeepSpeed has one engine a process.
 """
 
+import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from opt_train.config.compose import compose
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Validation
+from tests.forms import in_forms
 from tests.parallel.deepspeed_ranks import TIMEOUT
 from tests.parallel.layout_ranks import STEPS, VALUES
 from tests.parallel.test_layouts import check_same, textbook
@@ -67,30 +70,50 @@ CASES = {
 }
 """Three ranks divide neither batch nor parameters evenly."""
 FP32 = [name for name, case in CASES.items() if case.compute == "fp32"]
+SHORT = ("stage 1", "stage 3", "stage 2 bf16")
 
 Reports = dict[str, list[dict[str, Any]]]
+ReportsOf = Callable[[str], Reports]
 
 
 def run(folder: Path, engine: str, case: Case, parts: str, **named: Any) -> list[dict[str, Any]]:
     """What each rank of a case found."""
     sent = {"engine": engine, "stage": case.stage, "parts": parts.split(), **named}
     sent |= {"compute": case.compute, "ways": case.ways, "zero": case.zero}
-    return run_script(SCRIPT, case.world, json.dumps(sent), str(folder), folder=folder, seconds=300)
+    return run_script(
+        SCRIPT,
+        case.world,
+        json.dumps(sent),
+        str(folder),
+        folder=folder,
+        seconds=300,
+        imports=["tests.parallel.deepspeed_imports"] if engine == "deepspeed" else [],
+    )
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """What each rank of each case found; FSDP2's by its precision. Checkpoints go from FSDP2 to
+def reports(tmp_path_factory: pytest.TempPathFactory) -> ReportsOf:
+    """What each rank of each case found, by form."""
+
+    @functools.cache
+    def of(form: str) -> Reports:
+        names = SHORT if form == "short" else tuple(CASES)
+        return run_together(tmp_path_factory.mktemp("deepspeed"), names)
+
+    return of
+
+
+def run_together(folder: Path, names: Sequence[str]) -> Reports:
+    """What each rank of these cases found; FSDP2's by its precision. Checkpoints go from FSDP2 to
     each case and back."""
-    folder = tmp_path_factory.mktemp("deepspeed")
     found = {"fp32": run(folder, "fsdp2", Case(stage=3, world=2), "curve layers first_of_exchange")}
     bf16 = Case(stage=3, world=2, compute="bf16")
     found["bf16"] = run(folder, "fsdp2", bf16, "curve layers exchange", **{"from": ["first"]})
-    for name, case in CASES.items():
-        parts = "curve layers waits overflow overflow_in_forward exchange"
+    for name in names:
+        case, parts = CASES[name], "curve layers waits overflow overflow_in_forward exchange"
         found[name] = run(folder, "deepspeed", case, parts, **{"from": ["first"], "as": name})
     found["back"] = run(
-        folder, "fsdp2", Case(stage=3, world=2), "exchange", **{"from": list(CASES)}
+        folder, "fsdp2", Case(stage=3, world=2), "exchange", **{"from": list(names)}
     )
     return found
 
@@ -100,16 +123,18 @@ def reference() -> dict[str, Any]:
     return textbook({})
 
 
-@pytest.mark.parametrize("name", FP32)
-def test_follows_the_textbook(reports: Reports, reference: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(("form", "name"), in_forms([name for name in SHORT if name in FP32], FP32))
+def test_follows_the_textbook(
+    reports: ReportsOf, reference: dict[str, Any], form: str, name: str
+) -> None:
     """With two micro-batches and one in turn."""
-    check_same(reports[name][0]["curve"], reference)
+    check_same(reports(form)[name][0]["curve"], reference)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_is_near_fsdp2_in_its_precision(reports: Reports, name: str) -> None:
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_is_near_fsdp2_in_its_precision(reports: ReportsOf, form: str, name: str) -> None:
     compute = CASES[name].compute
-    found, expected = reports[name][0]["curve"], reports[compute][0]["curve"]
+    found, expected = (reports(form)[which][0]["curve"] for which in (name, compute))
     assert found["initial"].keys() == expected["initial"].keys()
     for parameter, sums in expected["initial"].items():
         assert found["initial"][parameter] == pytest.approx(sums, rel=1e-12, abs=1e-12), parameter
@@ -123,67 +148,75 @@ def test_is_near_fsdp2_in_its_precision(reports: Reports, name: str) -> None:
     assert found["evaluation"] < found["losses"][0]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_in_force_is_read_back(reports: Reports, name: str) -> None:
-    in_force = reports[name][0]["curve"]["in_force"]
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_what_is_in_force_is_read_back(reports: ReportsOf, form: str, name: str) -> None:
+    in_force = reports(form)[name][0]["curve"]["in_force"]
     assert in_force == {key: value for key, value in VALUES.items() if key != "clip"} | {
         "updates": STEPS
     }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_norms_of_layers_are_fsdp2s(reports: Reports, name: str) -> None:
-    found, expected = reports[name][0]["layers"], reports[CASES[name].compute][0]["layers"]
-    tolerance = 1e-4 if CASES[name].compute == "fp32" else 1e-2
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_norms_of_layers_are_fsdp2s(reports: ReportsOf, form: str, name: str) -> None:
+    compute = CASES[name].compute
+    found, expected = (reports(form)[which][0]["layers"] for which in (name, compute))
+    tolerance = 1e-4 if compute == "fp32" else 1e-2
     for mine, theirs in zip(found["squares"], expected["squares"], strict=True):
         assert mine == pytest.approx(theirs, rel=tolerance)
     assert sum(found["squares"][0]) == pytest.approx(found["norm"] ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_host_waits_for_nothing(reports: Reports, name: str) -> None:
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_the_host_waits_for_nothing(reports: ReportsOf, form: str, name: str) -> None:
     """But in stage 3 for a number that it has itself, and for collectives no longer than the
     trainer says."""
-    for answer in (rank["waits"] for rank in reports[name]):
+    for answer in (rank["waits"] for rank in reports(form)[name]):
         assert len(answer["seen"]) == (1 if CASES[name].stage == 3 else 0)
         assert answer["timeouts"] == [TIMEOUT]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_overflow_on_any_rank_skips_on_all(reports: Reports, name: str) -> None:
-    for answer in (rank["overflow"] for rank in reports[name]):
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_overflow_on_any_rank_skips_on_all(reports: ReportsOf, form: str, name: str) -> None:
+    for answer in (rank["overflow"] for rank in reports(form)[name]):
         turns = 2 * CASES[name].world
         assert answer["skips"] == [1.0] * turns
         assert answer["untouched"] == [True] * turns
         assert answer["updates"] == [STEPS + 2] * turns
         assert answer["then"]["skip"] == 0.0
         assert answer["then"]["changed"]
-        assert answer["then"]["norm"] == reports[name][0]["overflow"]["then"]["norm"]
+        assert answer["then"]["norm"] == reports(form)[name][0]["overflow"]["then"]["norm"]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_overflow_that_deepspeed_sums_skips_on_all(reports: Reports, name: str) -> None:
-    for answer in (rank["overflow_in_forward"] for rank in reports[name]):
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_overflow_that_deepspeed_sums_skips_on_all(
+    reports: ReportsOf, form: str, name: str
+) -> None:
+    for answer in (rank["overflow_in_forward"] for rank in reports(form)[name]):
         assert answer["found"] == [[1.0, True]] * CASES[name].world
         assert 0 < answer["norm after"][0] < 100
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_checkpoints_go_from_fsdp2_and_back(reports: Reports, name: str) -> None:
+@pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
+def test_checkpoints_go_from_fsdp2_and_back(reports: ReportsOf, form: str, name: str) -> None:
     """To the bit, between two ranks and three."""
-    first = reports["fp32"][0]["first_of_exchange"]
+    first = reports(form)["fp32"][0]["first_of_exchange"]
     state, compute = first["state"], CASES[name].compute
     assert (
         [shape for shape, _, _ in state.values()].count([])
         == sum(".step" in key for key in state)
         > 10
     )
-    there, back = reports[name][0]["exchange"]["first"], reports["back"][0]["exchange"][name]
+    there, back = (
+        reports(form)[name][0]["exchange"]["first"],
+        reports(form)["back"][0]["exchange"][name],
+    )
     assert there["state"] == back["state"] == state
     assert there["updates"] == back["updates"]
     assert back["curve"] == first["curve"]
     expected = (
-        first["curve"] if compute == "fp32" else reports["bf16"][0]["exchange"]["first"]["curve"]
+        first["curve"]
+        if compute == "fp32"
+        else reports(form)["bf16"][0]["exchange"]["first"]["curve"]
     )
     assert there["curve"]["losses"] == pytest.approx(
         expected["losses"], rel=0, abs=TOLERANCE[compute]

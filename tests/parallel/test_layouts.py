@@ -1,8 +1,9 @@
 """Every way to spread the work trains the same model: the curve, the gradients' norm and the
 initial weights."""
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
+from tests.forms import FORMS, in_forms
 from tests.parallel.layout_ranks import MODEL, STEPS, TIMEOUT_SECONDS, VALUES, digest, global_batch
 from tests.train.rig import run_script
 
@@ -28,6 +30,14 @@ CASES = [
 ]
 """Every shape with every mode; each shape and each mode also compiled, and with both ways to
 accumulate gradients."""
+PLAIN, COMPILED = ([case for case in CASES if case[-1] == compiled] for compiled in (False, True))
+SHORT = [PLAIN[number] for number in (0, 3, 4, 7, 8, 11)]
+"""Every shape once, each mode twice, gradients added up in both ways."""
+SHORT_STEPS = 5
+"""A wrong gradient shows in the first norm, a wrong update in the second loss. More show what adds
+up, and that takes the whole form."""
+STEPS_OF_FORMS = (SHORT_STEPS, pytest.param(STEPS, marks=pytest.mark.slow))
+INDUCTOR = "torch._inductor.compile_fx"
 RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
 
 pytestmark = pytest.mark.timeout(400)
@@ -41,7 +51,11 @@ def name_of(shape: Sequence[int], mode: str, accumulate: str, compiled: bool) ->
 
 
 def run(
-    folder: Path, world: int, cases: Sequence[Case], changes: dict[str, Any] | None = None
+    folder: Path,
+    world: int,
+    cases: Sequence[Case],
+    changes: dict[str, Any] | None = None,
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """The curves of each case by its name."""
     named = [
@@ -50,10 +64,14 @@ def run(
             case[0],
             {"activation_checkpointing": case[1], "accumulate": case[2], "compile": case[3]},
             changes or {},
+            steps,
         )
         for case in cases
     ]
-    return run_script(SCRIPT, world, json.dumps(named), folder=folder, seconds=300)[0]
+    imports = [INDUCTOR] if any(case[-1] for case in cases) else []
+    return run_script(
+        SCRIPT, world, json.dumps(named), folder=folder, seconds=300, imports=imports
+    )[0]
 
 
 def textbook(changes: dict[str, Any]) -> dict[str, Any]:
@@ -86,12 +104,13 @@ def textbook(changes: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "initial": initial}
 
 
-def check_same(curves: dict[str, Any], reference: dict[str, Any]) -> None:
+def check_same(curves: dict[str, Any], reference: dict[str, Any], steps: int = STEPS) -> None:
+    """Assert that the curves of so many steps begin, and go, as the reference's do."""
     assert curves["initial"].keys() == reference["initial"].keys()
     for name, sums in reference["initial"].items():
         assert curves["initial"][name] == pytest.approx(sums, rel=1e-12, abs=1e-12), name
-    assert curves["losses"] == pytest.approx(reference["losses"], rel=0, abs=5e-6)
-    assert curves["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    assert curves["losses"] == pytest.approx(reference["losses"][:steps], rel=0, abs=5e-6)
+    assert curves["norms"] == pytest.approx(reference["norms"][:steps], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -100,47 +119,72 @@ def reference() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("layouts"), 4, [case for case in CASES if not case[-1]])
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The curves of a form's layouts."""
+
+    @functools.cache
+    def of(form: str) -> dict[str, Any]:
+        cases, steps = (SHORT, SHORT_STEPS) if form == "short" else (PLAIN, STEPS)
+        return run(tmp_path_factory.mktemp("layouts"), 4, cases, steps=steps)
+
+    return of
 
 
 @pytest.fixture(scope="module")
 def four_ranks_compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("compiled"), 4, [case for case in CASES if case[-1]])
+    return run(tmp_path_factory.mktemp("compiled"), 4, COMPILED)
 
 
-@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if not case[-1]])
+@pytest.mark.parametrize(
+    ("form", "steps", "name"),
+    in_forms(
+        [(SHORT_STEPS, name_of(*case)) for case in SHORT],
+        [(STEPS, name_of(*case)) for case in PLAIN],
+    ),
+)
 def test_layout_follows_the_textbook(
-    name: str, four_ranks: dict[str, Any], reference: dict[str, Any]
+    form: str,
+    steps: int,
+    name: str,
+    four_ranks: Callable[[str], dict[str, Any]],
+    reference: dict[str, Any],
 ) -> None:
-    check_same(four_ranks[name], reference)
+    check_same(four_ranks(form)[name], reference, steps)
 
 
-@pytest.mark.parametrize("name", [name_of(*case) for case in CASES if case[-1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name_of(*case) for case in COMPILED])
 def test_compiled_layout_follows_the_textbook(
     name: str, four_ranks_compiled: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     check_same(four_ranks_compiled[name], reference)
 
 
-def test_every_group_waits_as_long_as_the_world(four_ranks: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_every_group_waits_as_long_as_the_world(
+    form: str, four_ranks: Callable[[str], dict[str, Any]]
+) -> None:
     """torch's own half an hour would leave ranks waiting within a tensor group for one that
     hangs."""
-    for curves in four_ranks.values():
+    for curves in four_ranks(form).values():
         assert set(curves["timeouts"]) == {TIMEOUT_SECONDS}
 
 
+@pytest.mark.parametrize("steps", STEPS_OF_FORMS)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_same_global_batch_on_fewer_ranks(
-    world: int, tmp_path: Path, reference: dict[str, Any]
+    world: int, steps: int, tmp_path: Path, reference: dict[str, Any]
 ) -> None:
     """Eight sequences do not divide by three: two ranks get three, one gets two and padding that
     weighs nothing."""
-    (curves,) = run(tmp_path, world, [((1, world, 1), "none", "shards", False)]).values()
-    check_same(curves, reference)
+    case = ((1, world, 1), "none", "shards", False)
+    (curves,) = run(tmp_path, world, [case], steps=steps).values()
+    check_same(curves, reference, steps)
 
 
-def test_released_350m_variant_is_split_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", STEPS_OF_FORMS)
+def test_released_350m_variant_is_split_too(steps: int, tmp_path: Path) -> None:
     """Post-LayerNorm and a projected embedding over a tensor group."""
-    (curves,) = run(tmp_path, 4, [((1, 2, 2), "full", "shards", False)], RELEASED_350M).values()
-    check_same(curves, textbook(RELEASED_350M))
+    case = ((1, 2, 2), "full", "shards", False)
+    (curves,) = run(tmp_path, 4, [case], RELEASED_350M, steps).values()
+    check_same(curves, textbook(RELEASED_350M), steps)

@@ -6,6 +6,8 @@ but fork. A forked rank is a process of its own in every other way: its own sess
 pipes and exit code, and it runs its script or module as `__main__`. Fresh interpreters are started
 where the start itself is tested: by agents, by torchrun, by `opt-train`.
 
+A server may import more than that, for ranks whose own imports take long: DeepSpeed, a compiler.
+
 What makes it safe: the server has one thread and never runs an operation on several (a forked child
 would wait for ever for OpenMP's pool, which did not survive the fork).
 """
@@ -14,6 +16,7 @@ import array
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -68,14 +71,14 @@ class Forked:
 class Server:
     """The near end: asks for forks and learns of exits."""
 
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str] = ()) -> None:
         self._socket, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.codes: dict[int, int] = {}
         self._pids: list[int] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         # Its output is nobody's: a reader of the test session's must not wait for it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.forked", str(far.fileno())],
+            [sys.executable, "-m", "tests.train.forked", str(far.fileno()), *imports],
             pass_fds=(far.fileno(),),
             env=environment,
             cwd=ROOT,
@@ -124,18 +127,21 @@ class Server:
 
 
 @functools.cache
-def server() -> Server:
-    """The one of this test session; it ends with it, because its socket does."""
-    return Server()
+def server(*imports: str) -> Server:
+    """The one of this test session that has also imported `imports`; it ends with the session,
+    because its socket does."""
+    return Server(imports)
 
 
 # The far end --------------------------------------------------------------------------------------
 
 
-def serve(near: socket.socket) -> list[str]:
+def serve(near: socket.socket, imports: Sequence[str]) -> list[str]:
     """Fork on request and report exits, until the other end is gone. Returns in a child, with the
     command that it is to be."""
     import_what_ranks_import()
+    for name in imports:
+        importlib.import_module(name)
     gc.freeze()  # else the first collection in each child copies every page
     wakeup, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
@@ -210,7 +216,7 @@ def be(command: Sequence[str]) -> None:
 
 
 def main() -> None:
-    command = serve(socket.socket(fileno=int(sys.argv[1])))
+    command = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
     code = 1
     try:
         be(command)

@@ -111,16 +111,22 @@ def begin_alone(folder: Path, config: RunConfig) -> Begin:
 
 
 def run_script(
-    script: Path, world_size: int, *arguments: str, folder: Path, seconds: float = SCRIPT_SECONDS
+    script: Path,
+    world_size: int,
+    *arguments: str,
+    folder: Path,
+    seconds: float = SCRIPT_SECONDS,
+    imports: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run `script rank world_size store arguments...` as `world_size` processes; each prints one
-    JSON object, last."""
+    JSON object, last. `imports`: done before the fork, where they take seconds in each of many
+    ranks."""
     store = folder / f"store-{time.monotonic_ns()}"
     with contextlib.ExitStack() as files:
         outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
         errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
         children = [
-            forked.server().start(
+            forked.server(*imports).start(
                 [str(script), str(rank), str(world_size), str(store), *arguments],
                 env=environment(),
                 stdout=outputs[rank],

@@ -4,6 +4,7 @@ every layout."""
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes, noting_logits
 from opt_train.train.step_stats import RankStats, pack, step_metrics, unpack
 from tests.parallel.layout_ranks import MODEL, VALUES, global_batch, share
+from tests.parallel.test_layouts import INDUCTOR
 from tests.train.probe_ranks import STEPS
 from tests.train.rig import World, run_script, tensors_in, tiny_config
 
@@ -53,22 +55,41 @@ TWO = [
     ("tensor, compiled", (1, 1, 2), COMPILED | SELECTIVE, {}, {}),
 ]
 WORLDS = {1: ONE, 2: TWO, 3: THREE, 4: FOUR}
-CASES = [pytest.param(world, case, id=case[0]) for world, cases in WORLDS.items() for case in cases]
+CASES = [(world, case) for world, cases in WORLDS.items() for case in cases]
+SHORT = ("plain", "dropout, recomputed", "fp16", "two shards", "padded", "HSDP", "tensor")
+IN_FORMS = [
+    pytest.param(form, *case, marks=marks, id=f"{form}-{case[1][0]}")
+    for form, marks in (("short", ()), ("whole", pytest.mark.slow))
+    for case in CASES
+    if form == "whole" or case[1][0] in SHORT
+]
 
 KINDS = ("layer_grad_norms", "layer_weight_norms", "attention_logit_max", "gemm_tflops")
 
 pytestmark = pytest.mark.timeout(400)
 
 
+Seen = Callable[[str], dict[str, list[dict[str, Any]]]]
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank of each case reported."""
-    reports: dict[str, list[dict[str, Any]]] = {}
-    for world, cases in WORLDS.items():
-        folder = tmp_path_factory.mktemp("probes")
-        ranks = run_script(SCRIPT, world, json.dumps(cases), folder=folder, seconds=300)
-        reports |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
-    return reports
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each rank of each case reported, by form."""
+
+    @functools.cache
+    def of(form: str) -> dict[str, list[dict[str, Any]]]:
+        reports: dict[str, list[dict[str, Any]]] = {}
+        for world, all_cases in WORLDS.items():
+            cases = [case for case in all_cases if form == "whole" or case[0] in SHORT]
+            folder = tmp_path_factory.mktemp("probes")
+            imports = [INDUCTOR] if any("compile" in case[2] for case in cases) else []
+            ranks = run_script(
+                SCRIPT, world, json.dumps(cases), folder=folder, seconds=300, imports=imports
+            )
+            reports |= {name: [rank[name] for rank in ranks] for name, *_ in cases}
+        return reports
+
+    return of
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -151,25 +172,22 @@ def textbook(released_350m: bool, data_world: int) -> list[dict[str, Any]]:
     return steps
 
 
-@pytest.mark.parametrize(("world", "case"), CASES)
-def test_probes_change_no_bit_of_training(
-    world: int, case: Any, seen: dict[str, list[dict[str, Any]]]
-) -> None:
-    ranks = seen[case[0]]
+@pytest.mark.parametrize(("form", "world", "case"), IN_FORMS)
+def test_probes_change_no_bit_of_training(form: str, world: int, case: Any, seen: Seen) -> None:
+    ranks = seen(form)[case[0]]
     assert len(ranks) == world
     for rank in ranks:
         assert rank["trained"] == rank["unprobed"]
 
 
-@pytest.mark.parametrize(("world", "case"), CASES)
-def test_probes_agree_with_plain_pytorch(
-    world: int, case: Any, seen: dict[str, list[dict[str, Any]]]
-) -> None:
+@pytest.mark.parametrize(("form", "world", "case"), IN_FORMS)
+def test_probes_agree_with_plain_pytorch(form: str, world: int, case: Any, seen: Seen) -> None:
     name, degrees, _, changes, precision = case
     if changes.get("dropout"):
         pytest.skip("another draw of dropout in plain PyTorch")
-    steps = seen[name][0]["stats"]
-    assert all(rank["stats"] == steps for rank in seen[name]), "every rank read the same"
+    ranks = seen(form)[name]
+    steps = ranks[0]["stats"]
+    assert all(rank["stats"] == steps for rank in ranks), "every rank read the same"
     tolerance = 0.02 if precision else 2e-5
     reference = textbook(changes == RELEASED_350M, Layout(*degrees).data_world)
     for number, (stats, expected) in enumerate(zip(steps, reference, strict=True), start=1):
