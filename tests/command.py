@@ -5,7 +5,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,25 +95,31 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return run
 
 
-def start(folder: Path, *words: str, stdout: IO[Any], stderr: IO[Any]) -> Forked:
+def start(
+    folder: Path,
+    *words: str,
+    stdout: IO[Any],
+    stderr: IO[Any],
+    environment: Mapping[str, str] | None = None,
+) -> Forked:
     """`opt-train` with the words given, begun in `folder` as a process of its own.
 
     It is forked from one that has imported torch, as ranks of tests are: where the start of the
-    interpreter is what is tested, start one.
+    interpreter is what is tested, start one. Processes that it starts inherit `environment`.
     """
     return forked.server().start(
         ["-m", "opt_train.cli.main", *words],
-        env=os.environ,
+        env={**os.environ, **(environment or {})},
         stdout=stdout,
         stderr=stderr,
         cwd=folder,
     )
 
 
-def say_apart(folder: Path, *words: str) -> Said:
+def say_apart(folder: Path, *words: str, environment: Mapping[str, str] | None = None) -> Said:
     """The answer of `opt-train`, run by `start`."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = start(folder, *words, stdout=out, stderr=err)
+        process = start(folder, *words, stdout=out, stderr=err, environment=environment)
         try:
             code = process.wait(PATIENCE_SECONDS)
         finally:

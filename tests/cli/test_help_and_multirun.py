@@ -1,6 +1,8 @@
 """`--help` must answer at once, `run` must never load torch, and a multirun must keep its jobs
 apart."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,22 +123,17 @@ def test_a_term_ends_the_job_of_a_multirun_too(workplace: Path) -> None:
     """A scheduler's TERM reached the parent alone, and the job trained on with nobody to ask about
     it."""
     words = ["train", "--multirun", *SMALL, "train.steps=4000", "seed=1,2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opt_train.cli.main", *words],
-        cwd=workplace,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    with (workplace / "output").open("wb") as out, (workplace / "errors").open("wb") as err:
+        process = command.start(workplace, *words, stdout=out, stderr=err)
     journal = workplace / "runs" / "small-0" / "metrics" / "1.00.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert output.splitlines()[-2:] == [
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert (workplace / "output").read_text().splitlines()[-2:] == [
         "stopped; the same command goes on with small-0",
         "job 0 small-0: exit 75",
     ]

@@ -171,7 +171,7 @@ def test_what_lies_in_the_inbox_is_journalled_at_once_and_then_removed(run: RunD
             dropped.append(time.monotonic())
         return None
 
-    core = TinyCore(run, react, steps=200, step_seconds=0.02)
+    core = TinyCore(run, react, steps=120, step_seconds=0.02)
     run_shell(run, core)
     assert notes(run).count("the loss looks odd") == 1
     assert len(core.received_at(InboxReceived)) == 1, "the core was told what is no message"
