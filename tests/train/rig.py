@@ -116,17 +116,21 @@ def run_script(
     """Run `script rank world_size store arguments...` as `world_size` processes; each prints one
     JSON object, last."""
     store = folder / f"store-{time.monotonic_ns()}"
+    commands = [
+        [str(script), str(rank), str(world_size), str(store), *arguments]
+        for rank in range(world_size)
+    ]
+    return [json.loads(output.splitlines()[-1]) for output in run_at_once(commands, seconds)]
+
+
+def run_at_once(commands: Sequence[Sequence[str]], seconds: float = SCRIPT_SECONDS) -> list[str]:
+    """What forked processes print, one for each command; all must end well."""
     with contextlib.ExitStack() as files:
-        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
-        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
+        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in commands]
         children = [
-            forked.server().start(
-                [str(script), str(rank), str(world_size), str(store), *arguments],
-                env=environment(),
-                stdout=outputs[rank],
-                stderr=errors[rank],
-            )
-            for rank in range(world_size)
+            forked.server().start(command, env=environment(), stdout=output, stderr=error)
+            for command, output, error in zip(commands, outputs, errors, strict=True)
         ]
         try:
             deadline = time.monotonic() + seconds
@@ -136,7 +140,7 @@ def run_script(
                 assert code == 0, error.read().decode()[-3000:]
             for output in outputs:
                 output.seek(0)
-            return [json.loads(output.read().decode().splitlines()[-1]) for output in outputs]
+            return [output.read().decode() for output in outputs]
         finally:
             for child in children:
                 kill_group(child)
