@@ -1,14 +1,22 @@
-"""`opt-train` in this process, and a small corpus of real text that it prepared once."""
+"""`opt-train` in this process or in one of its own, and a small corpus of real text that it
+prepared once."""
 
+import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from opt_train.cli import main as cli
+from tests.train import forked
+from tests.train.forked import Forked
+
+PATIENCE_SECONDS = 100.0
 
 SMALL = (
     "model=tiny",
@@ -85,3 +93,39 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         return Said(code, captured.out, captured.err)
 
     return run
+
+
+def start(
+    folder: Path,
+    *words: str,
+    stdout: IO[Any],
+    stderr: IO[Any],
+    environment: Mapping[str, str] | None = None,
+) -> Forked:
+    """`opt-train` with the words given, begun in `folder` as a process of its own.
+
+    It is forked from one that has imported torch, as ranks of tests are: where the start of the
+    interpreter is what is tested, start one. Processes that it starts inherit `environment`.
+    """
+    return forked.server().start(
+        ["-m", "opt_train.cli.main", *words],
+        env={**os.environ, **(environment or {})},
+        stdout=stdout,
+        stderr=stderr,
+        cwd=folder,
+    )
+
+
+def say_apart(folder: Path, *words: str, environment: Mapping[str, str] | None = None) -> Said:
+    """The answer of `opt-train`, run by `start`."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = start(folder, *words, stdout=out, stderr=err, environment=environment)
+        try:
+            code = process.wait(PATIENCE_SECONDS)
+        finally:
+            process.kill()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return Said(code, *texts)

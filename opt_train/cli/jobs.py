@@ -124,8 +124,11 @@ def call(arguments: list[str]) -> int:
     USR1, which reach this one alone, are handed on.
     """
     children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def hand_on(number: int, *_: object) -> None:
+        # One that comes while there is no child yet is for the child too.
+        early.extend([] if children else [number])
         for child in children:
             child.send_signal(number)
 
@@ -134,6 +137,8 @@ def call(arguments: list[str]) -> int:
         # -P: a file of the user's that is called datasets.py is not the library.
         child = subprocess.Popen([sys.executable, "-P", "-m", "opt_train.cli.main", *arguments])
         children.append(child)
+        for number in early:
+            child.send_signal(number)
         while True:
             try:
                 code = child.wait()

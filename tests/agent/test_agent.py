@@ -403,13 +403,13 @@ async def trains(listener: SupervisorEnd, run: RunDirectory) -> None:
 
 
 def test_orphans_kill_their_ranks_and_leave(tmp_path: Any) -> None:
-    run = make_run(tmp_path, orphan_seconds=6.0)
+    run = make_run(tmp_path, orphan_seconds=4.0)
 
     async def scene() -> None:
         agent = start_agent(run)
         async with SupervisorEnd(run) as listener:
             await trains(listener, run)
-            await asyncio.sleep(7.0)
+            await asyncio.sleep(4.5)
             assert agent.poll() is None, "a led agent stays, however long"
         await listener.until(lambda: agent.poll() is not None, seconds=30.0)
         assert agent.returncode == 0

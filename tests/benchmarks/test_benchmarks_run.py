@@ -25,8 +25,14 @@ RATIOS = {
     "loop_overhead.py": (r"loop/step: [\d.]+ % of the step's CPU time",),
 }
 
+SHORT = ("loop_overhead.py", "snapshot_cpu.py")
+"""Quick, and together they import what all share: the others come with the slow tests."""
 
-@pytest.mark.parametrize("name", RATIOS)
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in RATIOS],
+)
 def test_a_benchmark_prints_its_ratio(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / name), "--quick"],

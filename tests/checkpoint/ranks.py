@@ -1,7 +1,7 @@
 """Real ranks for the checkpoint tests: `python ranks.py SCENARIO RANK WORLD FOLDER`, meeting in
 `FOLDER/rendezvous-*`.
 
-A scenario is a function of this file; what it asserts, the rank asserts. `start_ranks` of
+A scenario is a function of this file; what it asserts, the rank asserts. `Ranks` of
 `test_ranks.py` starts them.
 """
 

@@ -3,8 +3,6 @@ was."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.data.manifest import DatasetManifest
 from opt_train.data.tokenizer import load
-from tests.command import SMALL
+from tests.command import SMALL, say_apart
 
 LATER = 'data.validation_sets="web=web.txt,later=web.txt"'
 """A set that nobody thought of while the run trained."""
@@ -41,9 +39,8 @@ def trained(prepared_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
         "train.validate_every=8",
     )
     for verb, given in (("prepare", words), ("train", words), ("prepare", (*words, LATER))):
-        command = [sys.executable, "-m", "opt_train.cli.main", verb, *given]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = say_apart(folder, verb, *given)
+        assert done.code == 0, done.err
     return RunDirectory(folder / "runs" / "narrow")
 
 

@@ -25,7 +25,7 @@ from opt_train.cli import evaluate_harness
 from opt_train.cli import main as cli
 from opt_train.data.tokenizer import EOS, PAD, load
 from opt_train.evaluate import harness
-from tests.command import SMALL
+from tests.command import SMALL, say_apart
 
 LENGTH = 32
 """Positions of the model: some texts are longer."""
@@ -427,16 +427,10 @@ def test_data_that_cannot_be_had_are_one_sentence(beside: Path, as_if_published:
 
 def test_without_a_network_it_is_one_sentence_too(beside: Path, tmp_path: Path) -> None:
     """As `datasets` itself fails, and with nothing around the sentence but what is being done."""
-    done = subprocess.run(
-        [sys.executable, "-m", "opt_train.cli.main", "evaluate", "weights", "--harness=sciq"],
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-        cwd=beside,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    first, sentence = done.stderr.splitlines()
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    said = say_apart(beside, "evaluate", "weights", "--harness=sciq", environment=offline)
+    assert (said.code, said.out) == (2, "")
+    first, sentence = said.err.splitlines()
     assert first == "sciq: getting its data"
     assert sentence.startswith("opt-train: the data set of task sciq cannot be had here (")
 

@@ -16,16 +16,30 @@ from transformers import AutoTokenizer, OPTForCausalLM
 
 from opt_train.data.tokenizer import load
 from opt_train.exchange.checkpoint import weights_in
-from tests.command import SMALL
+from tests.command import SMALL, say_apart
 
 SHAPE = ("model.layer_norm=post", "model.embed_dim=32", "data.validation_fraction=0.2")
 DATA = Path("prepared", "files-bpe")
 
 
-@pytest.fixture
-def trained(workplace: Path, say) -> Path:
-    said = say("train", *SMALL, *SHAPE, "train.steps=4")
+@pytest.fixture(scope="module")
+def trained_once(prepared_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workplace with a run, kept as `kept` beside it."""
+    folder = tmp_path_factory.mktemp("exchange") / "workplace"
+    shutil.copytree(prepared_once, folder)
+    said = say_apart(folder, "train", *SMALL, *SHAPE, "train.steps=4")
     assert said.code == 0, said.err
+    shutil.copytree(folder, folder.with_name("kept"))
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run in the workplace as it was, which is the working directory: in the same place, for
+    a run knows where its data lie."""
+    shutil.rmtree(trained_once)
+    shutil.copytree(trained_once.with_name("kept"), trained_once)
+    monkeypatch.chdir(trained_once)
     return Path("runs", "small")
 
 

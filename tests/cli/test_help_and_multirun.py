@@ -1,6 +1,8 @@
 """`--help` must answer at once, `run` must never load torch, and a multirun must keep its jobs
 apart."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,26 +119,38 @@ def test_a_failing_job_does_not_keep_the_next_from_running(workplace: Path, say)
     assert said.out.splitlines()[-2:] == ["job 0 small-0: exit 2", "job 1 small-1: done"]
 
 
-def test_a_term_ends_the_job_of_a_multirun_too(workplace: Path) -> None:
+def test_a_term_is_handed_to_the_job_of_a_multirun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say
+) -> None:
     """A scheduler's TERM reached the parent alone, and the job trained on with nobody to ask about
-    it."""
-    words = ["train", "--multirun", *SMALL, "train.steps=4000", "seed=1,2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opt_train.cli.main", *words],
-        cwd=workplace,
-        stdout=subprocess.PIPE,
-        text=True,
+    it. Here the job is a shell that asks for its own end, until it is heard."""
+    job = tmp_path / "job"
+    job.write_text(
+        "#!/bin/sh\ntrap 'exit 75' TERM\nwhile :; do kill -TERM $PPID; sleep 0.1; done\n"
     )
+    job.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(job))
+    said = say("train", "--multirun", *SMALL, "seed=1,2")
+    assert (said.code, said.out.splitlines()[-2:]) == (
+        75,
+        ["stopped; the same command goes on with small-0", "job 0 small-0: exit 75"],
+    )
+
+
+@pytest.mark.slow
+def test_a_term_ends_a_job_that_trains_with_its_state_saved(workplace: Path) -> None:
+    words = ["train", "--multirun", *SMALL, "train.steps=4000", "seed=1,2"]
+    with (workplace / "output").open("wb") as out, (workplace / "errors").open("wb") as err:
+        process = command.start(workplace, *words, stdout=out, stderr=err)
     journal = workplace / "runs" / "small-0" / "metrics" / "1.00.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert output.splitlines()[-2:] == [
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert (workplace / "output").read_text().splitlines()[-2:] == [
         "stopped; the same command goes on with small-0",
         "job 0 small-0: exit 75",
     ]

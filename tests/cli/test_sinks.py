@@ -2,13 +2,10 @@
 ends in time.
 
 The services here are packages of their names that misbehave on purpose, and a run is a lone one in
-a process of its own, as a person starts it.
+a process of its own.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ from opt_train.cli import run as cli_run
 from opt_train.config.compose import compose
 from opt_train.config.run_config import RunConfig
 from opt_train.supervisor.shell import start as shell
-from tests.command import SMALL
+from tests.command import SMALL, say_apart
 
 FLUSH_SECONDS = 1.0
 OVERHEAD_SECONDS = 20.0
@@ -56,19 +53,12 @@ is said of it."""
 
 def train(folder: Path, name: str, *words: str, path: Path | None = None) -> tuple[str, float]:
     """What a lone run says on standard error, and its seconds."""
-    overrides = (*SMALL, f"name={name}", *words)
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "opt_train.cli.main", "train", *overrides],
-        cwd=folder,
-        env={**os.environ, **({"PYTHONPATH": str(path)} if path else {})},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr, time.monotonic() - began
+    # Of its processes the sinks are started anew, and find the packages.
+    found = {"PYTHONPATH": str(path)} if path else {}
+    done = say_apart(folder, "train", *SMALL, f"name={name}", *words, environment=found)
+    assert done.code == 0, done.err
+    return done.err, time.monotonic() - began
 
 
 def losses(folder: Path, name: str) -> list[tuple[object, object, object]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,8 @@ from opt_logbook.record.events import AttemptStarted, CheckpointCommitted, Check
 from opt_logbook.record.journal import read
 from opt_logbook.record.run_directory import RunDirectory
 
-from tests.command import SMALL
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "opt_train.cli.main", *words]
+from tests.command import SMALL, say_apart, start
+from tests.train.forked import Forked
 
 
 def losses(run: RunDirectory) -> dict[int, float]:
@@ -28,15 +26,9 @@ def losses(run: RunDirectory) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def finished(prepared_once: Path) -> RunDirectory:
     """A run that went through without a break."""
-    done = subprocess.run(
-        command("train", *SMALL, "name=whole"),
-        cwd=prepared_once,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "whole: finished" in done.stdout
+    done = say_apart(prepared_once, "train", *SMALL, "name=whole")
+    assert done.code == 0, done.err
+    assert "whole: finished" in done.out
     return RunDirectory(prepared_once / "runs" / "whole")
 
 
@@ -68,15 +60,9 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
 ) -> None:
     before = finished.journal.read_bytes()
     for verb in ("train", "run"):
-        again = subprocess.run(
-            command(verb, *SMALL, "name=whole"),
-            cwd=prepared_once,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert again.returncode == 0, again.stderr
-        assert again.stdout.startswith("whole: finished\n")
+        again = say_apart(prepared_once, verb, *SMALL, "name=whole")
+        assert again.code == 0, again.err
+        assert again.out.startswith("whole: finished\n")
     assert finished.journal.read_bytes() == before
 
 
@@ -86,25 +72,17 @@ def test_a_note_does_not_reopen_a_finished_run(prepared_once: Path, finished: Ru
     drop = [sys.executable, "-m", "opt_logbook.cli", "note", str(finished.path), "well done"]
     subprocess.run(drop, check=True, capture_output=True)
     before = finished.journal.read_bytes()
-    again = subprocess.run(
-        command("run", *SMALL, "name=whole"),
-        cwd=prepared_once,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (again.returncode, again.stdout.partition("\n")[0]) == (0, "whole: finished")
+    again = say_apart(prepared_once, "run", *SMALL, "name=whole")
+    assert (again.code, again.out.partition("\n")[0]) == (0, "whole: finished")
     assert finished.journal.read_bytes() == before
     assert "supervisor.log" not in [path.name for path in finished.logs.glob("*")]
 
 
-def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        command("train", *SMALL, "train.steps=4000", *words),
-        cwd=workplace,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> Forked:
+    with (workplace / "output").open("ab") as output:
+        process = start(
+            workplace, "train", *SMALL, "train.steps=4000", *words, stdout=output, stderr=output
+        )
     deadline = time.monotonic() + 90
     run = RunDirectory(workplace / "runs" / "small")
     while max(losses(run), default=0) < step:
@@ -116,17 +94,15 @@ def start_and_wait_for_step(workplace: Path, step: int, *words: str) -> subproce
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(workplace: Path) -> None:
     process = start_and_wait_for_step(workplace, 5)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 75, (workplace / "output").read_text()
     run = RunDirectory(workplace / "runs" / "small")
     assert read(run.journal).entries[-1].event.kind == "run_stopped"
     saved = max(entry.step or 0 for entry in read(run.journal).entries)
 
     process = start_and_wait_for_step(workplace, saved + 2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
     starts = [e for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
     assert [(e.attempt, e.step) for e in starts] == [("1.00", 0), ("1.01", saved)]
 
@@ -143,7 +119,7 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
         )
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     # The newest checkpoint is damaged: attempt 1.01 finds that as it reads it, and 1.02 goes on
     # with the one before. A later folder may be there too, of the save that the kill interrupted.
     newest = (
@@ -167,8 +143,8 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
 
     entries = read(run.journal).entries
     [rejected] = [e.event for e in entries if isinstance(e.event, CheckpointRejected)]
@@ -193,19 +169,18 @@ def test_a_killed_run_resumes_from_the_newest_good_checkpoint_with_the_same_loss
 
 def test_a_reader_that_leaves_ends_nothing(workplace: Path) -> None:
     """As `| head` does: the first validation ended the run, unsaved and with code 0."""
-    process = subprocess.Popen(
-        command("train", *SMALL, "train.validate_every=4"),
-        cwd=workplace,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "attempt 1.00: from the beginning\n"
-    process.stdout.close()
-    complaints = process.stderr.read()
-    assert process.wait(timeout=60) == 0, complaints
+    reading, writing = os.pipe()
+    errors = workplace / "errors"
+    with open(reading) as reader, errors.open("wb") as complaints:
+        with open(writing, "wb") as output:
+            process = start(
+                workplace,
+                *("train", *SMALL, "train.validate_every=4"),
+                stdout=output,
+                stderr=complaints,
+            )
+        assert reader.readline() == "attempt 1.00: from the beginning\n"
+    assert process.wait(timeout=60) == 0, errors.read_text()
     entries = read(RunDirectory(workplace / "runs" / "small").journal).entries
     assert entries[-1].event.kind == "run_finished"
 
@@ -214,27 +189,13 @@ def test_changed_training_keys_open_a_lineage_only_when_asked(
     workplace: Path, finished: RunDirectory
 ) -> None:
     # A copy, because the lineage would otherwise be opened in the run that other tests read.
-    import shutil
-
     run = RunDirectory(workplace / "runs" / "small")
     shutil.copytree(finished.path, run.path)
-    refused = subprocess.run(
-        command("train", *SMALL, "train.steps=16"),
-        cwd=workplace,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert refused.returncode == 2
-    assert "train.steps: 12 -> 16" in refused.stderr
-    done = subprocess.run(
-        command("train", *SMALL, "train.steps=16", "lineage=new"),
-        cwd=workplace,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    refused = say_apart(workplace, "train", *SMALL, "train.steps=16")
+    assert refused.code == 2
+    assert "train.steps: 12 -> 16" in refused.err
+    done = say_apart(workplace, "train", *SMALL, "train.steps=16", "lineage=new")
+    assert done.code == 0, done.err
     starts = [e for e in read(run.journal).entries if isinstance(e.event, AttemptStarted)]
     assert [(e.attempt, e.step) for e in starts] == [("1.00", 0), ("2.00", 12)]
     opened = [e.event for e in read(run.journal).entries if e.event.kind == "lineage_opened"]

@@ -1,16 +1,16 @@
 """Preparing data: all of it or nothing, once, whatever dies or refuses in between."""
 
+import contextlib
 import hashlib
 import math
 import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ from opt_train.data.manifest import DatasetManifest
 from opt_train.data.prepare import prepare
 from opt_train.data.prepared import check_prepared_by, directory_of
 from opt_train.protocol.exits import BadInput
+from tests.train import forked
+from tests.train.forked import Forked
 
 VOCABULARY = TokenizerConfig(name="small", vocab_size=300)
 
@@ -219,25 +221,24 @@ def test_the_default_folder_is_named_after_data_and_tokenizer() -> None:
 
 # What dies and what refuses -----------------------------------------------------------------------
 
-PROGRAM = """
-import sys
-from opt_train.data.config import DataConfig, TokenizerConfig
-from opt_train.data.prepare import prepare
-corpus, directory = sys.argv[1:3]
-data = DataConfig(
-    corpus=corpus, directory=directory, validation_fraction=0.2, shard_tokens=400
-)
-print("begin", flush=True)
-prepare(data, TokenizerConfig(name="small", vocab_size=300), lambda line: print(line, flush=True))
-"""
 
-
-def start(corpus: Path, directory: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(corpus), str(directory)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.contextmanager
+def preparing(corpus: Path, directory: Path) -> Iterator[tuple[Forked, IO[str]]]:
+    """A process that prepares the corpus, and its output."""
+    reading, writing = os.pipe()
+    with open(reading) as output:
+        with open(writing, "w") as stdout:
+            process = forked.server().start(
+                ["-m", "tests.data.preparing", str(corpus), str(directory)],
+                env=os.environ,
+                stdout=stdout,
+                stderr=stdout,
+            )
+        try:
+            yield process, output
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
@@ -247,9 +248,7 @@ def test_a_killed_prepare_leaves_nothing_half_valid(
     corpus: Path, tmp_path: Path, moment: str
 ) -> None:
     directory = tmp_path / "out"
-    process = start(corpus, directory)
-    assert process.stdout is not None
-    try:
+    with preparing(corpus, directory) as (process, output):
         if moment == "first shard":
             deadline = time.monotonic() + 60
             while not (tmp_path / "out.partial" / "train-00000.bin").exists():
@@ -258,11 +257,7 @@ def test_a_killed_prepare_leaves_nothing_half_valid(
                 if directory.exists():
                     break
         else:
-            assert any(moment in line for line in process.stdout)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+            assert any(moment in line for line in output)
     if directory.exists():  # the kill came after the rename: then all must be there
         open_split(directory, "train", verify=True)
         open_split(directory, "validation", verify=True)
@@ -367,9 +362,13 @@ def test_a_mount_point_is_refused_before_any_work(
 
 
 def test_two_at_once_prepare_one_dataset(corpus: Path, tmp_path: Path) -> None:
-    processes = [start(corpus, tmp_path / "out") for _ in range(2)]
-    outputs = [process.communicate(timeout=90)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    directory = tmp_path / "out"
+    with (
+        preparing(corpus, directory) as (one, its),
+        preparing(corpus, directory) as (other, others),
+    ):
+        outputs = [its.read(), others.read()]
+        assert [process.wait(timeout=90) for process in (one, other)] == [0, 0], outputs
     open_split(tmp_path / "out", "train", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,9 +1,6 @@
 """What is exported computes in transformers what ours computes, and comes back to the bit."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +22,7 @@ from opt_train.model.decoder import OPT
 from opt_train.protocol.exits import BadInput
 from tests.exchange.weights import SHARDED, checkpoint_of, drawn
 from tests.model.twins import TINY, VARIANTS, twins
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.train.rig import ROOT, run_at_once
 
 
 def exported(config: ModelConfig, tmp_path: Path, **how: object) -> tuple[OPT, Path]:
@@ -144,19 +140,7 @@ def test_another_type_is_torchs_own_rounding(name: str, dtype: torch.dtype, tmp_
 
 def test_a_checkpoint_of_several_ranks_is_put_together(tmp_path: Path) -> None:
     folder, script = tmp_path / "step-00000007", ROOT / "tests" / "exchange" / "weights.py"
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(rank), "2"], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(100) for rank in ranks] == [0, 0]
+    run_at_once([[str(script), str(folder), str(rank), "2"] for rank in range(2)])
     assert len(list(folder.glob("*.safetensors"))) == 2
     export(SHARDED, folder, None, tmp_path / "hf")
     same(load_file(tmp_path / "hf" / "model.safetensors"), drawn(SHARDED).state_dict())

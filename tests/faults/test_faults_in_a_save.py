@@ -8,6 +8,7 @@ from then on.
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,9 @@ from tests.faults.saver import Saver, path_of
 from tests.faults.shim import CHANGING, FILLING, KINDS, Fired, Rule, Shim, strerror
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "ESTALE")
+SHORT = ("ENOSPC", "EIO")
+"""One of a full disk and one of a broken one. ESTALE, which is waited for, and the other come with
+the slow tests."""
 BEFORE, STEP, NEXT = 2, 4, 6
 """Steps of the checkpoint that is there, of the save that is disturbed, and of the one after it."""
 
@@ -97,6 +101,14 @@ def run(fault_library: Path, quick_folder: Path) -> Iterator[Run]:
         yield Run(quick_folder / "run", shim, saver)
 
 
+def each_of(*faults: str) -> list[Any]:
+    """Parameters; what is not of `SHORT` is slow."""
+    return [
+        pytest.param(fault, marks=[] if fault.rstrip("+") in SHORT else pytest.mark.slow)
+        for fault in faults
+    ]
+
+
 def stages(calls: list[Fired], folder: Path) -> list[tuple[int, str]]:
     """Number of each call, and what it is, for a person."""
     return [
@@ -105,7 +117,7 @@ def stages(calls: list[Fired], folder: Path) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("fault", [*ERRORS, *(f"{error}+" for error in ("EIO", "ESTALE"))])
+@pytest.mark.parametrize("fault", each_of(*ERRORS, "EIO+", "ESTALE+"))
 def test_a_call_that_fails_costs_that_save_at_most_and_says_why(run: Run, fault: str) -> None:
     """With a `+` behind it: the call is done, and its answer is lost."""
     abandoned = 0
@@ -128,7 +140,12 @@ def test_a_call_that_fails_costs_that_save_at_most_and_says_why(run: Run, fault:
 
 @pytest.mark.parametrize(
     ("fault", "calls"),
-    [("ENOSPC", FILLING), ("EDQUOT", FILLING), ("EIO", KINDS), ("ESTALE", KINDS)],
+    [
+        ("ENOSPC", FILLING),
+        pytest.param("EDQUOT", FILLING, marks=pytest.mark.slow),
+        ("EIO", KINDS),
+        pytest.param("ESTALE", KINDS, marks=pytest.mark.slow),
+    ],
 )
 def test_from_any_call_on_all_fail_until_somebody_mends_it(
     run: Run, fault: str, calls: tuple[str, ...]
@@ -154,7 +171,13 @@ def test_from_any_call_on_all_fail_until_somebody_mends_it(
     run.check()
 
 
-@pytest.mark.parametrize("calls", [("write",), CHANGING], ids=["write", "any change"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        pytest.param(("write",), id="write", marks=pytest.mark.slow),
+        pytest.param(CHANGING, id="any change"),
+    ],
+)
 def test_a_save_killed_at_any_call_leaves_the_one_before_and_nothing_half(
     run: Run, calls: tuple[str, ...]
 ) -> None:
@@ -188,7 +211,7 @@ def test_writes_that_take_less_than_they_are_given_change_nothing(run: Run) -> N
     assert (cut.why, cut.sha256) == ("", whole.sha256)
 
 
-@pytest.mark.parametrize("fault", ERRORS)
+@pytest.mark.parametrize("fault", each_of(*ERRORS))
 def test_any_mixture_of_faults_leaves_the_one_before(run: Run, fault: str) -> None:
     """Seeded: the same seed strikes the same calls."""
     outcomes = []
@@ -232,7 +255,7 @@ def test_a_commit_that_is_said_to_have_failed_has_made_no_checkpoint(run: Run, f
     run.clear()
 
 
-@pytest.mark.parametrize("fault", ERRORS)
+@pytest.mark.parametrize("fault", each_of(*ERRORS))
 def test_a_checkpoint_that_cannot_be_looked_at_is_not_taken_for_none(run: Run, fault: str) -> None:
     """Who saves over it would remove it."""
     run.disturb(Rule(fault, f"*/{MANIFEST}", ("stat",), times=0))

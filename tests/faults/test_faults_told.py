@@ -1,7 +1,5 @@
 """What becomes of a save that failed on another rank, or that a lone rank could not commit."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from opt_logbook.record.journal import read
@@ -9,7 +7,7 @@ from opt_logbook.record.journal import read
 from opt_train.config.compose import compose
 from tests.command import prepared_once, workplace  # noqa: F401 - fixtures
 from tests.run.test_standalone import SMALL, a_standalone_run, save
-from tests.train.rig import environment
+from tests.train.rig import run_at_once
 
 
 def test_what_a_lone_rank_cannot_commit_gives_its_space_back(workplace: Path) -> None:  # noqa: F811
@@ -27,13 +25,7 @@ def test_what_a_lone_rank_cannot_commit_gives_its_space_back(workplace: Path) ->
 def test_every_rank_knows_why_another_one_could_not_save(tmp_path: Path) -> None:
     """The journal takes the word of the rank that is heard first, and "another rank failed" is no
     reason."""
-    words = [sys.executable, "-m", "tests.faults.agreeing_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*words, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
+    program = ("-m", "tests.faults.agreeing_ranks")
+    said = run_at_once([[*program, str(rank), str(tmp_path)] for rank in range(2)])
     reason = "[Errno 28] No space left on device: 'shard-00002'"
-    assert said == [f"it was not saved: rank 1: {reason}", f"it was not saved: {reason}"]
+    assert said == [f"it was not saved: rank 1: {reason}\n", f"it was not saved: {reason}\n"]

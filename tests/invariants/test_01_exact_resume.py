@@ -10,9 +10,6 @@ import pytest
 from opt_train.checkpoint.config import CheckpointConfig
 from tests.train.rig import World, tensors_in, tiny_config
 
-STEPS = 80
-"""So many that a test which is kept waiting for a second does not find a run done that it wants to
-kill."""
 LINE = (
     "loss",
     "lr",
@@ -26,8 +23,11 @@ LINE = (
 
 
 @pytest.mark.timeout(300)
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, steps=STEPS)
+# So many that a test which is kept waiting for a second does not find a run done that it wants to
+# kill in one of its first thirty.
+@pytest.mark.parametrize("steps", [50, pytest.param(80, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, steps: int) -> None:
+    config = tiny_config(tmp_path, steps=steps)
     config = replace(config, checkpoint=CheckpointConfig(every_steps=5))
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
@@ -38,10 +38,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         world.begin()
         assert [leaving.code for leaving in world.finish()] == [0, 0]
         expected = world.ranks[0].metrics
-        final = world.commit(STEPS)
-    assert sorted(expected) == list(range(1, STEPS + 1))
+        final = world.commit(steps)
+    assert sorted(expected) == list(range(1, steps + 1))
     assert (
-        expected[STEPS]["loss"] < expected[1]["loss"] - 0.3
+        expected[steps]["loss"] < expected[1]["loss"] - 0.3
     )  # it learns, so that sameness means something
 
     chance = random.Random(20)
@@ -66,7 +66,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert [line.get("journal_head") for line in resumed.values()] == ["ab" * 32] + [None] * (
             len(resumed) - 1
         )
-        last = world.commit(STEPS)
+        last = world.commit(steps)
 
     for step, line in (found | resumed).items():
         assert {key: line[key] for key in LINE} == {key: expected[step][key] for key in LINE}, (

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from opt_logbook.record.run_directory import RunDirectory
+from opt_logbook.render.render import render
 
 from tests.logbook.demo_run import write_demo
 
@@ -66,6 +68,12 @@ def rendered(run: Path, code: str = RENDER, **environment: str) -> dict[str, byt
         env={**os.environ, **environment},
         cwd=run,
     )
+    return files_of(run)
+
+
+def rendered_here(run: Path) -> dict[str, bytes]:
+    """By this process, as it is: for what lies in the run directory alone."""
+    render(RunDirectory(run))
     return files_of(run)
 
 
@@ -144,15 +152,15 @@ def test_only_journal_and_metrics_are_opened_and_never_the_fault_plan(run: Path)
 def test_now_is_the_time_of_the_last_line(run: Path) -> None:
     for path in run.rglob("*"):
         os.utime(path, (0, 0))
-    page = rendered(run)["index.html"].decode()
+    page = rendered_here(run)["index.html"].decode()
     last = json.loads((run / "journal.jsonl").read_bytes().splitlines()[-1])["time"]
     assert f"as of {last[:10]} {last[11:19]} UTC" in page
 
 
 def test_what_is_not_the_journal_s_or_the_metrics_changes_nothing(run: Path) -> None:
-    first = rendered(run)
+    first = rendered_here(run)
     (run / "faults.jsonl").write_text('{"kind": "kill-node", "node": "node-9"}\n')
     shutil.rmtree(run / "logs")
     shutil.rmtree(run / "checkpoints")
     (run / "journal.head").unlink()
-    assert rendered(run) == first
+    assert rendered_here(run) == first

@@ -10,10 +10,11 @@ so and leave.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from tests.resume.struck_rank import (
     record_of,
     strikes_in,
 )
+from tests.train import forked
 from tests.train.rig import ROOT, environment, tensors_in
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp16-memory-efficient")
@@ -119,33 +121,39 @@ class Kill:
 class Starter:
     """The process that starts ranks."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.resume.struck_rank"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            cwd=ROOT,
-            start_new_session=True,
-        )
-
     def __enter__(self) -> Self:
+        asked, ask = os.pipe()
+        answer, answers = os.pipe()
+        with contextlib.ExitStack() as files:
+            self._errors = files.enter_context(tempfile.TemporaryFile())
+            self._ask = files.enter_context(open(ask, "w"))
+            self._answer = files.enter_context(open(answer))
+            with open(asked) as stdin, open(answers, "w") as stdout:
+                self._process = forked.server().start(
+                    ["-m", "tests.resume.struck_rank"],
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=self._errors,
+                    env=environment(),
+                    cwd=ROOT,
+                )
+            self._files = files.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._process.kill()  # its ranks die with it
-        self._process.communicate()
+        self._process.wait()
+        self._files.close()
 
     def start(self, generation: Generation) -> list[int]:
         """Start the ranks and wait for their end; their exit codes, of a killed one minus the
         signal."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(generation)) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, "the process that starts ranks has ended"
+        self._ask.write(json.dumps(asdict(generation)) + "\n")
+        self._ask.flush()
+        if not (answer := self._answer.readline()):
+            self._errors.seek(0)
+            said = self._errors.read().decode()
+            raise AssertionError(f"the process that starts ranks has ended:\n{said}")
         codes: list[int] = json.loads(answer)
         return codes
 

@@ -2,6 +2,7 @@
 on with the one before."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,29 +25,32 @@ def starter() -> Iterator[Starter]:
 
 
 class Trained:
-    """A run of two ranks without a supervisor, killed when it had committed its third save."""
+    """A run of two ranks without a supervisor in `folder`."""
 
     def __init__(self, folder: Path, starter: Starter) -> None:
         self.folder, self._starter = folder, starter
         self.run = driving.run_directory(folder)
-        self._words = (
-            *OVERRIDES,
-            f"data.directory={driving.prepared()}",
-            f"runs={folder / 'runs'}",
-            f"train.steps={STEPS}",
-        )
+
+    def train_and_kill(self) -> None:
+        """Kill it when it has committed its third save."""
         strike = Strike(moment="committed", after=2, delay_seconds=0.0, rank=0, takes_all=True)
-        (folder / "strikes.json").write_text(json.dumps([asdict(strike)]))
+        (self.folder / "strikes.json").write_text(json.dumps([asdict(strike)]))
         self._start("prepare", 1)
         self._start("train", WORLD_SIZE, number=0)
-        assert record_of(folder, 0).exists(), driving.tail(folder)
+        assert record_of(self.folder, 0).exists(), driving.tail(self.folder)
 
     def go_on(self) -> list[int]:
         """Start the same command again; the exit codes of its ranks."""
         return self._start("train", WORLD_SIZE)
 
     def _start(self, verb: str, world_size: int, number: int = IN_PEACE) -> list[int]:
-        words = (verb, *self._words)
+        words = (
+            verb,
+            *OVERRIDES,
+            f"data.directory={driving.prepared()}",
+            f"runs={self.folder / 'runs'}",
+            f"train.steps={STEPS}",
+        )
         return self._starter.start(Generation(words, world_size, str(self.folder), number))
 
     def committed(self) -> list[Entry]:
@@ -61,8 +65,18 @@ class Trained:
         return path.name
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> Path:
+    """The folder of a run that has been killed."""
+    trained = Trained(tmp_path_factory.mktemp("killed"), starter)
+    trained.train_and_kill()
+    return trained.folder
+
+
 @pytest.fixture
-def trained(tmp_path: Path, starter: Starter) -> Trained:
+def trained(killed: Path, tmp_path: Path, starter: Starter) -> Trained:
+    """A copy of it, which a test may damage and go on with."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     return Trained(tmp_path, starter)
 
 

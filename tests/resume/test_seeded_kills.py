@@ -28,7 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(precision, marks=[] if precision == "fp32" else pytest.mark.slow)
+        for precision in PRECISIONS
+    ],
+)
 def test_a_killed_run_comes_to_the_same_bits(
     precision: str, starter: Starter, folder: Path
 ) -> None:

@@ -3,8 +3,6 @@ refused like a changed training key. Run 12.47 of OPT-175B trained with a depend
 had upgraded by accident."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +29,8 @@ def finished_once(prepared_once: Path, tmp_path_factory: pytest.TempPathFactory)
     it is."""
     folder = tmp_path_factory.mktemp("finished") / "workplace"
     shutil.copytree(prepared_once, folder)
-    command = [sys.executable, "-m", "opt_train.cli.main", "train", *SMALL]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = command.say_apart(folder, "train", *SMALL)
+    assert done.code == 0, done.err
     return folder / "runs" / "small"
 
 
@@ -212,11 +209,8 @@ def test_a_new_lineage_goes_on_with_the_new_code(
     verb: str, broken_off: RunDirectory, workplace: Path
 ) -> None:
     difference = an_edit(broken_off)
-    command = [sys.executable, "-m", "opt_train.cli.main", verb, *SMALL]
-    done = subprocess.run(
-        [*command, "lineage=new"], cwd=workplace, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = command.say_apart(workplace, verb, *SMALL, "lineage=new")
+    assert done.code == 0, done.err
     entries = read(broken_off.journal).entries
     opened = [entry.event for entry in entries if isinstance(entry.event, LineageOpened)]
     assert [(event.lineage, event.difference) for event in opened] == [(1, ()), (2, (difference,))]
@@ -225,5 +219,5 @@ def test_a_new_lineage_goes_on_with_the_new_code(
     kept = (broken_off.path / "code" / "2" / STEP).read_bytes()
     assert kept == (Path(opt_train.__path__[0]) / "train" / "step.py").read_bytes()
     # From now on this is the code of the run, for either verb.
-    again = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stderr) == (0, "")
+    again = command.say_apart(workplace, verb, *SMALL)
+    assert (again.code, again.err) == (0, "")

@@ -3,8 +3,6 @@ lists its checkpoints and goes on. `tests/data/run_of_154853f/README.md` says ho
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ from opt_logbook.record.journal import read
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.cli import main as cli
+from tests.command import say_apart
 
 KEPT = Path(__file__).parents[1] / "data" / "run_of_154853f"
 
@@ -136,7 +135,7 @@ def test_its_checkpoints_are_listed_as_they_were(
     scope="module",
     params=[
         pytest.param(("train", ()), id="alone"),
-        pytest.param(("run", ITS_CLUSTER), id="supervised"),
+        pytest.param(("run", ITS_CLUSTER), id="supervised", marks=pytest.mark.slow),
     ],
 )
 def gone_on(
@@ -147,17 +146,8 @@ def gone_on(
     folder = tmp_path_factory.mktemp(verb)
     shutil.copytree(prepared_again, folder, dirs_exist_ok=True)
     run = copy_to(folder)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "opt_train.cli.main", verb),
-            *(*ITS_CONFIGURATION, *nodes, "lineage=new", "train.steps=44"),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = say_apart(folder, verb, *ITS_CONFIGURATION, *nodes, "lineage=new", "train.steps=44")
+    assert done.code == 0, done.out + done.err
     return run
 
 

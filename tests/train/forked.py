@@ -3,8 +3,9 @@
 Most of what a test with real ranks costs is the import of torch, once a rank. So each test session
 keeps one *server*, a process that imports what ranks import, single-threaded, and then does nothing
 but fork. A forked rank is a process of its own in every other way: its own session, environment,
-pipes and exit code, and it runs its script or module as `__main__`. Fresh interpreters are started
-where the start itself is tested: by agents, by torchrun, by `opt-train`.
+pipes and exit code, and it runs its script or module as `__main__`. So is an `opt-train` that
+computes (`tests/command.py`). Fresh interpreters are started where the start itself is tested: by
+agents, by torchrun, by the installed command.
 
 A server may import more than that, for ranks whose own imports take long: DeepSpeed, a compiler.
 
@@ -95,16 +96,20 @@ class Server:
         env: Mapping[str, str],
         stdout: IO[Any],
         stderr: IO[Any],
+        stdin: IO[Any] | None = None,
+        cwd: Path | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Forked:
-        """Fork a process that runs `command`: a script's path or ``-m MODULE``, and arguments."""
+        """Fork a process that runs `command`: a script's path or ``-m MODULE``, and arguments.
+        Without `stdin` it has nothing to read."""
+        streams = {1: stdout, 2: stderr} | ({0: stdin} if stdin else {})
         request = {
             "command": list(command),
             "env": dict(env),
-            "cwd": os.getcwd(),
-            "fds": [1, 2, *pass_fds],
+            "cwd": str(cwd or os.getcwd()),
+            "fds": [*streams, *pass_fds],
         }
-        fds = array.array("i", [stdout.fileno(), stderr.fileno(), *pass_fds])
+        fds = array.array("i", [*(stream.fileno() for stream in streams.values()), *pass_fds])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
         self._socket.sendmsg([json.dumps(request).encode()], rights)
         while not self._pids:
@@ -196,13 +201,19 @@ def become(request: Mapping[str, Any], rights: Sequence[int]) -> None:
 
 
 def import_what_ranks_import() -> None:
+    """And what `opt-train train` needs beside that."""
     from opt_train.train import warm
 
     warm.import_everything()
+    import hydra  # noqa: F401
+    import opt_logbook.render.render  # noqa: F401
+
+    import opt_train.cli.train
     import opt_train.train.rank  # noqa: F401
 
-    # Ranks run it as `__main__`, and would be warned that it is here already.
-    del sys.modules["opt_train.train.warm"]
+    # They are run as `__main__`, and Python would warn that they are here already.
+    for name in ("opt_train.train.warm", "opt_train.cli.main"):
+        sys.modules.pop(name, None)
 
 
 def be(command: Sequence[str]) -> None:

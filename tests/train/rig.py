@@ -122,17 +122,27 @@ def run_script(
     JSON object, last. `imports`: done before the fork, where they take seconds in each of many
     ranks."""
     store = folder / f"store-{time.monotonic_ns()}"
+    commands = [
+        [str(script), str(rank), str(world_size), str(store), *arguments]
+        for rank in range(world_size)
+    ]
+    printed = run_at_once(commands, seconds, imports)
+    return [json.loads(output.splitlines()[-1]) for output in printed]
+
+
+def run_at_once(
+    commands: Sequence[Sequence[str]],
+    seconds: float = SCRIPT_SECONDS,
+    imports: Sequence[str] = (),
+) -> list[str]:
+    """What forked processes print, one for each command; all must end well."""
+    server = forked.server(*imports)
     with contextlib.ExitStack() as files:
-        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
-        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(world_size)]
+        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in commands]
         children = [
-            forked.server(*imports).start(
-                [str(script), str(rank), str(world_size), str(store), *arguments],
-                env=environment(),
-                stdout=outputs[rank],
-                stderr=errors[rank],
-            )
-            for rank in range(world_size)
+            server.start(command, env=environment(), stdout=output, stderr=error)
+            for command, output, error in zip(commands, outputs, errors, strict=True)
         ]
         try:
             deadline = time.monotonic() + seconds
@@ -142,7 +152,7 @@ def run_script(
                 assert code == 0, error.read().decode()[-3000:]
             for output in outputs:
                 output.seek(0)
-            return [json.loads(output.read().decode().splitlines()[-1]) for output in outputs]
+            return [output.read().decode() for output in outputs]
         finally:
             for child in children:
                 kill_group(child)

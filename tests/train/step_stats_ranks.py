@@ -1,6 +1,5 @@
-"""The step stats and the orders without a model, for thousands of steps. Run by test_04; prints
-what the
-rank recorded."""
+"""The step stats and the orders without a model, for as many steps as the last argument says. Run
+by test_04; prints what the rank recorded."""
 
 import os
 import random
@@ -19,9 +18,7 @@ from opt_train.train.step_stats import RankStats, StepStats
 from tests.train.leave import leave_with
 from tests.train.lr_factor import LrFactor
 
-STEPS = 2500
 ORDERS = 40
-STOP = STEPS - 100
 
 
 def outcome_of(stats: StepStats) -> str:
@@ -30,7 +27,8 @@ def outcome_of(stats: StepStats) -> str:
     return "skip" if stats.skipped else "apply"
 
 
-def main(rank: int, world_size: int, store: str) -> None:
+def main(rank: int, world_size: int, store: str, steps: int) -> None:
+    stop = steps - 100
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
@@ -40,13 +38,13 @@ def main(rank: int, world_size: int, store: str) -> None:
     control, signals = ControlPipe(read_end), StopSignals()
     signals.listen()
     # What the agent does, on rank 0: an order in the middle of a step, now and then two.
-    moments = sorted(random.Random(4).choices(range(STOP - 10), k=ORDERS)) if rank == 0 else []
+    moments = sorted(random.Random(4).choices(range(stop - 10), k=ORDERS)) if rank == 0 else []
 
     chance = random.Random(rank)
-    poisoned = set(random.Random(7).sample(range(STEPS), 60)) if rank == 2 else set()
+    poisoned = set(random.Random(7).sample(range(steps), 60)) if rank == 2 else set()
     parameter = torch.nn.Parameter(torch.zeros(4))
     obeyed, newest, inbox, record = 0, 0, [], []
-    for step in range(STEPS):
+    for step in range(steps):
         for stats in reducer.collect(before=step - 1):
             newest = max(newest, stats.order_number)
             record.append(
@@ -70,7 +68,7 @@ def main(rank: int, world_size: int, store: str) -> None:
             time.sleep(chance.random() * 0.005)  # a straggler
         parameter.grad = torch.full((4,), float("inf") if step in poisoned else 1.0)
         decision = clip(global_norm([parameter.grad], [world_size], torch.tensor(2.0)), 1.0)
-        if rank == 1 and step == STOP:
+        if rank == 1 and step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         while moments and moments[0] == step:
             number = ORDERS - len(moments) + 1
@@ -90,9 +88,9 @@ def main(rank: int, world_size: int, store: str) -> None:
         if any(entry[0] == "stats" and entry[2] == "stop" for entry in record[-3:]):
             record.append(["stop", step])
             break
-    reducer.collect(before=STEPS)
+    reducer.collect(before=steps)
     leave_with(record)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

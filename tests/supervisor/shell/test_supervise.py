@@ -171,7 +171,7 @@ def test_what_lies_in_the_inbox_is_journalled_at_once_and_then_removed(run: RunD
             dropped.append(time.monotonic())
         return None
 
-    core = TinyCore(run, react, steps=200, step_seconds=0.02)
+    core = TinyCore(run, react, steps=120, step_seconds=0.02)
     run_shell(run, core)
     assert notes(run).count("the loss looks odd") == 1
     assert len(core.received_at(InboxReceived)) == 1, "the core was told what is no message"
@@ -279,7 +279,7 @@ def test_a_killed_supervisor_is_replaced_while_the_same_ranks_train_on(
         "-m",
         "tests.supervisor.shell.supervise_for_test",
         str(run.path),
-        "200",
+        "140",
     ]
 
     def start() -> subprocess.Popen[bytes]:
@@ -307,9 +307,9 @@ def test_a_killed_supervisor_is_replaced_while_the_same_ranks_train_on(
         second.wait()
     assert notes(run) == ["begin", "adopted", "exit 0"]
     who = (run.path / "who_trains.log").read_text().splitlines()
-    assert len(who) == len(set(who)) == 200
+    assert len(who) == len(set(who)) == 140
     steps = [json.loads(line)["step"] for line in run.metrics_of("1.00").read_text().splitlines()]
-    assert sorted(steps) == list(range(200)), (
+    assert sorted(steps) == list(range(140)), (
         "metrics of the time without a supervisor were lost or written twice"
     )
     assert published is not None
@@ -356,7 +356,7 @@ def test_a_run_that_was_removed_is_told_as_such_and_not_made_again(tmp_path: Pat
     """The rendered chronicle of nothing was all that then lay there, and another process was
     blamed."""
     (tmp_path / "short").mkdir()
-    run = make_run(tmp_path / "short", orphan_seconds=6.0)
+    run = make_run(tmp_path / "short", orphan_seconds=3.0)
 
     def react(input_: Input, now: Now) -> list[Effect] | None:
         if isinstance(input_, HeartbeatReceived) and input_.heartbeat.slots[0].step > 3:
