@@ -11,7 +11,8 @@ import pytest
 from tests.command import SMALL
 
 ALL_VERBS = (
-    "prepare, run, train, plan, status, stop, checkpoints, evaluate, generate, export, import"
+    "prepare, run, submit, train, plan, status, stop, checkpoints, evaluate, generate, export, "
+    "import"
 )
 
 MISTAKES = {
@@ -112,7 +113,7 @@ MISTAKES = {
     ),
     "no such cluster": (
         "run cluster.kind=slrum",
-        "cluster.kind=slrum is not possible; only local is known",
+        "cluster.kind=slrum is not possible; use local or slurm",
     ),
     "no such precision": (
         "run precision.compute=fp8",
