@@ -26,6 +26,8 @@ class NodeStatus:
 
     state: NodeState
     reason: str = ""
+    draining: str = ""
+    """An admin wants the node back, and waits for its work to end: why."""
 
 
 class Submission(Protocol):
@@ -108,6 +110,11 @@ class Cluster(Protocol):
     def outlives_supervisor(self) -> bool:
         """A SIGTERM means that the scheduler ends the supervisor's job alone, perhaps to begin it
         again elsewhere; the nodes stay. Asked once they are had."""
+
+    @property
+    def ends_soon(self) -> bool:
+        """The scheduler takes the nodes back so soon that a save must begin now; by the newest
+        observation."""
 
     def make_endpoint(self) -> Endpoint:
         """Where this run's supervisor shall listen, such that the agents of all nodes reach it and

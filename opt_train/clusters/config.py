@@ -46,8 +46,10 @@ class SlurmConfig:
     constraint: Annotated[str, _ONE_WORD] = ""
     """Features a node must have, such as ``a100&ib``."""
     time_limit: Annotated[str, _ONE_WORD] = ""
-    """Of the allocation and of the supervisor's job, as Slurm writes it (``2-00:00:00``); empty:
-    the partition's."""
+    """Of the allocation, as Slurm writes it (``2-00:00:00``); empty: the partition's."""
+    stop_before_seconds: Annotated[float, NOT_NEGATIVE] = 600.0
+    """How long before the allocation's time limit the run saves and gives the nodes back, to ask
+    for others. The limit is read again and again: an admin may shorten it."""
     gpu_option: str = "--gpus-per-node={slots}"
     """How this site asks for GPUs, such as ``--gres=gpu:a100:{slots}``; ``{slots}`` is
     `cluster.slots_per_node`. Empty: none are asked for."""
@@ -55,6 +57,8 @@ class SlurmConfig:
     """Further options of the allocation, separated by blanks as in a shell."""
     supervisor_partition: Annotated[str, _ONE_WORD] = ""
     """Where the supervisor's one-CPU job runs; empty: where the nodes are."""
+    supervisor_time_limit: Annotated[str, _ONE_WORD] = ""
+    """Of the supervisor's job; empty: the partition's."""
     supervisor_options: str = ""
     """Further options of the supervisor's job."""
 

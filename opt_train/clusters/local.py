@@ -79,6 +79,10 @@ class LocalCluster:
     def outlives_supervisor(self) -> bool:
         return False
 
+    @property
+    def ends_soon(self) -> bool:
+        return False
+
     def make_endpoint(self) -> UnixEndpoint:
         return UnixEndpoint(make_socket_path())
 

@@ -84,6 +84,7 @@ class SlurmCluster:
         self._started: dict[str, float] = {}
         self._seen: dict[str, NodeStatus] = {}
         self._seen_at = float("-inf")
+        self._seconds_left: float | None = None
 
     @property
     def node_names(self) -> tuple[str, ...]:
@@ -124,6 +125,8 @@ class SlurmCluster:
                     found = slurm.find_allocation(self._name)
                     if found is not None and found.state == "RUNNING" and found.nodes:
                         self._job, self._names = found.job, slurm.hostnames(found.nodes)
+                        if asking is not None:
+                            self._check_time()
                         announce(f"nodes {found.nodes} of Slurm job {found.job}")
                         return True
                     if found is None and asking is None:
@@ -144,6 +147,17 @@ class SlurmCluster:
         finally:
             if asking is not None and asking.poll() is None:
                 asking.terminate()
+
+    def _check_time(self) -> None:
+        """Refuse new nodes whose time would be over before a run could begin on them."""
+        _, left = slurm.state_of(self._job)
+        needed = self._config.slurm.stop_before_seconds
+        if left is not None and left < needed:
+            self.release()
+            raise BadInput(
+                f"Slurm gives nodes for {left:g} s only, and cluster.slurm.stop_before_seconds="
+                f"{needed:g}; raise cluster.slurm.time_limit or lower that"
+            )
 
     def _ask_for(self, nodes: str, failed: Collection[str]) -> subprocess.Popen[str]:
         command = ["salloc", "--no-shell", "--no-kill", *self.allocation_options(nodes)]
@@ -196,6 +210,11 @@ class SlurmCluster:
     def outlives_supervisor(self) -> bool:
         """Whether this process is in a Slurm job of its own."""
         return os.environ.get("SLURM_JOB_ID", self._job) != self._job
+
+    @property
+    def ends_soon(self) -> bool:
+        left = self._seconds_left
+        return left is not None and left < self._config.slurm.stop_before_seconds
 
     def release(self) -> None:
         """Give the allocation back; with it ends what still runs in it."""
@@ -308,7 +327,7 @@ class SlurmCluster:
 
     def _ask_for_states(self) -> dict[str, NodeStatus]:
         try:
-            job = slurm.state_of(self._job)
+            job, self._seconds_left = slurm.state_of(self._job)
             if job != "RUNNING":
                 ended = f"Slurm job {self._job} is {job or 'gone'}"
                 state = NodeState.UNKNOWN if job == "SUSPENDED" else NodeState.DOWN
@@ -370,7 +389,8 @@ def status_of(state: str, reason: str, agent: AgentStep) -> NodeStatus:
     if state.endswith("*"):
         return NodeStatus(NodeState.UNKNOWN, "the node does not answer Slurm")
     if agent is AgentStep.RUNS:
-        return NodeStatus(NodeState.UP)
+        wanted_back = state.startswith("drain")
+        return NodeStatus(NodeState.UP, draining=reason or "no reason given" if wanted_back else "")
     # Nothing was ever seen there: no sign of death (invariant 11).
     state_now = NodeState.DOWN if agent is AgentStep.ENDED else NodeState.UNKNOWN
     return NodeStatus(state_now, agent.value)

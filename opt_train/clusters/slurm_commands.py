@@ -87,14 +87,30 @@ def find_allocation(name: str) -> SlurmJob | None:
     return None if newest is None else SlurmJob(*newest)
 
 
-def state_of(job: str) -> str:
-    """``RUNNING`` and so on; empty: Slurm has forgotten the job, or never knew it."""
+def state_of(job: str) -> tuple[str, float | None]:
+    """``RUNNING`` and so on (empty: Slurm has forgotten the job, or never knew it), and the seconds
+    until its time limit, None where there is none."""
     try:
-        return ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T").strip()
+        found = ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%L")
     except SlurmError as error:
         if "Invalid job id" in str(error):
-            return ""
+            return "", None
         raise
+    for state, left in lines_of(found):
+        return state, seconds_of(left)
+    return "", None
+
+
+def seconds_of(time: str) -> float | None:
+    """Seconds of a time as Slurm writes it: ``1-02:03:04``, ``03:04``; None for ``UNLIMITED``."""
+    days, _, clock = time.strip().rpartition("-")
+    parts = [days or "0", *clock.split(":")]
+    if not all(part.isdigit() for part in parts):
+        return None
+    seconds = 0
+    for part in parts[1:]:
+        seconds = 60 * seconds + int(part)
+    return 86400.0 * int(parts[0]) + seconds
 
 
 def hostnames(nodes: str) -> tuple[str, ...]:

@@ -81,13 +81,13 @@ def supervisor_script(
 
 
 def site_options(config: SlurmConfig) -> dict[str, str]:
-    """Option -> value of what the supervisor's job and the allocation have in common."""
+    """Option -> value, for the supervisor's job."""
     options = {
         "account": config.account,
         "partition": config.supervisor_partition or config.partition,
         "qos": config.qos,
         "reservation": config.reservation,
-        "time": config.time_limit,
+        "time": config.supervisor_time_limit,
     }
     return {option: value for option, value in options.items() if value}
 

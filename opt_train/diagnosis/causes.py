@@ -72,6 +72,10 @@ class EccDetail(StrEnum):
     """There is no spare row left: the GPU is to be exchanged."""
 
 
+DRAIN = "drain"
+"""Detail of `Cause.PREEMPTION`: an admin wants a node back, and waits for its work to end."""
+
+
 @dataclass(frozen=True, slots=True)
 class CauseRow:
     """What is known of a cause whatever the incident: whom it blames, and its meaning in a

@@ -150,6 +150,7 @@ class ClusterView:
             case ClusterObserved():
                 for node, status in input_.nodes.items():
                     self.node(node).observe(status, input_.reasons.get(node, ""), now.monotonic)
+                    self.node(node).draining = input_.draining.get(node, "")
             case AgentConnected(node, agent):
                 self.connected_now.add(node)
                 self.inventory.apply_connection(node, agent)

@@ -122,6 +122,8 @@ class ClusterObserved:
 
     nodes: Mapping[str, str]
     reasons: Mapping[str, str]
+    draining: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that an admin wants back, with the reason given."""
 
 
 @dataclass(frozen=True, slots=True)

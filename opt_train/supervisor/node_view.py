@@ -37,6 +37,8 @@ class NodeView:
     """No rank of a generation up to this one lives here."""
     cluster: str = "unknown"
     cluster_reason: str = ""
+    draining: str = ""
+    """An admin wants the node back: why."""
     down_since: float = 0.0
     fenced_unreached: bool = False
     """Fenced because it did not answer, while the cluster did not call it down: down by our own

@@ -79,6 +79,10 @@ class SimulatedCluster:
         return self._names
 
     @property
+    def ends_soon(self) -> bool:
+        return False
+
+    @property
     def outlives_supervisor(self) -> bool:
         return False
 

@@ -42,10 +42,31 @@ def test_a_node_is_what_slurm_and_its_step_say(
     assert (status.reason == "") == (is_now == NodeState.UP)
 
 
+def test_an_admins_drain_is_a_wish_and_no_failure() -> None:
+    assert status_of("draining", "new DIMM", AgentStep.RUNS).draining == "new DIMM"
+    assert status_of("mixed", "new DIMM", AgentStep.RUNS).draining == ""
+
+
 def test_slurms_reason_is_passed_on() -> None:
     assert status_of("down*", "Not responding", AgentStep.RUNS).reason == (
         "Slurm: down* (Not responding)"
     )
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("1-02:03:04", 93784.0),
+        ("02:03:04", 7384.0),
+        ("3:04", 184.0),
+        ("0:00", 0.0),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("NOT_SET", None),
+    ],
+)
+def test_a_time_is_read_as_slurm_writes_it(time: str, seconds: float | None) -> None:
+    assert slurm_commands.seconds_of(time) == seconds
 
 
 def test_nothing_of_a_job_is_inherited_but_where_slurm_is_configured() -> None:
@@ -135,7 +156,8 @@ def test_the_script_has_the_sites_options_where_sbatch_reads_them() -> None:
         account="lab",
         partition="a100",
         supervisor_partition="cpu",
-        time_limit="7-00:00:00",
+        time_limit="1-00:00:00",
+        supervisor_time_limit="7-00:00:00",
         supervisor_options='--comment="the night run" --exclude=n9',
     )
     script = supervisor_script(config, "opt-train-night", Path("/runs/x.log"), "opt-train", ["a=1"])

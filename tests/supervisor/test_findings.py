@@ -67,6 +67,30 @@ def test_a_pending_remap_replaces_the_node_at_the_next_checkpoint_and_nothing_fa
     assert code_of(world) == DONE
 
 
+def test_a_node_that_an_admin_drains_is_replaced_at_the_next_checkpoint() -> None:
+    world = a_run(steps=30).until_step(4)
+    world.draining["n1"] = "new DIMM"
+    world.run()
+    (noted,) = world.events(FindingNoted)
+    assert (noted.node, noted.cause, noted.detail, noted.blame) == (
+        *("n1", "preemption", "drain"),
+        "scheduler",
+    )
+    assert noted.evidence[0].text == "drained: new DIMM"
+    assert world.events(NodePromoted) == [NodePromoted("n2", "n1", 0)]
+    assert world.events(FailureSeen) == []
+    assert code_of(world) == DONE
+
+
+def test_a_buffer_node_that_an_admin_drains_takes_nobodys_place() -> None:
+    world = a_run(steps=30).until_step(4)
+    world.draining["n2"] = "new DIMM"
+    world.until_step(8)
+    assert world.events(NodeFailed) == [NodeFailed("n2", 0, "preemption")]
+    world.run()
+    assert code_of(world) == DONE
+
+
 def test_without_a_buffer_node_a_pending_remap_trains_on() -> None:
     """A run that stands still until a person comes is worse than a row that waits for a reset."""
     world = a_run(steps=20, buffer_nodes=0).until_step(4)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from opt_train.diagnosis.causes import Cause, EccDetail
+from opt_train.diagnosis.causes import DRAIN, Cause, EccDetail
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.rules import responses
 from opt_train.supervisor.rules.responses import (
@@ -30,7 +30,8 @@ def test_every_cause_has_a_response_for_any_detail() -> None:
 def test_every_detail_with_a_response_of_its_own_is_one_that_something_reports() -> None:
     """A misspelt detail would never be found, and the cause's row be taken in silence."""
     details = {(cause, detail) for cause, detail in RESPONSES if detail}
-    assert details == {(Cause.GPU_ECC, detail) for detail in EccDetail}
+    of_ecc = {(Cause.GPU_ECC, detail) for detail in EccDetail}
+    assert details == of_ecc | {(Cause.PREEMPTION, DRAIN)}
 
 
 def test_the_detail_goes_before_the_cause_and_an_unknown_label_has_a_response() -> None:

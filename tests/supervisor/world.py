@@ -93,6 +93,7 @@ class World:
         self.leaders = 0
         self.agents: dict[str, Agent] = {}
         self.down: dict[str, str] = {}
+        self.draining: dict[str, str] = {}
         self.groups: dict[int, Group] = {}
         self.disk: dict[str, str] = {}
         """Committed checkpoint -> what the supervisor finds wrong with it; empty: nothing."""
@@ -520,7 +521,7 @@ class World:
         self._drain()
         if self.core is not None:
             states = {node: "down" if node in self.down else "up" for node in self.names}
-            self.feed(ClusterObserved(states, dict(self.down)))
+            self.feed(ClusterObserved(states, dict(self.down), dict(self.draining)))
         for agent in list(self.agents.values()):
             if agent.connected and not agent.frozen:
                 self.feed(HeartbeatReceived(agent.node, Heartbeat(self._slots(agent))))

@@ -9,6 +9,8 @@ the attempt ends as `replaced`, and the run assembles again without the node. `t
 the door of all that stand by or assemble.
 """
 
+from dataclasses import replace
+
 from opt_logbook.record.events import (
     AttemptEnded,
     Evidence,
@@ -17,8 +19,8 @@ from opt_logbook.record.events import (
     ReplacementBegan,
 )
 
-from opt_train.diagnosis.causes import blame_of
-from opt_train.protocol.facts import NodeFinding
+from opt_train.diagnosis.causes import DRAIN, Cause, blame_of
+from opt_train.protocol.facts import LogLine, NodeFinding
 from opt_train.run.state import REPLACED, RunState
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -46,9 +48,25 @@ def note(s: Context) -> list[Decision]:
                 # One at a time: two equal findings in the queue of a node are one line, since the
                 # second look finds the first in the journal.
                 if not _is_known(s.state, noted):
-                    step = s.step if s.state.attempt is not None else None
-                    return [Record(noted, step=step)]
+                    return [_record(s, noted)]
     return []
+
+
+def note_drain(s: Context) -> list[Decision]:
+    """Journal each node that an admin wants back: a finding of the cluster's own."""
+    for node in s.identity.nodes:
+        if not s.view.node(node).draining or s.state.has_failed(node):
+            continue
+        evidence = (LogLine("cluster", 0, f"drained: {s.view.node(node).draining}"),)
+        drained = NodeFinding(Cause.PREEMPTION, DRAIN, permanent=True, confidence=1.0)
+        noted = _event(node, replace(drained, evidence=evidence))
+        if not _is_known(s.state, noted):
+            return [_record(s, noted)]
+    return []
+
+
+def _record(s: Context, noted: FindingNoted) -> Record:
+    return Record(noted, step=s.step if s.state.attempt is not None else None)
 
 
 def _event(node: str, finding: NodeFinding) -> FindingNoted:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opt_train.diagnosis.causes import Cause, EccDetail, cause_named
+from opt_train.diagnosis.causes import DRAIN, Cause, EccDetail, cause_named
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.rules.restart_budget import is_used_up, restart_budget
 
@@ -107,6 +107,7 @@ RESPONSES: Mapping[tuple[Cause, str], Response] = {
     # is no decision for a robot.
     (Cause.PLATEAU, ""): Response(Action.HALT),
     (Cause.PREEMPTION, ""): Response(Action.RESTART),
+    (Cause.PREEMPTION, DRAIN): Response(Action.REPLACE_AT_CHECKPOINT),
     (Cause.STOPPED, ""): Response(Action.RESTART),
     (Cause.NONE, ""): Response(Action.RESTART),
     (Cause.UNKNOWN, ""): Response(Action.RESTART, escalates=True),

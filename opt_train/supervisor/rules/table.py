@@ -29,7 +29,12 @@ from opt_train.supervisor.rules.context import Context, Decision
 Rule = Callable[[Context], list[Decision]]
 
 # Before all others, in every stage: what is acknowledged at the end (LAST) is on record by then.
-RECEIVE: tuple[Rule, ...] = (findings.note, checkpoints.conclude, nodes.join)
+RECEIVE: tuple[Rule, ...] = (
+    findings.note,
+    findings.note_drain,
+    checkpoints.conclude,
+    nodes.join,
+)
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
 HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
 REPORT: tuple[Rule, ...] = (

@@ -55,6 +55,8 @@ LOCK_SECONDS = 5.0
 DYING_SECONDS = 0.1
 """From the end of a dying agent's link to the end of its process; then the cluster is asked at
 once."""
+NODES_END = "the time limit of the nodes"
+"""Who stopped a run whose nodes the scheduler takes back."""
 LEAVE_SECONDS = 8.0
 """Agents that have not left by then are fenced."""
 _TEXTS = {"note": ("author", "text"), "stop": ("by",)}
@@ -199,15 +201,17 @@ class EventLoop:
             await asyncio.sleep(TICK_SECONDS)
 
     async def _observe(self) -> None:
+        stopping = False
         while True:
             # Off the loop: a cluster's controller may answer late, and the leases go on meanwhile.
             seen = await asyncio.to_thread(self._cluster.observe)
             states = {node: view.state for node, view in seen.items()}
-            self.feed(
-                ClusterObserved(
-                    states, {node: view.reason for node, view in seen.items() if view.reason}
-                )
-            )
+            reasons = {node: view.reason for node, view in seen.items() if view.reason}
+            draining = {node: view.draining for node, view in seen.items() if view.draining}
+            self.feed(ClusterObserved(states, reasons, draining))
+            if self._cluster.ends_soon and not stopping:
+                stopping = True
+                self.feed(StopAsked(NODES_END))
             self._lost_link.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(OBSERVE_SECONDS):

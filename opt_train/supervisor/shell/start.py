@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TextIO
 
@@ -29,7 +30,7 @@ from opt_train.run.state import RunState
 from opt_train.supervisor.core import Supervisor
 from opt_train.supervisor.inputs import Identity, MetricsRecalled
 from opt_train.supervisor.metric_history import HISTORY_STEPS
-from opt_train.supervisor.shell.event_loop import Core, EventLoop
+from opt_train.supervisor.shell.event_loop import NODES_END, Core, EventLoop
 from opt_train.supervisor.shell.status_line import StatusLine, printable
 from opt_train.supervisor.shell.supervisor_log import SupervisorLog
 
@@ -56,9 +57,10 @@ def supervise(
     """Supervise the run until it is finished, stopped, or a person must decide; returns the exit
     code.
 
-    Call it from the main thread. `write_configuration` is called once the run is held, so that
-    nobody else's run can change under it; behind it the run directory holds `config.json`.
-    `make_core` replaces what decides; tests use it.
+    Where the nodes' time limit stops it, it waits for other nodes and goes on. Call it from the
+    main thread. `write_configuration` is called once the run is held, so that nobody else's run can
+    change under it; behind it the run directory holds `config.json`. `make_core` replaces what
+    decides; tests use it.
 
     Raises:
         BadInput: another process has the run, the fault plan is wrong, or the run directory cannot
@@ -66,6 +68,52 @@ def supervise(
     """
     # In front of the lock: a misspelt plan has touched nothing.
     plan = FaultPlan(config.faults, run.faults)
+    identity = Identity(
+        leader=0,  # known once the journal is folded, and so are the nodes
+        nodes=(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=version("opt-train"),
+        run_directory=str(run.path),
+        config_path=str(run.config_json),
+        config_sha256=sha256_of(config),
+        created=created,
+        opens_lineage=opens_lineage,
+        lineage_difference=lineage_difference,
+        operational_difference=operational_difference,
+        git_commit=git_commit,
+        git_dirty=git_dirty,
+        packages=dict(packages or {}),
+    )
+    while True:
+        code, nodes_ended = _lead(
+            config, run, plan, identity, write_configuration, make_core, stream
+        )
+        if not nodes_ended:
+            return code
+        _print("the time of its nodes is over; asking for others", stream)
+        # What was new with this start is on record by now.
+        identity = replace(
+            identity, opens_lineage=False, lineage_difference=(), operational_difference=()
+        )
+        write_configuration = _nothing
+
+
+def _nothing() -> None:
+    """The configuration is written already."""
+
+
+def _lead(
+    config: RunConfig,
+    run: RunDirectory,
+    plan: FaultPlan,
+    identity: Identity,
+    write_configuration: Callable[[], None],
+    make_core: MakeCore,
+    stream: TextIO,
+) -> tuple[int, bool]:
+    """Supervise with one set of nodes; returns the exit code, and whether the run was stopped for
+    their time limit alone."""
     try:
         with Lock.acquire(run) as lock:
             write_configuration()
@@ -75,7 +123,7 @@ def supervise(
                 if question:
                     # Journalled by now, so that the next start is a person's yes.
                     _print(question, stream)
-                    return PERSON_MUST_DECIDE
+                    return PERSON_MUST_DECIDE, False
                 cluster = make_cluster(config.cluster, run)
                 if state.created is None:
                     # The folder was perhaps removed under a run whose agents live: none of them may
@@ -83,24 +131,8 @@ def supervise(
                     cluster.release()
                 if not _acquired(cluster, run, state, stream):
                     _print("stopped before there were nodes; nothing has been started", stream)
-                    return STOPPED
-                identity = Identity(
-                    leader=state.leader + 1,
-                    host=socket.gethostname(),
-                    pid=os.getpid(),
-                    version=version("opt-train"),
-                    run_directory=str(run.path),
-                    config_path=str(run.config_json),
-                    config_sha256=sha256_of(config),
-                    nodes=cluster.node_names,
-                    created=created,
-                    opens_lineage=opens_lineage,
-                    lineage_difference=lineage_difference,
-                    operational_difference=operational_difference,
-                    git_commit=git_commit,
-                    git_dirty=git_dirty,
-                    packages=dict(packages or {}),
-                )
+                    return STOPPED, False
+                identity = replace(identity, leader=state.leader + 1, nodes=cluster.node_names)
                 # From here on a predecessor that wakes up reads a number above its own, and commits
                 # nothing.
                 lock.set_leader(identity.leader)
@@ -123,7 +155,8 @@ def supervise(
         ) from None
     _render_chronicle(run, stream)
     _print(finish.message, stream)
-    return finish.code
+    ended = isinstance(core, Supervisor) and core.state.stopped_by == NODES_END
+    return finish.code, finish.code == STOPPED and ended
 
 
 def _acquired(cluster: Cluster, run: RunDirectory, state: RunState, stream: TextIO) -> bool:
