@@ -97,6 +97,11 @@ VERBS = {
         ("opt-train stop runs/demo",),
         "stop",
     ),
+    "tickets": Verb(
+        "say what an admin should know of each node that a run has taken out",
+        ("opt-train tickets runs/demo",),
+        "tickets",
+    ),
     "checkpoints": Verb(
         "list a run's checkpoints: what each is worth, and which one a restart would take",
         ("opt-train checkpoints runs/demo", "opt-train checkpoints runs/demo --verify --json"),

@@ -11,8 +11,8 @@ import pytest
 from tests.command import SMALL
 
 ALL_VERBS = (
-    "prepare, run, submit, train, plan, status, stop, checkpoints, evaluate, generate, export, "
-    "import"
+    "prepare, run, submit, train, plan, status, stop, tickets, checkpoints, evaluate, generate, "
+    "export, import"
 )
 
 MISTAKES = {
