@@ -201,10 +201,9 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.NodeFailed() | kinds.GenerationKilled() | kinds.NodePromoted():
             return ""
         case kinds.FindingNoted(node=node, cause=cause, detail=detail, response=response):
-            meaning = CAUSES.get(cause, cause)
-            return (
-                f"a probe of {node} found that {meaning} ({detail or cause}): {sentence(response)}"
-            )
+            what = f"{CAUSES.get(cause, cause)} ({detail or cause})"
+            seen = f", {entry.event.evidence[0].text}" if entry.event.evidence else ""
+            return f"a finding on {node}: {what}{seen}: {sentence(response)}"
         case kinds.ReplacementBegan(node=node):
             return f"all ranks are ended to take {node} out; nothing has failed."
         case kinds.InForceReported(values=values):
