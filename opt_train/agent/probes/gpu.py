@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -175,8 +174,10 @@ class GpuProbe:
         except (ValueError, TypeError, KeyError) as error:
             log.error("the probe of the GPUs printed what cannot be read: %s", error)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGKILL)
+            # Of one that has ended, to send a signal would take the exit code from asyncio.
+            if not child.stdout.at_eof():
+                with contextlib.suppress(ProcessLookupError):
+                    child.kill()
             code = await child.wait()
         return code != NO_LIBRARY
 
@@ -245,6 +246,7 @@ class Nvml:
 
 def main() -> int:
     """Print a reading a line for ever."""
+    signals.ignore()
     try:
         nvml = Nvml()
     except Exception as error:

@@ -2,7 +2,10 @@
 stand-in for NVIDIA's library."""
 
 import asyncio
+import contextlib
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +118,24 @@ def test_an_ecc_error_is_read_through_nvidias_binding(library: Library) -> None:
         ]
 
     asyncio.run(watch(found, lambda: library.answers(gpu1_ecc=2)))
+
+
+def test_a_signal_that_asks_to_stop_does_not_end_the_child(library: Library) -> None:
+    """Schedulers send it to every process they find."""
+
+    def change() -> None:
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = (path / "environ").read_bytes().split(b"\0")
+                ours = f"FAKE_NVML={library.disk / 'fake_nvml'}".encode() in environment
+                if ours and b"opt_train.agent.probes.gpu" in (path / "cmdline").read_bytes():
+                    os.kill(int(path.name), signal.SIGTERM)
+                    hit.append(path.name)
+        library.answers(gpu0_ecc=1)
+
+    hit: list[str] = []
+    asyncio.run(watch(lambda published: len(published) == 1, change))
+    assert len(hit) == 1
 
 
 def test_an_xid_event_is_heard(library: Library) -> None:
