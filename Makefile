@@ -69,7 +69,7 @@ test: $(VENV)/installed-dev
 
 test-end-to-end: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --durations=20 tests/end_to_end
-	$(BIN)/python -m pytest --durations=20 --ignore tests/end_to_end -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 --ignore tests/end_to_end -m slow
 
 test-resume: $(VENV)/installed-dev
 	$(BIN)/python -m tests.resume.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
