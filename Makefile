@@ -2,7 +2,7 @@
 # make demo-slurm  the same on a real Slurm of five nodes that it starts here, as root: a node dies,
 #               another's GPU reports an ECC error, both are swapped; some four minutes
 # make test     lint, types, import contracts, tests, fast ones first; JOBS=2 files at a time
-# make test-end-to-end   whole runs that break and recover, a Slurm: some twenty minutes more
+# make test-end-to-end   whole runs that break and recover, a Slurm: some thirty minutes more
 # make test-resume  kill a run KILLS=50 times at moments drawn from SEED=7, compare every bit
 # make benchmarks  ours against peers, on this CPU: minutes; let nothing else run meanwhile
 # make benchmarks-gpu  training steps on one GPU: tokens/s, MFU, memory
