@@ -65,7 +65,6 @@ LAST_FACTS_SECONDS = 0.1
 """For the last facts to reach the supervisor, where one is connected."""
 LOG_SECONDS = 5.0
 """For the ends of the ranks' logs to reach the run directory."""
-GIVE_BACK_SECONDS = 60.0
 DEREGISTER_SECONDS = 2.0
 """For the registration to be taken back, before ranks are killed all the same."""
 
@@ -169,10 +168,10 @@ class Agent:
         allocation ends the agent too."""
         log.error("giving the allocation back: %s", " ".join(command))
         try:
-            async with asyncio.timeout(GIVE_BACK_SECONDS):
-                giving = await asyncio.create_subprocess_exec(*command)
-                await giving.wait()
-        except (OSError, TimeoutError) as trouble:
+            # As long as the command tries: it would die with this process.
+            giving = await asyncio.create_subprocess_exec(*command)
+            await giving.wait()
+        except OSError as trouble:
             log.error("the allocation was not given back: %s", trouble)
 
     async def _take_registration_back(self) -> None:

@@ -9,14 +9,15 @@ loss of any of its nodes, the first included, and of the supervisor. Its job nam
 
 On every node one step runs, the agent. Each is started by an srun of its own, with ``--overlap``: a
 step on a dead node that Slurm has not given up yet does not hold up the others. srun is nothing but
-the starter: as soon as the agent has registered, its srun is killed by SIGKILL, which Slurm's own
-documentation calls rude and which is what is wanted: the step runs on, and from then on nothing of
-the supervisor's job, not even its requeue, which sends TERM to every process, reaches the agents.
+the starter: as soon as the agent has registered, its srun is killed by SIGKILL. The step runs on,
+and nothing of the supervisor's job reaches the agents any more, not even its requeue, which sends
+TERM to every process (a TERM would have srun end its step).
 
 What the agents need (where to dial, the secret, the configuration) lies in the run directory, which
 all nodes share. Their link to the supervisor is TCP, and srun's own stdio carries nothing.
 
-Nothing that is asked of Slurm is asked more often than every `POLL_SECONDS`, for all nodes at once.
+The controller is watched every `POLL_SECONDS`, by three questions for all nodes at once, however
+often `observe` is called.
 """
 
 import contextlib
@@ -52,7 +53,11 @@ START_SECONDS = 30.0
 """From srun to a step that Slurm shows; until then a node without one is unknown."""
 FENCE_SECONDS = 10.0
 """For a killed step to be gone: longer than this, and its node does not answer."""
-_DOWN = ("down", "fail", "error", "power", "reboot", "unknown", "not_resp")
+_DOWN = ("down", "error", "powered_down", "powering_down", "reboot_issued")
+_WANTED_BACK = ("drain", "fail")
+"""``draining``, ``failing``: the node works, and an admin has said that it shall not go on."""
+_AWAY = ("Unable to contact slurm controller", "timed out", "Connection refused")
+"""What salloc says when the controller does not answer, which is no refusal."""
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +142,12 @@ class SlurmCluster:
                         announce(f"waiting for {wanted} nodes: Slurm job {found.job} is {state}")
                 if asking is not None and asking.poll() not in (None, 0):
                     assert asking.stderr is not None
-                    raise BadInput(
-                        f"Slurm gives no nodes: {' '.join(asking.stderr.read().split())}; change "
-                        "cluster.nodes or cluster.slurm.*"
-                    )
+                    why = " ".join(asking.stderr.read().split())
+                    if not any(sign in why for sign in _AWAY):
+                        raise BadInput(
+                            f"Slurm gives no nodes: {why}; change cluster.nodes or cluster.slurm.*"
+                        )
+                    asking = None  # asked again
                 time.sleep(ALLOCATE_POLL_SECONDS)
             self._withdraw()
             return False
@@ -386,10 +393,10 @@ def status_of(state: str, reason: str, agent: AgentStep) -> NodeStatus:
     step."""
     if state.startswith(_DOWN):
         return NodeStatus(NodeState.DOWN, f"Slurm: {state}{f' ({reason})' if reason else ''}")
-    if state.endswith("*"):
+    if state.endswith("*") or state.startswith("unknown"):
         return NodeStatus(NodeState.UNKNOWN, "the node does not answer Slurm")
     if agent is AgentStep.RUNS:
-        wanted_back = state.startswith("drain")
+        wanted_back = state.startswith(_WANTED_BACK)
         return NodeStatus(NodeState.UP, draining=reason or "no reason given" if wanted_back else "")
     # Nothing was ever seen there: no sign of death (invariant 11).
     state_now = NodeState.DOWN if agent is AgentStep.ENDED else NodeState.UNKNOWN

@@ -30,7 +30,7 @@ ASKED = {
     (Cause.PREEMPTION, ""): "Nothing: you wanted the node back.",
 }
 """(Cause, detail) -> what an admin is asked to do; without a detail: for all that have no row."""
-LOOK = "Look at the node before it is used again; the run's logs are named above."
+LOOK = "Look at the node before it is used again."
 
 
 @dataclass(frozen=True, slots=True)

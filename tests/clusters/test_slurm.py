@@ -26,7 +26,10 @@ from opt_train.protocol.exits import BadInput
         ("draining", AgentStep.RUNS, NodeState.UP),
         ("down*", AgentStep.RUNS, NodeState.DOWN),
         ("down", AgentStep.ENDED, NodeState.DOWN),
-        ("failing", AgentStep.RUNS, NodeState.DOWN),
+        ("failing", AgentStep.RUNS, NodeState.UP),
+        ("reboot_requested", AgentStep.RUNS, NodeState.UP),
+        ("powered_down", AgentStep.ENDED, NodeState.DOWN),
+        ("unknown", AgentStep.RUNS, NodeState.UNKNOWN),
         ("allocated*", AgentStep.RUNS, NodeState.UNKNOWN),
         ("allocated", AgentStep.ENDED, NodeState.DOWN),
         ("allocated", AgentStep.STARTING, NodeState.UNKNOWN),
@@ -44,6 +47,7 @@ def test_a_node_is_what_slurm_and_its_step_say(
 
 def test_an_admins_drain_is_a_wish_and_no_failure() -> None:
     assert status_of("draining", "new DIMM", AgentStep.RUNS).draining == "new DIMM"
+    assert status_of("failing", "fan 3", AgentStep.RUNS).draining == "fan 3"
     assert status_of("mixed", "new DIMM", AgentStep.RUNS).draining == ""
 
 
