@@ -45,7 +45,7 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.plan.memory import memory_of
 from opt_train.plan.throughput import GPUS
-from opt_train.train.metrics import OTHER_BOARDS
+from opt_train.train.stats.metrics import OTHER_BOARDS
 
 SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b")
 LENGTH = 2048

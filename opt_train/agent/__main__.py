@@ -23,6 +23,9 @@ from opt_logbook.record.durable_file import replace_file
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.agent import LEAVE_SECONDS, LOG_SECONDS, Agent, AgentOptions
+from opt_train.agent.core_binding import cores_of_slots, format_cores
+from opt_train.agent.node_code import code_of_agent, copy_to_node
+from opt_train.burn_in.command import node_command
 from opt_train.config.run_config import from_json
 from opt_train.host import signals
 from opt_train.host.log_thread import written_beside
@@ -71,17 +74,27 @@ def read_options(arguments: list[str]) -> AgentOptions:
     cluster, checkpoint = config.cluster, config.checkpoint
     ranks_here = cluster.ranks_per_machine(given.slots * cluster.nodes)
     # The cores this process may use: a scheduler may have bound it to fewer than there are.
-    cores = len(os.sched_getaffinity(0))
+    allowed = os.sched_getaffinity(0)
+    cores: tuple[frozenset[int], ...] = ()
+    if cluster.binds_ranks:
+        cores = tuple(cores_of_slots(given.slots, allowed, os.environ.get("CUDA_VISIBLE_DEVICES")))
     return AgentOptions(
         run=run,
         node=given.node,
         slots=given.slots,
         rank_module=cluster.rank_module,
         orphan_seconds=config.supervisor.orphan_seconds,
-        threads=config.train.threads or max(1, cores // ranks_here),
+        threads=config.train.threads or max(1, len(allowed) // ranks_here),
+        code=copy_to_node(code_of_agent(), checkpoint.node_directory)
+        if cluster.code == "node"
+        else None,
+        cores=cores,
         interface=cluster.collectives_interface,
         memory_every_steps=checkpoint.memory_every_steps,
         node_directory=checkpoint.node_directory,
+        preflight=tuple(node_command(run.path, given.node)),
+        preflight_seconds=config.burn_in.seconds,
+        heartbeat_seconds=cluster.heartbeat_seconds,
         give_back=tuple(shlex.split(given.give_back)),
     )
 
@@ -90,6 +103,8 @@ def serve(options: AgentOptions) -> int:
     """Be the node's agent until it leaves; see `main`."""
     # Whoever started this may have set it; a person who did not must get a node that can be fenced.
     os.environ[NODE_MARK] = mark_of(options.run.path, options.node)
+    for slot, cores in enumerate(options.cores):
+        log.info("slot %d: ranks run on cores %s", slot, format_cores(cores) or "of the agent")
     deregister = register_node(options.run, options.node)
     if deregister is None:
         log.info("node %s has an agent already", options.node)

@@ -13,18 +13,20 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.outbox import Outbox
+from opt_train.agent.preflight import NodePreflight
 from opt_train.agent.probes.gpu import GpuProbe
 from opt_train.agent.rank_log import LogCopies
 from opt_train.agent.rank_slot import RankSlot, rank_environment
+from opt_train.agent.rank_starter import RankStarter
 from opt_train.agent.snapshots.service import SnapshotService
 from opt_train.host.processes import NODE_MARK, mark_of
 from opt_train.host.worker_thread import WorkerThread
@@ -41,12 +43,19 @@ from opt_train.protocol.commands import (
     Kill,
     LeaderLease,
     Leave,
+    Preflight,
     Relay,
 )
-from opt_train.protocol.facts import AgentState, GenerationGone, Heartbeat, SlotState
+from opt_train.protocol.facts import (
+    AgentState,
+    GenerationGone,
+    Heartbeat,
+    PreflightEnded,
+    SlotState,
+)
 from opt_train.protocol.framing import Message
+from opt_train.run.code.frozen_code import code_environment
 
-HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
 """The supervisor renews the lease every second; a link that was silent this long is dropped and
 dialled anew."""
@@ -85,10 +94,19 @@ class AgentOptions:
     interface: str
     """Network interface of the collectives and of transfers between agents; empty: the library's
     choice."""
+    code: Path | None = None
+    """The folder of packages that ranks run from; None: as the agent."""
+    cores: tuple[frozenset[int], ...] = ()
+    """Of each slot's ranks, as `core_binding` says; empty: they run wherever the agent may."""
     memory_every_steps: int = 0
     """Above 0: ranks take snapshots, and other agents may get them from here."""
     node_directory: str = ""
     """Where this node's disk is; empty: the folder of temporary files."""
+    preflight: tuple[str, ...] = ()
+    """The command that tests the node."""
+    preflight_seconds: float = 0.0
+    """How long that may take."""
+    heartbeat_seconds: float = 1.0
     give_back: tuple[str, ...] = ()
     """The command that gives the node's allocation back, for an agent that leaves because nobody
     leads it; empty: there is nothing to give back."""
@@ -102,6 +120,7 @@ class Agent:
         self._options = options
         self._deregister = deregister
         self._outbox = Outbox()
+        self._gpu_probe = GpuProbe(self._outbox.add)
         self._leader = self._first_leader = 0
         self._lease_renewed = time.monotonic()
         self._leave = asyncio.Event()
@@ -116,19 +135,22 @@ class Agent:
         self._snapshots = SnapshotService(
             run, options.node, options.node_directory, self._outbox.add, self._start
         )
-        command = (sys.executable, "-P", "-m", options.rank_module)
-        mark = {NODE_MARK: mark_of(run.path, options.node)}
+        self._preflight = NodePreflight(
+            options.preflight, options.preflight_seconds, self._outbox.add, self._start
+        )
+        mark = {NODE_MARK: mark_of(run.path, options.node), **code_environment(options.code)}
         environment = rank_environment(mark, options.threads, options.interface)
         warm_logs = run.logs / "warm" / options.node
         self._logs = LogCopies(run)
+        self._starter = RankStarter(options.rank_module, environment, self._logs, warm_logs)
         self._slots = [
             RankSlot(
                 slot,
-                command,
-                environment,
+                self._starter,
                 run,
                 warm_logs,
                 self._logs,
+                cores=options.cores[slot] if options.cores else (),
                 add_fact=self._outbox.add,
                 add_metrics=self._outbox.add_metrics,
                 keep_snapshot=self._snapshots.keep,
@@ -142,7 +164,7 @@ class Agent:
         for slot in self._slots:
             slot.open()
         self._start(self._watch_lease())
-        watching = self._start(GpuProbe(self._outbox.add).run())
+        watching = self._start(self._gpu_probe.run())
         # Before the first connection: with it goes what snapshots there are, and where others get
         # them.
         await self._snapshots.open(self._options.memory_every_steps > 0, self._options.interface)
@@ -150,9 +172,13 @@ class Agent:
         await self._leave.wait()
         # First of all: an agent that is started in this one's place then waits for the node's lock.
         await self._take_registration_back()
+        self._preflight.stop("the agent leaves")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
-                await asyncio.gather(*(slot.close() for slot in self._slots))
+                closing = [asyncio.create_task(slot.close()) for slot in self._slots]
+                # After them: ranks that are only asked for end with it.
+                closing.append(asyncio.create_task(self._starter.close()))
+                await asyncio.gather(*closing)
                 await self._snapshots.close()
         await asyncio.sleep(LAST_FACTS_SECONDS)
         await asyncio.to_thread(self._logs.close, LOG_SECONDS)
@@ -228,6 +254,7 @@ class Agent:
                 self._snapshots.files(),
                 self._snapshots.address,
                 self._first_leader,
+                self._gpu_probe.gpus,
             )
         )
         caught_up = asyncio.Event()
@@ -258,7 +285,7 @@ class Agent:
                 connection.send(Heartbeat(self._slot_states()))
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                async with asyncio.timeout(self._options.heartbeat_seconds):
                     await self._changed.wait()
 
     async def _receive_commands(self, connection: Connection) -> None:
@@ -290,6 +317,8 @@ class Agent:
             case Begin(node=node, slot=slot) if node == self._options.node and 0 <= slot < len(
                 self._slots
             ):
+                # Ranks never wait for a test.
+                self._preflight.stop("ranks begin here")
                 self._slots[slot].begin(command)
             case Kill(generation=generation, stacks=stacks):
                 self._start(self._kill(generation, stacks))
@@ -303,6 +332,10 @@ class Agent:
                 self._snapshots.fetch(command)
             case Drop():
                 self._snapshots.drop(command)
+            case Preflight() if any(slot.is_busy for slot in self._slots):
+                self._outbox.add(PreflightEnded(0, 0, 0.0, "ranks run here"))
+            case Preflight():
+                self._preflight.begin()
             case Leave(reason=reason):
                 log.info("leaving: %s", reason)
                 self._leave.set()

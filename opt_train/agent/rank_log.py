@@ -17,6 +17,7 @@ from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.checkpoint.held_folder import FolderReplacedError, HeldFolder
 from opt_train.protocol.facts import LogLine
 
 TAIL_LINES = 20
@@ -94,7 +95,7 @@ class _Copy:
         self.copied = 0
         self._into = -1
 
-    def advance(self, run: "_Run") -> None:
+    def advance(self, run: HeldFolder) -> None:
         """Copy what is there. Raises OSError; what was copied by then stays so."""
         while content := memoryview(self.source.read(self.copied, _BLOCK_BYTES)):
             if self._into < 0:
@@ -110,42 +111,6 @@ class _Copy:
             self._into = -1
 
 
-class _RunRemovedError(Exception):
-    """Another run is in the run directory's place."""
-
-
-class _Run:
-    """The run directory as it was when this was made, and no other that has come into its place."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._path = run.path
-        # Open, so that its inode is nobody else's meanwhile, though it were removed.
-        self._folder = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._folder)
-
-    def open_to_append(self, path: Path) -> int:
-        """A file below it, made with its folders if need be. A person who removes a run means it:
-        see `make_folder`.
-
-        Raises:
-            OSError: it cannot be had, perhaps for now.
-            _RunRemovedError: it never can.
-        """
-        root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if not os.path.samestat(os.fstat(root), os.fstat(self._folder)):
-                raise _RunRemovedError
-            below = path.relative_to(self._path)
-            for part in reversed(below.parents[:-1]):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=root)
-            return os.open(
-                below, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=root
-            )
-        finally:
-            os.close(root)
-
-
 class LogCopies:
     """The thread that copies the logs of a node's ranks. What cannot be written is tried again
     until it can.
@@ -154,7 +119,7 @@ class LogCopies:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        self._run = _Run(run)
+        self._run = HeldFolder(run.path)
         self._lock = threading.Lock()
         self._copies: dict[RankLog, _Copy] = {}
         self._poke = threading.Event()
@@ -204,7 +169,7 @@ class LogCopies:
                 self._trouble = str(error)
                 log.warning("%s lies behind: %s", copy.path, error)
             return
-        except _RunRemovedError:
+        except FolderReplacedError:
             is_last = True
         self._trouble = ""
         if is_last:

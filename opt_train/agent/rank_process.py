@@ -12,11 +12,12 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 
+from opt_train.agent.core_binding import bind
 from opt_train.agent.rank_log import RankLog
-from opt_train.host.processes import die_with_parent, stat_of
+from opt_train.agent.rank_starter import RankStarter
+from opt_train.host.processes import stat_of
 from opt_train.protocol.facts import FACTS_OF_A_RANK, Metrics, is_metrics_line
 from opt_train.protocol.framing import MAX_FACT_BYTES, Message, ProtocolError, from_line
 
@@ -36,42 +37,31 @@ class RankProcess:
 
     def __init__(
         self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
+        starter: RankStarter,
         on_fact: Callable[["RankProcess", Message], None],
         on_end: Callable[["RankProcess"], None],
+        cores: Collection[int] = (),
     ) -> None:
-        """Start it: `command` plus ``--facts-fd N --control-fd M``. Raises OSError if that cannot
-        be done."""
+        """Have `starter` start it, to run on `cores`; none: wherever the agent may. Raises OSError
+        if that cannot be done."""
+        self.pid = 0
+        """0: it has not been forked yet."""
         self.garbage_lines = 0
         self.returncode: int | None = None
         self.log = RankLog()
         self.ended = asyncio.Event()
-        self._on_fact, self._on_end = on_fact, on_end
+        self._on_fact, self._on_end, self._cores = on_fact, on_end, cores
         self._buffer = bytearray()
         self._skipping = False
         self._signals_sent: set[int] = set()
+        self._is_unwanted = False
+        """It was killed before it was forked."""
         self._loop = asyncio.get_running_loop()
         facts_read, facts_write = os.pipe()
         control_read, control_write = os.pipe()
+        self._pidfd = -1
         try:
-            self._child = subprocess.Popen(
-                [*command, "--facts-fd", str(facts_write), "--control-fd", str(control_read)],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log.fileno(),
-                stderr=subprocess.STDOUT,
-                pass_fds=(facts_write, control_read),
-                env=dict(environment),
-                process_group=0,
-                # A rank whose agent is SIGKILLed would live on for ever; the kernel kills it with
-                # PR_SET_PDEATHSIG, which follows the *thread* that forked: so this must be the
-                # agent's main thread, which lives as long as the agent does. The function is called
-                # between fork and exec, where another thread's locks would stay locked for ever:
-                # what it does takes none (see there). A program that does it in between would cost
-                # each warm rank a start.
-                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509
-            )
-            self._pidfd = os.pidfd_open(self._child.pid)
+            starter.start(self.log.fileno(), facts_write, control_read, self._take_pid)
         except BaseException:
             os.close(facts_read)
             os.close(control_write)
@@ -82,17 +72,35 @@ class RankProcess:
         self._facts, self._control = facts_read, control_write
         os.set_blocking(self._facts, False)
         os.set_blocking(self._control, False)
+
+    def _take_pid(self, pid: int, code: int, words: bytes) -> None:
+        if pid == 0:
+            if words:
+                os.write(self.log.fileno(), words)
+            self._finish(code)
+            return
+        self.pid = pid
+        # At once: it has no threads yet, and those that it starts inherit it.
+        bind(pid, self._cores)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            # Too many files are open, say: nobody would see its end.
+            log.error("process %d cannot be watched, and is ended: %s", pid, error)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._finish(1)
+            return
+        # Not before: a fact may be here earlier than the pid that its receiver asks for.
         self._loop.add_reader(self._facts, self._read)
         self._loop.add_reader(self._pidfd, self._reap)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+        if self._is_unwanted:
+            self.kill()
 
     @property
     def process_state(self) -> str:
         """The kernel's state of it now, one letter; empty when it is gone."""
-        if self.returncode is not None:
+        if self.returncode is not None or not self.pid:
             return ""  # its number may be another's by now
         status = stat_of(self.pid)
         return "" if status is None else status.state
@@ -124,6 +132,9 @@ class RankProcess:
         # without reaping.
         if self.returncode is not None:
             return
+        if not self.pid:
+            self._is_unwanted |= number == signal.SIGKILL
+            return
         dead = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if dead is None:
             self._signals_sent.add(number)
@@ -142,7 +153,10 @@ class RankProcess:
         budget = _EXIT_READ_BYTES
         while budget > 0 and (count := self._read()) > 0:
             budget -= count
-        code = self._child.wait()
+        _, status = os.waitpid(self.pid, 0)
+        self._finish(os.waitstatus_to_exitcode(status))
+
+    def _finish(self, code: int) -> None:
         self._close_facts()
         os.close(self._control)
         self.returncode = code

@@ -1,26 +1,24 @@
 """A rank slot of a node: the rank that runs in it, and the warm rank that waits beside it.
 
 Importing torch takes 1 to 10 s and is most of a restart, so each slot keeps one process that has
-done so and waits for `Begin` (0.2 s from there to the first step). It is a process of its own, not
-a fork of one: a child of a parent that has run one multi-threaded operation hangs in its first
-matmul, because OpenMP's pool of threads is lost in the fork.
-
-The next warm rank is started only when the running rank has done its first step, so that imports
-never compete with a start.
+all that and waits for `Begin` (0.2 s from there to the first step). The node's fork server starts
+it, in milliseconds once it has imported itself (`fork_server`), so the next one is started as soon
+as this one has become a rank.
 """
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.rank_log import LogCopies
 from opt_train.agent.rank_process import RankProcess
+from opt_train.agent.rank_starter import RankStarter
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import (
     ExitNotice,
@@ -29,6 +27,7 @@ from opt_train.protocol.facts import (
     Progress,
     RankExited,
     RankFact,
+    RolledBack,
     SlotState,
     SnapshotTaken,
     Stacks,
@@ -51,12 +50,14 @@ class _Rank:
 
     process: RankProcess
     begin: Begin
+    """As it was begun, or as what it has become since by a rollback."""
+    begun_as: Begin
+    """For its log, which goes on where it began, and for whoever ends the generation that it was
+    when nobody knew better."""
     phase: str = "start"
     step: int = -1
     since: float = field(default_factory=time.monotonic)
     """Monotonic seconds at the start of the phase or its last `Progress`."""
-    first_step: int = -1
-    has_stepped: bool = False
     exit_notice: ExitNotice | None = None
     ending: bool = False
 
@@ -67,23 +68,25 @@ class RankSlot:
     def __init__(
         self,
         slot: int,
-        command: Sequence[str],
-        environment: Mapping[str, str],
+        starter: RankStarter,
         run: RunDirectory,
         warm_logs: Path,
         logs: LogCopies,
         *,
+        cores: Collection[int] = (),
         add_fact: Callable[[Message], None],
         add_metrics: Callable[[RankFact], None],
         keep_snapshot: Callable[[int, Begin, SnapshotTaken], None],
         changed: Callable[[], None],
     ) -> None:
-        """`add_fact` takes facts that must arrive, `add_metrics` lines that may be lost;
-        `keep_snapshot` takes what a rank, with its pid and the command that began it, has in its
-        memory; `changed` is called when `state` has."""
+        """Ranks run on `cores`; none: wherever the agent may. `add_fact` takes facts that must
+        arrive, `add_metrics` lines that may be lost; `keep_snapshot` takes what a rank, with its
+        pid and the command that began it, has in its memory; `changed` is called when `state`
+        has."""
         self.slot = slot
-        self._command, self._environment = command, environment
+        self._starter = starter
         self._run, self._warm_logs, self._logs = run, warm_logs, logs
+        self._cores = cores
         self._add_fact, self._add_metrics = add_fact, add_metrics
         self._keep_snapshot, self._changed = keep_snapshot, changed
         self._warm_rank: RankProcess | None = None
@@ -94,7 +97,7 @@ class RankSlot:
         self._running: _Rank | None = None
         self._pending: Begin | None = None
         self._pending_since = 0.0
-        self._killed_up_to = 0
+        self._killed_up_to = self._begun_up_to = 0
         self._closed = False
 
     # What the agent asks --------------------------------------------------------------------------
@@ -106,10 +109,10 @@ class RankSlot:
     def begin(self, command: Begin) -> None:
         """Make the warm rank the rank of `command`, as soon as there is one. Safe to receive
         twice."""
-        newest = self._pending or (self._running.begin if self._running else None)
-        if command.generation <= self._killed_up_to or (
-            newest and command.generation <= newest.generation
-        ):
+        pending = self._pending.generation if self._pending is not None else 0
+        # A link that stands still for a while delivers all that was sent again and again: by then
+        # the rank may have ended, and its generation is not to live again.
+        if command.generation <= max(self._killed_up_to, self._begun_up_to, pending):
             log.info("slot %d: generation %d is not begun (again)", self.slot, command.generation)
             return
         self._pending, self._pending_since = command, time.monotonic()
@@ -137,7 +140,7 @@ class RankSlot:
         if self._pending is not None and self._pending.generation <= generation:
             self._pending = None
         rank = self._running
-        if rank is None or rank.begin.generation > generation:
+        if rank is None or rank.begun_as.generation > generation:
             return
         # A second Kill while the first one waits for stacks must not ask for them again.
         if stacks and not rank.ending:
@@ -185,6 +188,11 @@ class RankSlot:
             process_state=process.process_state if process else "",
         )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a rank runs here, or is about to begin."""
+        return self._running is not None or self._pending is not None
+
     def runs(self, generation: int, rank: int) -> bool:
         """Whether `rank` of `generation` runs here."""
         begun = self._running.begin if self._running else None
@@ -193,16 +201,13 @@ class RankSlot:
     # The warm rank --------------------------------------------------------------------------------
 
     def _ensure_warm_rank(self) -> None:
-        busy_starting = (
-            self._running is not None and not self._running.has_stepped and self._pending is None
-        )
-        if self._closed or self._warm_rank is not None or self._retry is not None or busy_starting:
+        if self._closed or self._warm_rank is not None or self._retry is not None:
             return
         self._warm_ranks_started += 1
         self._is_warm = False
         try:
             self._warm_rank = RankProcess(
-                self._command, self._environment, self._take_fact, self._take_end
+                self._starter, self._take_fact, self._take_end, self._cores
             )
         except OSError as error:
             log.error("slot %d: a warm rank cannot be started: %s", self.slot, error)
@@ -227,12 +232,14 @@ class RankSlot:
             or not self._is_warm
         ):
             return
-        rank = self._running = _Rank(self._warm_rank, self._pending)
+        rank = self._running = _Rank(self._warm_rank, self._pending, self._pending)
+        self._begun_up_to = self._pending.generation
         self._warm_rank, self._is_warm, self._pending = None, False, None
-        self._logs.begin(rank.process.log, self._log_of(rank.begin))
+        self._logs.begin(rank.process.log, self._log_of(rank.begun_as))
         if not rank.process.send(to_line(rank.begin)):
             log.warning("slot %d: the warm rank did not take its begin", self.slot)
             rank.process.kill()
+        self._ensure_warm_rank()
         self._changed()
 
     # What processes do ----------------------------------------------------------------------------
@@ -250,31 +257,24 @@ class RankSlot:
             return
         match fact:
             case Phase(phase=phase, step=step):
-                if phase == "step" and rank.first_step < 0:
-                    rank.first_step = step
                 rank.phase, rank.step, rank.since = phase, step, time.monotonic()
-                if rank.first_step >= 0 and (
-                    step > rank.first_step or phase in ("checkpoint", "evaluation")
-                ):
-                    self._has_stepped(rank)
             case Progress():
                 rank.since = time.monotonic()
             case Metrics():
                 self._add_metrics(_as_rank_fact(rank, fact))
-                self._has_stepped(rank)
             case SnapshotTaken():
                 self._keep_snapshot(process.pid, rank.begin, fact)
+            case RolledBack(_, attempt, generation):
+                rank.begin = replace(rank.begin, attempt=attempt, generation=generation)
+                # A `Begin` for it would be for ranks that are there already.
+                self._begun_up_to = max(self._begun_up_to, generation)
+                self._changed()
             case Warm():
                 pass
             case _:
                 if isinstance(fact, ExitNotice):
                     rank.exit_notice = fact
                 self._add_fact(_as_rank_fact(rank, fact))
-
-    def _has_stepped(self, rank: _Rank) -> None:
-        if not rank.has_stepped:
-            rank.has_stepped = True
-            self._ensure_warm_rank()
 
     def _take_end(self, process: RankProcess) -> None:
         if process is self._warm_rank:
@@ -288,11 +288,11 @@ class RankSlot:
                 )
                 self._schedule_retry()
             if self._pending is not None and self._warm_ranks_lost >= WARM_RANK_ATTEMPTS:
-                self._report_exit(_Rank(process, self._pending), path)
+                self._report_exit(_Rank(process, self._pending, self._pending), path)
                 self._pending = None
         elif self._running is not None and process is self._running.process:
             rank, self._running = self._running, None
-            self._report_exit(rank, self._log_of(rank.begin))
+            self._report_exit(rank, self._log_of(rank.begun_as))
             self._begin_pending()
             self._ensure_warm_rank()
         self._logs.end(process.log)
@@ -329,7 +329,7 @@ class RankSlot:
             if size > before and grown == size:
                 break  # it wrote, and has finished
             size = grown
-        lines = written.tail(self._name(self._log_of(rank.begin)), after_byte=before)
+        lines = written.tail(self._name(self._log_of(rank.begun_as)), after_byte=before)
         self._add_fact(Stacks(rank.begin.generation, rank.begin.rank, bool(lines), state, lines))
 
     def _log_of(self, begin: Begin) -> Path:
@@ -347,7 +347,9 @@ def rank_environment(mark: Mapping[str, str], threads: int, interface: str) -> d
     """The environment of a node's ranks: this process's, with `mark`, threads of a rank and the
     network interface."""
     environment = {**os.environ, **mark, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    # OMP_NUM_THREADS before the import: OpenMP reads it once.
+    # OMP_NUM_THREADS before the import: OpenMP reads it once. numpy's library would start as many
+    # at its import, and ranks are forked after that.
+    environment["OPENBLAS_NUM_THREADS"] = "1"
     if interface:
         environment["GLOO_SOCKET_IFNAME"] = interface
         environment["NCCL_SOCKET_IFNAME"] = interface

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from opt_train.checkpoint.all_or_none import all_or_none
+from opt_train.checkpoint.held_folder import HeldFolder
 from opt_train.checkpoint.save import save
 from opt_train.protocol.facts import SavedFile
 
@@ -93,6 +94,7 @@ class BackgroundSave:
         state: Mapping[str, Any],
         folder: Path,
         process_group: dist.ProcessGroup,
+        run_folder: HeldFolder | None = None,
     ) -> None:
         """Begin to copy and then to write.
 
@@ -113,10 +115,18 @@ class BackgroundSave:
         # A daemon: a file system that stands still must not keep a process alive that has something
         # else to say.
         Thread(
-            target=self._run, args=(state, process_group), name=f"save of step {step}", daemon=True
+            target=self._run,
+            args=(state, process_group, run_folder),
+            name=f"save of step {step}",
+            daemon=True,
         ).start()
 
-    def _run(self, state: Mapping[str, Any], process_group: dist.ProcessGroup) -> None:
+    def _run(
+        self,
+        state: Mapping[str, Any],
+        process_group: dist.ProcessGroup,
+        run_folder: HeldFolder | None,
+    ) -> None:
         try:
             copies: list[dict[str, torch.Tensor]] = []
             what = f"{self.folder} was not saved: the state was not copied"
@@ -125,6 +135,7 @@ class BackgroundSave:
                 copies[0],
                 state,
                 self.folder,
+                run_folder=run_folder,
                 process_group=process_group,
                 progress=self._note_written,
             )

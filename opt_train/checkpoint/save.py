@@ -55,6 +55,7 @@ from torch.futures import Future
 from opt_train.checkpoint.all_or_none import all_or_none
 from opt_train.checkpoint.commit import retire_checkpoint
 from opt_train.checkpoint.durable_file import DurableFile, sync_folder
+from opt_train.checkpoint.held_folder import HeldFolder
 from opt_train.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -74,6 +75,7 @@ def save(
     state: Mapping[str, Any],
     folder: Path,
     *,
+    run_folder: HeldFolder | None = None,
     process_group: dist.ProcessGroup | None = None,
     progress: ReportProgress | None = None,
 ) -> tuple[SavedFile, ...]:
@@ -86,6 +88,8 @@ def save(
     Args:
         tensors: from `tensors_of`.
         state: what is not a tensor, as JSON values; rank 0's is written as `state.json`.
+        run_folder: the run directory as it was when the attempt began, above `folder`; default: the
+            one that is there now.
         process_group: one that communicates CPU tensors (gloo); default: the default group. Without
             torch.distributed the process saves by itself.
         progress: called with this rank's durable and expected bytes.
@@ -103,7 +107,7 @@ def save(
 
     def prepare() -> None:
         if is_first:
-            descriptors.append(_make_empty(folder))
+            descriptors.append(_make_empty(folder, run_folder))
 
     expected = sum(_local_bytes(tensor) for tensor in tensors.values())
     writer = _Writer(
@@ -173,7 +177,7 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
 
-def _make_empty(folder: Path) -> int:
+def _make_empty(folder: Path, run_folder: HeldFolder | None) -> int:
     """Make the folder, and open it."""
     # Asked so that an error stays one: what cannot be looked at is not to be taken for what is not
     # there.
@@ -183,9 +187,7 @@ def _make_empty(folder: Path) -> int:
     retire_checkpoint(folder)
     # checkpoints/<attempt>/<step>, and not the run directory itself: whoever removed it does not
     # want it back.
-    folder.parent.parent.mkdir(exist_ok=True)
-    folder.parent.mkdir(exist_ok=True)
-    folder.mkdir()
+    (run_folder or HeldFolder(folder.parents[2])).make_below(folder)
     sync_folder(folder.parent)
     sync_folder(folder.parent.parent)
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

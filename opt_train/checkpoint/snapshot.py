@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from threading import Event, Thread
 from typing import Any
@@ -23,12 +23,15 @@ from torch import Tensor
 from opt_train.checkpoint.manifest import STATE, CheckpointError, own_file_name, state_content
 from opt_train.checkpoint.parts import OwnPart, own_parts
 from opt_train.checkpoint.safetensors_file import header_of, sharding_metadata
+from opt_train.checkpoint.tensors import Restorable
 from opt_train.protocol.facts import MemoryFile
 
 PARTS = "parts"
 """The key of `state.json` under which a snapshot says `OWN`: each rank's file holds all that the
 rank holds."""
 OWN = "own"
+NO_STEP = -1
+"""Of a slot without a whole snapshot."""
 
 
 class Snapshot:
@@ -81,7 +84,6 @@ class Snapshots:
         self._name = own_file_name(rank)
         self._device = device
         self._slots = [_Slot() for _ in range(keep + 1)]
-        self._next = 0
         self._newest: Snapshot | None = None
         # Beside the device's work, and not behind what is queued. (Tested in tests/gpu, which has
         # not run on one yet.)
@@ -117,8 +119,9 @@ class Snapshots:
     def _run(
         self, snapshot: Snapshot, parts: Mapping[str, OwnPart], state: Mapping[str, Any] | None
     ) -> None:
-        slot = self._slots[self._next]
+        slot = self._oldest()
         try:
+            slot.step = NO_STEP
             try:
                 size = self._copy(parts, slot)
             finally:
@@ -126,11 +129,11 @@ class Snapshots:
             files = [slot.shard_file(self._name)]
             if state is not None:
                 files.append(slot.state_file(state))
-            self._next = (self._next + 1) % len(self._slots)
+            slot.step = snapshot.step
             snapshot.seconds = time.monotonic() - snapshot._began
             snapshot._done.set_result(tuple(files))
             with contextlib.suppress(OSError, MemoryError):  # the next snapshot will say so
-                self._slots[self._next].make(size, touch=True)
+                self._oldest().make(size, touch=True)
         except (OSError, MemoryError) as error:
             slot.give_up()
             reason = (
@@ -144,10 +147,31 @@ class Snapshots:
         finally:
             snapshot._ended.set()
 
+    def has(self, step: int) -> bool:
+        """Whether the snapshot of `step` is here, whole."""
+        return any(slot.step == step for slot in self._slots)
+
+    def put_back(self, step: int, into: Restorable) -> None:
+        """Make the snapshot of `step`, which is here, the state of `into`, and forget those behind
+        it. None may be under way."""
+        slot = next(slot for slot in self._slots if slot.step == step)
+        tensors = into.tensors()
+        with torch.no_grad():
+            for local, there in slot.views(own_parts(tensors)):
+                local.copy_(there)
+        into.put_back(tensors)
+        # Their steps come again, on another branch; what was before stays to go back to.
+        for other in self._slots:
+            if other.step > step:
+                other.step = NO_STEP
+
+    def _oldest(self) -> "_Slot":
+        """The slot that the next snapshot goes into."""
+        return min(self._slots, key=lambda slot: slot.step)
+
     def _copy(self, parts: Mapping[str, OwnPart], slot: "_Slot") -> int:
         """Make the slot's file that of `parts`; its size."""
-        # The widest first, so that each begins at a multiple of its width.
-        names = sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
+        names = _in_order(parts)
         metadata = sharding_metadata({name: parts[name].offsets for name in names})
         described = ((name, parts[name].local.dtype, parts[name].local.shape) for name in names)
         header = header_of(described, metadata)
@@ -156,15 +180,17 @@ class Snapshots:
         )
         mapped = slot.make(size)
         mapped[: len(header)] = header
-        at = len(header)
+        slot.tensors_at = len(header)
         with torch.no_grad(), self._stream or contextlib.nullcontext():
-            for name in names:
-                local = parts[name].local
-                if count := local.numel():
-                    there = torch.frombuffer(mapped, dtype=local.dtype, count=count, offset=at)
-                    there.view(local.shape).copy_(local)
-                    at += count * local.element_size()
+            for local, there in slot.views(parts):
+                there.copy_(local)
         return size
+
+
+def _in_order(parts: Mapping[str, OwnPart]) -> list[str]:
+    """The names as their tensors lie in a file: the widest first, so that each begins at a multiple
+    of its width."""
+    return sorted(parts, key=lambda name: (-parts[name].local.element_size(), name))
 
 
 class _Slot:
@@ -172,8 +198,22 @@ class _Slot:
     tensor."""
 
     def __init__(self) -> None:
+        self.step = NO_STEP
+        """Of the snapshot that is here, whole."""
+        self.tensors_at = 0
+        """Bytes in front of the first tensor."""
         self._shard_fd = self._state_fd = -1
         self._mapped: mmap.mmap | None = None
+
+    def views(self, parts: Mapping[str, OwnPart]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each part, which all lie here: its own tensor, and the one in this slot's memory."""
+        at = self.tensors_at
+        for name in _in_order(parts):
+            local = parts[name].local
+            if count := local.numel():
+                there = torch.frombuffer(self._mapped, dtype=local.dtype, count=count, offset=at)
+                yield local, there.view(local.shape)
+                at += count * local.element_size()
 
     def make(self, size: int, *, touch: bool = False) -> mmap.mmap:
         """The file of tensors, of `size` bytes.
@@ -219,6 +259,7 @@ class _Slot:
 
     def give_up(self) -> None:
         """Hold no memory any more."""
+        self.step = NO_STEP
         self._mapped = None  # unmapped when the last tensor that looks into it is gone
         for fd in (self._shard_fd, self._state_fd):
             if fd >= 0:

@@ -32,7 +32,7 @@ from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.cli.progress import report_bytes
 from opt_train.protocol.exits import DONE, NO
 from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, NODE, SHARED
-from opt_train.run.report import RunReport
+from opt_train.run.report.run_report import RunReport
 from opt_train.run.state import RunState, Stage
 
 COLUMNS = 100

@@ -70,7 +70,7 @@ def run(flags: argparse.Namespace) -> int:
             if getattr(flags, flag) is not None:
                 raise BadInput(f"--{flag} is for --harness alone; add --harness, or leave it out")
         # Imported here, as torch takes seconds that `--help` and a wrong flag need not wait for.
-        from opt_train.cli.evaluate_perplexity import evaluate
+        from opt_train.cli.models.evaluate_perplexity import evaluate
 
         return evaluate(
             flags.run, flags.checkpoint, flags.sets, as_json=flags.json, data=flags.data
@@ -82,7 +82,7 @@ def run(flags: argparse.Namespace) -> int:
         )
     if flags.limit is not None and flags.limit < 1:
         raise BadInput(f"--limit={flags.limit} must be larger than 0")
-    from opt_train.cli.evaluate_harness import evaluate_tasks
+    from opt_train.cli.models.evaluate_harness import evaluate_tasks
 
     names = [name for name in flags.harness.split(",") if name]
     return evaluate_tasks(

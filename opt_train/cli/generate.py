@@ -42,7 +42,7 @@ def run(flags: argparse.Namespace) -> int:
         BadInput: prompt, flags and model do not go together.
     """
     # Imported here, as torch takes seconds that `--help` need not wait for.
-    from opt_train.cli.generate_text import continue_text
+    from opt_train.cli.models.generate_text import continue_text
     from opt_train.evaluate.generate import Sampling
 
     sampling = Sampling(

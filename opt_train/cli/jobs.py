@@ -20,6 +20,10 @@ from opt_train.protocol.exits import DONE, INTERRUPTED, STOPPED, TERMINATED, Bad
 if TYPE_CHECKING:
     from opt_train.config.run_config import RunConfig
 
+UNREAD = ("data.corpus=unread", "tokenizer.vocab_file=unread", "tokenizer.merges_file=unread")
+"""Overrides for what a preset leaves to its user, for verbs that read no data; they come before the
+user's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

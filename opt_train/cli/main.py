@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from opt_train.cli.jobs import run_jobs
-from opt_train.cli.verbs import VERBS
+from opt_train.cli.verbs import RUN, RUN_OR_FOLDER, VERBS
 from opt_train.protocol.exits import BAD_INPUT, DONE, INTERRUPTED, BadInput
 
 EXITS = (
@@ -58,12 +58,21 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
             "--config-dir", type=Path, metavar="FOLDER", help="a folder with groups of your own"
         )
     else:
-        parser.add_argument("run", type=Path, metavar=verb.about[0], help=verb.about[1])
-        if name != "stop":
+        # What is no run is no name of one either, such as the source of an import.
+        kind = _run_path if verb.about in (RUN, RUN_OR_FOLDER) else Path
+        parser.add_argument("run", type=kind, metavar=verb.about[0], help=verb.about[1])
+        if verb.has_json:
             parser.add_argument("--json", action="store_true", help="print JSON for a program")
     if verb.has_flags:
         verb.load().add_flags(parser)
     return parser
+
+
+def _run_path(word: str) -> Path:
+    # Imported when a run is given: `--help` needs neither configuration nor record.
+    from opt_train.cli.run_argument import run_path
+
+    return run_path(word)
 
 
 def _help() -> str:

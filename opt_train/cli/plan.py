@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from opt_train.cli.jobs import compose_jobs, print_configurations
+from opt_train.cli.jobs import UNREAD, compose_jobs, print_configurations
 from opt_train.config.run_config import RunConfig
 from opt_train.config.sentences import listed
 from opt_train.plan.comparison import (
@@ -25,10 +25,6 @@ from opt_train.plan.plan import Plan, plan_of
 from opt_train.plan.refusals import refusals
 from opt_train.plan.throughput import GPUS, OPT_MFU, Gpu
 from opt_train.protocol.exits import DONE, NO, BadInput
-
-UNREAD = ("data.corpus=unread", "tokenizer.vocab_file=unread", "tokenizer.merges_file=unread")
-"""Overrides for what a preset leaves to its user and a plan does not read; they come before the
-user's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 ReportProgress = Callable[[int, int], None]
 """Called with (done, in all) after each piece of long work."""
@@ -11,6 +11,23 @@ COUNT_SECONDS = 5.0
 BYTES_SECONDS = 2.0
 TERMINAL_PART = 0.1
 """Of `BYTES_SECONDS`, on a terminal: a line that is written over may move."""
+
+
+def announce(sentence: str) -> None:
+    """A sentence about what is being done."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of rows whose cells stand below one another; the last two, which are sentences, follow
+    as they are."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 2)]
+    return [
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), *row[-2:]]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def report_count(what: str, unit: str) -> ReportProgress:

@@ -9,11 +9,12 @@ from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.cli.jobs import Job, call
+from opt_train.clusters.cluster import Cluster
 from opt_train.clusters.make_cluster import make_cluster
 from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest
 from opt_train.data.prepared import check_sets
-from opt_train.protocol.exits import DONE, BadInput
+from opt_train.protocol.exits import DONE, STOPPED, BadInput
 from opt_train.run.admission import (
     admitted_data,
     check_room,
@@ -21,15 +22,17 @@ from opt_train.run.admission import (
     check_weights_fit_model,
     unwritable,
 )
-from opt_train.run.code_state import read_code_state
 from opt_train.run.entries import run_created
+from opt_train.run.hold_requests import why_held
 from opt_train.run.lineage import (
     RunStart,
     classify_start,
+    code_of,
     resolve,
     write_configuration,
 )
-from opt_train.run.report import summary
+from opt_train.run.past.taken_ledger import take_ledger
+from opt_train.run.report.run_report import summary
 from opt_train.sinks.sink_processes import SinkProcesses
 
 
@@ -57,11 +60,16 @@ def run_supervised(config: RunConfig, prepare: Callable[[], int]) -> int:
     """
     directory, resolved = resolve(config)
     data = Path(resolved.data.directory)
-    start = classify_start(directory, resolved, asked_for_lineage=config.lineage == "new")
+    start = classify_start(directory, resolved, config.lineage == "new", config.cluster.runs_copy)
+    taken = take_ledger(directory, resolved, config.ledger)
     if start.is_finished:
         print(summary(directory))
         return DONE
-    make_cluster(config.cluster, directory).check_before_start(config)
+    cluster = make_cluster(config.cluster, directory)
+    cluster.check_before_start(config)
+    if held := held_at_rest(directory, cluster):
+        print(f"opt-train: {held}")
+        return STOPPED
     if start.is_new:
         check_room(directory, config)
         check_weights_fit_model(resolved)
@@ -73,12 +81,27 @@ def run_supervised(config: RunConfig, prepare: Callable[[], int]) -> int:
     if start.is_new:
         check_weights_fit_data(resolved)
 
-    code = _supervise(
-        directory, resolved, run_created(resolved, manifest), start, config.lineage == "new"
-    )
+    created = run_created(resolved, manifest, taken)
+    warn_of_ledger(created)
+    code = _supervise(directory, resolved, created, start, config.lineage == "new")
     if directory.journal.exists():  # somebody may have removed the run under its supervisor
         print(summary(directory))
     return code
+
+
+def held_at_rest(directory: RunDirectory, cluster: Cluster) -> str:
+    """Why a supervisor may not begin, as a person holds the run; empty: it may.
+
+    Raises:
+        BadInput: the cluster cannot say whether ranks of the held run live.
+    """
+    if not (held := why_held(directory)):
+        return ""
+    try:
+        # Ranks that an earlier supervisor left are led once more, to save and stop.
+        return "" if cluster.living_agents() else held
+    except OSError as error:
+        raise BadInput(f"{held}, and whether ranks still live is not known ({error})") from None
 
 
 def _has_all(data: Path, config: RunConfig) -> bool:
@@ -98,17 +121,24 @@ def _supervise(
     from opt_train.supervisor.shell.start import supervise
 
     sinks = SinkProcesses(directory, config.sinks, warn)
+    runs_copy = config.cluster.runs_copy
+    kept = code_of(directory, start.lineage)
+    if start.supervisor_difference:
+        warn(
+            f"trains with {kept} as before; what is installed differs "
+            f"({'; '.join(start.supervisor_difference)}) and only supervises: add lineage=new to "
+            "train with it"
+        )
 
     def write() -> None:
         # Somebody else may have had the run since the start was classified.
-        if classify_start(directory, config, asked_for_lineage) != start:
+        if classify_start(directory, config, asked_for_lineage, runs_copy) != start:
             raise BadInput(
                 f"{directory.path} was changed by another process meanwhile; start again"
             )
         write_configuration(directory, config, start)
         sinks.start()
 
-    code = read_code_state()
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,12 +152,24 @@ def _supervise(
             opens_lineage=start.opens_lineage,
             lineage_difference=start.lineage_difference,
             operational_difference=start.operational_difference,
-            git_commit=code.git_commit,
-            git_dirty=code.git_dirty,
-            packages=code.packages,
+            git_commit=start.code.git_commit,
+            git_dirty=start.code.git_dirty,
+            packages=start.code.packages,
+            code=kept if runs_copy else None,
+            code_sha256=start.code_sha256,
+            supervisor_difference=start.supervisor_difference,
         )
     finally:
         sinks.close()
+
+
+def warn_of_ledger(created: RunCreated | None) -> None:
+    """Tell the person what of a run that takes another's ledger is not as it was there."""
+    if created is not None and created.ledger_difference:
+        warn(
+            f"trains under the ledger of {created.ledger_of} and is not configured alike, so its "
+            f"weights will not be the same: {'; '.join(created.ledger_difference)}"
+        )
 
 
 def warn(sentence: str) -> None:

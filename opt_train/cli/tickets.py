@@ -8,8 +8,8 @@ from opt_logbook.record.journal import read
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.protocol.exits import DONE
-from opt_train.run.report import RunReport
-from opt_train.run.tickets import tickets
+from opt_train.run.report.run_report import RunReport
+from opt_train.run.report.tickets import tickets
 
 
 def run(flags: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.cli.jobs import Job
-from opt_train.cli.run import warn
+from opt_train.cli.run import warn, warn_of_ledger
 from opt_train.config.checks import check
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.exits import (
@@ -21,12 +21,15 @@ from opt_train.protocol.exits import (
     PERSON_MUST_DECIDE,
     RANK_BAD_CONFIG,
     RANK_UNSTABLE,
+    STOPPED,
     BadInput,
 )
 from opt_train.protocol.standalone import StandaloneBegin
 from opt_train.run.admission import check_weights_fit_model
+from opt_train.run.hold_requests import why_held
 from opt_train.run.lineage import classify_start, resolve
-from opt_train.run.report import summary
+from opt_train.run.past.taken_ledger import take_ledger
+from opt_train.run.report.run_report import summary
 from opt_train.run.standalone import StandaloneRun
 from opt_train.sinks.sink_processes import SinkProcesses
 from opt_train.train.fact_pipe import log_line
@@ -54,18 +57,24 @@ def train(config: RunConfig) -> int:
     config = _as_started(config)
     directory, resolved = resolve(config)
     start = classify_start(directory, resolved, asked_for_lineage=config.lineage == "new")
+    taken = take_ledger(directory, resolved, config.ledger)
     leads = os.environ.get("RANK", "0") == "0"
     if start.is_finished:
         if leads:
             print(summary(directory))
         return DONE
+    if held := why_held(directory):
+        if leads:
+            print(f"opt-train: {held}")
+        return STOPPED
     if start.is_new:
         check_weights_fit_model(resolved)
-    standalone = StandaloneRun(directory, resolved, start, log_line)
+    standalone = StandaloneRun(directory, resolved, start, log_line, taken)
     sinks = SinkProcesses(directory, resolved.sinks, warn)
 
     def open_run() -> StandaloneBegin:  # on rank 0 alone
         begin = standalone.open()
+        warn_of_ledger(standalone.created)
         sinks.start()
         return begin
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-RUN = ("RUN", "run directory, such as runs/demo")
-RUN_OR_FOLDER = ("RUN", "run directory, such as runs/demo, or a checkpoint's folder")
+RUN = ("RUN", "run directory, such as runs/demo, or name=demo")
+RUN_OR_FOLDER = ("RUN", f"{RUN[1]}, or a checkpoint's folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Verb:
     has_flags: bool = False
     """Its module has `add_flags(parser)`, for those that no other verb has; without them `--help`
     need not load it."""
+    has_json: bool = True
+    """A verb that is not configured has something to say to a program."""
     about: tuple[str, str] = RUN
     """What a verb that is not configured takes: its name and meaning."""
 
@@ -52,6 +54,7 @@ VERBS = {
         (
             "opt-train run experiment=demo",
             "opt-train run experiment=demo --cfg job",
+            "opt-train run experiment=demo name=again ledger=runs/demo",
             "opt-train run --multirun experiment=demo optim.lr=1e-3,3e-3",
         ),
         "run",
@@ -91,11 +94,62 @@ VERBS = {
         configured=True,
         has_flags=True,
     ),
-    "status": Verb("say how a run is doing", ("opt-train status runs/demo",), "status"),
+    "preflight": Verb(
+        "test every node, alone and in pairs, before a run relies on it",
+        (
+            "opt-train preflight experiment=demo",
+            "opt-train preflight cluster=slurm experiment=opt-175b --json",
+            "opt-train preflight --site cluster=slurm",
+        ),
+        "preflight",
+        configured=True,
+        has_flags=True,
+    ),
+    "status": Verb(
+        "say where a run is, what it does, what it waits for and what comes next",
+        ("opt-train status runs/demo", "opt-train status name=demo --json"),
+        "status",
+    ),
     "stop": Verb(
-        "ask a run to save and stop; `run` resumes it",
+        "ask a run to save and stop; `run` goes on with it",
         ("opt-train stop runs/demo",),
-        "stop",
+        "requests.stop",
+        has_json=False,
+    ),
+    "intervene": Verb(
+        "change learning rate, clipping, scales or data of a run while it trains",
+        (
+            'opt-train intervene runs/demo lr_scale=0.5 --why "the gradient norm climbs"',
+            'opt-train intervene name=demo clip=0.3 skip_batches=40 --why "a bad file"',
+        ),
+        "requests.intervene",
+        has_flags=True,
+        has_json=False,
+    ),
+    "hold": Verb(
+        "have a run save and stop, and let nothing start it again until it is resumed",
+        (
+            "opt-train hold runs/demo",
+            'opt-train hold name=demo --reason "the loss is looked into"',
+        ),
+        "requests.hold",
+        has_flags=True,
+        has_json=False,
+    ),
+    "resume": Verb(
+        "take a hold back, and go on where a scheduler can be asked to",
+        ("opt-train resume runs/demo",),
+        "requests.resume",
+        has_json=False,
+    ),
+    "drill": Verb(
+        "kill a node of a running run on purpose, and report what the supervisor does",
+        (
+            "opt-train drill runs/demo --dry-run",
+            "opt-train drill runs/demo --node node-2 --seconds 120",
+        ),
+        "drill",
+        has_flags=True,
     ),
     "tickets": Verb(
         "say what an admin should know of each node that a run has taken out",
@@ -106,6 +160,20 @@ VERBS = {
         "list a run's checkpoints: what each is worth, and which one a restart would take",
         ("opt-train checkpoints runs/demo", "opt-train checkpoints runs/demo --verify --json"),
         "checkpoints",
+        has_flags=True,
+    ),
+    "ledger": Verb(
+        "list the changes that a run trains under, each with the step behind which it holds",
+        ("opt-train ledger runs/demo", "opt-train ledger name=demo --json"),
+        "steps.ledger",
+    ),
+    "batch": Verb(
+        "list the documents of the batch that a step was trained on",
+        (
+            "opt-train batch runs/demo --step 120",
+            "opt-train batch name=demo --step 120 --attempt 1.00 --json",
+        ),
+        "steps.batch",
         has_flags=True,
     ),
     "evaluate": Verb(

@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from opt_logbook.record.run_directory import RunDirectory
@@ -13,8 +13,11 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.clusters.cluster import NodeState, NodeStatus
 from opt_train.clusters.config import ClusterConfig
 from opt_train.clusters.registration import read_registration
+from opt_train.clusters.topology import Topology
 from opt_train.config.run_config import RunConfig
 from opt_train.host import signals
+from opt_train.host.children import ProgramEnd, run_within
+from opt_train.host.gpu_files import count_gpu_files
 from opt_train.host.processes import (
     NODE_MARK,
     bears_mark,
@@ -24,6 +27,7 @@ from opt_train.host.processes import (
 )
 from opt_train.link.endpoint import UnixEndpoint, make_socket_path
 from opt_train.protocol.exits import BadInput
+from opt_train.run.code.frozen_code import code_environment
 
 RANKS_PER_CORE_MAX = 8
 """More on a machine without GPUs are a mistake: tests and trials have two or four."""
@@ -35,8 +39,8 @@ class LocalCluster:
     """Nodes ``node-1`` to ``node-N``. A new supervisor finds the agents of the one before by their
     registration."""
 
-    def __init__(self, run: RunDirectory, config: ClusterConfig) -> None:
-        self._run = run
+    def __init__(self, run: RunDirectory, config: ClusterConfig, code: Path | None = None) -> None:
+        self._run, self._code = run, code
         self._slots = config.slots_per_node
         nodes = config.nodes + config.buffer_nodes
         self._names = tuple(f"node-{number}" for number in range(1, nodes + 1))
@@ -46,6 +50,10 @@ class LocalCluster:
     def node_names(self) -> tuple[str, ...]:
         return self._names
 
+    @property
+    def topology(self) -> Topology:
+        return Topology()
+
     def check_before_start(self, config: RunConfig) -> None:
         """Refuse to start a cluster's recipe on one machine by mistake, with a process for every
         rank of it.
@@ -53,10 +61,7 @@ class LocalCluster:
         Raises:
             BadInput: the ranks are more than this machine can be meant to hold.
         """
-        gpus = 0
-        if config.train.device != "cpu":
-            # By device files: this room imports no torch, and calls of NVML can hang on a sick GPU.
-            gpus = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+        gpus = 0 if config.train.device == "cpu" else count_gpu_files()
         cores = len(os.sched_getaffinity(0))
         if gpus:
             ranks_max, has = gpus, f"{gpus} GPUs"
@@ -70,7 +75,11 @@ class LocalCluster:
             )
 
     def acquire(
-        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+        self,
+        failed: Collection[str],
+        announce: Callable[[str], None],
+        stopped: Callable[[], bool],
+        avoided: Sequence[str] = (),
     ) -> bool:
         """This machine is here."""
         return True
@@ -82,6 +91,9 @@ class LocalCluster:
     @property
     def ends_soon(self) -> bool:
         return False
+
+    def request(self, count: int, failed: Collection[str]) -> None:
+        """Do nothing: this machine has no nodes but its own."""
 
     def make_endpoint(self) -> UnixEndpoint:
         return UnixEndpoint(make_socket_path())
@@ -109,9 +121,13 @@ class LocalCluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, NODE_MARK: mark_of(self._run.path, node)},
+                env=self._environment(node),
             )
         log.info("%s: agent process %d started", node, self._children[node].pid)
+
+    def _environment(self, node: str) -> dict[str, str]:
+        mark = {NODE_MARK: mark_of(self._run.path, node)}
+        return {**os.environ, **code_environment(self._code), **mark}
 
     def fence(self, node: str) -> bool:
         """SIGKILL every process of the node: each inherited the node's mark, whoever its parent is
@@ -135,6 +151,10 @@ class LocalCluster:
         for node in self._names:
             if not self.fence(node):
                 log.error("%s: processes survive SIGKILL; they hang in the kernel", node)
+
+    def run_on(self, node: str, command: Sequence[str], seconds: float) -> ProgramEnd:
+        """Run the program as a process of the node."""
+        return run_within(seconds, command, self._environment(node))
 
     def agent_pid(self, node: str) -> int | None:
         """The living agent's pid."""

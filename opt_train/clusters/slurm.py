@@ -1,17 +1,14 @@
-"""A cluster that Slurm owns. The supervisor holds the nodes from outside: it sits on none of them.
+"""A cluster that Slurm owns: what runs on its nodes, and what is known of them.
 
 Theory of operation
 ===================
 
-The allocation is made by ``salloc --no-shell --no-kill`` and belongs to no process: it survives the
-loss of any of its nodes, the first included, and of the supervisor. Its job name says whose it is
-(`allocation_name`), so that a supervisor that comes back finds it before it asks for another one.
-
-On every node one step runs, the agent. Each is started by an srun of its own, with ``--overlap``: a
-step on a dead node that Slurm has not given up yet does not hold up the others. srun is nothing but
-the starter: as soon as the agent has registered, its srun is killed by SIGKILL. The step runs on,
-and nothing of the supervisor's job reaches the agents any more, not even its requeue, which sends
-TERM to every process (a TERM would have srun end its step).
+Who holds the nodes is told in `slurm_allocation.py`. On every node one step runs, the agent. Each
+is started by an srun of its own, with ``--overlap``: a step on a dead node that Slurm has not given
+up yet does not hold up the others. srun is nothing but the starter: as soon as the agent has
+registered, its srun is killed by SIGKILL. The step runs on, and nothing of the supervisor's job
+reaches the agents any more, not even its requeue, which sends TERM to every process (a TERM would
+have srun end its step).
 
 What the agents need (where to dial, the secret, the configuration) lies in the run directory, which
 all nodes share. Their link to the supervisor is TCP, and srun's own stdio carries nothing.
@@ -21,16 +18,17 @@ often `observe` is called.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
+import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -39,16 +37,29 @@ from opt_logbook.record.run_directory import RunDirectory
 from opt_train.clusters import slurm_commands as slurm
 from opt_train.clusters.cluster import NodeState, NodeStatus
 from opt_train.clusters.config import ClusterConfig
+from opt_train.clusters.containers import (
+    Container,
+    check_container,
+    make_container,
+    mounted_paths,
+)
 from opt_train.clusters.registration import read_registration
-from opt_train.config.run_config import RunConfig
+from opt_train.clusters.slurm_allocation import AGENT_STEP, SlurmAllocation
+from opt_train.clusters.slurm_topology import ask_topology
+from opt_train.clusters.topology import Topology
+from opt_train.config.run_config import RunConfig, from_json
 from opt_train.host import signals
+from opt_train.host.children import ProgramEnd, run_within
 from opt_train.host.processes import NODE_MARK, mark_of
 from opt_train.link.endpoint import TcpEndpoint
 from opt_train.protocol.exits import BadInput
+from opt_train.run.code.frozen_code import code_environment
 
-AGENT_STEP = "opt-train-agent"
+KEEPER_STEP = "opt-train-give-back"
+"""Beside an agent in a container, which has none of Slurm's commands."""
+ORPHANED = "orphaned"
+"""The file by which such an agent asks that the allocation be given back."""
 POLL_SECONDS = 2.0
-ALLOCATE_POLL_SECONDS = 1.0
 START_SECONDS = 30.0
 """From srun to a step that Slurm shows; until then a node without one is unknown."""
 FENCE_SECONDS = 10.0
@@ -56,16 +67,8 @@ FENCE_SECONDS = 10.0
 _DOWN = ("down", "error", "powered_down", "powering_down", "reboot_issued")
 _WANTED_BACK = ("drain", "fail")
 """``draining``, ``failing``: the node works, and an admin has said that it shall not go on."""
-_AWAY = ("Unable to contact slurm controller", "timed out", "Connection refused")
-"""What salloc says when the controller does not answer, which is no refusal."""
 
 log = logging.getLogger(__name__)
-
-
-def allocation_name(run: RunDirectory) -> str:
-    """The name of a run's allocation: the run's, and what no other run directory shares."""
-    path = run.path.resolve()
-    return f"opt-train-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 class AgentStep(StrEnum):
@@ -80,20 +83,24 @@ class AgentStep(StrEnum):
 class SlurmCluster:
     """The nodes of one allocation, in Slurm's order."""
 
-    def __init__(self, run: RunDirectory, config: ClusterConfig) -> None:
-        self._run, self._config = run, config
-        self._name = allocation_name(run)
-        self._job = ""
+    def __init__(self, run: RunDirectory, config: ClusterConfig, code: Path | None = None) -> None:
+        self._run, self._config, self._code = run, config, code
+        self._allocation = SlurmAllocation(run, config)
         self._names: tuple[str, ...] = ()
+        self._topology = Topology()
         self._starters: dict[str, subprocess.Popen[bytes]] = {}
+        self._keepers: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, float] = {}
         self._seen: dict[str, NodeStatus] = {}
         self._seen_at = float("-inf")
-        self._seconds_left: float | None = None
 
     @property
     def node_names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def topology(self) -> Topology:
+        return self._topology
 
     def check_before_start(self, config: RunConfig) -> None:
         """Refuse where there is no Slurm, or one that does not answer.
@@ -101,7 +108,8 @@ class SlurmCluster:
         Raises:
             BadInput: what is missing.
         """
-        absent = slurm.missing_programs()
+        check_container(self._config.slurm, mounted_paths(self._run.path, config))
+        absent = slurm.missing_programs(self._config.slurm.holder)
         if absent:
             raise BadInput(
                 f"cluster=slurm needs {', '.join(absent)} on the PATH; start this where Slurm's "
@@ -115,130 +123,35 @@ class SlurmCluster:
     # The allocation -------------------------------------------------------------------------------
 
     def acquire(
-        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+        self,
+        failed: Collection[str],
+        announce: Callable[[str], None],
+        stopped: Callable[[], bool],
+        avoided: Sequence[str] = (),
     ) -> bool:
-        """Adopt this run's allocation, or ask for one without the nodes in `failed` and wait."""
-        wanted = str(self._config.nodes)
-        if self._config.buffer_nodes:
-            # With fewer buffer nodes a run begins; for want of them it waits for nobody.
-            wanted += f"-{self._config.nodes + self._config.buffer_nodes}"
-        asking: subprocess.Popen[str] | None = None
-        said = ""
-        try:
-            while not stopped():
-                with contextlib.suppress(slurm.SlurmError):
-                    found = slurm.find_allocation(self._name)
-                    if found is not None and found.state == "RUNNING" and found.nodes:
-                        self._job, self._names = found.job, slurm.hostnames(found.nodes)
-                        if asking is not None:
-                            self._check_time()
-                        announce(f"nodes {found.nodes} of Slurm job {found.job}")
-                        return True
-                    if found is None and asking is None:
-                        asking = self._ask_for(wanted, failed)
-                    state = "asked for" if found is None else f"{found.state} ({found.reason})"
-                    if found is not None and state != said:
-                        said = state
-                        announce(f"waiting for {wanted} nodes: Slurm job {found.job} is {state}")
-                if asking is not None and asking.poll() not in (None, 0):
-                    assert asking.stderr is not None
-                    why = " ".join(asking.stderr.read().split())
-                    if not any(sign in why for sign in _AWAY):
-                        raise BadInput(
-                            f"Slurm gives no nodes: {why}; change cluster.nodes or cluster.slurm.*"
-                        )
-                    asking = None  # asked again
-                time.sleep(ALLOCATE_POLL_SECONDS)
-            self._withdraw()
-            return False
-        finally:
-            if asking is not None and asking.poll() is None:
-                asking.terminate()
+        """Have the nodes, as `cluster.slurm.holder` says."""
+        had = self._allocation.acquire(failed, announce, stopped, avoided)
+        if had:
+            self._topology = ask_topology()
+        # Each allocation by itself: what was added later takes nobody's place in the order.
+        ordered = map(self._topology.ordered, self._allocation.nodes_of.values())
+        self._names = tuple(node for nodes in ordered for node in nodes)
+        return had
 
-    def _check_time(self) -> None:
-        """Refuse new nodes whose time would be over before a run could begin on them."""
-        _, left = slurm.state_of(self._job)
-        needed = self._config.slurm.stop_before_seconds
-        if left is not None and left < needed:
-            self.release()
-            raise BadInput(
-                f"Slurm gives nodes for {left:g} s only, and cluster.slurm.stop_before_seconds="
-                f"{needed:g}; raise cluster.slurm.time_limit or lower that"
-            )
-
-    def _ask_for(self, nodes: str, failed: Collection[str]) -> subprocess.Popen[str]:
-        command = ["salloc", "--no-shell", "--no-kill", *self.allocation_options(nodes)]
-        # Another cluster's names, as of a run that began elsewhere, would be refused.
-        excluded = sorted(slurm.all_nodes() & set(failed))
-        if excluded:
-            command.append(f"--exclude={','.join(excluded)}")
-        log.info("%s", shlex.join(command))
-        with signals.blocked():
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                env=slurm.clean_environment(),
-            )
-
-    def allocation_options(self, nodes: str) -> list[str]:
-        """What `salloc` is asked for, as the keys of `cluster.slurm` say. `nodes`: ``2-4`` are at
-        least two and at most four."""
-        c = self._config.slurm
-        # Without a number of tasks: with one, Slurm gives as few nodes as have room for it.
-        options = [
-            f"--job-name={self._name}",
-            f"--nodes={nodes}",
-            "--exclusive",
-            "--mem=0",
-            f"--comment=opt_train {self._run.path}",
-        ]
-        for name in ("account", "partition", "qos", "reservation", "constraint"):
-            if value := getattr(c, name):
-                options.append(f"--{name}={value}")
-        if c.time_limit:
-            options.append(f"--time={c.time_limit}")
-        if c.gpu_option:
-            options.append(c.gpu_option.replace("{slots}", str(self._config.slots_per_node)))
-        return [*options, *shlex.split(c.options)]
-
-    def _withdraw(self) -> None:
-        """Take back what is still pending."""
-        with contextlib.suppress(slurm.SlurmError):
-            found = slurm.find_allocation(self._name)
-            if found is not None and found.state != "RUNNING":
-                slurm.ask("scancel", found.job)
+    def request(self, count: int, failed: Collection[str]) -> None:
+        self._allocation.request(count, failed)
 
     @property
     def outlives_supervisor(self) -> bool:
-        """Whether this process is in a Slurm job of its own."""
-        return os.environ.get("SLURM_JOB_ID", self._job) != self._job
+        return self._allocation.outlives_supervisor
 
     @property
     def ends_soon(self) -> bool:
-        left = self._seconds_left
+        left = self._allocation.seconds_left
         return left is not None and left < self._config.slurm.stop_before_seconds
 
     def release(self) -> None:
-        """Give the allocation back; with it ends what still runs in it."""
-        job = self._job
-        if not job:
-            try:
-                found = slurm.find_allocation(self._name)
-            except slurm.SlurmError as error:
-                log.error("no allocation was looked for: %s", error)
-                return
-            if found is None:
-                return
-            job = found.job
-        try:
-            slurm.ask("scancel", job)
-        except slurm.SlurmError as error:
-            log.error("job %s was not given back: %s; try: scancel %s", job, error, job)
+        self._allocation.release()
 
     # Agents ---------------------------------------------------------------------------------------
 
@@ -251,38 +164,73 @@ class SlurmCluster:
 
     def start_agent(self, node: str) -> None:
         """Start the agent, unless a step of it lives on the node."""
-        lives = slurm.steps_of(self._job, AGENT_STEP).get(node) and read_registration(
-            self._run, node
-        )
+        lives = self._agent_steps().get(node) and read_registration(self._run, node)
         if lives or self._is_starting(node):
             return
         folder = self._run.nodes / node
         self._run.make_folder(folder)
         (folder / "agent.json").unlink(missing_ok=True)
-        agent = [sys.executable, "-P", "-m", "opt_train.agent", "--run", str(self._run.path)]
-        agent += ["--node", node, "--slots", str(self._config.slots_per_node)]
         give_back = [sys.executable, "-P", "-m", "opt_train.clusters.slurm_give_back"]
-        give_back += [str(self._run.path), self._job]
+        give_back += [str(self._run.path)]
+        variables = {
+            **code_environment(self._code),
+            NODE_MARK: mark_of(self._run.path, node),
+        }
+        container = self._container(variables)
+        if container.hides_slurm:
+            # In front of the agent: it removes the file by which an earlier one asked.
+            self._start_keeper(node, folder / ORPHANED, give_back)
+            give_back = ["touch", str(folder / ORPHANED)]
+        agent = [container.python, "-P", "-m", "opt_train.agent", "--run", str(self._run.path)]
+        agent += ["--node", node, "--slots", str(self._config.slots_per_node)]
         agent += ["--give-back", shlex.join(give_back)]
-        with signals.blocked():
-            self._starters[node] = subprocess.Popen(
-                [*self._srun(node, AGENT_STEP), *_logged_to(folder / "agent.log"), *agent],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                env=slurm.clean_environment() | {NODE_MARK: mark_of(self._run.path, node)},
-            )
+        step = [*self._srun(node, AGENT_STEP), *container.srun_options]
+        step += [*_logged_to(folder / "agent.log"), *container.prefix, *agent]
+        self._starters[node] = _start(step, {**variables, **container.environment})
         self._started[node] = time.monotonic()
         self._seen_at = float("-inf")
         log.info("%s: agent asked for, by srun process %d", node, self._starters[node].pid)
 
-    def _srun(self, node: str, name: str) -> list[str]:
+    def _container(self, variables: Mapping[str, str]) -> Container:
+        """The container of a step of the run, in which `variables` are seen."""
+        if not self._config.slurm.container:
+            return Container()
+        paths = mounted_paths(self._run.path, from_json(self._run.config_json))
+        # Of a preflight the data may not have been prepared yet.
+        paths = [path for path in paths if path.exists()]
+        return make_container(self._config.slurm, paths, variables)
+
+    def _start_keeper(self, node: str, orphaned: Path, give_back: list[str]) -> None:
+        """Start the step that gives the allocation back for an agent in a container, once the file
+        `orphaned` is there; unless it lives."""
+        if self._steps(KEEPER_STEP).get(node) or node in self._keepers:
+            return
+        orphaned.unlink(missing_ok=True)
+        # A shell that sleeps, for it waits beside every agent: Python would take more memory.
+        wait = ["sh", "-c", 'until [ -e "$0" ]; do sleep 5; done; exec "$@"', str(orphaned)]
+        command = [*self._srun(node, KEEPER_STEP), *wait, *give_back]
+        self._keepers[node] = _start(command, code_environment(self._code))
+
+    def _srun(self, node: str, name: str, output: str = "none") -> list[str]:
+        job = self._allocation.job_of(node)
         return [
-            *("srun", f"--jobid={self._job}", f"--job-name={name}", f"--nodelist={node}"),
+            *("srun", f"--jobid={job}", f"--job-name={name}", f"--nodelist={node}"),
             *("--nodes=1", "--ntasks=1", "--overlap", "--no-kill", "--mem=0", "--cpu-bind=none"),
-            *("--input=none", "--output=none", "--error=none"),
+            *("--input=none", f"--output={output}", f"--error={output}"),
         ]
+
+    def _steps(self, name: str) -> dict[str, list[str]]:
+        return slurm.steps_of(self._allocation.nodes_of, name)
+
+    def _agent_steps(self) -> dict[str, list[str]]:
+        """The agents' steps by node; without those of an allocation that the node has failed in and
+        has come back from in another: of a node that lost power Slurm shows them on and on."""
+        allocation = self._allocation
+        found = {
+            node: [step for step in steps if step.partition(".")[0] == allocation.job_of(node)]
+            for node, steps in self._steps(AGENT_STEP).items()
+        }
+        return {node: steps for node, steps in found.items() if steps}
 
     def _is_starting(self, node: str) -> bool:
         starter = self._starters.get(node)
@@ -293,11 +241,14 @@ class SlurmCluster:
         for node, starter in list(self._starters.items()):
             if starter.poll() is None and read_registration(self._run, node) is None:
                 continue
-            # SIGTERM would end the step.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(starter.pid, signal.SIGKILL)
-            starter.wait()
+            _let_go(starter)
             del self._starters[node]
+        if self._keepers:
+            kept = self._steps(KEEPER_STEP)
+            for node, starter in list(self._keepers.items()):
+                if kept.get(node) or starter.poll() is not None:
+                    _let_go(starter)
+                    del self._keepers[node]
 
     def fence(self, node: str) -> bool:
         """Kill the node's step, and wait until Slurm has seen it end.
@@ -310,9 +261,11 @@ class SlurmCluster:
             starter.terminate()  # it may not have started anything yet
         deadline = time.monotonic() + FENCE_SECONDS
         try:
-            for step in slurm.steps_of(self._job, AGENT_STEP).get(node, ()):
+            if not self._allocation.find():
+                return False
+            for step in self._steps(AGENT_STEP).get(node, ()):
                 slurm.ask("scancel", "--signal=KILL", step)
-            while slurm.steps_of(self._job, AGENT_STEP).get(node):
+            while self._steps(AGENT_STEP).get(node):
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.2)
@@ -334,20 +287,20 @@ class SlurmCluster:
 
     def _ask_for_states(self) -> dict[str, NodeStatus]:
         try:
-            job, self._seconds_left = slurm.state_of(self._job)
-            if job != "RUNNING":
-                ended = f"Slurm job {self._job} is {job or 'gone'}"
-                state = NodeState.UNKNOWN if job == "SUSPENDED" else NodeState.DOWN
-                return {node: NodeStatus(state, ended) for node in self._names}
-            states = slurm.node_states(self._names)
-            steps = slurm.steps_of(self._job, AGENT_STEP)
+            jobs = self._allocation.refresh()
+            states = slurm.node_states(self._allocation.nodes)
+            steps = self._agent_steps()
+            seen: dict[str, NodeStatus] = {}
+            for number, nodes in self._allocation.nodes_of.items():
+                ended = _ended(number, jobs.get(number))
+                for node in nodes:
+                    agent = self._agent_of(node, steps)
+                    seen[node] = ended or status_of(*states.get(node, ("", "")), agent)
         except slurm.SlurmError as error:
             # The controller is away: that says nothing of the nodes (invariant 11).
-            return {node: NodeStatus(NodeState.UNKNOWN, str(error)) for node in self._names}
-        return {
-            node: status_of(*states.get(node, ("", "")), self._agent_of(node, steps))
-            for node in self._names
-        }
+            away = NodeStatus(NodeState.UNKNOWN, str(error))
+            return dict.fromkeys(self._allocation.nodes, away)
+        return seen
 
     def _agent_of(self, node: str, steps: Mapping[str, object]) -> AgentStep:
         if steps.get(node):
@@ -359,8 +312,36 @@ class SlurmCluster:
         return AgentStep.STARTING if starting else AgentStep.ENDED
 
     def living_agents(self) -> tuple[str, ...]:
-        found = slurm.find_allocation(self._name)
-        return tuple(sorted(slurm.steps_of(found.job, AGENT_STEP))) if found is not None else ()
+        jobs = [job.job for job in self._allocation.living_jobs()]
+        return tuple(sorted(slurm.steps_of(jobs, AGENT_STEP))) if jobs else ()
+
+    def run_on(self, node: str, command: Sequence[str], seconds: float) -> ProgramEnd:
+        """Run the program as a step of the node.
+
+        Its output comes by srun's stdio: one task, which nobody tears, and one reader, which reads.
+        """
+        variables = {**code_environment(self._code), NODE_MARK: mark_of(self._run.path, node)}
+        container = self._container(variables)
+        words = [container.python if word == sys.executable else word for word in command]
+        inside = [*container.srun_options, *container.prefix, *words]
+        return self._run_step(node, inside, seconds, {**variables, **container.environment})
+
+    def _run_step(
+        self, node: str, words: Sequence[str], seconds: float, variables: Mapping[str, str]
+    ) -> ProgramEnd:
+        """What came of a step; `words` are further options of srun's and the command."""
+        # A name of its own: what is left of it is killed, and nothing else is.
+        name = f"opt-train-{secrets.token_hex(4)}"
+        step = [*self._srun(node, name, output="all"), *words]
+        end = run_within(seconds, step, {**slurm.clean_environment(), **variables})
+        if end.code is None:
+            # srun was killed, and its step runs on.
+            with contextlib.suppress(slurm.SlurmError):
+                for left in self._steps(name).get(node, ()):
+                    slurm.ask("scancel", "--signal=KILL", left)
+        # srun adds its own words to the program's, which say more.
+        own = [line for line in end.errors.splitlines() if not line.startswith("srun: ")]
+        return replace(end, errors="\n".join(own)) if own else end
 
     def agent_pid(self, node: str) -> int | None:
         """The registered agent's pid in the process table of its node, if its step lives."""
@@ -373,19 +354,19 @@ class SlurmCluster:
         more)."""
         mark = f"{NODE_MARK}={mark_of(self._run.path, node)}"
         script = 'tr "\\0" "\\n" <"/proc/$1/environ" | grep -Fqx -- "$0" && kill "-$2" "$1"'
-        try:
-            slurm.ask(
-                *self._srun(node, "opt-train-signal"),
-                "sh",
-                "-c",
-                script,
-                mark,
-                str(pid),
-                str(number),
-            )
-        except slurm.SlurmError:
-            return False
-        return True
+        command = ["sh", "-c", script, mark, str(pid), str(number)]
+        # Beside a container, not in it: there the pid is another's.
+        return self._run_step(node, command, slurm.ANSWER_SECONDS, {}).code == 0
+
+
+def _ended(number: str, job: slurm.SlurmJob | None) -> NodeStatus | None:
+    """What the end of an allocation makes of its nodes; None: it runs."""
+    if job is not None and job.state == "SUSPENDED":
+        return NodeStatus(NodeState.UNKNOWN, f"Slurm job {number} is SUSPENDED")
+    if job is not None and job.state == "RUNNING":
+        return None
+    state = job.state if job is not None else slurm.state_of(number)
+    return NodeStatus(NodeState.DOWN, f"Slurm job {number} is {state or 'gone'}", taken_back=True)
 
 
 def status_of(state: str, reason: str, agent: AgentStep) -> NodeStatus:
@@ -401,6 +382,26 @@ def status_of(state: str, reason: str, agent: AgentStep) -> NodeStatus:
     # Nothing was ever seen there: no sign of death (invariant 11).
     state_now = NodeState.DOWN if agent is AgentStep.ENDED else NodeState.UNKNOWN
     return NodeStatus(state_now, agent.value)
+
+
+def _start(command: list[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start an srun, deaf to what ends the supervisor; its step sees `variables`."""
+    with signals.blocked():
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**slurm.clean_environment(), **variables},
+        )
+
+
+def _let_go(starter: subprocess.Popen[bytes]) -> None:
+    """Kill an srun whose step runs; the step runs on. SIGTERM would end it too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(starter.pid, signal.SIGKILL)
+    starter.wait()
 
 
 def _logged_to(path: Path) -> list[str]:

@@ -11,10 +11,12 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-PROGRAMS = ("salloc", "srun", "squeue", "scancel", "scontrol", "sinfo")
+PROGRAMS = ("srun", "squeue", "scancel", "scontrol", "sinfo")
 ANSWER_SECONDS = 20.0
 """A busy controller answers late; one that is away does not answer at all."""
 ALIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
+WORKING = ("idle", "mixed", "allocated", "completing", "reserved", "planned")
+"""States of nodes that work, as ``sinfo`` begins them."""
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +27,26 @@ class SlurmError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class SlurmJob:
-    """A job as `squeue` shows it. `nodes` is a Slurm list such as ``n[1-3]``, empty while it is
-    pending."""
+    """A job as `squeue` shows it."""
 
     job: str
+    name: str
     state: str
     nodes: str
+    """A Slurm list such as ``n[1-3]``, empty while it is pending."""
     reason: str
+    seconds_left: float | None
+    """Until its time limit; None: it has none."""
+
+    @property
+    def has_nodes(self) -> bool:
+        return self.state == "RUNNING" and bool(self.nodes)
 
 
-def missing_programs() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program) is None]
+def missing_programs(holder: str = "outside") -> list[str]:
+    """What is not on the PATH of what is needed, with nodes that `holder` holds."""
+    asks = "salloc" if holder == "outside" else "sbatch"
+    return [program for program in (asks, *PROGRAMS) if shutil.which(program) is None]
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -75,30 +86,44 @@ def ask(*command: str, seconds: float = ANSWER_SECONDS) -> str:
     return done.stdout
 
 
-def find_allocation(name: str) -> SlurmJob | None:
-    """The newest living job of this user with this name."""
-    found = ask(
-        *("squeue", "--noheader", f"--user={os.getuid()}", f"--name={name}"),
-        *(f"--states={ALIVE_STATES}", "--format=%A|%T|%N|%r"),
-    )
-    # One that is ending has its nodes for another moment, and is no home for anybody.
-    living = [line for line in lines_of(found) if line[1] != "COMPLETING"]
-    newest = max(living, key=lambda line: int(line[0]), default=None)
-    return None if newest is None else SlurmJob(*newest)
+def living_jobs(*names: str) -> list[SlurmJob]:
+    """The living jobs of this user with one of these names, oldest first."""
+    return _living(f"--name={','.join(names)}")
 
 
-def state_of(job: str) -> tuple[str, float | None]:
-    """``RUNNING`` and so on (empty: Slurm has forgotten the job, or never knew it), and the seconds
-    until its time limit, None where there is none."""
+def living_job(job: str) -> list[SlurmJob]:
+    """The job of this number, if it is one of this user's and lives."""
     try:
-        found = ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%L")
+        return _living(f"--jobs={job}")
+    except SlurmError as error:
+        if "Invalid job id" in str(error):  # Slurm has forgotten it
+            return []
+        raise
+
+
+def _living(which: str) -> list[SlurmJob]:
+    found = ask(
+        *("squeue", "--noheader", f"--user={os.getuid()}", which),
+        *(f"--states={ALIVE_STATES}", "--format=%A|%j|%T|%N|%L|%r"),
+    )
+    living = [
+        SlurmJob(job, name, state, nodes, reason, seconds_of(left))
+        for job, name, state, nodes, left, reason in lines_of(found)
+        # One that is ending has its nodes for another moment, and is no home for anybody.
+        if state != "COMPLETING"
+    ]
+    return sorted(living, key=lambda job: int(job.job))
+
+
+def state_of(job: str) -> str:
+    """``CANCELLED`` and so on; empty: Slurm has forgotten the job, or never knew it."""
+    try:
+        found = ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
     except SlurmError as error:
         if "Invalid job id" in str(error):
-            return "", None
+            return ""
         raise
-    for state, left in lines_of(found):
-        return state, seconds_of(left)
-    return "", None
+    return found.strip()
 
 
 def seconds_of(time: str) -> float | None:
@@ -129,9 +154,20 @@ def all_nodes() -> frozenset[str]:
     return frozenset(ask("sinfo", "--noheader", "--Node", "--format=%N").split())
 
 
-def steps_of(job: str, name: str) -> dict[str, list[str]]:
-    """Node -> the living steps called `name` that the job has there, as ``17.3``."""
-    found = ask("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i|%j|%N")
+def working_nodes(partition: str) -> frozenset[str]:
+    """The nodes of `partition` (empty: of all) that are neither down nor wanted back, whoever uses
+    them now."""
+    chosen = [f"--partition={partition}"] if partition else []
+    found = ask("sinfo", "--noheader", "--Node", *chosen, "--format=%N|%T")
+    # A star: the node does not answer.
+    return frozenset(
+        name for name, state in lines_of(found) if state.startswith(WORKING) and state[-1] != "*"
+    )
+
+
+def steps_of(jobs: Iterable[str], name: str) -> dict[str, list[str]]:
+    """Node -> the living steps called `name` that the jobs have there, as ``17.3``."""
+    found = ask("squeue", "--noheader", "--steps", f"--jobs={','.join(jobs)}", "--format=%i|%j|%N")
     steps: dict[str, list[str]] = {}
     for step, called, node in lines_of(found):
         if called == name:

@@ -4,6 +4,7 @@ failure is a sentence with the key and the fix. What a value must be by itself s
 
 import importlib.util
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from opt_train.config.keys import obey_laws
@@ -11,6 +12,8 @@ from opt_train.config.sentences import listed
 from opt_train.data.named_sets import named_sets
 from opt_train.optim.loss_scale_policy import CEILING, SMALLEST, policy_of
 from opt_train.protocol.exits import BadInput
+from opt_train.supervisor import stability_modes
+from opt_train.supervisor.modes import modes_of
 
 if TYPE_CHECKING:
     from opt_train.config.run_config import RunConfig
@@ -43,11 +46,19 @@ def check(config: "RunConfig") -> None:
     _cluster(config)
     _checkpoints(config)
     _tiers(config)
+    modes_of(config.supervisor.modes)
+    stability_modes.modes_of(config.stability.modes)
     if config.optim.warmup_steps >= config.train.steps:
         raise BadInput(
             f"optim.warmup_steps={config.optim.warmup_steps} must be smaller than "
             f"train.steps={config.train.steps}; "
             "warm up for less or train for longer"
+        )
+    if (config.optim.schedule == "wsd") != (config.optim.cooldown_steps > 0):
+        raise BadInput(
+            f"optim.schedule={config.optim.schedule} does not go with "
+            f"optim.cooldown_steps={config.optim.cooldown_steps}: give wsd the steps within which "
+            "it decays, and no other schedule any"
         )
     if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
         raise BadInput(
@@ -55,6 +66,17 @@ def check(config: "RunConfig") -> None:
             f"optim.warmup_steps={config.optim.warmup_steps}, which it includes; 0 means "
             "train.steps"
         )
+
+
+def fits_on(config: "RunConfig", nodes: int) -> bool:
+    """Whether this configuration can train on `nodes` nodes, fewer than its own, at the same global
+    batch."""
+    # Fewer ranks have larger shares of the batch: what holds of it for more holds for them.
+    try:
+        _layout(replace(config, cluster=replace(config.cluster, nodes=nodes)))
+    except BadInput:
+        return False
+    return True
 
 
 def _model_and_data(config: "RunConfig") -> None:
@@ -281,6 +303,11 @@ def _tensor_groups(config: "RunConfig") -> None:
 def _cluster(config: "RunConfig") -> None:
     """What would make every rank fail, and look like nodes that do."""
     module, interface = config.cluster.rank_module, config.cluster.interface
+    if config.cluster.min_nodes > config.cluster.nodes:
+        raise BadInput(
+            f"cluster.min_nodes={config.cluster.min_nodes} is more than "
+            f"cluster.nodes={config.cluster.nodes}; use that or fewer"
+        )
     try:
         found = importlib.util.find_spec(module)
     # ValueError: a module that has no spec, as `__main__`; ImportError: its package is missing.

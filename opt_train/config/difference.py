@@ -45,11 +45,11 @@ class Difference(NamedTuple):
 
 
 def difference(old: RunConfig, new: RunConfig) -> Difference:
-    """What changed from `old` to `new`. `lineage` is a request, not a value."""
+    """What changed from `old` to `new`. `lineage` and `ledger` are requests, not values."""
     before, after = flatten(old), flatten(new)
     # The fields are the values of `KeyKind`: a kind without a field raises at its first change.
     lines: dict[str, list[str]] = {kind: [] for kind in Difference._fields}
     for key in after:
-        if before[key] != after[key] and key != "lineage":
+        if before[key] != after[key] and key not in ("lineage", "ledger"):
             lines[kind_of(key)].append(f"{key}: {shown(before[key])} -> {shown(after[key])}")
     return Difference(**{kind: tuple(changes) for kind, changes in lines.items()})

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from opt_train.burn_in.config import BurnInConfig
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.clusters.config import ClusterConfig
 from opt_train.config.builder import build
@@ -20,6 +21,7 @@ from opt_train.optim.config import OptimConfig
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, TRAINING, Choices, Law, Matches
 from opt_train.sinks.config import SinksConfig
+from opt_train.stability.config import StabilityConfig
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.train.config import TrainConfig
 
@@ -48,6 +50,8 @@ class RunConfig:
     """Of the initial weights, the sample order and dropout."""
     lineage: Annotated[str, Choices("", "new"), OPERATIONAL] = ""
     """``new``: go on from the newest checkpoint under changed training keys."""
+    ledger: Annotated[str, OPERATIONAL] = ""
+    """A run, by directory or name: a new run trains from the start under its ledger."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -57,9 +61,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    burn_in: BurnInConfig = field(default_factory=BurnInConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     sinks: SinksConfig = field(default_factory=SinksConfig)
+
+    @property
+    def run_path(self) -> Path:
+        """Of the run directory."""
+        return Path(self.runs, self.name)
 
     @property
     def world_size(self) -> int:

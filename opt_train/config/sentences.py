@@ -20,8 +20,10 @@ def listed(items: Sequence[object], last: str = "or") -> str:
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """`; did you mean ...?` with the nearest candidate, or where to look them up."""
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong room: lr for optim.lr
-        near = [c for c in candidates if c.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    # The right name in the wrong room, lr for optim.lr, is nearer than any other room's likeness.
+    same = [c for c in candidates if c.rpartition(".")[2] == word.rpartition(".")[2]]
+    if same and (not near or "." not in word):
+        near = same[:1]
     if near:
         return f"; did you mean {near[0]}?"
     # A dozen names still read as a sentence.

@@ -25,6 +25,17 @@ NOT_IN_THE_STANDARD_LIBRARY = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """One text of a corpus."""
+
+    text: str
+    file: str
+    """A path of `Corpus.file_names`."""
+    line: int
+    """Of that file, from 1; 0: all of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Corpus:
     """The files a corpus consists of, in reading order, and how much of them to take."""
 
@@ -42,22 +53,35 @@ class Corpus:
     def __str__(self) -> str:
         return f"{self.key}={self.name}"
 
+    @property
+    def file_names(self) -> list[str]:
+        """Of `files`, as documents name theirs."""
+        return [_as_text(str(path)) for path in self.files]
+
     def documents(self) -> Iterator[str]:
         """Every document's text that is not blank, the same ones in the same order each time.
 
         Raises:
             BadInput: a file cannot be read, is not UTF-8, or a line of JSON has no text.
         """
+        return (document.text for document in self.documents_with_sources())
+
+    def documents_with_sources(self) -> Iterator[Document]:
+        """The same documents, and where each stands.
+
+        Raises:
+            BadInput: as `documents`.
+        """
         taken = 0
-        for text in self._stream():
-            taken += len(text.encode())
+        for document in self._stream():
+            taken += len(document.text.encode())
             # Stop at the first that does not fit: what is taken is a beginning of the corpus, and a
             # larger limit only adds to it.
             if self.max_bytes and taken > self.max_bytes:
                 return
-            yield text
+            yield document
 
-    def _stream(self) -> Iterator[str]:
+    def _stream(self) -> Iterator[Document]:
         # Set before the first import: nothing here may wait for a network that a compute node does
         # not have.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -80,12 +104,18 @@ class Corpus:
                 rows = datasets.IterableDataset.from_generator(
                     _rows,
                     gen_kwargs=arguments,
-                    features=datasets.Features({"text": datasets.Value("large_string")}),
+                    features=datasets.Features(
+                        {
+                            "text": datasets.Value("large_string"),
+                            "file": datasets.Value("string"),
+                            "line": datasets.Value("int64"),
+                        }
+                    ),
                 )
             finally:
                 datasets.config.HF_DATASETS_CACHE = before
             for row in rows:
-                yield row["text"]
+                yield Document(**row)
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -132,13 +162,14 @@ def position_in_split(text: str) -> float:
     return int.from_bytes(digest_of(text)[:6], "big") / 2**48
 
 
-def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str]]:
+def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[str, str | int]]:
+    # By its name, not its number: the library calls this once a file, each time with a list of one.
     for name in files:
         path = Path(name)
         try:
-            for text in _texts_in(key, path):
+            for line, text in _texts_in(key, path):
                 if text.strip():
-                    yield {"text": text}
+                    yield {"text": text, "file": _as_text(name), "line": line}
         except UnicodeDecodeError as error:
             if skip_undecodable:
                 continue
@@ -152,16 +183,21 @@ def _rows(key: str, files: list[str], skip_undecodable: bool) -> Iterator[dict[s
             ) from None
 
 
-def _texts_in(key: str, path: Path) -> Iterable[str]:
-    """The documents of one file: its lines, or all of it."""
+def _as_text(name: str) -> str:
+    """`name`, whose bytes need not be UTF-8, as text that can be written down."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _texts_in(key: str, path: Path) -> Iterable[tuple[int, str]]:
+    """The documents of one file: its lines by number, or, as 0, all of it."""
     if path.suffix == LINES_SUFFIX:
         return _lines(key, path)
-    return [path.read_bytes().decode("utf-8")]
+    return [(0, path.read_bytes().decode("utf-8"))]
 
 
-def _lines(key: str, path: Path) -> Iterator[str]:
-    """The texts of a file of JSON Lines, of which one line at a time is in memory: such a file may
-    be larger."""
+def _lines(key: str, path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of a file of JSON Lines, of which one at a time is in memory:
+    such a file may be larger."""
     # As bytes: only \n ends a line. Text mode would end one at a \r too, and `splitlines` at a
     # U+2028, which JSON allows inside a string.
     with path.open("rb") as file:
@@ -185,7 +221,7 @@ def _lines(key: str, path: Path) -> Iterator[str]:
                     "key text; "
                     "mend or remove the line"
                 ) from None
-            yield text
+            yield number, text
 
 
 def _standard_library(key: str) -> tuple[Path, ...]:

@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,15 @@ import numpy.typing as npt
 
 from opt_train.data import tokenizer as bpe
 from opt_train.data.config import DataConfig, TokenizerConfig
-from opt_train.data.corpus import Corpus, digest_of, is_held_out, open_corpus, position_in_split
+from opt_train.data.corpus import (
+    Corpus,
+    Document,
+    digest_of,
+    is_held_out,
+    open_corpus,
+    position_in_split,
+)
+from opt_train.data.document_index import IndexWriter
 from opt_train.data.manifest import (
     DATASET_FILE,
     HELD_OUT,
@@ -141,7 +149,9 @@ def _fill(
     writers = {
         name: SplitWriter(folder, name, dtype, data.shard_tokens, vocab_size) for name in SPLITS
     }
-    _tokenize(corpus, split, tokenizer, writers, progress)
+    index = IndexWriter(folder, corpus.file_names)
+    _tokenize(corpus, split, tokenizer, writers, index, progress)
+    index.finish()
     train, validation = (writers[name].finish() for name in SPLITS)
 
     tokenizer_sha256 = hashlib.sha256(serialized).hexdigest()
@@ -277,11 +287,24 @@ def _tokenize(
     split: _Split,
     tokenizer: "Tokenizer",
     writers: dict[str, SplitWriter],
+    index: IndexWriter,
     progress: Callable[[str], None],
 ) -> None:
     done, reported_at = 0, time.monotonic()
-    for text, ids in bpe.encoded(tokenizer, corpus.documents()):
-        if name := split.name_of(text):
+    # Texts are tokenized a batch at a time, in order: their sources wait here for their tokens.
+    waiting: deque[Document] = deque()
+
+    def texts() -> Iterator[str]:
+        for document in corpus.documents_with_sources():
+            waiting.append(document)
+            yield document.text
+
+    for text, ids in bpe.encoded(tokenizer, texts()):
+        document = waiting.popleft()
+        name = split.name_of(text)
+        if name == TRAIN:
+            index.add(writers[TRAIN].tokens, document.file, document.line)
+        if name:
             writers[name].add(ids)
         done += len(text.encode())
         if time.monotonic() - reported_at >= PROGRESS_SECONDS:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from opt_train.data.document_index import RECORDS_FILE, SOURCES_FILE
 from opt_train.data.manifest import DATASET_FILE, SPLITS, TOKENIZER_FILE
 from opt_train.protocol.exits import BadInput
 
 _WRITTEN = re.compile(
     rf"{re.escape(TOKENIZER_FILE)}|{re.escape(DATASET_FILE)}|"
+    rf"{re.escape(SOURCES_FILE)}|{re.escape(RECORDS_FILE)}|"
     rf"({'|'.join(SPLITS)}|set-[a-z0-9_-]+)-\d{{5,}}\.bin"
 )
 """The files that `prepare` fills the folder with: nothing else is ever removed from one."""

@@ -72,8 +72,34 @@ class EccDetail(StrEnum):
     """There is no spare row left: the GPU is to be exchanged."""
 
 
+class StorageDetail(StrEnum):
+    """Details of `Cause.STORAGE` that have a response of their own."""
+
+    NODE_DISK = "node_disk"
+    """The node's own disk: another node does not have it."""
+
+
+class CorruptionDetail(StrEnum):
+    """Details of `Cause.SILENT_CORRUPTION`."""
+
+    DISAGREES = "disagrees"
+    """From the same weights and sequences the device computes another loss than all others."""
+
+    NOT_REPRODUCED = "not_reproduced"
+    """A step that was trained again came to other numbers: the device was wrong once."""
+
+
 DRAIN = "drain"
 """Detail of `Cause.PREEMPTION`: an admin wants a node back, and waits for its work to end."""
+
+DETAILS: Mapping[Cause, tuple[str, ...]] = {
+    Cause.GPU_ECC: tuple(EccDetail),
+    Cause.STORAGE: tuple(StorageDetail),
+    Cause.SILENT_CORRUPTION: tuple(CorruptionDetail),
+    Cause.PREEMPTION: (DRAIN,),
+}
+"""Cause -> its details that have a response of their own; any other detail is words for a
+person."""
 
 
 @dataclass(frozen=True, slots=True)

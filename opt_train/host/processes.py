@@ -2,10 +2,13 @@
 used again."""
 
 import ctypes
+import errno
 import os
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ NODE_MARK = "OPT_TRAIN_NODE"
 """Environment variable that every process of a node inherits: so they are found, whoever their
 parent is by now."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 """Looked up here: between fork and exec even the dynamic linker's lock may be another thread's."""
 
@@ -127,3 +131,35 @@ def die_with_parent(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return set_death_signal
+
+
+def adopt_orphans(whether: bool) -> None:
+    """Whether this process becomes the parent of descendants whose own parent ends."""
+    _PRCTL(_PR_SET_CHILD_SUBREAPER, int(whether), 0, 0, 0)
+
+
+_DIE_WITH_STARTER = """
+import ctypes, os, sys
+starter, number = int(sys.argv[1]), int(sys.argv[2])
+ctypes.CDLL(None).prctl(1, number, 0, 0, 0)
+if os.getppid() != starter:
+    sys.exit(1)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+def dying_with_starter(command: Sequence[str], number: int = signal.SIGKILL) -> list[str]:
+    """The command of a process that becomes `command` and is sent signal `number` when the thread
+    that starts it ends.
+
+    For those who may have any library loaded, or start it from any thread: nothing of this process
+    runs between fork and exec, as it does with `die_with_parent`. It costs some 20 ms.
+
+    Raises:
+        OSError: there is no such program.
+    """
+    # The shim would start whatever becomes of the program: whoever asks wants to know at once.
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_STARTER]
+    return [*shim, str(os.getpid()), str(int(number)), *command]

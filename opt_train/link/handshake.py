@@ -55,7 +55,8 @@ HANDSHAKE_SECONDS = 5.0
 """Longest wait for one line of a peer that has not proved itself."""
 NODE_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NONCE_FORM = re.compile(r"[0-9a-f]{64}")
-_VERSION = 1
+VERSION = 1
+"""Of the handshake. Ends that differ in it do not understand each other."""
 
 
 async def prove_agent(connection: Connection, secret: bytes, node: str, least_leader: int) -> None:
@@ -66,7 +67,7 @@ async def prove_agent(connection: Connection, secret: bytes, node: str, least_le
             `least_leader`.
     """
     agent_nonce = make_nonce()
-    connection.send({"link": _VERSION, "node": node, "nonce": agent_nonce})
+    connection.send({"link": VERSION, "node": node, "nonce": agent_nonce})
     challenge = await receive_object(connection)
     supervisor_nonce, leader = _text(challenge, "nonce"), challenge.get("leader")
     if type(leader) is not int:
@@ -91,7 +92,7 @@ async def prove_supervisor(connection: Connection, secret: bytes, leader: int) -
         LinkRefused: the peer does not know the secret, or does not speak this protocol.
     """
     greeting = await receive_object(connection)
-    if greeting.get("link") != _VERSION:
+    if greeting.get("link") != VERSION:
         raise LinkRefused("the peer does not speak this link's version")
     node, agent_nonce = _text(greeting, "node"), _text(greeting, "nonce")
     if not NODE_FORM.fullmatch(node) or not NONCE_FORM.fullmatch(agent_nonce):
@@ -135,7 +136,7 @@ def _proof(
     secret: bytes, role: str, node: str, leader: int, agent_nonce: str, supervisor_nonce: str
 ) -> str:
     return prove(
-        secret, "opt_train link", _VERSION, role, node, leader, agent_nonce, supervisor_nonce
+        secret, "opt_train link", VERSION, role, node, leader, agent_nonce, supervisor_nonce
     )
 
 

@@ -5,8 +5,10 @@ Nothing that a stranger does may harm the run or keep an honest peer out:
 - A stranger's lines are short (`MAX_HANDSHAKE_BYTES`), so that a flood of them takes no memory.
 - One deadline spans the whole admission. A deadline a line would let a peer that sends a byte now
   and then hold the door open for ever.
-- Strangers are counted, and more than `strangers_max` are closed at once, without a word. Peers
-  that have proved themselves are not counted: a full door does not end a link.
+- Strangers are counted. Where there are `strangers_max`, the one that has waited longest makes room
+  for the next: an honest peer proves itself in a moment, so a crowd that stands silent at the door
+  keeps nobody out. Peers that have proved themselves are not counted: a full door does not end a
+  link.
 - What breaks the rules ends that connection alone.
 """
 
@@ -39,7 +41,8 @@ class AuthenticatedListener(Generic[Peer]):
         deals with all that ends a proven peer's connection, which is closed when it returns."""
         self._admit, self._serve_peer = admit, serve
         self._admission_seconds, self._strangers_max = admission_seconds, strangers_max
-        self._strangers = 0
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        """Connections that have not proved themselves, oldest first."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -57,10 +60,11 @@ class AuthenticatedListener(Generic[Peer]):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._strangers >= self._strangers_max:
-            writer.transport.abort()
-            return
-        self._strangers += 1
+        if len(self._strangers) >= self._strangers_max:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        self._strangers[writer] = None
         # The loop keeps only weak references to tasks: one that nobody holds may vanish mid-way.
         task = asyncio.create_task(self._serve(Connection(reader, writer)))
         self._tasks.add(task)
@@ -72,7 +76,7 @@ class AuthenticatedListener(Generic[Peer]):
                 async with asyncio.timeout(self._admission_seconds):
                     peer = await self._admit(connection)
             finally:
-                self._strangers -= 1
+                self._strangers.pop(connection.writer, None)
             await self._serve_peer(connection, peer)
         except (LinkRefused, SecretUnusable, TimeoutError, OSError) as refused:
             who = connection.node or "a stranger"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from opt_train.model.attention_logit import note_largest_logits
+from opt_train.model.attention_logit import note_logits
 from opt_train.model.cache import KeyValueCache, KeyValues, causal_mask
 from opt_train.model.config import ModelConfig
 from opt_train.model.loss import cross_entropy_sum
@@ -36,8 +36,8 @@ class Attention(nn.Module):
     """Causal multi-head self-attention with biases."""
 
     largest_logits: Tensor | None
-    """fp32, [batch]: where the forward pass notes each sequence's largest logit; None: it does not
-    look."""
+    """fp32, [2, batch]: where the forward pass notes each sequence's largest logit, of a sample and
+    of all; None: it does not look."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.largest_logits is not None:
-            note_largest_logits(self.largest_logits, query.detach(), key.detach())
+            note_logits(self.largest_logits, query.detach(), key.detach())
         # Without a mask the fused kernels know what is causal; with one they read it.
         mask = None
         if past is not None:

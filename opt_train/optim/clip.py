@@ -18,6 +18,11 @@ class GradNorm(NamedTuple):
     divisor: Tensor
     """What makes averages of the summed gradients: the world's tokens times the gradients' scale,
     fp64."""
+    loss: Tensor
+    """Mean over the world's tokens in nats, fp64; 0 where no losses were given."""
+    embedding_squares: Tensor | None = None
+    """This rank's share of the squared L2 norm of the embedding's part of the averaged gradient,
+    fp64, which the world's sum completes; None where nobody said which part that is."""
 
 
 class UpdateDecision(NamedTuple):
@@ -28,7 +33,9 @@ class UpdateDecision(NamedTuple):
     clipped_norm: Tensor
     """The same after clipping, fp64."""
     skip: Tensor
-    """fp32: 1 where the norm is not finite, so that no rank may apply it."""
+    """fp32: 1 where no rank may apply it: norm or loss is not finite, or the step was refused."""
+    overflow: Tensor
+    """fp32: 1 where the norm is not finite."""
     factor: Tensor
     """fp32: what the update multiplies the summed gradients by: average, clipping and loss scale in
     one."""
@@ -47,7 +54,12 @@ def predivision(enabled: bool, data_world: int) -> float:
 
 @torch.no_grad()
 def global_norm(
-    parts: Sequence[Tensor], copies: Sequence[int], tokens: Tensor, grad_scale: Tensor | None = None
+    parts: Sequence[Tensor],
+    copies: Sequence[int],
+    tokens: Tensor,
+    grad_scale: Tensor | None = None,
+    loss_sum: Tensor | None = None,
+    embedding: Sequence[int] = (),
 ) -> GradNorm:
     """The norm of the gradient that all ranks hold together, divided by the world's tokens and by
     `grad_scale`.
@@ -61,6 +73,8 @@ def global_norm(
         tokens: weight of this rank's tokens, fp64 scalar on the device. Ranks that read the same
             ones share it out.
         grad_scale: fp32 scalar that the gradients came multiplied by; None: 1.
+        loss_sum: of this rank's tokens in nats, shared out likewise.
+        embedding: which of `parts` are the embedding's.
     """
     # In fp32 whatever the gradients are in: an fp16 norm overflows where no element does.
     norms = torch.stack(torch._foreach_norm(list(parts), 2, dtype=torch.float32)).double()
@@ -71,32 +85,48 @@ def global_norm(
             norms.square()
             / torch.tensor(copies, dtype=torch.float64).to(norms.device, non_blocking=True)
         ).sum()
-    sums = torch.stack([squares, tokens.double()])
+    losses = torch.zeros_like(squares) if loss_sum is None else loss_sum.double()
+    sums = torch.stack([squares, tokens.double(), losses])
     # Over the whole world, whatever the meshes. torch's `clip_grad_norm_` wants all parameters on
     # one mesh; `torch.amp.GradScaler` reduces its overflow flag with the first gradient's
     # placements only, so under tensor parallelism some ranks step, some skip, and the copies
     # diverge without an error.
     dist.all_reduce(sums)
     divisor = sums[1] if grad_scale is None else sums[1] * grad_scale.double()
-    return GradNorm(sums[0].sqrt() / divisor, divisor)
+    own = None
+    if embedding:
+        # Of norms that are there already: no other pass over the gradients.
+        shares = torch.stack([norms[part].square() / copies[part] for part in embedding])
+        own = shares.sum() / divisor.square()
+    return GradNorm(sums[0].sqrt() / divisor, divisor, sums[2] / sums[1], own)
 
 
 @torch.no_grad()
-def clip(grad_norm: GradNorm, max_norm: float) -> UpdateDecision:
+def clip(grad_norm: GradNorm, max_norm: float, refused: Tensor | None = None) -> UpdateDecision:
     """Clip the global norm to `max_norm` (Pascanu et al. 2013, arXiv 1211.5063), or skip what is
-    not finite.
+    not finite, or refused (`OutlierGuard.refuses`).
 
     OPT's ``optim.clip`` is 1.0, and was 0.3 late in the 175B run (arXiv 2205.01068, section 2.2).
     """
     norm = grad_norm.norm
     # torch's own 1e-6, so that a reference clips alike. NaN passes `clamp` and is skipped below.
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    overflow = ~norm.isfinite()
+    skip = overflow | ~grad_norm.loss.isfinite()
     return UpdateDecision(
         norm,
         norm * coefficient,
-        (~norm.isfinite()).float(),
+        (skip if refused is None else skip | refused).float(),
+        overflow.float(),
         (coefficient / grad_norm.divisor).float(),
     )
+
+
+@torch.no_grad()
+def multiply(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply `gradients` in place; nothing waits for the device."""
+    if gradients:
+        torch._foreach_mul_(list(gradients), factor)
 
 
 def local_part(gradient: Tensor) -> Tensor:

@@ -31,9 +31,22 @@ class OptimConfig:
     """On matrices; not on biases, LayerNorms."""
     clip: Annotated[float, POSITIVE, TRAINING] = 1.0
     """Largest global gradient norm."""
+    skip_norm_z: Annotated[float, POSITIVE, TRAINING] = 12.0
+    """A step is skipped whose gradient norm lies so many deviations above the accepted ones', if
+    `optim.skip_norm_ratio` agrees."""
+    skip_norm_ratio: Annotated[float, POSITIVE, TRAINING] = 8.0
+    """And is so many times their median."""
+    skip_loss_z: Annotated[float, POSITIVE, TRAINING] = 8.0
+    """A step is skipped whose loss lies so many deviations above the accepted ones'."""
+    skip_in_row: Annotated[int, NOT_NEGATIVE, TRAINING] = 4
+    """Outliers skipped in a row at most; 0: none, ever."""
     warmup_steps: Annotated[int, NOT_NEGATIVE, TRAINING] = 2000
+    schedule: Annotated[str, Choices("linear", "cosine", "wsd", "constant"), TRAINING] = "linear"
+    """How the LR goes on from its peak. ``wsd``: warm-up, stable, decay."""
     decay_steps: Annotated[int, NOT_NEGATIVE, TRAINING] = 0
     """Steps until the LR reaches its floor, warm-up included; 0: `train.steps`."""
+    cooldown_steps: Annotated[int, NOT_NEGATIVE, TRAINING] = 0
+    """With ``wsd``, the steps before that within which it decays."""
     final_fraction: Annotated[float, POSITIVE, AT_MOST_ONE, TRAINING] = 0.1
     """The floor as a part of the peak."""
     fused: Annotated[str, Choices("auto", "torch", "apex"), OPERATIONAL] = "auto"

@@ -40,9 +40,10 @@ SCHEDULED = frozenset({"lr"})
 def in_force(config: Configuration, ledger: Sequence[LedgerEntry], step: int) -> dict[str, float]:
     """The values that batch `step` (from 0) is trained with.
 
-    `samples` is the number of sequences consumed before the step, which is where the cursor stands.
+    `samples` is the number of sequences consumed or left out before the step: where the cursor
+    stands. `embedding_gradient` is what the embedding's gradient is multiplied by.
     A dynamic loss scale is not in here: it is state, and `report_in_force` compares it with the
-    checkpoint's.
+    checkpoint's. Of the step that an order sets it at it is, and so is its floor of every step.
 
     Args:
         ledger: lasting orders, oldest first (`run.ledger`); those that begin later change nothing.
@@ -53,6 +54,7 @@ def in_force(config: Configuration, ledger: Sequence[LedgerEntry], step: int) ->
     optim = config.optim
     policy = policy_of(config.precision)
     fixed_scale = {} if policy.window_steps else {"loss_scale": policy.initial}
+    floor = {"loss_scale_floor": policy.floor} if config.precision.compute == "fp16" else {}
     scheduled = {
         "lr": learning_rate(optim, step, config.train.steps),
         "beta1": optim.beta1,
@@ -60,14 +62,21 @@ def in_force(config: Configuration, ledger: Sequence[LedgerEntry], step: int) ->
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
         "clip": optim.clip,
+        "samples": step * config.train.global_batch,
+        "embedding_gradient": 1.0,
         **fixed_scale,
+        **floor,
     }
     values: Mapping[str, float] = scheduled
     for entry in ledger:
         if entry.step <= step:
             values = entry.order.change(values, step - entry.step)
     capped = {name: min(values[name], scheduled[name]) for name in SCHEDULED}
-    return {**values, **capped, "samples": step * config.train.global_batch}
+    if fixed_scale and floor:
+        # One that never moves has no place left to fall to.
+        floor = {"loss_scale_floor": values["loss_scale"]}
+        return {**values, **capped, **floor}
+    return {**values, **capped}
 
 
 def differences(expected: Mapping[str, float], reported: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,10 @@ class LossScale:
 
     def __init__(self, policy: LossScalePolicy, device: torch.device) -> None:
         self.policy = policy
+        self.floor = policy.floor
+        """The scale falls no further."""
+        self._fixed = policy.initial
+        """Where the scale never moves by itself: what it is."""
         self.scale = torch.tensor(policy.initial, dtype=torch.float32).to(device)
         """What the next step's gradients are multiplied by, fp32. A new tensor after each
         update."""
@@ -30,6 +34,35 @@ class LossScale:
         """Without overflow, since the last one."""
         self._patience = _counter(policy.hysteresis, device)
         """Overflows until the scale halves."""
+
+    @torch.no_grad()
+    def put_in_force(self, values: Mapping[str, float]) -> None:
+        """Take over what is in force for the step that is about to be taken: the floor, and the
+        scale where it is fixed or an order sets it at this very step. Called before every step, and
+        again for the same one it changes nothing. Nothing waits for the device.
+
+        Args:
+            values: as `in_force` has them.
+        """
+        floor = values.get("loss_scale_floor", self.policy.floor)
+        if floor != self.floor:
+            self.floor = floor
+            self.scale = self.scale.clamp(min=floor)
+        scale = values.get("loss_scale")
+        if scale is None or (not self.policy.window_steps and scale == self._fixed):
+            return
+        self._fixed = scale
+        self.scale = torch.full_like(self.scale, max(scale, floor))
+        # What was counted was counted of another scale.
+        window = values.get("loss_scale_window_steps", self.policy.window_steps)
+        self._window = torch.full_like(self._window, int(window))
+        self._steps = torch.zeros_like(self._steps)
+        self._patience = torch.full_like(self._patience, self.policy.hysteresis)
+
+    @property
+    def window_steps(self) -> int:
+        """Steps without overflow after which the scale doubles; 0: never. Waits for the device."""
+        return int(self._window.item())
 
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:
@@ -50,7 +83,7 @@ class LossScale:
         self._patience = torch.where(grows, policy.hysteresis, patience)
         # Powers of two: multiplying gradients by the scale and dividing it out loses no bit.
         doubled = (self.scale * 2).clamp(max=CEILING)
-        halved = (self.scale / 2).clamp(min=policy.floor)
+        halved = (self.scale / 2).clamp(min=self.floor)
         self.scale = torch.where(grows, doubled, torch.where(shrinks, halved, self.scale))
         if policy.window_adapts:
             longer, shorter = (
@@ -84,6 +117,7 @@ class LossScale:
         if saved["policy"] != asdict(self.policy):
             return
         self.scale = torch.full_like(self.scale, float(scale))
+        self._fixed = float(scale)
         self._window = torch.full_like(self._window, int(window))
         self._steps = torch.full_like(self._steps, int(steps))
         self._patience = torch.full_like(self._patience, int(patience))

@@ -35,7 +35,10 @@ class LayerSquares:
             copies: how many ranks hold each part (`opt_train.optim.clip.copies_of`).
             layers: of the model.
         """
-        self._places = torch.tensor([place_of(name, layers) for name in names], device=device)
+        places = [place_of(name, layers) for name in names]
+        self.embedding = tuple(number for number, place in enumerate(places) if place == 0)
+        """Which of the parts are the embedding's."""
+        self._places = torch.tensor(places, device=device)
         self._copies = torch.tensor(copies, dtype=torch.float64, device=device)
         self._layers = layers
 

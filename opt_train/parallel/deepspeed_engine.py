@@ -120,15 +120,29 @@ class DeepSpeed:
             activation_squares += loss.activation_squares
         return Sums(loss_sum, activation_squares)
 
-    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+    def embedding_gradients(self) -> list[Tensor]:
+        """See `Engine`."""
+        gradients = self._zero.gradients(self._parameters.values())
+        return [gradients[number] for number in self._layers.embedding]
+
+    def grad_norm(
+        self, tokens: Tensor, grad_scale: Tensor | None = None, loss_sum: Tensor | None = None
+    ) -> GradNorm:
         """See `Engine`."""
         parts = self._zero.gradients(self._parameters.values())
-        return global_norm(parts, [1] * len(parts), tokens / self._zero.averaged_over, grad_scale)
+        ranks = self._zero.averaged_over
+        losses = None if loss_sum is None else loss_sum / ranks
+        copies, embedding = [1] * len(parts), self._layers.embedding
+        return global_norm(parts, copies, tokens / ranks, grad_scale, losses, embedding)
+
+    def weights(self) -> list[Tensor]:
+        """See `MeasuresLayers`."""
+        return self._zero.weights(self._parameters.values())
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
         """See `MeasuresLayers`."""
         of_gradients = self._layers.of(self._zero.gradients(self._parameters.values()))
-        of_weights = self._layers.of(self._zero.weights(self._parameters.values()))
+        of_weights = self._layers.of(self.weights())
         return torch.stack([of_gradients / divisor.square(), of_weights])
 
     def apply(self, decision: UpdateDecision) -> None:

@@ -77,7 +77,15 @@ class Engine(Protocol):
         """
         ...
 
-    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+    def embedding_gradients(self) -> list[Tensor]:
+        """This rank's parts of the gradient of the embedding (tokens, with the head that is tied to
+        them, positions, and a projection behind them), maybe empty; whoever multiplies them in
+        place before `grad_norm` has another gradient."""
+        ...
+
+    def grad_norm(
+        self, tokens: Tensor, grad_scale: Tensor | None = None, loss_sum: Tensor | None = None
+    ) -> GradNorm:
         """The norm of what `forward_backward` computed, over the world
         (`opt_train.optim.clip.global_norm`)."""
         ...
@@ -99,7 +107,12 @@ class Engine(Protocol):
 @runtime_checkable
 class MeasuresLayers(Protocol):
     """What an `Engine` may offer beside the rest. Of one that does not, the metrics have no norms
-    of layers."""
+    of layers and no update ratio."""
+
+    def weights(self) -> list[Tensor]:
+        """This rank's part of each weight that is updated, maybe empty; it shares their memory and
+        is read alone."""
+        ...
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
         """This rank's shares of the layers' squared L2 norms, of the averaged gradient and of the

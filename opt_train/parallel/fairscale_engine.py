@@ -125,17 +125,30 @@ class Fairscale:
                 # computation.
                 shard.grad.data = shard.grad.data.to(shard.dtype)
 
-    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+    def embedding_gradients(self) -> list[Tensor]:
+        """See `Engine`."""
+        gradients = [shard.grad for shard in self._shards.values()]
+        found = (gradients[number] for number in self._layers.embedding)
+        return [gradient for gradient in found if gradient is not None]
+
+    def grad_norm(
+        self, tokens: Tensor, grad_scale: Tensor | None = None, loss_sum: Tensor | None = None
+    ) -> GradNorm:
         """See `Engine`."""
         # The zeros that pad some shards count for nothing.
         parts = [shard.grad for shard in self._shards.values() if shard.grad is not None]
-        return global_norm(parts, [1] * len(parts), tokens, grad_scale)
+        copies, embedding = [1] * len(parts), self._layers.embedding
+        return global_norm(parts, copies, tokens, grad_scale, loss_sum, embedding)
+
+    def weights(self) -> list[Tensor]:
+        """See `MeasuresLayers`."""
+        return [shard.detach() for shard in self._shards.values()]
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
         """See `MeasuresLayers`."""
         gradients = [shard.grad for shard in self._shards.values() if shard.grad is not None]
         assert len(gradients) == len(self._shards), "a parameter that the loss does not depend on"
-        of_weights = self._layers.of([shard.detach() for shard in self._shards.values()])
+        of_weights = self._layers.of(self.weights())
         return torch.stack([self._layers.of(gradients) / divisor.square(), of_weights])
 
     def apply(self, decision: UpdateDecision) -> None:

@@ -146,15 +146,32 @@ class Fsdp2:
         # Replicas add up their own shards until the last micro-batch.
         self.model.set_requires_all_reduce(last)
 
-    def grad_norm(self, tokens: Tensor, grad_scale: Tensor | None = None) -> GradNorm:
+    def embedding_gradients(self) -> list[Tensor]:
+        """See `Engine`."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        found = (gradients[number] for number in self._layers.embedding)
+        return [local_part(gradient) for gradient in found if gradient is not None]
+
+    def grad_norm(
+        self, tokens: Tensor, grad_scale: Tensor | None = None, loss_sum: Tensor | None = None
+    ) -> GradNorm:
         """See `Engine`."""
         gradients = [
             parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
         ]
         parts = [local_part(gradient) for gradient in gradients]
         return global_norm(
-            parts, [copies_of(gradient) for gradient in gradients], tokens, grad_scale
+            parts,
+            [copies_of(gradient) for gradient in gradients],
+            tokens,
+            grad_scale,
+            loss_sum,
+            self._layers.embedding,
         )
+
+    def weights(self) -> list[Tensor]:
+        """See `MeasuresLayers`."""
+        return [local_part(parameter.detach()) for parameter in self.model.parameters()]
 
     def layer_squares(self, divisor: Tensor) -> Tensor:
         """See `MeasuresLayers`."""
@@ -162,7 +179,7 @@ class Fsdp2:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         assert len(gradients) == len(parameters), "a parameter that the loss does not depend on"
         of_gradients = self._layers.of([local_part(gradient) for gradient in gradients])
-        of_weights = self._layers.of([local_part(parameter.detach()) for parameter in parameters])
+        of_weights = self._layers.of(self.weights())
         return torch.stack([of_gradients / divisor.square(), of_weights])
 
     def apply(self, decision: UpdateDecision) -> None:

@@ -20,8 +20,9 @@ def loss_over(
     """Sum of the losses, in nats, and number of the predicted tokens. Padding counts for nothing.
 
     Args:
-        model: on `device`, in evaluation mode. Of several ranks that share it, each gives its own
-            part of the text, in as many micro-batches as the others.
+        model: on `device`, in evaluation mode, or as in training where dropout is to be in the
+            losses. Of several ranks that share it, each gives its own part of the text, in as many
+            micro-batches as the others.
         progress: called after each micro-batch with the number of sequences done.
     """
     # fp64: a validation set adds up millions of tokens.

@@ -39,7 +39,7 @@ def collectives_of(config: RunConfig, layout: Layout) -> list[Collective]:
     _weights(tally, config, layout, batch.micro_batches)
     if layout.tensor > 1:
         _tensor(tally, config, layout, batch)
-    tally.add("all_reduce", "world", 16, 1)  # squares of the gradient, and tokens, in fp64
+    tally.add("all_reduce", "world", 24, 1)  # squares of the gradient, tokens, losses: fp64
     sizes = {
         "shard": layout.shard,
         "replicate": layout.replicate,

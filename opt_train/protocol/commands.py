@@ -63,6 +63,10 @@ class Begin(Command, kind="begin"):
     journal_head: str = ""
     """Hash of the newest journal line at the start: goes into the attempt's first metrics line and
     its manifests."""
+    probe: tuple[int, ...] = ()
+    """Of the rollback that the attempt begins with, where it has to go by a restart."""
+    probe_order: int = 0
+    """Its number."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -133,6 +137,16 @@ class Drop(Command, kind="drop"):
     @property
     def key(self) -> tuple[str, ...]:
         return (self.path,)
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight(Command, kind="preflight"):
+    """Test the node, on which no rank runs, as `burn_in` of the configuration says. What is wrong
+    comes as `NodeFinding`; the answer, behind that, is `PreflightEnded`."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ every new connection.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opt_train.protocol.framing import Message
@@ -62,6 +62,10 @@ class InForce(Message, kind="in_force"):
     # Invariant 3. metaseq took betas and eps back from the checkpoint on resume, which spoiled
     # OPT's runs 12.35 to 12.37: so they are read where they act, not in the configuration.
     values: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The variables that decide how ranks talk to each other (`run/fabric_settings.py`)."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each part of the start took, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,35 @@ class OrderObeyed(Message, kind="order_obeyed"):
 
 
 @dataclass(frozen=True, slots=True)
+class RolledBack(Message, kind="rolled_back"):
+    """This rank has gone back to `step` and is one of another generation and attempt: what it says
+    from here on is said by that one."""
+
+    step: int
+    attempt: str
+    generation: int
+
+
+ODD_RANKS_MAX = 64
+"""More than that have no node in common."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Message, kind="probed"):
+    """What the data looks like to the state at `step`, which rollback `order` has gone back to: the
+    mean loss in nats per token at each of `places`, in the order of the data, in samples."""
+
+    order: int
+    step: int
+    places: tuple[int, ...]
+    losses: tuple[float, ...]
+    """As training measures them: with dropout, where the model has it."""
+    odd_ranks: tuple[int, ...] = ()
+    """That compute another loss than most from the same weights and the same sequences, the first
+    `ODD_RANKS_MAX`; all of them where none is that of most."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExitNotice(Message, kind="leaving"):
     """The rank's last fact: the exit code that will follow and why. An exit code is believed only
     with this."""
@@ -193,6 +226,19 @@ class SnapshotFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeGpu:
+    """Which GPU it is, whatever node it is built into; what its driver does not say is empty."""
+
+    index: int
+    """Among those of its node."""
+    uuid: str = ""
+    serial: str = ""
+    """Of the board, as its label has it."""
+    pci: str = ""
+    """Its address on the bus: ``00000000:3B:00.0``."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentState(Message, kind="agent_state"):
     """The agent's whole state, told first on every connection."""
 
@@ -208,6 +254,8 @@ class AgentState(Message, kind="agent_state"):
     had."""
     first_leader: int = 0
     """The supervisor that this agent obeyed first: whether it has lived through a change."""
+    gpus: tuple[NodeGpu, ...] = ()
+    """Those of the node; empty: there are none, or they have not been read yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +277,13 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True)
+class GpusSeen(Message, kind="gpus_seen"):
+    """The GPUs of the agent's node, when they are first read and whenever they are others."""
+
+    gpus: tuple[NodeGpu, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFinding(Message, kind="node_finding"):
     """What a probe found of the agent's node: the one thing that every probe publishes.
 
@@ -245,6 +300,19 @@ class NodeFinding(Message, kind="node_finding"):
     confidence: float
     """How sure the probe is, 0 to 1."""
     evidence: tuple[LogLine, ...] = ()
+    gpu: NodeGpu | None = None
+    """The one it is about; None: it is of no single GPU, or not known which."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightEnded(Message, kind="preflight_ended"):
+    """The answer to `Preflight`: `failed` of `tests` did, each of which is a `NodeFinding` that was
+    sent before, or `why` says why they came to no end."""
+
+    tests: int
+    failed: int
+    seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +410,8 @@ FACTS_OF_A_RANK: tuple[type[Message], ...] = (
     SaveFailed,
     SnapshotTaken,
     OrderObeyed,
+    RolledBack,
+    Probed,
     ExitNotice,
 )
 

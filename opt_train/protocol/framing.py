@@ -9,7 +9,7 @@ write to a non-blocking pipe is all or nothing, so lines never tear.
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -59,15 +59,12 @@ class Message:
             ProtocolError: a field is missing, unknown or of another type.
         """
         known: type = cls  # mypy takes type[Self] for something that has no hash
-        hints = _hints_of(known)
-        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        extra = payload.keys() - names - {"kind"}
+        decoders = _decoders_of(known)
+        extra = [name for name in payload if name not in decoders and name != "kind"]
         if extra:
-            raise ProtocolError(f"{cls.__name__} has no field {sorted(extra)[0]!r}")
+            raise ProtocolError(f"{cls.__name__} has no field {min(extra)!r}")
         try:
-            return cls(
-                **{name: _typed(payload[name], hints[name]) for name in names if name in payload}
-            )
+            return cls(**{k: decoders[k](v) for k, v in payload.items() if k != "kind"})
         except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise ProtocolError(f"{cls.__name__}: {error}") from None
 
@@ -131,7 +128,9 @@ def parse(line: bytes) -> dict[str, Any]:
         raise ProtocolError(f"not a line of JSON: {error}") from None
     if not isinstance(payload, dict):
         raise ProtocolError("not a JSON object")
-    if _is_deeper(payload, MAX_DEPTH):
+    # Most lines have too few brackets to be deep: counting them is quicker than going through.
+    brackets = line.count(b"{") + line.count(b"[")
+    if brackets > MAX_DEPTH and _is_deeper(payload, MAX_DEPTH):
         raise ProtocolError("nested too deeply")
     return payload
 
@@ -154,41 +153,53 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 @functools.cache
-def _hints_of(kind: type) -> Mapping[str, Any]:
-    """The types of a class's fields. To look them up costs as much as the rest of reading a
-    heartbeat."""
-    return get_type_hints(kind)
+def _decoders_of(kind: type) -> Mapping[str, Callable[[Any], Any]]:
+    """What reads each field of a dataclass."""
+    hints = get_type_hints(kind)
+    return {field.name: _decoder_of(hints[field.name]) for field in fields(kind)}
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """`value` in the field's type: tuples back from lists, messages from objects, floats from
-    strings."""
+@functools.cache
+def _decoder_of(hint: Any) -> Callable[[Any], Any]:
+    """What makes of a JSON value one of a field's type: tuples of lists, messages of objects,
+    floats of words. It raises ValueError, TypeError or KeyError for any other value.
+
+    Made once for each type: to ask what a type is takes longer than to read the value.
+    """
     origin = getattr(hint, "__origin__", None)
     if origin is tuple:
-        inner = hint.__args__[0]
-        return tuple(_typed(v, inner) for v in _exactly(value, list))
+        inner = _decoder_of(hint.__args__[0])
+        return lambda value: tuple([inner(v) for v in _exactly(value, list)])
     if origin is Mapping:
-        return _exactly(value, dict)
+        return lambda value: _exactly(value, dict)
     if isinstance(hint, type) and issubclass(hint, Message):
-        message = from_payload(value)
-        if not isinstance(message, hint):
-            raise ValueError(f"{message.kind} is not {hint.kind}")
-        return message
+        return functools.partial(_message, hint)
     if isinstance(hint, type) and is_dataclass(hint):
-        hints = _hints_of(hint)
-        return hint(**{k: _typed(v, hints[k]) for k, v in value.items()})
+        decoders = _decoders_of(hint)
+        return lambda value: hint(**{k: decoders[k](v) for k, v in value.items()})
     if hint is float:
-        if isinstance(value, str) and value in _NON_FINITE:
-            return _NON_FINITE[value]
-        return float(value) if type(value) is int else _exactly(value, float)
+        return _float
     if hint in (int, str, bool):
-        return _exactly(value, hint)
+        return functools.partial(_exactly, expected=hint)
     arguments = getattr(hint, "__args__", ())
     if type(None) in arguments:
-        if value is None:
-            return None
-        return _typed(value, next(a for a in arguments if a is not type(None)))
-    return value
+        known = _decoder_of(next(a for a in arguments if a is not type(None)))
+        return lambda value: None if value is None else known(value)
+    return lambda value: value
+
+
+def _message(expected: type[Message], value: Any) -> Message:
+    message = from_payload(value)
+    if not isinstance(message, expected):
+        raise ValueError(f"{message.kind} is not {expected.kind}")
+    return message
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, str) and value in _NON_FINITE:
+        return _NON_FINITE[value]
+    number: float = float(value) if type(value) is int else _exactly(value, float)
+    return number
 
 
 def _exactly(value: Any, expected: type) -> Any:

@@ -22,6 +22,12 @@ class Attempt:
     """The supervisor that began or last adopted it; another one must look whether its ranks are
     there."""
     incident: int = 0
+    rollback: int = 0
+    """The order by which the ranks of the attempt before became these; 0: they are new
+    processes."""
+    lived_as: tuple[str, ...] = ()
+    """Every attempt that its processes have been, this one last: of these they may have
+    snapshots."""
     in_force: bool = False
     """What is in force was read back and found right."""
     began: bool = False

@@ -42,6 +42,10 @@ class Checkpoint:
         return self.tier != SHARED
 
 
+BEGINNING = Checkpoint("", "", 0, "")
+"""The state that a run begins with, where it need not be read: its ranks make it."""
+
+
 def path_of_save(attempt: str, step: int, tier: str = SHARED) -> str:
     """A checkpoint's path relative to the run directory; of one that agents hold only the manifest
     lies there."""

@@ -19,7 +19,7 @@ from opt_train.exchange.imported import is_imported, model_of
 from opt_train.protocol.exits import BadInput
 from opt_train.run.admission import check_same_data
 from opt_train.run.checkpoint import Checkpoint
-from opt_train.run.report import RunReport
+from opt_train.run.report.run_report import RunReport
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
 class CheckpointChoice:
     """A checkpoint that is to be evaluated or exported."""
 
-    def __init__(self, given: Path, wanted: str = "", data: Path | None = None) -> None:
+    def __init__(self, path: Path, wanted: str = "", data: Path | None = None) -> None:
         """Find it.
 
         Args:
-            given: a run directory, `name=` and the name of a run under `runs`, or a checkpoint's
-                folder.
+            path: a run directory, or a checkpoint's folder.
             wanted: a step, or a path as `opt-train checkpoints` prints it; empty: the newest good
                 one.
             data: prepared data, for imported weights alone; None: what their tokenizer is taken
@@ -42,12 +41,6 @@ class CheckpointChoice:
         Raises:
             BadInput: there is no such run or checkpoint, or the run's configuration cannot be read.
         """
-        word = str(given)
-        path = (
-            Path(RunConfig().runs, word.removeprefix("name="))
-            if word.startswith("name=")
-            else given
-        )
         if (path / MANIFEST).is_file():
             if wanted:
                 raise BadInput(f"{path} is a checkpoint itself; leave --checkpoint={wanted} out")

@@ -23,7 +23,8 @@ from opt_train.data.manifest import DatasetManifest
 from opt_train.model.sizes import parameter_count
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
-from opt_train.run.code_state import CodeState
+from opt_train.run.code.code_state import CodeState
+from opt_train.run.ledger import TakenLedger, to_json
 from opt_train.run.state import RunState
 
 EXPONENT_MAX = 700.0
@@ -54,8 +55,14 @@ def perplexity_of(loss: float) -> float:
     return math.exp(min(loss, EXPONENT_MAX))
 
 
-def run_created(config: RunConfig, manifest: DatasetManifest) -> RunCreated:
-    """The first entry of a run's journal."""
+def run_created(
+    config: RunConfig, manifest: DatasetManifest, taken: TakenLedger | None = None
+) -> RunCreated:
+    """The first entry of a run's journal.
+
+    Args:
+        taken: the ledger of another run that it begins with.
+    """
     return RunCreated(
         name=config.name,
         seed=config.seed,
@@ -70,6 +77,9 @@ def run_created(config: RunConfig, manifest: DatasetManifest) -> RunCreated:
         validation_tokens=manifest.validation_tokens,
         unigram_perplexity=manifest.unigram_perplexity,
         learning_rate=config.optim.lr,
+        ledger_of=taken.source if taken else "",
+        ledger=tuple(to_json(taken.entries)) if taken else (),
+        ledger_difference=taken.difference_on(manifest.fingerprint) if taken else (),
     )
 
 
@@ -85,6 +95,7 @@ def attempt_started(
     buffer: tuple[str, ...] = (),
     incident: int = 0,
     difference: tuple[str, ...] = (),
+    rollback: int = 0,
 ) -> AttemptStarted:
     """An attempt that begins with `checkpoint`, or from the beginning where it is None."""
     return AttemptStarted(
@@ -98,6 +109,7 @@ def attempt_started(
         reason=reason,
         incident=incident,
         config_sha256=config_sha256,
+        rollback=rollback,
         git_commit=code.git_commit,
         git_dirty=code.git_dirty,
         packages=code.packages,

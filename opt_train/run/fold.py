@@ -22,6 +22,8 @@ from opt_logbook.record.events import (
     FailureSeen,
     FindingNoted,
     GenerationKilled,
+    HoldBegan,
+    HoldEnded,
     IncidentClosed,
     IncidentDiagnosed,
     InForceReported,
@@ -33,7 +35,7 @@ from opt_logbook.record.events import (
     NodePromoted,
     OrderEnded,
     OrderGiven,
-    ReplacementBegan,
+    PlaceVacated,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -43,14 +45,43 @@ from opt_logbook.record.events import (
     TrainingBegan,
     ValidationMeasured,
 )
+from opt_logbook.record.hardware import Offence
+from opt_logbook.record.node_events import (
+    ActionWithheld,
+    GrowthBegan,
+    LemonCleared,
+    LemonNoted,
+    LemonPassedOver,
+    NodeReturned,
+    ReplacementBegan,
+)
+from opt_logbook.record.stability_events import (
+    DataProbed,
+    InstabilityClosed,
+    InstabilitySeen,
+    ReplayCompared,
+    RollbackBegan,
+)
 
-from opt_train.protocol.orders import SaveAndStop, make_order
+from opt_train.protocol.orders import RollBack, SaveAndStop, make_order
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import NODE, SHARED, Checkpoint
 from opt_train.run.finding import NotedFinding
+from opt_train.run.hold import hold_after
 from opt_train.run.incident import Incident
-from opt_train.run.ledger import with_order
-from opt_train.run.state import OBEYED, SUPERSEDED, Node, OrderRecord, RunState, Stage, next_stage
+from opt_train.run.instability import KEPT, Instability, lr_cut_after
+from opt_train.run.ledger import from_json, with_order
+from opt_train.run.lemons import TEXT_CHARACTERS_MAX, is_offence
+from opt_train.run.settled_saves import SettledSaves
+from opt_train.run.state import (
+    OBEYED,
+    SUPERSEDED,
+    Node,
+    OrderRecord,
+    RunState,
+    Stage,
+    next_stage,
+)
 
 PATHS_REMEMBERED = 64
 """Retired and abandoned paths that a new supervisor removes again: a crash may have kept their
@@ -69,7 +100,10 @@ def fold(state: RunState, entry: Entry) -> RunState:
 
 
 def _run_created(s: RunState, entry: Entry, event: RunCreated) -> RunState:
-    return replace(s, created=event, created_time=entry.time)
+    ledger = from_json(event.ledger)
+    # Its own orders are numbered behind those that it takes from another run.
+    given = max((known.order.last_number for known in ledger), default=0)
+    return replace(s, created=event, created_time=entry.time, ledger=ledger, orders_given=given)
 
 
 def _lineage_opened(s: RunState, entry: Entry, event: LineageOpened) -> RunState:
@@ -99,29 +133,101 @@ def _node_joined(s: RunState, entry: Entry, event: NodeJoined) -> RunState:
 
 
 def _node_failed(s: RunState, entry: Entry, event: NodeFailed) -> RunState:
-    slots = s.nodes[event.node].slots if event.node in s.nodes else 0
-    return replace(s, nodes={**s.nodes, event.node: Node("failed", slots)})
+    known = s.nodes.get(event.node, Node("failed"))
+    out = replace(
+        known,
+        role="failed",
+        failures=known.failures + 1,
+        cause=event.cause,
+        failed_at=entry.time,
+    )
+    offences = s.offences
+    if is_offence(event.cause):
+        offences = (*offences, _offence(s, entry, event))
+    return replace(s, nodes={**s.nodes, event.node: out}, offences=offences)
+
+
+def _offence(s: RunState, entry: Entry, event: NodeFailed) -> Offence:
+    """With what a finding or the diagnosis said of it, if it was this node's."""
+    found = [
+        f.event for f in s.findings if f.event.node == event.node and f.event.cause == event.cause
+    ]
+    diagnosed = [i.diagnosis for i in s.open_incidents if i.number == event.incident]
+    detail = next((d.detail for d in diagnosed if d and d.node == event.node), "")
+    gpu = found[-1].gpu if found else None
+    return Offence(
+        entry.time,
+        s.created.name if s.created is not None else "",
+        event.node,
+        event.cause,
+        (found[-1].detail if found else detail)[:TEXT_CHARACTERS_MAX],
+        gpu.uuid if gpu is not None else "",
+    )
+
+
+def _node_returned(s: RunState, entry: Entry, event: NodeReturned) -> RunState:
+    known = s.nodes.get(event.node, Node("buffer"))
+    return replace(s, nodes={**s.nodes, event.node: replace(known, role="buffer")})
 
 
 def _node_promoted(s: RunState, entry: Entry, event: NodePromoted) -> RunState:
-    # The node stands in one place and is replaced by nobody, so the replacements never make a
-    # circle.
-    kept = {k: v for k, v in s.replacements.items() if event.node not in (k, v)}
-    slots = s.nodes[event.node].slots if event.node in s.nodes else 0
-    nodes = s.nodes if s.has_failed(event.node) else {**s.nodes, event.node: Node("active", slots)}
-    return replace(s, replacements={**kept, event.replaces: event.node}, nodes=nodes)
+    return _takes_place(s, event.node, event.replaces)
+
+
+def _lemon_passed_over(s: RunState, entry: Entry, event: LemonPassedOver) -> RunState:
+    return _with_role(_takes_place(s, event.by, event.node), event.node, "buffer")
+
+
+def _takes_place(s: RunState, node: str, last: str) -> RunState:
+    """`node` has the place that `last` had."""
+    places = s.places_of(last)
+    # The node stands in one place: what an earlier allocation knew of it is over.
+    kept = {place: now for place, now in s.replacements.items() if now != node}
+    taken = {place: node for place in places if place != node}
+    replacements = {p: now for p, now in {**kept, **taken}.items() if p != node or p not in places}
+    occupied = places if node in replacements else places | {node}
+    return _with_role(
+        replace(s, replacements=replacements, vacated=s.vacated - occupied), node, "active"
+    )
+
+
+def _with_role(s: RunState, node: str, role: str) -> RunState:
+    if s.has_failed(node):
+        return s
+    known = s.nodes.get(node, Node(role))
+    return replace(s, nodes={**s.nodes, node: replace(known, role=role)})
+
+
+def _place_vacated(s: RunState, entry: Entry, event: PlaceVacated) -> RunState:
+    vacated = s.vacated | s.places_of(event.node)
+    return _with_role(replace(s, vacated=vacated), event.node, "buffer")
+
+
+def _lemon_noted(s: RunState, entry: Entry, event: LemonNoted) -> RunState:
+    return replace(s, lemons={**s.lemons, event.node: event})
+
+
+def _lemon_cleared(s: RunState, entry: Entry, event: LemonCleared) -> RunState:
+    return replace(s, lemons={n: noted for n, noted in s.lemons.items() if n != event.node})
 
 
 def _finding_noted(s: RunState, entry: Entry, event: FindingNoted) -> RunState:
     return replace(s, findings=(*s.findings, NotedFinding(event, entry.attempt)))
 
 
-def _replacement_began(s: RunState, entry: Entry, event: ReplacementBegan) -> RunState:
+def _action_withheld(s: RunState, entry: Entry, event: ActionWithheld) -> RunState:
+    return replace(s, withheld=s.withheld | {(event.action, event.nodes)})
+
+
+def _attempt_is_over(
+    s: RunState, entry: Entry, event: ReplacementBegan | GrowthBegan | RollbackBegan
+) -> RunState:
     return s  # it moves the stage, and that is all
 
 
 def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunState:
     start = entry.step or 0
+    before = s.attempt.lived_as if event.rollback and s.attempt is not None else ()
     attempt = Attempt(
         name=entry.attempt,
         generation=event.generation,
@@ -135,6 +241,8 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
         started=entry.time,
         leader=s.leader,
         incident=event.incident,
+        rollback=event.rollback,
+        lived_as=(*before, entry.attempt),
     )
     restored = tuple(
         replace(i, restored_step=start) if i.restored_step < 0 else i for i in s.open_incidents
@@ -147,7 +255,8 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
         history={**s.history, entry.attempt: (event.parent, start)},
         # What had passed was answered with the attempt in which it was noted.
         findings=tuple(f for f in s.findings if f.event.permanent),
-        settled_saves=frozenset(),
+        withheld=frozenset(),
+        settled_saves=SettledSaves(),
         validations=frozenset(),
         dropped_metrics=frozenset(),
         attempts_lost=0,
@@ -155,7 +264,10 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
 
 
 def _in_force(s: RunState, entry: Entry, event: InForceReported) -> RunState:
-    return s if s.attempt is None else replace(s, attempt=replace(s.attempt, in_force=True))
+    if s.attempt is None:
+        return s
+    attempt = replace(s.attempt, in_force=True)
+    return replace(s, attempt=attempt, fabric_settings=event.environment)
 
 
 def _training_began(s: RunState, entry: Entry, event: TrainingBegan) -> RunState:
@@ -224,7 +336,7 @@ def _checkpoint_committed(s: RunState, entry: Entry, event: CheckpointCommitted)
         s,
         checkpoints=(*s.checkpoints, made),
         findings=findings,
-        settled_saves=s.settled_saves | {event.path},
+        settled_saves=s.settled_saves.with_path(event.path),
         abandoned=tuple(path for path in s.abandoned if path != event.path),
         furthest_save=step if progress else s.furthest_save,
         restarts={} if progress else s.restarts,
@@ -243,15 +355,44 @@ def _checkpoint_retired(s: RunState, entry: Entry, event: CheckpointRetired) -> 
 
 def _save_abandoned(s: RunState, entry: Entry, event: SaveAbandoned) -> RunState:
     abandoned = (*s.abandoned, event.path)[-PATHS_REMEMBERED:]
-    return replace(s, settled_saves=s.settled_saves | {event.path}, abandoned=abandoned)
+    return replace(s, settled_saves=s.settled_saves.with_path(event.path), abandoned=abandoned)
+
+
+def _instability_seen(s: RunState, entry: Entry, event: InstabilitySeen) -> RunState:
+    step, known = entry.step or 0, s.instability
+    if known is None or known.number != event.number:
+        known = Instability(event.number, event.alarm, step, acts=0, loss=event.loss)
+    unstable = known.after_alarm(event, step)
+    s = replace(s, lr_cut=lr_cut_after(s.lr_cut, event, step))
+    return replace(s, instability=unstable, instabilities=max(s.instabilities, event.number))
+
+
+def _instability_closed(s: RunState, entry: Entry, event: InstabilityClosed) -> RunState:
+    if event.outcome == KEPT and s.lr_cut is not None:
+        s = replace(s, lr_cut=replace(s.lr_cut, kept=True))
+    return replace(s, instability=None)
+
+
+def _data_probed(s: RunState, entry: Entry, event: DataProbed) -> RunState:
+    s = replace(s, probed=max(s.probed, event.order), probe=None)
+    if s.instability is None:
+        return s
+    return replace(s, instability=s.instability.after_probe(event, entry.step or 0))
+
+
+def _replay_compared(s: RunState, entry: Entry, event: ReplayCompared) -> RunState:
+    return replace(s, replayed=max(s.replayed, event.order))
 
 
 def _order_given(s: RunState, entry: Entry, event: OrderGiven) -> RunState:
     order = make_order(event.order, event.number, event.reason, event.parameters)
+    if isinstance(order, RollBack):
+        s = replace(s, probe=order if order.probe else None)
     return replace(
         s,
+        instability=s.instability.after_order(order) if s.instability is not None else None,
         orders=(*s.orders, OrderRecord(order, leader=s.leader)),
-        orders_given=max(s.orders_given, event.number),
+        orders_given=max(s.orders_given, order.last_number),
     )
 
 
@@ -285,7 +426,8 @@ def _metrics_dropped(s: RunState, entry: Entry, event: MetricsDropped) -> RunSta
 
 def _run_finished(s: RunState, entry: Entry, event: RunFinished) -> RunState:
     # The last weights are in the run directory: nothing is to stay on nodes that others will use.
-    return replace(_at_rest(s, SHARED), finished=event)
+    # And nothing is left to be held.
+    return replace(_at_rest(s, SHARED), finished=event, hold=None)
 
 
 def _run_stopped(s: RunState, entry: Entry, event: RunStopped) -> RunState:
@@ -294,6 +436,10 @@ def _run_stopped(s: RunState, entry: Entry, event: RunStopped) -> RunState:
 
 def _run_halted(s: RunState, entry: Entry, event: RunHalted) -> RunState:
     return replace(_at_rest(s, SHARED, NODE), question=event.question)
+
+
+def _hold_changed(s: RunState, entry: Entry, event: HoldBegan | HoldEnded) -> RunState:
+    return replace(s, hold=hold_after(event, entry.time))
 
 
 def _at_rest(s: RunState, *tiers: str) -> RunState:
@@ -332,8 +478,16 @@ HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     NodeJoined: _node_joined,
     NodeFailed: _node_failed,
     NodePromoted: _node_promoted,
+    PlaceVacated: _place_vacated,
     FindingNoted: _finding_noted,
-    ReplacementBegan: _replacement_began,
+    LemonNoted: _lemon_noted,
+    LemonCleared: _lemon_cleared,
+    LemonPassedOver: _lemon_passed_over,
+    NodeReturned: _node_returned,
+    ActionWithheld: _action_withheld,
+    ReplacementBegan: _attempt_is_over,
+    RollbackBegan: _attempt_is_over,
+    GrowthBegan: _attempt_is_over,
     AttemptStarted: _attempt_started,
     InForceReported: _in_force,
     TrainingBegan: _training_began,
@@ -346,6 +500,10 @@ HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     CheckpointRejected: _checkpoint_rejected,
     CheckpointRetired: _checkpoint_retired,
     SaveAbandoned: _save_abandoned,
+    InstabilitySeen: _instability_seen,
+    InstabilityClosed: _instability_closed,
+    DataProbed: _data_probed,
+    ReplayCompared: _replay_compared,
     OrderGiven: _order_given,
     OrderEnded: _order_ended,
     ValidationMeasured: _validation,
@@ -353,6 +511,8 @@ HANDLERS: Mapping[type[Event], Callable[[RunState, Entry, Any], RunState]] = {
     RunFinished: _run_finished,
     RunStopped: _run_stopped,
     RunHalted: _run_halted,
+    HoldBegan: _hold_changed,
+    HoldEnded: _hold_changed,
     JournalDamaged: _journal_damaged,
 }
 """What each kind of line does. Kinds not listed (notes, stalls) change nothing."""

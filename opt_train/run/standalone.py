@@ -22,6 +22,7 @@ from opt_logbook.record.events import (
     Event,
     InForceReported,
     LineageOpened,
+    RunCreated,
     RunStopped,
     SaveAbandoned,
 )
@@ -53,7 +54,7 @@ from opt_train.run.admission import (
 )
 from opt_train.run.checkpoint import Checkpoint, path_of_save
 from opt_train.run.checkpoint_keeper import CheckpointKeeper
-from opt_train.run.code_state import read_code_state
+from opt_train.run.code.code_state import read_code_state
 from opt_train.run.entries import (
     attempt_started,
     checkpoint_committed,
@@ -62,8 +63,10 @@ from opt_train.run.entries import (
     training_began,
     validation_measured,
 )
+from opt_train.run.fabric_settings import settings_difference
 from opt_train.run.fold import fold
-from opt_train.run.ledger import to_json
+from opt_train.run.hold_requests import journal_holds, why_held
+from opt_train.run.ledger import TakenLedger, to_json
 from opt_train.run.lineage import RunStart, write_configuration
 from opt_train.run.retention import dispensable
 from opt_train.run.state import RunState
@@ -78,16 +81,19 @@ class StandaloneRun:
         config: RunConfig,
         start: RunStart,
         report: Callable[[str], None],
+        taken: TakenLedger | None = None,
     ) -> None:
         """Nothing is opened or written yet.
 
         Args:
             report: called with sentences for a person.
+            taken: the ledger of another run that a new one begins with.
         """
         self._directory = directory
         self._config = config
         self._start = start
         self._report = report
+        self._taken = taken
         self._lock: Lock | None = None
         self._journal: Journal | None = None
         self._keeper: CheckpointKeeper
@@ -105,6 +111,11 @@ class StandaloneRun:
         """What a person must decide before training can begin."""
         self.is_unsaved = False
         """All steps are done, but the last checkpoint could not be committed."""
+
+    @property
+    def created(self) -> RunCreated | None:
+        """The first line of the journal; None: it is not open yet."""
+        return self._state.created
 
     def open(self) -> StandaloneBegin:
         """Take the lock, journal the attempt, and decide which checkpoint it begins with.
@@ -143,10 +154,18 @@ class StandaloneRun:
         self.question = damage_question(self._directory, journal.repairs)
         if self.question:
             raise BadInput(self.question)
+        if self._state.created is not None:
+            journal_holds(self._directory, self._state.hold, self._append)
+        if held := why_held(self._directory):  # since it was asked for the first time
+            raise BadInput(held)
         if start.is_new:
-            self._append(run_created(config, data))
+            self._append(run_created(config, data, self._taken))
         if start.is_new or start.opens_lineage:
-            self._append(LineageOpened(start.lineage, sha256_of(config), start.lineage_difference))
+            self._append(
+                LineageOpened(
+                    start.lineage, sha256_of(config), start.lineage_difference, start.code_sha256
+                )
+            )
         return self._begin(journal)
 
     def _check_nobody_else_trains(self) -> None:
@@ -244,7 +263,10 @@ class StandaloneRun:
         """
         match fact:
             case InForce():
-                self._append(InForceReported(fact.values))
+                before = self._state.fabric_settings
+                changed = () if before is None else settings_difference(before, fact.environment)
+                event = InForceReported(fact.values, fact.environment, changed, fact.seconds)
+                self._append(event)
             case Metrics():
                 self._record_metrics(fact.line)
             case Validation():

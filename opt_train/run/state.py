@@ -42,7 +42,7 @@ had read it. So the events that name a stage by themselves do so from any stage 
 numbers that fence (generation, leader, order) leave room for what a lost line may have used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -55,7 +55,6 @@ from opt_logbook.record.events import (
     FailureSeen,
     LineageOpened,
     OrderGiven,
-    ReplacementBegan,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -64,20 +63,36 @@ from opt_logbook.record.events import (
     TrainingBegan,
     ValidationMeasured,
 )
+from opt_logbook.record.hardware import Offence
+from opt_logbook.record.node_events import GrowthBegan, LemonNoted, ReplacementBegan
+from opt_logbook.record.stability_events import RollbackBegan
 
 from opt_train.diagnosis.causes import Cause
-from opt_train.protocol.orders import Order, SaveAndStop
+from opt_train.protocol.orders import Order, RollBack, SaveAndStop
 from opt_train.run.attempt import Attempt
-from opt_train.run.checkpoint import FASTEST_LAST, Checkpoint
+from opt_train.run.checkpoint import FASTEST_LAST, MEMORY, Checkpoint
 from opt_train.run.finding import NotedFinding
+from opt_train.run.hold import HOLD_OF, Hold
 from opt_train.run.incident import Incident
+from opt_train.run.instability import Instability, LrCut
 from opt_train.run.ledger import Ledger
+from opt_train.run.settled_saves import SettledSaves
 
 REPLACED = "replaced"
-"""The outcome of an attempt that was ended to replace a node, without a failure."""
+"""The outcome of an attempt that was ended to replace or add a node, without a failure."""
+ROLLED_BACK = "rolled back"
+"""The outcome of an attempt that was given up for an earlier state, without a failure."""
+VACANT = ""
+"""What took the place of a node when no buffer node was left: nothing."""
 OBEYED, WITHDRAWN, SUPERSEDED = "obeyed", "withdrawn", "superseded"
 """Outcomes of orders. Superseded: a stop that somebody has countermanded by starting the run
 again."""
+
+
+NODES_END = "the time limit of the nodes"
+NODES_LOST = "too few nodes to go on with"
+"""Who stopped a run whose nodes the scheduler takes back, or does without: the supervisor gives
+them back, waits for others and goes on."""
 
 
 class Stage(StrEnum):
@@ -103,8 +118,9 @@ class Stage(StrEnum):
     their logs still say is collected until every node is known to be empty, and then the cause is
     named."""
     REPLACING = "replacing"
-    """Nothing has failed, but a node was found unfit, a checkpoint has been committed since, and a
-    buffer node is ready: the ranks are ended to begin again from there without the node."""
+    """Nothing has failed, but a node was found unfit or a place is vacant, a checkpoint has been
+    committed since, and a buffer node is ready: the ranks are ended to begin again from there with
+    that one. Or a rollback was ordered that they cannot do in place."""
     RECOVERING = "recovering"
     """As assembling, after an attempt that ended unfinished: what the diagnosis asks for (another
     node, an older checkpoint, a halt) is done first."""
@@ -127,6 +143,8 @@ TERMINAL = frozenset({Stage.FINISHED, Stage.STOPPED, Stage.HALTED})
 INTERRUPTED = "interrupted"
 """Shown for a run whose stage is not terminal and whose lock nobody holds. No stage: the journal of
 a run whose supervisor was killed cannot say so."""
+HELD = "held"
+"""Shown for a run that a person holds and that nobody leads. No stage: a run may be held in any."""
 
 
 class EventCase(NamedTuple):
@@ -141,13 +159,14 @@ Trigger = type[Event] | EventCase
 ENDED_FINISHED = EventCase(AttemptEnded, "finished")
 ENDED_STOPPED = EventCase(AttemptEnded, "stopped")
 ENDED_REPLACED = EventCase(AttemptEnded, REPLACED)
+ENDED_ROLLED_BACK = EventCase(AttemptEnded, ROLLED_BACK)
 ENDED_FAILED = EventCase(AttemptEnded, "failed")
 STOP_ORDERED = EventCase(OrderGiven, SaveAndStop.kind)
 RANKS_FAILED = EventCase(FailureSeen, "ranks may live")
 
 
 ENDINGS: Mapping[str, EventCase] = {
-    case.what: case for case in (ENDED_FINISHED, ENDED_STOPPED, ENDED_REPLACED)
+    case.what: case for case in (ENDED_FINISHED, ENDED_STOPPED, ENDED_REPLACED, ENDED_ROLLED_BACK)
 }
 """Outcome of an attempt -> what the stage goes by. Any other outcome is a failure."""
 
@@ -177,17 +196,23 @@ TRANSITIONS: Mapping[tuple[Stage, Trigger], Stage] = {
     (Stage.STARTING, ENDED_FINISHED): Stage.FINISHING,
     (Stage.STARTING, ENDED_STOPPED): Stage.STOPPING,
     (Stage.STARTING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.STARTING, ENDED_ROLLED_BACK): Stage.ASSEMBLING,
     (Stage.TRAINING, STOP_ORDERED): Stage.STOPPING,
     (Stage.TRAINING, RANKS_FAILED): Stage.FAILING,
     (Stage.TRAINING, ENDED_FINISHED): Stage.FINISHING,
     (Stage.TRAINING, ENDED_STOPPED): Stage.STOPPING,
     (Stage.TRAINING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.TRAINING, ENDED_ROLLED_BACK): Stage.ASSEMBLING,
     (Stage.TRAINING, ReplacementBegan): Stage.REPLACING,
+    (Stage.TRAINING, GrowthBegan): Stage.REPLACING,
+    (Stage.TRAINING, RollbackBegan): Stage.REPLACING,
     (Stage.REPLACING, ENDED_REPLACED): Stage.ASSEMBLING,
+    (Stage.REPLACING, ENDED_ROLLED_BACK): Stage.ASSEMBLING,
     (Stage.STOPPING, RANKS_FAILED): Stage.FAILING,
     (Stage.STOPPING, ENDED_STOPPED): Stage.STOPPING,
     (Stage.STOPPING, ENDED_FINISHED): Stage.FINISHING,
     (Stage.STOPPING, ENDED_FAILED): Stage.RECOVERING,
+    (Stage.STOPPING, ENDED_ROLLED_BACK): Stage.ASSEMBLING,
     (Stage.STOPPING, RunStopped): Stage.STOPPED,
     (Stage.FAILING, ENDED_FAILED): Stage.RECOVERING,
     (Stage.RECOVERING, AttemptStarted): Stage.STARTING,
@@ -213,6 +238,7 @@ REGARDLESS: Mapping[Trigger, Stage] = {
     ENDED_FINISHED: Stage.FINISHING,
     ENDED_STOPPED: Stage.STOPPING,
     ENDED_REPLACED: Stage.ASSEMBLING,
+    ENDED_ROLLED_BACK: Stage.ASSEMBLING,
     ENDED_FAILED: Stage.RECOVERING,
     RunFinished: Stage.FINISHED,
     RunStopped: Stage.STOPPED,
@@ -231,10 +257,16 @@ def next_stage(stage: Stage, event: Event, *, lives: bool) -> Stage:
 @dataclass(frozen=True, slots=True)
 class Node:
     """A node that ever joined or failed. `role` is ``active``, ``buffer`` or ``failed``; a failed
-    one stays so."""
+    one stays so until it returns from a preflight that it passed."""
 
     role: str
     slots: int = 0
+    failures: int = 0
+    """How often it was taken out."""
+    cause: str = ""
+    """Of the last time."""
+    failed_at: float = 0.0
+    """When, in Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,16 +303,24 @@ class RunState:
     not used again."""
     nodes: Mapping[str, Node] = field(default_factory=dict)
     replacements: Mapping[str, str] = field(default_factory=dict)
-    """Node -> the buffer node that took its place."""
+    """Node that a place is named after -> the last node that has taken it, if it is another."""
+    vacated: frozenset[str] = frozenset()
+    """Places that nobody has, by the nodes they are named after."""
+    offences: tuple[Offence, ...] = ()
+    """What nodes of this run were taken out for, of what is to be remembered across runs."""
+    lemons: Mapping[str, LemonNoted] = field(default_factory=dict)
+    """Nodes of the run that are repeat offenders."""
     findings: tuple[NotedFinding, ...] = ()
     """What probes found, oldest first."""
+    withheld: frozenset[tuple[str, tuple[str, ...]]] = frozenset()
+    """(Action, nodes) that the current attempt's journal says would be done in another mode."""
     generation: int = 0
     attempt: Attempt | None = None
     history: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Attempt -> (parent, start step): the tree that the live chain is a path of."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """In the order they were committed."""
-    settled_saves: frozenset[str] = frozenset()
+    settled_saves: SettledSaves = field(default_factory=SettledSaves)
     """Paths of the current attempt's saves that were committed or abandoned: facts about them are
     old news."""
     retired: tuple[str, ...] = ()
@@ -300,14 +340,30 @@ class RunState:
     """Over the life of the run: the number of the newest."""
     orders: tuple[OrderRecord, ...] = ()
     """The queue: outstanding orders, oldest first, and a stop until the run has come to rest."""
+    fabric_settings: Mapping[str, str] | None = None
+    """Variables of NCCL and its like that the newest attempt's ranks had; None: none is known."""
     ledger: Ledger = ()
     """Lasting orders that the ranks obeyed."""
+    instability: Instability | None = None
+    """The trouble of training that is being answered."""
+    lr_cut: LrCut | None = None
+    """What the supervisor has taken of the learning rate last."""
+    instabilities: int = 0
+    """Such troubles so far."""
+    probe: RollBack | None = None
+    """The newest rollback, if the data is to be probed with it and has not been."""
+    probed: int = 0
+    """The newest rollback whose probe of the data is on record."""
+    replayed: int = 0
+    """The newest rollback whose steps, trained again, are on record as the same or not."""
     validations: frozenset[tuple[str, int]] = frozenset()
     """(name, step) of validations journalled in the current attempt."""
     validation: ValidationMeasured | None = None
     """The newest of the held-out part of the corpus; named sets are in the journal alone."""
     dropped_metrics: frozenset[int] = frozenset()
     """Ranks of the current attempt whose dropped metrics are journalled."""
+    hold: Hold | None = None
+    """No attempt begins while there is one."""
     stopped_by: str = ""
     question: str = ""
     saved_step: int = -1
@@ -319,9 +375,22 @@ class RunState:
         return self.attempt if self.attempt is not None and not self.attempt.outcome else None
 
     @property
+    def goes_on_by_itself(self) -> bool:
+        """Whether the supervisor that has brought the run to rest takes it up again, with other
+        nodes: those it had are gone, or it was held and has been resumed meanwhile."""
+        by = self.stopped_by
+        awaited = by in (NODES_END, NODES_LOST) or by.startswith(HOLD_OF)
+        return self.stage is Stage.STOPPED and self.hold is None and awaited
+
+    @property
     def incident(self) -> Incident | None:
         """The newest open incident."""
         return self.open_incidents[-1] if self.open_incidents else None
+
+    @property
+    def takes_orders(self) -> bool:
+        """Whether a step may still be trained under an order that is given now."""
+        return self.stop_wanted is None and self.stage not in (*TERMINAL, Stage.FINISHING)
 
     @property
     def stop_wanted(self) -> OrderRecord | None:
@@ -335,6 +404,12 @@ class RunState:
         return tuple(record for record in self.orders if not record.outcome)
 
     @property
+    def rollback(self) -> RollBack | None:
+        """The rollback that was ordered and has not come about, in place or by a restart."""
+        ordered = (record.order for record in self.outstanding_orders)
+        return next((order for order in ordered if isinstance(order, RollBack)), None)
+
+    @property
     def settled_order(self) -> int:
         """The number up to which orders are no news to ranks that begin now."""
         waiting = self.outstanding_orders
@@ -346,11 +421,25 @@ class RunState:
         first = (
             last.next() if last is not None and last.lineage == lineage else AttemptId(lineage, 0)
         )
-        return str(AttemptId(lineage, first.number + self.attempts_lost))
+        # Ranks may have become the attempt of a rollback, and nobody knows of it.
+        reserved = self.rollback is not None and self.rollback.attempt == str(first)
+        return str(AttemptId(lineage, first.number + self.attempts_lost + reserved))
+
+    @property
+    def failed_nodes(self) -> frozenset[str]:
+        return frozenset(name for name, node in self.nodes.items() if node.role == "failed")
 
     def has_failed(self, node: str) -> bool:
         record = self.nodes.get(node)
         return record is not None and record.role == "failed"
+
+    def places_of(self, node: str) -> frozenset[str]:
+        """The places that `node` was the last to take, by the nodes they are named after. Those of
+        earlier allocations are among them."""
+        taken = {place for place, last in self.replacements.items() if last == node}
+        # One that stands by again may find its own place taken by another.
+        own = {node} if node not in self.replacements or not taken else set()
+        return frozenset(taken | own)
 
     def chain(self) -> tuple[Checkpoint, ...]:
         """Checkpoints that the current attempt descends from or made, oldest first, rejected ones
@@ -369,7 +458,8 @@ class RunState:
         """What a restart restores: the newest of the live chain not rejected, of those of one step
         the fastest.
 
-        An unhealthy one only for want of others.
+        An unhealthy one only for want of others. While a rollback is ordered, none beyond its
+        step, if there is one before.
 
         Args:
             shared_only: for whoever reads the run directory alone and has no agents.
@@ -377,8 +467,24 @@ class RunState:
         good = [
             c for c in self.chain() if not c.rejected and not (shared_only and c.is_with_agents)
         ]
-        best = [c for c in good if c.healthy] or good
-        return best[-1] if best else None
+        if self.rollback is None or not good:
+            return _newest_of(good)
+        wanted = self.rollback.step
+        found = _newest_of([c for c in good if c.step <= wanted])
+        # Without a snapshot of it the beginning is that of ranks that restore nothing.
+        return found if found is not None or wanted == 0 else good[0]
+
+    def rollback_target(self, step: int) -> Checkpoint | None:
+        """What a rollback to `step` restores: the newest good one of the live chain at or before
+        it; None: there is none."""
+        return _newest_of([c for c in self.chain() if not c.rejected and c.step <= step])
+
+    @property
+    def saved_for_later(self) -> int:
+        """The step that a run which rests now goes on from; -1: nothing is saved."""
+        # The memory of agents goes with them, so what is in it alone was not saved.
+        saved = (c.step for c in self.chain() if not c.rejected and c.tier != MEMORY)
+        return max(saved, default=-1)
 
     def speaks_against_checkpoint(self, cause: str) -> bool:
         """Whether a failure of `cause` says that what the attempt began with is bad: its ranks
@@ -407,3 +513,9 @@ class RunState:
         if self.newest_good() is not None:
             return self.checkpoints
         return tuple(replace(checkpoint, rejected=False) for checkpoint in self.checkpoints)
+
+
+def _newest_of(good: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The last of them, an unhealthy one only for want of others."""
+    best = [checkpoint for checkpoint in good if checkpoint.healthy] or good
+    return best[-1] if best else None

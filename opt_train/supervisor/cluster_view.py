@@ -8,12 +8,19 @@ decides anything. What belongs to a node is in its `NodeView`, what belongs to a
 """
 
 import logging
+from collections.abc import Collection
 
-from opt_train.protocol.commands import Begin, Command, Drop, Kill
+from opt_logbook.record.hardware import Offence
+
+from opt_train.config.run_config import RunConfig
+from opt_train.protocol.commands import Begin, Command, Drop, Kill, Preflight
 from opt_train.protocol.facts import (
     Fetched,
     GenerationGone,
+    GpusSeen,
+    NodeFinding,
     OrderObeyed,
+    PreflightEnded,
     RankExited,
     RankFact,
     SlotState,
@@ -22,7 +29,6 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.framing import Message
 from opt_train.run.state import RunState, Stage
-from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.effects import (
     AcknowledgeFact,
     CommitManifest,
@@ -31,8 +37,11 @@ from opt_train.supervisor.effects import (
     FenceNode,
     Finish,
     InspectCheckpoint,
+    RequestNodes,
     Send,
+    ShareOffences,
     Show,
+    StartAgent,
 )
 from opt_train.supervisor.generation_view import GenerationView
 from opt_train.supervisor.inputs import (
@@ -68,11 +77,24 @@ class ClusterView:
     """All of it. `apply_input` takes an input in, `mark_sent` what was asked of the shell, `follow`
     a change of the state."""
 
-    def __init__(self, config: SupervisorConfig, now: Now) -> None:
+    def __init__(  # noqa: PLR0915 - its parts
+        self, config: RunConfig, now: Now, nodes: Collection[str] = ()
+    ) -> None:
+        """`nodes`: those that this supervisor begins with."""
         self.now = now
+        self.allocation = tuple(nodes)
+        """Every node of the run: those that this supervisor began with, then what has come."""
+        self.members = set(nodes)
+        """The same: asked of every node at every input."""
+        self.arrived: list[str] = []
+        """Nodes that the cluster has handed out since, in the order they came."""
+        self.agents_asked_for: set[str] = set()
+        self.requested: RequestNodes | None = None
+        """What the cluster was last asked for, and when."""
+        self.requested_at = float("-inf")
         self.began = now.monotonic
         self.watching = False
-        """This input is a tick on which the slow watches look, once a second."""
+        """Among the inputs at hand is a tick on which the slow watches look, once a second."""
         self._watched_at = float("-inf")
         self.nodes: dict[str, NodeView] = {}
         self.generations: dict[int, GenerationView] = {}
@@ -81,6 +103,14 @@ class ClusterView:
         self.training = TrainingView(config, now.monotonic)
         self.pending: set[str] = set()
         """Nodes with facts that are not acknowledged, or whose acknowledgement was lost."""
+        self.to_settle: set[str] = set()
+        """Those of `pending` that the inputs at hand, or a change of the state, make worth a
+        look."""
+        self.called_down: set[str] = set()
+        """Nodes that the cluster calls down."""
+        self.draining: set[str] = set()
+        """Nodes that an admin wants back."""
+        self._observed: ClusterObserved | None = None
         self.connected_now: set[str] = set()
         """Nodes that dialled in with the input at hand."""
         self.highest_generation = 0
@@ -97,6 +127,8 @@ class ClusterView:
         self.committed: dict[str, ManifestCommitted] = {}
         """What the input at hand says of manifests."""
         self.verified: dict[str, CheckpointInspected] = {}
+        self.shared: tuple[Offence, ...] = ()
+        """What other runs were last told of this one's nodes."""
         self.shown: Show | None = None
         self.shown_at = float("-inf")
         self._sent = SentEffects()
@@ -128,29 +160,31 @@ class ClusterView:
 
     # Inputs ---------------------------------------------------------------------------------------
 
-    def apply_input(self, input_: Input, now: Now, state: RunState) -> None:
-        """Take `input_` in. What comes twice counts once."""
+    def apply_input(self, input_: Input, now: Now, state: RunState) -> bool:
+        """Take `input_` in; returns whether there may be something to decide. What comes twice
+        counts once.
+
+        Most of what comes says nothing new: the agents of a large run beat some hundred times a
+        second. What only time decides is decided on a tick.
+        """
         self.now = now
-        self.watching = (
-            isinstance(input_, Tick) and now.monotonic - self._watched_at >= WATCH_SECONDS
-        )
-        if self.watching:
-            self._watched_at = now.monotonic
         match input_:
+            case Tick():
+                if now.monotonic - self._watched_at >= WATCH_SECONDS:
+                    self.watching, self._watched_at = True, now.monotonic
             case HeartbeatReceived(node, heartbeat):
-                # Heartbeats are never numbered: the next one, a second later, replaces this one. An
-                # agent sends all that waits for it before its first heartbeat on a connection, so
-                # one heartbeat proves that its facts are here.
-                self.node(node).caught_up = True
-                self._apply_slots(self.node(node), heartbeat.slots, state)
+                # Heartbeats are never numbered: the next one replaces this one. An agent sends all
+                # that waits for it before its first heartbeat on a connection, so one heartbeat
+                # proves that its facts are here.
+                view = self.node(node)
+                before, view.caught_up = view.caught_up, True
+                return self._apply_slots(view, heartbeat.slots, state) or not before
             case FactReceived():
                 self._apply_fact(input_)
             case MetricsReceived() | MetricsRecalled():
                 self.training.apply_metrics(input_, state, now.monotonic)
             case ClusterObserved():
-                for node, status in input_.nodes.items():
-                    self.node(node).observe(status, input_.reasons.get(node, ""), now.monotonic)
-                    self.node(node).draining = input_.draining.get(node, "")
+                return self._apply_observation(input_)
             case AgentConnected(node, agent):
                 self.connected_now.add(node)
                 self.inventory.apply_connection(node, agent)
@@ -170,6 +204,24 @@ class ClusterView:
                 self._apply_stop(by)
             case _:
                 pass
+        return True
+
+    def _apply_observation(self, input_: ClusterObserved) -> bool:
+        if input_ == self._observed:
+            return False
+        self._observed = input_
+        for node, status in input_.nodes.items():
+            view = self.node(node)
+            view.observe(status, input_.reasons.get(node, ""), self.now.monotonic)
+            view.draining = input_.draining.get(node, "")
+            view.taken_back = node in input_.taken_back
+            if node not in self.members:
+                self.members.add(node)
+                self.allocation += (node,)
+                self.arrived.append(node)
+        self.called_down = {node for node, status in input_.nodes.items() if status == "down"}
+        self.draining = {node for node, why in input_.draining.items() if why}
+        return True
 
     def _apply_stop(self, by: str) -> None:
         # A scheduler's signal does not hurry, and it is repeated: `scancel` reaches the supervisor
@@ -180,12 +232,15 @@ class ClusterView:
         self.stops += 1
         self._stopped_at = self.now.monotonic
 
-    def _apply_slots(self, view: NodeView, slots: tuple[SlotState, ...], state: RunState) -> None:
+    def _apply_slots(self, view: NodeView, slots: tuple[SlotState, ...], state: RunState) -> bool:
+        """Whether other ranks than before run there, or wait."""
         now = self.now.monotonic
         gap, view.slots_at = now - view.slots_at, now
+        changed = False
         for slot in slots:
             before = view.slots.get(slot.slot)
             view.slots[slot.slot] = slot
+            changed = changed or before is None or _who(before) != _who(slot)
             if slot.stage != "running":
                 view.absent_since.setdefault(slot.slot, now)
                 continue
@@ -197,11 +252,16 @@ class ClusterView:
             if before is None or (before.stage, before.generation) != ("running", slot.generation):
                 continue
             self.training.apply_slot(before, slot, gap, state, now)
+        if changed:
+            running = (slot.generation for slot in view.slots.values() if slot.stage == "running")
+            view.running = frozenset(running)
+        return changed
 
-    def _apply_fact(self, input_: FactReceived) -> None:
+    def _apply_fact(self, input_: FactReceived) -> None:  # noqa: PLR0912 - one case a fact
         node, fact = input_.node, input_.fact
         view = self.node(node)
         self.pending.add(node)
+        self.to_settle.add(node)
         # Its acknowledgement was lost with a link. It is acknowledged again and not applied again:
         # by now the attempt that it speaks of may be over.
         if input_.number <= view.acknowledged:
@@ -214,6 +274,7 @@ class ClusterView:
             case RankFact(generation, _, rank, own):
                 if not self._known(generation).apply_rank_fact(rank, own):
                     self._note_unknown(node, own)
+                self.training.apply_validation(own)
             case RankExited(generation):
                 self._known(generation).apply_exit(node, fact)
             case Stacks(generation):
@@ -225,6 +286,12 @@ class ClusterView:
                 self.inventory.apply_snapshot(node, fact)
             case Fetched():
                 self.inventory.apply_fetched(node, fact)
+            case PreflightEnded():
+                view.preflight_ended, view.preflight_result = self.now.monotonic, fact
+            case GpusSeen(gpus):
+                view.gpus = gpus
+            case NodeFinding():
+                pass  # it waits among the node's facts until it is journalled (rules/findings.py)
             case _:
                 self._note_unknown(node, fact)
 
@@ -239,7 +306,7 @@ class ClusterView:
 
     # What was decided -----------------------------------------------------------------------------
 
-    def mark_sent(self, effect: Effect) -> None:
+    def mark_sent(self, effect: Effect) -> None:  # noqa: PLR0912 - one case an effect
         """Remember that `effect` was asked of the shell, so that it is not asked again at once."""
         now = self.now.monotonic
         match effect:
@@ -255,6 +322,11 @@ class ClusterView:
                 # The cluster will call it down from now on, by our own hand: the diagnosis must not
                 # take that for a failure of the node.
                 self.node(node).fenced_unreached |= self.node(node).cluster != "down"
+            case StartAgent(node):
+                self.agents_asked_for.add(node)
+                self.node(node).agent_asked = self.now
+            case RequestNodes():
+                self.requested, self.requested_at = effect, now
             case InspectCheckpoint():
                 self._sent.mark(effect, 0, now)
             case CommitManifest(path):
@@ -262,6 +334,8 @@ class ClusterView:
             case CommitSnapshot():
                 self.committing[effect.paths[0]] = now
                 self.inventory.mark_commit(effect)
+            case ShareOffences(_, _, offences):
+                self.shared = offences
             case Show():
                 self.shown, self.shown_at = effect, now
             case Finish():
@@ -275,16 +349,20 @@ class ClusterView:
             case Kill(generation):
                 self._known(generation).kill_sent_at.setdefault(node, self.now.monotonic)
             case Begin(generation, _, _, _, rank):
-                self._known(generation).rank(rank).was_begun = True
+                self._known(generation).begun.add(rank)
                 view = self.node(node)
                 # What did not run when the agent dialled in was marked as gone
                 # (`NodeView.connect`); from here on it may run.
                 view.gone_generation = min(view.gone_generation, generation - 1)
+            case Preflight():
+                self.node(node).preflight_asked = self.now.monotonic
             case Drop(path):  # nobody fetches it any more
                 self._sent.forget_fetches(path)
 
     def end_input(self) -> None:
-        """All that the input at hand gave cause for has been decided."""
+        """All that the inputs at hand gave cause for has been decided."""
+        self.watching = False
+        self.to_settle.clear()
         self.committed.clear()
         self.connected_now.clear()
 
@@ -292,6 +370,7 @@ class ClusterView:
         """Follow a change of the state: clocks begin again, and what belonged to older generations
         is dropped."""
         now = self.now.monotonic
+        self.to_settle |= self.pending
         if before.stage != state.stage:
             self.stage_since = now
             if state.stage in (Stage.ASSEMBLING, Stage.RECOVERING):
@@ -328,3 +407,8 @@ class ClusterView:
 
     def _connections_of(self, effect: Repeatable) -> int:
         return self.node(effect.node).connections if isinstance(effect, Send) else 0
+
+
+def _who(slot: SlotState) -> tuple[object, ...]:
+    """What of a slot decisions go by; where its rank is in a step, the watches alone look at."""
+    return (slot.stage, slot.spare, slot.pid, slot.generation, slot.rank)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, POSITIVE
+from opt_train.protocol.keys import NOT_NEGATIVE, OPERATIONAL, POSITIVE, Choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +12,13 @@ class SupervisorConfig:
     seen."""
 
     key_kind: ClassVar = OPERATIONAL
+
+    mode: Annotated[str, Choices("observe", "advise", "act")] = "act"
+    """How far the supervisor may go by itself. In ``observe`` and ``advise`` it journals what it
+    would have done, and a run that has failed waits for a person."""
+    modes: str = ""
+    """Modes of single causes, as comma-separated ``cause=mode`` pairs that go before `mode`:
+    ``"straggler=observe,gpu_ecc/remap_pending=advise"``. Causes and details: docs/causes.md."""
 
     start_seconds: Annotated[float, POSITIVE] = 300.0
     """Longest wait for a rank to begin its first step, before anything is learned."""
@@ -31,5 +38,16 @@ class SupervisorConfig:
     """Longest wait for the nodes of an attempt to dial in."""
     restarts_without_progress: Annotated[int, POSITIVE] = 3
     """Restarts for one cause without a new checkpoint, after which a person must decide."""
+    lemons: str = ""
+    """Folder of the record of repeat offenders (lemons), which all runs of a site share; empty:
+    ``.lemons`` beside the run directories. Not on a local cluster."""
+    lemon_half_life_days: Annotated[float, POSITIVE] = 30.0
+    """After this long a failure on record counts for half."""
+    lemon_score: Annotated[float, POSITIVE] = 1.5
+    """From this score on a node is a repeat offender, and trains only where no other can: 1 for
+    each time that it was taken out for bad hardware, halved with every half-life since."""
+    lemon_exclude_score: Annotated[float, NOT_NEGATIVE] = 3.0
+    """From this score on a scheduler is asked for nodes without it, as long as enough others work;
+    0: never."""
     status_seconds: Annotated[float, POSITIVE] = 2.0
     """Between status lines where the terminal cannot redraw one."""

@@ -10,11 +10,13 @@ effect              promise                                   what comes back
 `Send`              in order, if the agent is connected       facts; nothing if it was lost
 `AcknowledgeFact`   as `Send`                                 nothing; a lost one: the fact again
 `StartAgent`        tried once                                `ClusterObserved`, a connection
+`RequestNodes`      tried once                                `ClusterObserved`, sooner or later
 `FenceNode`         tried once, one at a time on a node       `ClusterObserved`: down
 `WriteMetrics`      behind the entries before it; not fsynced nothing
 `InspectCheckpoint` done                                      `CheckpointInspected`
 `CommitManifest`    done, if the lock is still ours           `ManifestCommitted`
 `CommitSnapshot`    done, if the lock is still ours           `ManifestCommitted`
+`ShareOffences`     tried; the next change or supervisor does nothing
 `RetireCheckpoint`  tried; the next supervisor tries it again nothing
 `ClearUncommitted`  tried; the next attempt tries it again    nothing
 `Show`              at once, ahead of all others              nothing
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opt_logbook.record.events import Entry
+from opt_logbook.record.hardware import Offence
 
 from opt_train.protocol.commands import Command
 
@@ -44,8 +47,8 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a command to the node's agent; forgotten if it is not connected (the core repeats itself
-    on connection)."""
+    """Send a command to the node's agent, by the connection that the core knows of; forgotten if
+    that is no more (the core repeats itself on connection)."""
 
     node: str
     command: Command
@@ -64,6 +67,15 @@ class StartAgent:
     """Have the cluster start the node's agent, if it does not run."""
 
     node: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestNodes:
+    """Ask the cluster for `count` nodes more, none of them in `failed`: as many as it is asked for
+    already are no news to it. What it gives is in `ClusterObserved`."""
+
+    count: int
+    failed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +137,17 @@ class CommitSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareOffences:
+    """Replace what the site's record of repeat offenders has of the run of this name that was
+    created then."""
+
+    run: str
+    created: float
+    """Unix seconds."""
+    offences: tuple[Offence, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RetireCheckpoint:
     """Remove the checkpoint's folder, manifest first. The core has journalled it."""
 
@@ -153,6 +176,8 @@ class Show:
     buffer_nodes: int
     attempt: str
     last_incident: str
+    waiting_for: str = ""
+    """Before it goes on; empty: it trains, or is at rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +194,13 @@ Effect = (
     | Send
     | AcknowledgeFact
     | StartAgent
+    | RequestNodes
     | FenceNode
     | WriteMetrics
     | InspectCheckpoint
     | CommitManifest
     | CommitSnapshot
+    | ShareOffences
     | RetireCheckpoint
     | ClearUncommitted
     | Show

@@ -13,6 +13,7 @@ from opt_train.protocol.exits import DONE, STOPPED
 from opt_train.protocol.facts import (
     ExitNotice,
     InForce,
+    Probed,
     RankExited,
     SaveFailed,
     ShardsSaved,
@@ -23,14 +24,13 @@ from opt_train.protocol.facts import (
 )
 from opt_train.protocol.framing import Message
 from opt_train.run.checkpoint import MEMORY, path_of_save
+from opt_train.run.settled_saves import SettledSaves
 
 
 @dataclass(slots=True)
 class RankView:
     """One rank of one generation."""
 
-    was_begun: bool = False
-    """It was sent its `Begin`."""
     was_running: bool = False
     """An agent has shown it running in a slot."""
     notice: ExitNotice | None = None
@@ -66,8 +66,18 @@ class GenerationView:
     """Those of `exits` that no rank announced."""
     in_force: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     """By rank: what it read back after its start."""
+    environments: dict[int, Mapping[str, str]] = field(default_factory=dict)
+    """Rank -> the variables that decide how it talks to the others."""
+    start_seconds: dict[str, float] = field(default_factory=dict)
+    """Part of the start -> how long it took the slowest rank."""
+    in_force_variants: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
+    """The different ones among `in_force`, each with the rank that reported it first."""
+    begun: set[int] = field(default_factory=set)
+    """Ranks that were sent their `Begin`."""
     validations: dict[tuple[str, int], Validation] = field(default_factory=dict)
     """By name and step; not yet journalled."""
+    probed: Probed | None = None
+    """What its data looks like to the state that it began with."""
     kill_sent_at: dict[str, float] = field(default_factory=dict)
     """Node -> when its agent was first sent the command to kill this generation."""
 
@@ -79,9 +89,6 @@ class GenerationView:
 
     def was_running(self, rank: int) -> bool:
         return rank in self.ranks and self.ranks[rank].was_running
-
-    def was_begun(self, rank: int) -> bool:
-        return rank in self.ranks and self.ranks[rank].was_begun
 
     @property
     def notices(self) -> dict[int, ExitNotice]:
@@ -101,8 +108,14 @@ class GenerationView:
         match fact:
             case Store():
                 self.store = fact
-            case InForce(values):
+            case InForce(values, environment, seconds):
                 self.in_force[rank] = values
+                for part, taken in seconds.items():
+                    self.start_seconds[part] = max(taken, self.start_seconds.get(part, 0.0))
+                # Sixteen thousand ranks report the same: what is compared is what differs.
+                if all(values != known for _, known in self.in_force_variants):
+                    self.in_force_variants.append((rank, values))
+                self.environments[rank] = environment
             case ShardsSaved(step):
                 self._save(step).reports[rank] = fact
             case SaveFailed(step, reason):
@@ -114,6 +127,8 @@ class GenerationView:
                 self.rank(rank).notice = fact
             case Validation(name, step):
                 self.validations[name, step] = fact
+            case Probed():
+                self.probed = fact
             case _:
                 return False
         return True
@@ -147,7 +162,7 @@ class GenerationView:
         """(step, what agents have by rank) of every snapshot that is not settled, oldest first."""
         return sorted((step, save.snapshots) for step, save in self.saves.items() if save.snapshots)
 
-    def forget_settled(self, attempt: str, settled: frozenset[str]) -> None:
+    def forget_settled(self, attempt: str, settled: SettledSaves) -> None:
         """Forget the saves of `attempt`, this generation's, whose paths are in `settled`: the
         journal says what became of them."""
         for step, save in list(self.saves.items()):

@@ -12,6 +12,7 @@ input                 where it comes from                             more than 
 `ClusterObserved`     the cluster, every second                       the newest counts
 `CheckpointInspected` the answer to `InspectCheckpoint`               no
 `ManifestCommitted`   the answer to a commit                          no
+`BatchRead`           a process that an alarm's line has begun        no
 `JournalWasStalled`   an append that took long                        no
 `InboxReceived`       a file in `inbox/`, kept until it is journalled after a supervisor's death
 `StopAsked`           a signal                                        counted: twice is impatience
@@ -24,7 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opt_logbook.record.events import RunCreated
+from opt_logbook.record.hardware import Offence
+from opt_logbook.record.stability_events import BatchSource
 
+from opt_train.clusters.topology import Topology
 from opt_train.protocol.facts import AgentState, Heartbeat
 from opt_train.protocol.framing import Message
 
@@ -62,6 +66,14 @@ class Identity:
     git_commit: str = ""
     git_dirty: bool = False
     packages: Mapping[str, str] = field(default_factory=dict)
+    code_sha256: str = ""
+    """Of the code with which ranks train, where it is a lineage's copy."""
+    supervisor_difference: tuple[str, ...] = ()
+    """What this supervisor runs and is not that code."""
+    topology: Topology = field(default_factory=Topology)
+    """The network between the nodes, those that may be added too."""
+    offences: tuple[Offence, ...] = ()
+    """What nodes were taken out of other runs for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +136,8 @@ class ClusterObserved:
     reasons: Mapping[str, str]
     draining: Mapping[str, str] = field(default_factory=dict)
     """Nodes that an admin wants back, with the reason given."""
+    taken_back: frozenset[str] = frozenset()
+    """Nodes that are down since the scheduler has taken them away from the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +168,17 @@ class ManifestCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchRead:
+    """What the batch consisted of that took `attempt` to `step`, where the journal has an alarm."""
+
+    attempt: str
+    step: int
+    alarm: str
+    documents: int
+    sources: tuple[BatchSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JournalWasStalled:
     """An append took `seconds` on a sick file system; it is durable now."""
 
@@ -162,8 +187,9 @@ class JournalWasStalled:
 
 @dataclass(frozen=True, slots=True)
 class InboxReceived:
-    """Somebody dropped a message into `inbox/`: `{"kind": "note", "author", "text"}` or `{"kind":
-    "stop", "by"}`."""
+    """Somebody dropped a message into `inbox/`: `{"kind": "note", "author", "text"}`, `{"kind":
+    "stop", "by"}`, `{"kind": "hold", "by", "reason", "asked"}`, `{"kind": "resume", "by"}` or
+    `{"kind": "intervene", "by", "why", "changes"}`."""
 
     message: Mapping[str, Any]
 
@@ -190,6 +216,7 @@ Input = (
     | ClusterObserved
     | CheckpointInspected
     | ManifestCommitted
+    | BatchRead
     | JournalWasStalled
     | InboxReceived
     | StopAsked

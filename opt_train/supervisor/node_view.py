@@ -3,12 +3,15 @@ it."""
 
 from dataclasses import dataclass, field
 
-from opt_train.protocol.facts import AgentState, SlotState
+from opt_train.protocol.facts import AgentState, NodeGpu, PreflightEnded, SlotState
 from opt_train.protocol.framing import Message
+from opt_train.supervisor.inputs import Now
 
 DOWN_BEFORE_UP_SECONDS = 5.0
 """A node that was never up counts as down after this: right after a start the cluster may not have
 seen the agent that it was just asked for."""
+
+NEVER = float("-inf")
 
 
 @dataclass(slots=True)
@@ -28,6 +31,8 @@ class NodeView:
     """The supervisor that its agent obeyed first."""
     slots: dict[int, SlotState] = field(default_factory=dict)
     slots_at: float = 0.0
+    running: frozenset[int] = frozenset()
+    """Generations of the ranks that run in its slots."""
     absent_since: dict[int, float] = field(default_factory=dict)
     """Slot -> since when no rank runs in it."""
     lost_generation: int = -1
@@ -39,11 +44,22 @@ class NodeView:
     cluster_reason: str = ""
     draining: str = ""
     """An admin wants the node back: why."""
+    taken_back: bool = False
+    """The scheduler has taken it away from the run."""
     down_since: float = 0.0
     fenced_unreached: bool = False
     """Fenced because it did not answer, while the cluster did not call it down: down by our own
     hand, then."""
     seen_up: bool = False
+    preflight_asked: float = NEVER
+    preflight_ended: float = NEVER
+    """When this agent was last asked to test its node, and when it last answered."""
+    preflight_result: PreflightEnded | None = None
+    """What it answered."""
+    agent_asked: Now | None = None
+    """When an agent was last asked for here, beside those with which this supervisor began."""
+    gpus: tuple[NodeGpu, ...] = ()
+    """Those of the node; empty: not read yet, or none."""
     facts: dict[int, Message] = field(default_factory=dict)
     """Received and not yet acknowledged, by number, in order."""
     acknowledged: int = 0
@@ -60,8 +76,13 @@ class NodeView:
             # Another process numbers its facts anew.
             self.pid, self.facts, self.acknowledged = state.pid, {}, 0
             self.first_leader = state.first_leader
+            self.preflight_asked = self.preflight_ended = NEVER
+            self.preflight_result = None
+        elif self.preflight_asked > self.preflight_ended:
+            self.preflight_asked = NEVER  # the command may have been lost with the link
         self.connected, self.seen_up, self.fenced_unreached = True, True, False
         self.connected_at = now
+        self.gpus = state.gpus or self.gpus
         self.connections += 1
         self.caught_up = self.resent = False
         # Nothing was sent on this connection yet, so what does not run now will not, unless it is

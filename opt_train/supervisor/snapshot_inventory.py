@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from opt_train.protocol.commands import Command, Drop, Fetch
 from opt_train.protocol.facts import AgentState, Fetched, SnapshotStored
 from opt_train.run.checkpoint import MEMORY, path_of_save
+from opt_train.run.settled_saves import SettledSaves
 from opt_train.supervisor.effects import CommitSnapshot
 from opt_train.supervisor.inputs import ManifestCommitted
 
@@ -31,6 +32,11 @@ class SnapshotInventory:
     def paths_on(self, node: str) -> frozenset[str]:
         """Every checkpoint of which the agent of `node` has anything."""
         return frozenset(self._files.get(node, {}))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no agent has anything."""
+        return not any(self._files.values())
 
     def address(self, node: str) -> str:
         """Where other agents get what the node has; empty: nowhere."""
@@ -87,7 +93,7 @@ class SnapshotInventory:
                 self._files.get(node, {}).pop(path, None)
                 self.fetched.pop(path, None)
 
-    def forget_settled(self, settled: frozenset[str]) -> None:
+    def forget_settled(self, settled: SettledSaves) -> None:
         """What the journal says of snapshots on their way to disks is not kept here as well."""
-        for path in self.passed_on.keys() & settled:
+        for path in [path for path in self.passed_on if path in settled]:
             del self.passed_on[path]

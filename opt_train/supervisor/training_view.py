@@ -3,11 +3,18 @@ moved."""
 
 import math
 
-from opt_train.protocol.facts import SlotState
+from opt_logbook.record.events import HELD_OUT
+
+from opt_train.config.run_config import RunConfig
+from opt_train.protocol.facts import SlotState, Validation
+from opt_train.protocol.framing import Message
+from opt_train.run.instability import answered_up_to
 from opt_train.run.state import RunState
-from opt_train.supervisor.config import SupervisorConfig
+from opt_train.stability.detectors import Detectors
+from opt_train.stability.metric_history import MetricHistory
+from opt_train.stability.replayed import Replayed
+from opt_train.stability.signs import SIGNS
 from opt_train.supervisor.inputs import MetricsRecalled, MetricsReceived
-from opt_train.supervisor.metric_history import MetricHistory
 from opt_train.supervisor.phase_timeouts import FIRST_STEPS, PhaseTimeouts
 
 HEARTBEAT_GAP_SECONDS = 3.0
@@ -17,10 +24,12 @@ HEARTBEAT_GAP_SECONDS = 3.0
 class TrainingView:
     """Of the live attempt. All times are monotonic seconds."""
 
-    def __init__(self, config: SupervisorConfig, now: float) -> None:
+    def __init__(self, config: RunConfig, now: float) -> None:
         self.history = MetricHistory()
         """Its `step` is that of the newest line of the current attempt."""
-        self.timeouts = PhaseTimeouts(config)
+        self.detectors = Detectors(config, SIGNS)
+        self.replayed = Replayed(0)
+        self.timeouts = PhaseTimeouts(config.supervisor)
         self.moved_at = now
         """When training was last seen to move."""
 
@@ -28,6 +37,9 @@ class TrainingView:
         """Another generation is in charge."""
         self.moved_at = now
         self.history.begin_attempt(state.attempt.start_step if state.attempt is not None else 0)
+        # Windows of what was given up would measure the new attempt by what was wrong.
+        self.detectors.rebuild(self.history)
+        self.replayed = _replayed(state)
 
     def is_new_line(self, input_: MetricsReceived, state: RunState) -> bool:
         """Whether the line is of the current generation and of a step that has not come yet: others
@@ -45,15 +57,29 @@ class TrainingView:
         """Take in a line of the live attempt, or what the supervisor before had filed."""
         if isinstance(input_, MetricsRecalled):
             self.history.refill(input_.before)
+            self.detectors.rebuild(self.history)
+            self.replayed = _replayed(state)
             lines = input_.of_attempt
         else:
             lines = (input_.line,) if self.is_new_line(input_, state) else ()
+        answered = answered_in_place(state)
+        if math.isfinite(answered):
+            self.detectors.forget(answered)
         for line in lines:
             self.history.append(line)
+            self.detectors.append(line)
+            self.replayed.append(line)
         if lines:
             self.moved_at = now
             # Of several the newest alone: a new supervisor's limits begin with what is configured.
             self._learn_from_line(state)
+
+    def apply_validation(self, fact: Message) -> None:
+        """Take in what a rank says of the held-out part of the corpus; other facts are none of
+        it."""
+        # Of an older attempt too: it lies before what the live one has had, and counts as little.
+        if isinstance(fact, Validation) and fact.name == HELD_OUT:
+            self.detectors.validated(fact.step, fact.loss)
 
     def _learn_from_line(self, state: RunState) -> None:
         first = is_first(self.history.step, state)
@@ -81,6 +107,16 @@ class TrainingView:
         self.timeouts.learn(before.phase, is_first(before.step, state), seconds)
 
 
+def _replayed(state: RunState) -> Replayed:
+    return Replayed(state.attempt.start_step if state.attempt is not None else 0)
+
+
 def is_first(step: int, state: RunState) -> bool:
     """Whether `step` is among the first after the current attempt's start."""
     return state.attempt is not None and step <= state.attempt.start_step + FIRST_STEPS
+
+
+def answered_in_place(state: RunState) -> float:
+    """See `answered_up_to`."""
+    outstanding = [record.number for record in state.outstanding_orders]
+    return answered_up_to(state.instability, outstanding, state.ledger)

@@ -9,13 +9,14 @@ import torch
 from opt_train.config.run_config import RunConfig
 from opt_train.optim.clip import predivision
 from opt_train.optim.loss_scale import LossScale
+from opt_train.optim.outlier_guard import OutlierGuard
 from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Phase, Progress
 from opt_train.train.fact_pipe import Publish
-from opt_train.train.metrics import Clock
 from opt_train.train.state import RNG_RULE, TrainState
+from opt_train.train.stats.metrics import Clock
 
 PROGRESS_SECONDS = 0.5
 """Between two `Progress` facts of the same work: an agent's timeout is far longer, and a fact for
@@ -32,6 +33,7 @@ class RankContext:
     device: torch.device
     engine: Engine
     loss_scale: LossScale
+    guard: OutlierGuard
     data_fingerprint: str
     state: TrainState
     publish: Publish

@@ -12,13 +12,16 @@ def train(run: Training) -> ExitNotice:
 
     Every decision here is taken from the step stats, at the same boundary on every rank.
     """
-    state, context = run.state, run.context
-    run.checkpoints.save_restored(state)
+    context = run.context
+    run.checkpoints.save_restored(run.state)
+    run.snapshots.take_first(run.state)
+    run.probe(context.begin.probe_order, context.begin.probe)
     while True:
         # The stats of the step before last: they had a whole step to arrive.
-        run.stats.receive(before=state.step - 1)
+        run.stats.receive(before=run.state.step - 1)
         if (notice := run.obey()) is not None:
             return notice
+        state = run.state  # a rollback puts another one in its place
         if state.step >= run.config.train.steps:
             return finish(run)
 

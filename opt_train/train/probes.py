@@ -1,5 +1,5 @@
-"""Instruments of some steps alone: norms of each layer, the largest attention logit, each rank's
-own speed.
+"""Instruments beside the training: norms of each layer, the largest attention logit and each rank's
+own speed on some steps, a sample of the logits on every one.
 
 They touch neither losses nor gradients nor random numbers, and never wait for the device: what they
 measure there comes to the host with the step's other numbers, and to the other ranks in the step
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from opt_train.data.batches import MicroBatch
+from opt_train.model.attention_logit import SAMPLE, WHOLE, Extent
 from opt_train.model.decoder import OPT, Attention
 from opt_train.parallel.engine import Engine, MeasuresLayers
 from opt_train.train.config import TrainConfig
 
 
 class Probes:
-    """One step's instruments, in the order in which the step uses them. On most steps they do
-    nothing."""
+    """One step's instruments, in the order in which the step uses them. On most steps all but the
+    sample of logits do nothing."""
 
     def __init__(
         self, config: TrainConfig, step: int, first: bool, engine: Engine, device: torch.device
@@ -36,6 +37,7 @@ class Probes:
                 node or rolled back wants to know, and what compiles does so when it is expected.
         """
         self._layers = engine if _is_due(config.layer_norms_every, step, first) else None
+        self._samples_logits = config.attention_logit_every > 0
         self._logits = _is_due(config.attention_logit_every, step, first)
         self._product = (
             FixedProduct(device) if _is_due(config.speed_probe_every, step, first) else None
@@ -52,14 +54,15 @@ class Probes:
     @contextlib.contextmanager
     def watching_attention(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Around forward and backward: note the largest logit of the first micro-batch."""
-        if not self._logits:
+        if not self._samples_logits:
             yield
             return
         weights = micro_batches[0].weights.to(self._device, non_blocking=True)
-        with noting_logits(self._model, len(weights), self._device) as largest:
+        with noting_logits(self._model, len(weights), self._device, self._logits) as largest:
             yield
         # Padding counts for nothing.
-        self._on_device.append(largest.masked_fill(weights == 0, -math.inf).max())
+        highest = largest.masked_fill(weights == 0, -math.inf).amax(dim=1)
+        self._on_device += [highest[SAMPLE], *([highest[WHOLE]] if self._logits else [])]
 
     def measure_layers(self, divisor: Tensor) -> None:
         """Between the gradient's norm, which `divisor` comes from, and the update."""
@@ -79,6 +82,8 @@ class Probes:
         """
         rest = list(values)
         columns: dict[str, Any] = {}
+        if self._samples_logits:
+            columns["sampled_logit"] = rest.pop(0)
         if self._logits:
             columns["attention_logit"] = rest.pop(0)
         if rest:
@@ -95,14 +100,21 @@ def _is_due(every: int, step: int, first: bool) -> bool:
 
 
 @contextlib.contextmanager
-def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator[Tensor]:
+def noting_logits(
+    model: nn.Module, rows: int, device: torch.device, whole: bool = True
+) -> Iterator[Tensor]:
     """The first forward pass inside, and its backward's recomputation, note largest logits in what
     this gives.
 
+    Args:
+        whole: look at all of them and not at the sample alone.
+
     Yields:
-        fp32, [rows]: by sequence, the largest of all layers and of this rank's heads.
+        fp32, [2, rows]: by sequence, the largest of all layers and of this rank's heads, of the
+            sample (`SAMPLE`) and of all (`WHOLE`).
     """
-    largest = torch.full((rows,), -math.inf, dtype=torch.float32, device=device)
+    Extent.is_whole = whole
+    largest = torch.full((2, rows), -math.inf, dtype=torch.float32, device=device)
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     passes = 0
 
@@ -114,8 +126,8 @@ def noting_logits(model: nn.Module, rows: int, device: torch.device) -> Iterator
 
     # Disarmed by the second pass and not by the end of the first, whose recomputation must do what
     # it did.
-    (whole,) = (module for module in model.modules() if isinstance(module, OPT))
-    handle = whole.register_forward_pre_hook(arm)
+    (decoder,) = (module for module in model.modules() if isinstance(module, OPT))
+    handle = decoder.register_forward_pre_hook(arm)
     try:
         yield largest
     finally:

@@ -2,30 +2,31 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from opt_train.checkpoint import manifest as checkpoint_manifest
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshots
 from opt_train.config.run_config import RunConfig, from_json
-from opt_train.data.batches import Batches, ValidationSet, open_split
+from opt_train.data.batches import Batches, ValidationSet
+from opt_train.data.garbage import GarbageBatches
 from opt_train.data.manifest import HELD_OUT, DatasetManifest, check_fits
 from opt_train.data.named_sets import named_sets
 from opt_train.data.prepared import directory_of
-from opt_train.optim.adamw import really_in_force
-from opt_train.optim.in_force import differences, in_force
-from opt_train.optim.loss_scale import LossScale, expected_scale
+from opt_train.data.token_stream import open_split
+from opt_train.optim.in_force import in_force
+from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
+from opt_train.optim.outlier_guard import OutlierGuard
 from opt_train.parallel.engine import EngineSpec
 from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import RANK_BAD_CONFIG, BadInput
-from opt_train.protocol.facts import ExitNotice, InForce, Phase, Progress
-from opt_train.run.ledger import Ledger
+from opt_train.protocol.facts import ExitNotice, Phase, Progress
 from opt_train.train.context import RankContext
 from opt_train.train.determinism import be_deterministic, explain
 from opt_train.train.fact_pipe import Publish, log_line
@@ -37,13 +38,13 @@ from opt_train.train.resume import (
     begin_with,
     load,
     load_loss_scale,
+    put_ledger_in_force,
     read_manifest,
     read_state,
+    report_in_force,
     saved_loss_scale,
     verify,
 )
-from opt_train.train.state import TrainState
-from opt_train.train.step import values_of
 from opt_train.train.training import Training, assemble
 
 Join = Callable[[Begin, RunConfig, torch.device, Publish], dist.ProcessGroup]
@@ -83,6 +84,8 @@ def start(
         CannotStart, BadInput: configuration, data or checkpoint is not what it should be.
     """
     publish(Phase("start", 0))
+    # A restart of 16,000 ranks that takes minutes must say where they went.
+    watch = Stopwatch()
     config = read_config(begin)
     layout = Layout.of(config.parallel, begin.world_size)
     if config.train.deterministic:
@@ -93,12 +96,15 @@ def start(
     dataset, batches, validation_sets = open_data(config)
     manifest = read_manifest(begin, publish)
     state = read_state(manifest, dataset)
-    state.ledger = begin.ledger
+    put_ledger_in_force(config, state, begin.ledger)
+    watch.lap("read")
 
     group = joins(begin, config, device, publish)
+    watch.lap("rendezvous")
     if manifest is not None:
         # Before any memory is filled: a checkpoint that is bad costs a restart its reading alone.
         verify(begin, manifest, group, publish)
+        watch.lap("verify")
     initial = None
     if config.train.initial_weights and manifest is None:
         initial = Path(config.train.initial_weights)
@@ -118,13 +124,24 @@ def start(
         )
     )
     loss_scale = LossScale(policy_of(config.precision), device)
+    watch.lap("build")
     if manifest is not None:
         load(engine, begin, manifest, group)
         load_loss_scale(loss_scale, manifest)
     if initial is not None:
         begin_with(engine, initial, group, publish)
+    # An order of this very step may set it anew.
+    loss_scale.put_in_force(in_force(config, state.ledger, state.step))
+    watch.lap("load")
     report_in_force(
-        config, begin.ledger, engine.optimizer, loss_scale, state, manifest, dataset, publish
+        config,
+        engine.optimizer,
+        loss_scale,
+        state,
+        saved_loss_scale(manifest),
+        dataset.fingerprint,
+        watch.seconds,
+        publish,
     )
     engine.model.train()
     # Whoever gives orders is an agent; without one nobody would hold a snapshot.
@@ -134,6 +151,8 @@ def start(
         memory = Snapshots(begin.rank, config.checkpoint.memory_keep, device)
     # A snapshot is no checkpoint: a run that began from one saves its step anew.
     is_saved = manifest is not None and manifest.state.get(PARTS) != OWN
+    guard = OutlierGuard(config.optim, device)
+    guard.restore(state.accepted_norms, state.accepted_losses, state.refused_in_row)
     context = RankContext(
         begin=begin,
         config=config,
@@ -141,6 +160,7 @@ def start(
         device=device,
         engine=engine,
         loss_scale=loss_scale,
+        guard=guard,
         data_fingerprint=dataset.fingerprint,
         state=state,
         publish=publish,
@@ -155,6 +175,20 @@ def start(
         orders=orders,
         signals=signals,
     )
+
+
+class Stopwatch:
+    """`seconds`: how long each part of a start took, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The part that ends now is `name`."""
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._since, 3)
+        self._since = now
 
 
 def read_config(begin: Begin) -> RunConfig:
@@ -189,12 +223,14 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     try:
         dataset = DatasetManifest.read(directory)
         check_fits(dataset, vocab_size=config.model.vocab_size, sequence_length=length)
-        batches = Batches(
-            open_split(directory, "train", verify=False),
-            length,
-            config.train.global_batch,
-            config.seed,
-        )
+        tokens = open_split(directory, "train", verify=False)
+        batches = Batches(tokens, length, config.train.global_batch, config.seed)
+        if garbage := config.faults.garbage_batches:
+            batches = GarbageBatches(
+                *(tokens, length, config.train.global_batch, config.seed),
+                garbage=garbage,
+                vocab_size=config.model.vocab_size,
+            )
         validation_sets = {
             name: ValidationSet(open_split(directory, name, verify=False), length, name)
             for name in (HELD_OUT, *named_sets(config.data))
@@ -202,40 +238,6 @@ def open_data(config: RunConfig) -> tuple[DatasetManifest, Batches, dict[str, Va
     except BadInput as error:
         raise CannotStart("data", str(error)) from None
     return dataset, batches, validation_sets
-
-
-def report_in_force(
-    config: RunConfig,
-    ledger: Ledger,
-    optimizer: torch.optim.Optimizer,
-    loss_scale: LossScale,
-    state: TrainState,
-    manifest: checkpoint_manifest.Manifest | None,
-    dataset: DatasetManifest,
-    publish: Publish,
-) -> None:
-    """Publish what is really in effect, read back from the optimizer and the cursor, and refuse
-    what should not be.
-
-    Raises:
-        CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has
-            another count of updates than the checkpoint's state, or the loss scale is not the
-            checkpoint's.
-    """
-    expected = in_force(config, ledger, state.step)
-    expected["loss_scale"] = expected_scale(loss_scale.policy, saved_loss_scale(manifest))
-    values = {
-        **really_in_force(optimizer),
-        "clip": values_of(config, state)["clip"],
-        "loss_scale": loss_scale.scale.item(),
-        "samples": state.cursor.samples,
-        "step": state.step,
-        "data_fingerprint": dataset.fingerprint,
-    }
-    publish(InForce(values))
-    wrong = differences({**expected, "updates": state.updates}, values)
-    if wrong:
-        raise CannotStart("config", "not in force as it should be: " + "; ".join(wrong))
 
 
 def set_threads(config: RunConfig, world_size: int, device: torch.device) -> None:

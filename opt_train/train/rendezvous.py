@@ -1,17 +1,16 @@
 """How the ranks of a generation find each other. Nobody guesses a port."""
 
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import (
-    PrefixStore,
-    TCPStore,
-)  # torch.distributed re-exports them, but not to type checkers
+
+# torch.distributed re-exports it, but not to type checkers.
+from torch._C._distributed_c10d import PrefixStore
 
 from opt_train.config.run_config import RunConfig
 from opt_train.host.interface import address_of_interface
+from opt_train.parallel.store import bind_store, reach_store
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import BadInput
 from opt_train.protocol.facts import Store
@@ -53,21 +52,10 @@ def join(
     host = begin.store_host or address_of_interface(config.cluster.collectives_interface)
     is_rank_zero = begin.rank == 0
     if is_rank_zero:
-        # torch would listen on every interface; whoever reaches the store can put keys into it.
-        listening = socket.create_server((host, 0))
-        store = TCPStore(
-            host,
-            listening.getsockname()[1],
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
+        store = bind_store(host, timeout)
         publish(Store(host, store.port))
     else:
-        store = TCPStore(
-            host, begin.store_port, is_master=False, timeout=timeout, wait_for_workers=False
-        )
+        store = reach_store(host, begin.store_port, timeout)
     dist.init_process_group(
         _backend(device),
         store=PrefixStore(f"generation-{begin.generation}", store),

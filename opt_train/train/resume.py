@@ -1,13 +1,16 @@
-"""What a rank goes on from: reads, verifies and loads the checkpoint that `Begin` names.
+"""What a rank goes on from: reads, verifies and loads the checkpoint that `Begin` names, and says
+what is in force then.
 
 Whatever is wrong with it ends the rank with a cause. It never trains from scratch instead: that is
 for whoever chose the checkpoint to decide.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from opt_train.checkpoint import manifest as checkpoint_manifest
@@ -16,13 +19,18 @@ from opt_train.checkpoint.manifest import CheckpointError, own_file_name
 from opt_train.checkpoint.restore import load_files, restore, verify_files
 from opt_train.checkpoint.snapshot import OWN, PARTS
 from opt_train.checkpoint.tensors import WeightsAlone
+from opt_train.config.run_config import RunConfig
 from opt_train.data.manifest import DatasetManifest
-from opt_train.optim.loss_scale import LossScale
+from opt_train.optim.adamw import really_in_force
+from opt_train.optim.in_force import differences, in_force
+from opt_train.optim.loss_scale import LossScale, expected_scale
 from opt_train.parallel.engine import Engine
 from opt_train.protocol.commands import Begin
-from opt_train.protocol.facts import Progress
+from opt_train.protocol.facts import InForce, Progress
+from opt_train.run.fabric_settings import fabric_settings
+from opt_train.run.ledger import Ledger
 from opt_train.train.fact_pipe import Publish
-from opt_train.train.state import TrainState
+from opt_train.train.state import TrainState, cursor_of, values_of
 
 
 class CannotStart(Exception):
@@ -197,3 +205,60 @@ def saved_loss_scale(manifest: checkpoint_manifest.Manifest | None) -> Mapping[s
     checkpoints carried a plain 1.0."""
     saved = None if manifest is None else manifest.state.get("loss_scale")
     return saved if isinstance(saved, Mapping) else None
+
+
+def put_ledger_in_force(config: RunConfig, state: TrainState, ledger: Ledger) -> None:
+    """Give the state the run's ledger, which may know more than that of the time: an order that was
+    obeyed at this very step moves the cursor now.
+
+    Raises:
+        CannotStart: the state's cursor is not where its own ledger puts it.
+    """
+    expected = {"samples": in_force(config, state.ledger, state.step)["samples"]}
+    if wrong := differences(expected, {"samples": state.samples}):
+        raise CannotStart("config", "not in force as it should be: " + "; ".join(wrong))
+    state.ledger = ledger
+    state.cursor = cursor_of(config, state)
+
+
+def report_in_force(
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale,
+    state: TrainState,
+    saved_scale: Mapping[str, Any] | None,
+    data_fingerprint: str,
+    seconds: Mapping[str, float],
+    publish: Publish,
+) -> None:
+    """Publish what is really in effect, read back from the optimizer and the cursor, and refuse
+    what should not be.
+
+    Args:
+        saved_scale: the loss scale that was saved with the state; None: there was none.
+        seconds: how long each part of getting here took.
+
+    Raises:
+        CannotStart: a value differs from `in_force(configuration, ledger, step)`, the optimizer has
+            another count of updates than the state, or the loss scale is not the saved one.
+    """
+    expected = in_force(config, state.ledger, state.step)
+    # Where an order sets it here, what was saved is another.
+    expected.setdefault("loss_scale", expected_scale(loss_scale.policy, saved_scale))
+    given = values_of(config, state)
+    values = {
+        **really_in_force(optimizer),
+        "clip": given["clip"],
+        "embedding_gradient": given["embedding_gradient"],
+        "loss_scale": loss_scale.scale.item(),
+        "samples": state.cursor.samples,
+        "step": state.step,
+        "data_fingerprint": data_fingerprint,
+    }
+    if "loss_scale_floor" in expected:
+        values["loss_scale_floor"] = loss_scale.floor
+        values["loss_scale_window_steps"] = loss_scale.window_steps
+    publish(InForce(values, fabric_settings(os.environ), seconds))
+    wrong = differences({**expected, "updates": state.updates}, values)
+    if wrong:
+        raise CannotStart("config", "not in force as it should be: " + "; ".join(wrong))

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from opt_train.checkpoint.background import BackgroundSave, Staging
+from opt_train.checkpoint.held_folder import HeldFolder
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.save import save as save_checkpoint
 from opt_train.protocol.facts import Progress, SavedFile, SaveFailed, ShardsSaved
 from opt_train.train.context import PROGRESS_SECONDS, RankContext
 from opt_train.train.state import TrainState
-from opt_train.train.stats_receiver import StatsReceiver
+from opt_train.train.stats.receiver import StatsReceiver
 
 
 class Checkpoints:
@@ -45,10 +46,15 @@ class Checkpoints:
         self._stats = stats
         self._group = group
         self._background_group = background_group
+        self._run_folder = HeldFolder(Path(context.begin.run_directory))
         self._staging = Staging(context.device)
         self._under_way: BackgroundSave | None = None
         self.saved_step = saved_step
         """Of the last save that every rank has done."""
+
+    def begin_attempt(self) -> None:
+        """What is saved from here on is of another attempt, which has no checkpoint yet."""
+        self.saved_step = -1
 
     def save_if_due(self, state: TrainState) -> None:
         """Begin a save where `checkpoint.every_steps` says so."""
@@ -80,6 +86,7 @@ class Checkpoints:
             context.state_json(),
             self._folder(),
             self._background_group,
+            self._run_folder,
         )
         context.clock.reset()
 
@@ -132,6 +139,7 @@ class Checkpoints:
                 context.engine.tensors(),
                 context.state_json(),
                 folder,
+                run_folder=self._run_folder,
                 process_group=self._group,
                 progress=context.progress,
             )

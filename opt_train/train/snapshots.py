@@ -4,13 +4,16 @@ They make a restart cheap where the machine lives on: nothing is read from a dis
 training is done again.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from opt_train.checkpoint.manifest import CheckpointError
 from opt_train.checkpoint.snapshot import OWN, PARTS, Snapshot, Snapshots
 from opt_train.protocol.facts import SnapshotTaken
 from opt_train.train.context import RankContext
 from opt_train.train.fact_pipe import log_line
 from opt_train.train.state import TrainState
-from opt_train.train.stats_receiver import StatsReceiver
+from opt_train.train.stats.receiver import StatsReceiver
 
 
 class MemorySnapshots:
@@ -28,12 +31,20 @@ class MemorySnapshots:
         self._stats = stats
         self._memory = memory
         self._begun_step = -1
+        self._states: dict[int, Mapping[str, Any]] = {}
+        """By step, of the snapshots that are here: what is no tensor."""
         self.under_way: Snapshot | None = None
         """Being taken, or taken and not published yet."""
 
     def take_if_due(self, state: TrainState) -> None:
         """Begin a snapshot where `checkpoint.memory_every_steps` says so."""
         if state.is_due(self._context.config.checkpoint.memory_every_steps):
+            self.begin()
+
+    def take_first(self, state: TrainState) -> None:
+        """Begin a snapshot of the state that the run begins with, where any are taken: whoever
+        finds the learning rate too high goes back to it."""
+        if state.step == 0 and self._context.config.checkpoint.memory_every_steps:
             self.begin()
 
     def begin(self) -> None:
@@ -50,18 +61,33 @@ class MemorySnapshots:
         # Decided from the step stats, so all ranks leave out the same ones.
         if not context.state.healthy:
             return
-        state = None
-        if context.is_rank_zero:
-            state = {**context.state_json(), PARTS: OWN, "world_size": context.begin.world_size}
+        state = {**context.state_json(), PARTS: OWN, "world_size": context.begin.world_size}
+        kept = {step: known for step, known in self._states.items() if self._memory.has(step)}
+        self._states = {**kept, context.state.step: state}
         # A copy in this process's memory; the agent takes the file descriptors over, so the copy
         # outlives the rank.
-        self.under_way = self._memory.begin(context.state.step, context.engine.tensors(), state)
+        self.under_way = self._memory.begin(
+            context.state.step, context.engine.tensors(), state if context.is_rank_zero else None
+        )
         self._begun_step = context.state.step
 
     def wait_copied(self) -> None:
         """Wait until the weights may change: whoever copies them has done."""
         if self.under_way is not None:
             self.under_way.wait_copied()
+
+    def has(self, step: int) -> bool:
+        """Whether this rank can go back to `step`; none may be under way."""
+        return self._memory is not None and self._memory.has(step)
+
+    def put_back(self, step: int) -> Mapping[str, Any]:
+        """Give the engine its state of `step` back, which is here, and forget all that came after
+        it; returns what of the state is no tensor."""
+        assert self._memory is not None
+        self._memory.put_back(step, self._context.engine)
+        # The same step comes again, on another branch.
+        self._begun_step = step
+        return self._states[step]
 
     def end_if_taken(self) -> None:
         """Publish the snapshot where it is there; does not wait. Ranks may do so at different

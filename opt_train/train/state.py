@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from opt_train.config.run_config import RunConfig
 from opt_train.data.order import Cursor
+from opt_train.optim.in_force import in_force
 from opt_train.protocol.framing import to_payload
 from opt_train.run import ledger as ledgers
 from opt_train.run.ledger import Ledger
-from opt_train.train.step_stats import StepStats
+from opt_train.train.stats.step_stats import StepStats
 
 HISTORY_STEPS = 128
 """Losses and gradient norms that go with a checkpoint, so that a detector need not learn anew after
@@ -40,6 +42,11 @@ class TrainState:
     goes; without a scale, all that were skipped."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
+    accepted_losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
+    """Of steps that were applied, as the device knew them: what an outlier is measured by."""
+    accepted_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
+    refused_in_row: int = 0
+    """Steps skipped as outliers, one after the other, up to the newest stats."""
 
     @property
     def samples(self) -> int:
@@ -59,11 +66,18 @@ class TrainState:
         """Count a step. Above its floor an overflow is but how a loss scale finds its place."""
         # Nothing the scale can do helps any more: these count towards `train.max_nonfinite_steps`.
         hopeless = stats.skipped and stats.loss_scale <= loss_scale_floor
-        self.floor_steps = self.floor_steps + hopeless if stats.skipped else 0
+        if not stats.refused:
+            self.floor_steps = self.floor_steps + hopeless if stats.skipped else 0
         self.tokens += int(stats.tokens)
         self.updates += not stats.skipped
         self.losses.append(stats.loss)
         self.grad_norms.append(stats.grad_norm)
+        if stats.refused:
+            self.refused_in_row += 1
+        elif not stats.skipped:
+            self.refused_in_row = 0
+            self.accepted_losses.append(stats.mean_loss)
+            self.accepted_norms.append(stats.grad_norm)
 
     def _nonfinite_steps(self) -> int:
         """Steps in a row, up to the newest stats, whose gradient was not finite: all skipped."""
@@ -89,6 +103,9 @@ class TrainState:
                     # A published field that this version does not read, but older ones do.
                     "nonfinite_steps": self._nonfinite_steps(),
                     "floor_steps": self.floor_steps,
+                    "accepted_losses": list(self.accepted_losses),
+                    "accepted_norms": list(self.accepted_norms),
+                    "refused_in_row": self.refused_in_row,
                 },
                 "healthy": self.healthy,
                 "health": {"loss": loss, "grad_norm": norm, "finite": self.floor_steps == 0},
@@ -113,16 +130,34 @@ class TrainState:
             floor_steps=int(guards.get("floor_steps", guards["nonfinite_steps"])),
             losses=deque(map(float, guards["losses"]), maxlen=HISTORY_STEPS),
             grad_norms=deque(map(float, guards["grad_norms"]), maxlen=HISTORY_STEPS),
+            accepted_losses=deque(map(float, guards.get("accepted_losses", ())), HISTORY_STEPS),
+            accepted_norms=deque(map(float, guards.get("accepted_norms", ())), HISTORY_STEPS),
+            refused_in_row=int(guards.get("refused_in_row", 0)),
         )
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed this process for batch `step`: dropout then depends on nothing that a restart could
-    lose.
+def values_of(config: RunConfig, state: TrainState) -> dict[str, float]:
+    """What the batch at `state.step` is trained with: LR, betas, eps, decay, clip."""
+    return in_force(config, state.ledger, state.step)
+
+
+def cursor_of(config: RunConfig, state: TrainState) -> Cursor:
+    """Where the batch at `state.step` begins in the order of the data."""
+    return Cursor(int(values_of(config, state)["samples"]))
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Seed this process for batch `step`, on the CPU and on `device`: dropout then depends on
+    nothing that a restart could lose.
 
     By rank, not by share of the data: the ranks of a tensor group hold different parts of a
     sequence.
     """
     # A hash and no sum: seeds of neighbouring steps and ranks must not be near, nor ever coincide.
     digest = hashlib.sha256(f"opt_train step {seed} {step} {rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    # Not torch.manual_seed: for each kind of device that is not here it formats the stack, which
+    # looks at our source files, and those may lie on a file system that stands still.
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)

@@ -1,7 +1,7 @@
-"""The warm rank: `python -m opt_train.train.warm --facts-fd N --control-fd M`.
+"""The warm rank: a process that has imported what a rank imports, and waits to be one, once.
 
-It pays for the imports while another rank still trains, and waits. One such process becomes one
-rank, once: nothing is forked after torch has been imported.
+The node's fork server imports (`import_everything`), and each process that it forks runs `main`.
+Started by itself, as `python -m opt_train.train.warm --facts-fd N --control-fd M`, it does both.
 """
 
 import argparse
@@ -55,10 +55,10 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     signals.listen()
     pipe, control = FactPipe(facts_fd), ControlPipe(control_fd)
     import_everything()
-
     from opt_train.protocol.facts import Warm  # noqa: PLC0415
-    from opt_train.train.rank import run_rank  # noqa: PLC0415
+    from opt_train.train import rank  # noqa: PLC0415
 
+    first_fused_step()
     pipe.publish(Warm(os.getpid(), round(time.monotonic() - began, 3)))
     begin = control.wait_for_begin()
     if begin is None:
@@ -67,7 +67,7 @@ def be_warm(facts_fd: int, control_fd: int) -> int:
     # The threads wait in C++ for peers that may be gone: faulthandler and SIGKILL reach them,
     # exceptions do not.
     try:
-        code = run_rank(begin, pipe.publish, control, signals)
+        code = rank.run_rank(begin, pipe.publish, control, signals)
     except AgentGone:
         print("the agent is gone, and this rank with it", flush=True)
         return _FAILED
@@ -85,19 +85,24 @@ def die_with_the_agent() -> None:
 
 
 def import_everything() -> None:
-    """Import torch and what it otherwise imports at the first step, single-threaded: together most
-    of a restart."""
+    """Import torch and what it otherwise imports at the first step: together most of a restart.
+    Computes nothing, and leaves one thread: processes are forked afterwards."""
     import torch  # noqa: PLC0415
 
-    # Single-threaded, and a process for each rank instead of a fork: a child forked after one
-    # multi-threaded operation has lost OpenMP's pool, and hangs in its first matrix product.
     torch.set_num_threads(1)
     import torch._dynamo  # noqa: PLC0415
     import torch.distributed.checkpoint.hf_storage  # noqa: PLC0415
     import torch.distributed.fsdp  # noqa: PLC0415
     import torch.distributed.tensor  # noqa: PLC0415
 
-    # The first fused step imports its own share.
+    import opt_train.train.rank  # noqa: F401, PLC0415
+
+
+def first_fused_step() -> None:
+    """Take one step of two weights, which imports a share of its own. It asks for a GPU, where
+    torch knows of such: no process may be forked after that."""
+    import torch  # noqa: PLC0415
+
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.zeros(2)
     torch.optim.AdamW([weight], fused=True).step()

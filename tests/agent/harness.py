@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from opt_logbook.record.events import RunCreated
 from opt_logbook.record.run_directory import RunDirectory
 
+from opt_train.agent.rank_log import LogCopies
+from opt_train.agent.rank_starter import RankStarter
 from opt_train.config.run_config import RunConfig
 from opt_train.faults.config import FaultsConfig
 from opt_train.host.processes import NODE_MARK, mark_of
@@ -26,7 +28,7 @@ from opt_train.link.endpoint import (
     remove_endpoint,
 )
 from opt_train.link.secret import ensure_secret
-from opt_train.protocol.commands import Acknowledge, Begin
+from opt_train.protocol.commands import Acknowledge, Begin, Leave
 from opt_train.protocol.facts import RankFact, SlotState
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.inputs import AgentConnected, FactReceived, HeartbeatReceived, Input
@@ -54,7 +56,8 @@ def make_run(folder: Path, **supervisor: Any) -> RunDirectory:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE), **more}
+    inherited = filter(None, [os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *inherited]), **more}
 
 
 def start_agent(
@@ -81,6 +84,11 @@ def start_agent(
             start_new_session=True,
             env=environment(**{NODE_MARK: mark_of(run.path, node)}, **more),
         )
+
+
+def make_starter(run: RunDirectory, module: str = RANK_MODULE, **more: str) -> RankStarter:
+    """One without an agent."""
+    return RankStarter(module, environment(**more), LogCopies(run), run.logs / "warm" / "node-1")
 
 
 def begin(
@@ -182,6 +190,20 @@ class SupervisorEnd:
     def acknowledge_all(self, node: str = "node-1") -> None:
         numbers = [i.number for i in self.inputs if isinstance(i, FactReceived)]
         self.server.send(node, Acknowledge(max(numbers)))
+
+
+def play(scene: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(50):
+            await scene
+
+    asyncio.run(bounded())
+
+
+async def leave(listener: SupervisorEnd, agent: Any, node: str = "node-1") -> None:
+    listener.server.send(node, Leave("the test is over"))
+    await listener.until(lambda: agent.poll() is not None)
+    assert agent.returncode == 0
 
 
 def config_of(run: RunDirectory, plan: str = "") -> RunConfig:

@@ -17,9 +17,18 @@ import sys
 import time
 
 from opt_train.protocol.commands import Begin
-from opt_train.protocol.facts import ExitNotice, InForce, Metrics, OrderObeyed, Phase, Store, Warm
+from opt_train.protocol.facts import (
+    ExitNotice,
+    InForce,
+    Metrics,
+    OrderObeyed,
+    Phase,
+    RolledBack,
+    Store,
+    Warm,
+)
 from opt_train.protocol.framing import from_line, to_line
-from opt_train.protocol.orders import SaveAndStop
+from opt_train.protocol.orders import RollBack, SaveAndStop
 
 
 def set_signals(config):
@@ -81,8 +90,12 @@ def main() -> int:
             send(Metrics({"attempt": begin.attempt, "step": step, "loss": 2.0}))
         if select.select([control], [], [], 0)[0] and (line := control.readline()):
             order = from_line(line)
-            assert isinstance(order, SaveAndStop)
             send(OrderObeyed(order.number, step))
+            if isinstance(order, RollBack):
+                send(RolledBack(order.step, order.attempt, order.generation))
+                send(InForce({"lr": 0.2}))
+                continue
+            assert isinstance(order, SaveAndStop)
             send(ExitNotice(75, step, "asked to stop"))
             return 75
     send(ExitNotice(0, config.get("steps", 1000) - 1, "done"))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,31 @@ import pytest
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.host.processes import stat_of
-from opt_train.protocol.commands import Begin, Kill, Leave, Relay
-from opt_train.protocol.facts import ExitNotice, GenerationGone, InForce, RankExited, Stacks, Store
+from opt_train.protocol.commands import Begin, Kill, Relay
+from opt_train.protocol.facts import (
+    ExitNotice,
+    GenerationGone,
+    InForce,
+    RankExited,
+    Stacks,
+    Store,
+)
 from opt_train.protocol.orders import SaveAndStop
-from opt_train.supervisor.inputs import AgentConnected, HeartbeatReceived, MetricsReceived
-from tests.agent.harness import SupervisorEnd, begin, make_run, start_agent
+from opt_train.supervisor.inputs import (
+    AgentConnected,
+    HeartbeatReceived,
+    MetricsReceived,
+)
+from tests.agent.harness import SupervisorEnd, begin, leave, make_run, play, start_agent
 from tests.processes import processes_of
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def play(scene: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(50):
-            await scene
-
-    asyncio.run(bounded())
-
-
-async def leave(listener: SupervisorEnd, agent: Any, node: str = "node-1") -> None:
-    listener.server.send(node, Leave("the test is over"))
-    await listener.until(lambda: agent.poll() is not None)
-    assert agent.returncode == 0
+async def all_obeyed(listener: SupervisorEnd) -> None:
+    """Commands are carried out in order: when this one is answered, those before it have been."""
+    listener.server.send("node-1", Kill(0, stacks=False))
+    await listener.until(lambda: GenerationGone(0) in listener.facts(GenerationGone))
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
@@ -69,47 +71,6 @@ def test_a_warm_process_becomes_the_rank_and_its_facts_arrive(
             )
             steps = [i.line["step"] for i in listener.inputs if isinstance(i, MetricsReceived)]
             assert steps == [0, 1, 2, 3, 4]
-            await leave(listener, agent)
-
-    play(scene())
-
-
-def test_begin_waits_for_a_rank_that_still_warms_and_is_obeyed_once(run: RunDirectory) -> None:
-    async def scene() -> None:
-        agent = start_agent(run)
-        async with SupervisorEnd(run) as listener:
-            await listener.connected()
-            for _ in range(3):
-                listener.server.send("node-1", begin(run, steps=1000))
-            await listener.until(
-                lambda: (s := listener.slot()) and s.stage == "running" and s.step > 2
-            )
-            assert {i.generation for i in listener.inputs if isinstance(i, MetricsReceived)} == {1}
-            who = (run.path / "who_trains.log").read_text().split("\n")
-            assert len(set(who)) == len(who), "two processes trained the same step"
-            await leave(listener, agent)
-
-    play(scene())
-
-
-def test_the_next_rank_warms_after_the_first_step_and_takes_over_at_once(
-    run: RunDirectory,
-) -> None:
-    async def scene() -> None:
-        agent = start_agent(run)
-        async with SupervisorEnd(run) as listener:
-            await listener.connected()
-            listener.server.send("node-1", begin(run, step_seconds=0.05))
-            spare = await listener.until(
-                lambda: (s := listener.slot()) and s.stage == "running" and s.spare and s
-            )
-            assert spare.step >= 0
-            listener.server.send("node-1", Kill(1, stacks=False))
-            listener.server.send("node-1", begin(run, generation=2, steps=1000))
-            await listener.until(
-                lambda: (s := listener.slot()) and s.generation == 2 and s.step > 1
-            )
-            assert [e.generation for e in listener.facts(RankExited)] == [1]
             await leave(listener, agent)
 
     play(scene())
@@ -261,6 +222,10 @@ def test_a_rank_that_dies_by_itself_is_reported_with_its_log_and_is_not_called_k
                 2,
                 "RuntimeError: boom <b>",
             )
+            # What comes late, and twice, begins no generation again.
+            await listener.until(lambda: (s := listener.slot()) and s.stage == "warm")
+            listener.server.send("node-1", begin(run, exit_at=3, exit_code=1))
+            await all_obeyed(listener)
             listener.server.send("node-1", begin(run, generation=2, step_seconds=0.05))
             running = await listener.until(
                 lambda: (s := listener.slot()) and s.generation == 2 and s.step > 0 and s
@@ -270,6 +235,7 @@ def test_a_rank_that_dies_by_itself_is_reported_with_its_log_and_is_not_called_k
                 lambda: [e for e in listener.facts(RankExited) if e.generation == 2]
             )
             assert (second[0].signal, second[0].killed_by_agent) == (signal.SIGKILL, False)
+            assert len(listener.facts(RankExited)) == 2
             await leave(listener, agent)
 
     play(scene())
@@ -327,23 +293,6 @@ def test_a_rank_that_floods_its_pipe_silences_neither_agent_nor_neighbour(
             )
             listener.server.send("node-1", Kill(1, stacks=False))
             await listener.fact(GenerationGone)
-            await leave(listener, agent)
-
-    play(scene())
-
-
-def test_a_warm_rank_that_cannot_import_is_tried_again_and_then_reported_as_the_ranks_death(
-    run: RunDirectory,
-) -> None:
-    async def scene() -> None:
-        agent = start_agent(run, STDLIB_RANK_FAILS="1")
-        async with SupervisorEnd(run) as listener:
-            await listener.connected()
-            listener.server.send("node-1", begin(run))
-            exited = await listener.fact(RankExited)
-            assert (exited.code, exited.phase, exited.generation) == (1, "start", 1)
-            assert "ImportError" in exited.log_tail[-1].text
-            assert exited.log_tail[-1].file.startswith("logs/warm/node-1/")
             await leave(listener, agent)
 
     play(scene())
@@ -495,10 +444,7 @@ def test_an_older_generation_is_not_begun_again(run: RunDirectory) -> None:
             await listener.until(lambda: (s := listener.slot()) and s.stage == "warm")
             late: Begin = begin(run, generation=2)
             listener.server.send("node-1", late)
-            # Commands are carried out in order: when this one is answered, the one before it has
-            # been.
-            listener.server.send("node-1", Kill(1, stacks=False))
-            await listener.until(lambda: GenerationGone(1) in listener.facts(GenerationGone))
+            await all_obeyed(listener)
             count = len(listener.inputs)
             pulse = await listener.until(
                 lambda: next(

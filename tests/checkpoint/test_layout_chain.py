@@ -45,7 +45,7 @@ def test_replicas_shards_and_tensor_groups_take_over_from_one_another(tmp_path: 
     follow(tmp_path, [{"layout": each} for each in (hybrid, both, sharded, hybrid)])
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_compiled_and_recomputing_blocks_save_and_load_what_plain_ones_do(tmp_path: Path) -> None:
     compiled = {"layout": [1, 2, 1], "ways": COMPILED}
     follow(

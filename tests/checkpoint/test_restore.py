@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from opt_train.checkpoint import manifest as manifests
 from opt_train.checkpoint.commit import build_manifest, commit_manifest
+from opt_train.checkpoint.held_folder import HeldFolder
 from opt_train.checkpoint.manifest import STATE, CheckpointError
 from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.save import save
@@ -345,6 +346,20 @@ def test_a_save_does_not_bring_a_removed_run_back(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be prepared"):
         save(copied(*made(0)), {}, run / "checkpoints" / "1.00" / "step-00000004")
     assert not run.exists()
+
+
+def test_a_save_does_not_write_into_the_run_that_replaced_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    held = HeldFolder(run)
+    run.rmdir()
+    run.mkdir()
+    folder = run / "checkpoints" / "1.00" / "step-00000004"
+    with pytest.raises(CheckpointError, match=r"was removed, and another is in its place"):
+        save(copied(*made(0)), {}, folder, run_folder=held)
+    assert list(run.iterdir()) == []
+    save(copied(*made(0)), {}, folder, run_folder=HeldFolder(run))
+    assert folder.exists()
 
 
 def test_what_an_aborted_save_left_is_harmless(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_shards_of_a_tensor_group_have_their_place_too(tmp_path: Path) -> None:
     ranks(tmp_path, 4, ["both", [1, 2, 2], {}, "fp32", ""])
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_compiled_and_recomputing_blocks_are_alike(tmp_path: Path) -> None:
     ways = {"compile": True, "activation_checkpointing": "full"}
     ranks(tmp_path, 2, ["compiled", [1, 2, 1], ways, "fp32", "evaluation"])

@@ -168,7 +168,8 @@ def test_nothing_in_the_run_changes(beside: RunDirectory, say) -> None:
     [
         (
             ("evaluate", "name=missing"),
-            "runs/missing is no run directory: it has no journal; give one like runs/demo",
+            "name=missing has no run directory runs/missing; the nearest name there is narrow, and "
+            "a run of another runs= is given by its path",
         ),
         (
             ("evaluate", "name=narrow", "--checkpoint", "5"),

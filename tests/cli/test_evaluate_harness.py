@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
-from opt_train.cli import evaluate_harness
 from opt_train.cli import main as cli
+from opt_train.cli.models import evaluate_harness
 from opt_train.data.tokenizer import EOS, PAD, load
 from opt_train.evaluate import harness
 from tests.command import SMALL, say_apart
@@ -509,7 +509,7 @@ def test_a_mistake_is_one_sentence(
     assert "Traceback" not in said.err
 
 
-@pytest.mark.slow  # the command reads the harness's list of 14,000 tasks
+@pytest.mark.whole  # the command reads the harness's list of 14,000 tasks
 @pytest.mark.timeout(400)
 def test_the_harness_own_command_says_the_same(
     beside: Path, by_hand: ByHand, tmp_path: Path

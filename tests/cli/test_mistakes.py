@@ -11,8 +11,8 @@ import pytest
 from tests.command import SMALL
 
 ALL_VERBS = (
-    "prepare, run, submit, train, plan, status, stop, tickets, checkpoints, evaluate, generate, "
-    "export, import"
+    "prepare, run, submit, train, plan, preflight, status, stop, intervene, hold, resume, drill, "
+    "tickets, checkpoints, ledger, batch, evaluate, generate, export, import"
 )
 
 MISTAKES = {

@@ -3,13 +3,15 @@ be made to fail. The example of docs/clusters.md."""
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.clusters.cluster import NodeState, NodeStatus
 from opt_train.clusters.config import ClusterConfig
+from opt_train.clusters.topology import Topology
 from opt_train.config.run_config import RunConfig
+from opt_train.host.children import ProgramEnd, run_within
 from opt_train.link.address import read_address
 from opt_train.link.connection import Connection, LinkRefused
 from opt_train.link.endpoint import TcpEndpoint, dial
@@ -87,13 +89,24 @@ class SimulatedCluster:
         return False
 
     def acquire(
-        self, failed: Collection[str], announce: Callable[[str], None], stopped: Callable[[], bool]
+        self,
+        failed: Collection[str],
+        announce: Callable[[str], None],
+        stopped: Callable[[], bool],
+        avoided: Sequence[str] = (),
     ) -> bool:
         return True
+
+    @property
+    def topology(self) -> Topology:
+        return Topology()
 
     def check_before_start(self, config: RunConfig) -> None:
         if config.world_size > RANKS_MAX:
             raise BadInput(f"no more than {RANKS_MAX} ranks are simulated; set cluster.nodes=1")
+
+    def request(self, count: int, failed: Collection[str]) -> None:
+        """Do nothing: there are no more."""
 
     def make_endpoint(self) -> TcpEndpoint:
         return TcpEndpoint("127.0.0.1")
@@ -130,6 +143,9 @@ class SimulatedCluster:
     def release(self) -> None:
         for node in self._names:
             self.fence(node)
+
+    def run_on(self, node: str, command: Sequence[str], seconds: float) -> ProgramEnd:
+        return run_within(seconds, command)
 
     def agent_pid(self, node: str) -> int | None:
         return None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,41 @@ def test_an_agent_that_leaves_makes_room_for_the_next_one(
         asyncio.run(scene())
     finally:
         cluster.release()
+
+
+# A program on a node ------------------------------------------------------------------------------
+
+
+def test_a_program_ends_with_its_code_and_output_and_is_the_nodes_own(
+    run: RunDirectory, cluster: LocalCluster
+) -> None:
+    script = f"echo ${NODE_MARK}; echo bad >&2; exit 3"
+    end = cluster.run_on("node-2", ["sh", "-c", script], 20.0)
+    assert (end.code, end.last_words) == (3, "bad")
+    assert end.output.strip() == mark_of(run.path, "node-2")
+
+
+def test_a_program_that_hangs_is_killed_at_its_deadline_with_what_it_started(
+    cluster: LocalCluster,
+) -> None:
+    began = time.monotonic()
+    script = "trap '' TERM INT; sleep 55 & echo $!; sleep 56"
+    end = cluster.run_on("node-1", ["sh", "-c", script], 0.5)
+    assert time.monotonic() - began < 10.0
+    assert end.code is None
+    started = stat_of(int(end.output))
+    assert started is None or started.state in "ZX"
+
+
+def test_a_program_that_cannot_be_started_is_an_end_without_a_code(cluster: LocalCluster) -> None:
+    end = cluster.run_on("node-1", ["/absent/program"], 20.0)
+    assert end.code is None
+    assert end.last_words == "/absent/program cannot be started: No such file or directory"
+
+
+def test_a_fence_ends_a_program_that_somebody_waits_for(cluster: LocalCluster) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(cluster.run_on, "node-1", ["sleep", "54"], 50.0)
+        time.sleep(0.2)
+        assert cluster.fence("node-1")
+        assert ending.result(10.0).code == -signal.SIGKILL

@@ -40,7 +40,7 @@ def test_a_run_on_simulated_nodes_is_led_by_tcp_and_sees_one_fail(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = SimulatedCluster(run, ClusterConfig(nodes=1, buffer_nodes=1))
-    monkeypatch.setattr(start, "make_cluster", lambda config, run: cluster)
+    monkeypatch.setattr(start, "make_cluster", lambda config, run, code: cluster)
     connected: set[str] = set()
     begun = False
 

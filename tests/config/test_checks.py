@@ -58,6 +58,16 @@ from opt_train.protocol.exits import BadInput
             "0 means train.steps",
         ),
         (
+            ["optim.schedule=wsd"],
+            "optim.schedule=wsd does not go with optim.cooldown_steps=0: give wsd the steps within "
+            "which it decays, and no other schedule any",
+        ),
+        (
+            ["optim.schedule=cosine", "optim.cooldown_steps=9"],
+            "optim.schedule=cosine does not go with optim.cooldown_steps=9: give wsd the steps "
+            "within which it decays, and no other schedule any",
+        ),
+        (
             ["checkpoint.milestone_every_steps=700"],
             "checkpoint.milestone_every_steps=700 must be a multiple of "
             "checkpoint.every_steps=500, or milestones would "
@@ -90,6 +100,10 @@ from opt_train.protocol.exits import BadInput
         (["model.layer_norm=both"], "model.layer_norm=both is not possible; use pre or post"),
         (["model.embed_dim=-1"], "model.embed_dim=-1 must not be negative"),
         (["train.steps=0"], "train.steps=0 must be larger than 0"),
+        (
+            ["cluster.nodes=2", "cluster.min_nodes=3"],
+            "cluster.min_nodes=3 is more than cluster.nodes=2; use that or fewer",
+        ),
         (["cluster.buffer_nodes=-1"], "cluster.buffer_nodes=-1 must not be negative"),
         (
             ["tokenizer.vocab_size=100"],

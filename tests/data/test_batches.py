@@ -13,15 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_train.data.batch_shares import micro_batches_of, share_of
-from opt_train.data.batches import (
-    Batches,
-    MicroBatch,
-    TokenStream,
-    ValidationSet,
-    open_split,
-)
+from opt_train.data.batches import Batches, MicroBatch, ValidationSet
+from opt_train.data.garbage import GarbageBatches
 from opt_train.data.manifest import DATASET_FILE, TOKENIZER_FILE, DatasetManifest, Shard, check_fits
 from opt_train.data.order import Cursor, SampleOrder
+from opt_train.data.token_stream import TokenStream, open_split
+from opt_train.data.tokenizer import PAD
 from opt_train.data.verify import verify_dataset
 from opt_train.protocol.exits import BadInput
 
@@ -359,3 +356,24 @@ def test_data_that_the_model_cannot_read_is_refused() -> None:
         BadInput, match=r"data.sequence_length=9 needs 10 tokens but the validation split .* has 9"
     ):
         check_fits(manifest, vocab_size=300, sequence_length=9)
+
+
+def test_garbage_is_the_same_for_every_number_of_ranks_and_nothing_else_changes() -> None:
+    whole = Batches(stream(401), SEQUENCE, global_batch=4, seed=5)
+    damaged = GarbageBatches(stream(401), SEQUENCE, 4, 5, garbage=range(2, 4), vocab_size=50)
+
+    def tokens(batches: Batches, number: int, world: int) -> list[list[int]]:
+        shares = [
+            batches.at(Cursor(4 * number), data_rank=rank, data_world=world, micro_batch=4)
+            for rank in range(world)
+        ]
+        return sorted(row for [share] in shares for row in share.tokens.tolist())
+
+    for number in range(6):
+        same = tokens(whole, number, 1) == tokens(damaged, number, 1)
+        assert same == (number not in (2, 3))
+        assert tokens(damaged, number, 1) == tokens(damaged, number, 2)
+    [micro_batch] = damaged.at(Cursor(8), data_rank=0, data_world=1, micro_batch=4)
+    assert micro_batch.tokens[:, 1:].equal(micro_batch.targets[:, :-1])
+    assert micro_batch.tokens.min() > PAD
+    assert micro_batch.tokens.max() < 50

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from opt_train.data import tokenizer as bpe
-from opt_train.data.batches import ValidationSet, open_split
+from opt_train.data.batches import ValidationSet
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import is_held_out
 from opt_train.data.manifest import DATASET_FILE, DatasetManifest, NamedSet
@@ -22,6 +22,7 @@ from opt_train.data.named_sets import named_sets
 from opt_train.data.prepare import prepare
 from opt_train.data.prepared import check_prepared_by
 from opt_train.data.staging_folder import StagingFolder
+from opt_train.data.token_stream import open_split
 from opt_train.data.verify import verify_dataset
 from opt_train.protocol.exits import BadInput
 
@@ -445,6 +446,8 @@ def test_what_a_crash_left_of_a_set_is_cleared(corpus: Path, web: Path, tmp_path
     assert set(os.listdir(tmp_path / "out")) == {
         DATASET_FILE,
         "tokenizer.json",
+        "documents.json",
+        "documents.bin",
         *(s.path for s in manifest.shards),
     }
     assert NamedSet("web", str(web), manifest.splits["web"], 5, 0) in manifest.sets

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from opt_train.data import tokenizer as bpe
-from opt_train.data.batches import open_split
 from opt_train.data.config import DataConfig, TokenizerConfig
 from opt_train.data.corpus import is_held_out, open_corpus
 from opt_train.data.manifest import DatasetManifest
 from opt_train.data.prepare import prepare
 from opt_train.data.prepared import check_prepared_by, directory_of
+from opt_train.data.token_stream import open_split
 from opt_train.protocol.exits import BadInput
 from tests.train import forked
 from tests.train.forked import Forked
@@ -279,6 +279,7 @@ def test_what_a_crashed_prepare_left_does_not_get_into_the_data(
         (left / name).write_text("old")
     manifest = prepare(config(corpus, tmp_path / "out"), VOCABULARY, quiet)
     expected = {"dataset.json", "tokenizer.json", *(shard.path for shard in manifest.shards)}
+    expected |= {"documents.json", "documents.bin"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
 
 

@@ -46,6 +46,9 @@ TINY = (
 )
 """A run of about a minute's worth of small steps on two nodes with one in reserve."""
 
+ENDLESS = ("train.steps=100000", "cluster.rank_module=tests.end_to_end.slow_rank")
+"""A run that goes on until something ends it."""
+
 
 @functools.cache
 def prepared() -> Path:

@@ -13,8 +13,7 @@ from tests.end_to_end import driving
 def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(
     tmp_path: Path,
 ) -> None:
-    endless = "train.steps=100000"
-    process = driving.start(tmp_path, endless)
+    process = driving.start(tmp_path, *driving.ENDLESS)
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(
@@ -32,7 +31,7 @@ def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(
             file.seek(-1, 1)
             file.write(bytes([byte[0] ^ 1]))
 
-        process = driving.start(tmp_path, endless)
+        process = driving.start(tmp_path, *driving.ENDLESS)
         driving.wait_for(
             lambda: driving.kinds(run).count("training_began") == 2, 120, process, tmp_path
         )

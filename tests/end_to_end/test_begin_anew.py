@@ -12,7 +12,7 @@ from tests.end_to_end import driving
 
 @pytest.mark.timeout(180)
 def test_ranks_of_a_removed_run_do_not_live_beside_the_new_one(tmp_path: Path) -> None:
-    process = driving.start(tmp_path, "train.steps=100000")
+    process = driving.start(tmp_path, *driving.ENDLESS)
     run = driving.run_directory(tmp_path)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 3, 120, process, tmp_path)
@@ -25,7 +25,7 @@ def test_ranks_of_a_removed_run_do_not_live_beside_the_new_one(tmp_path: Path) -
         ):  # the living may write into a folder that is being emptied, never bring one back
             shutil.rmtree(run.path, ignore_errors=True)
 
-        process = driving.start(tmp_path, "train.steps=100000")
+        process = driving.start(tmp_path, *driving.ENDLESS)
         driving.wait_for(lambda: driving.newest_step(run) >= 3, 120, process, tmp_path)
         assert not old & set(driving.processes_of(tmp_path))
         process.send_signal(signal.SIGINT)

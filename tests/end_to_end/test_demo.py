@@ -59,6 +59,25 @@ def test_the_demo_breaks_twice_and_finishes_by_itself(demo: tuple[RunDirectory, 
     assert driving.kinds(run).count("run_finished") == 1
 
 
+def test_data_that_is_garbage_is_seen_passed_over_and_explained(
+    demo: tuple[RunDirectory, str],
+) -> None:
+    run, output = demo
+    [seen] = driving.of_kind(run, "instability_seen")
+    [probed] = driving.of_kind(run, "data_probed")
+    [closed] = driving.of_kind(run, "instability_closed")
+    # Batches 100 to 111, of 16 samples each, and what the probe's raster leaves around them.
+    assert probed.event.verdict == "bad data"
+    assert 1600 - 6 * 16 <= probed.event.bad_from <= 1600
+    assert 1792 <= probed.event.bad_to <= 1792 + 12 * 16
+    assert closed.event.outcome == "helped"
+    assert f"instability 1 at step {seen.step}: " in output
+    story = (run.chronicle / "chronicle.md").read_text()
+    assert "Training was unstable once, and the supervisor acted." in story
+    assert f"The data was looked at: {probed.event.what}." in story.replace("\\", "")
+    assert "It has helped: the loss is " in story
+
+
 def test_the_model_has_learned_more_than_how_often_tokens_occur(
     demo: tuple[RunDirectory, str],
 ) -> None:

@@ -21,10 +21,10 @@ def last_checkpoint(run: driving.RunDirectory) -> dict[tuple[str, str], bytes]:
     }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    enough = "train.steps=120"  # to be stopped in time, even by a test that is kept waiting
+    enough = "train.steps=80"  # to be stopped in time, even by a test that is kept waiting
     process = driving.start(broken, enough)
     run = driving.run_directory(broken)
     try:
@@ -36,14 +36,14 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path)
         assert driving.processes_of(broken) == [], "a stopped run left processes behind"
 
         process = driving.start(broken, enough)
-        assert driving.finish(process, broken, 120) == 0, driving.tail(broken)
+        assert driving.finish(process, broken, 240) == 0, driving.tail(broken)
         resumed = driving.of_kind(run, "attempt_started")[-1]
         assert resumed.step == stopped.saved_step, (
             "the resumed attempt did not start where the stopped one was saved"
         )
 
         process = driving.start(unbroken, enough)
-        assert driving.finish(process, unbroken, 120) == 0, driving.tail(unbroken)
+        assert driving.finish(process, unbroken, 240) == 0, driving.tail(unbroken)
         assert last_checkpoint(run) == last_checkpoint(driving.run_directory(unbroken))
     finally:
         driving.end(process, broken)

@@ -1,5 +1,5 @@
-"""The supervisor is killed at 20 seeded moments; the same command, started again, adopts or fences
-and goes on."""
+"""The supervisor is killed at seeded moments; the same command, started again, adopts or fences and
+goes on."""
 
 import contextlib
 import os
@@ -15,27 +15,26 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from tests.end_to_end import driving
 
-DEATHS = 20
-STRUCK = {
-    4: "failure_seen",
-    8: "generation_killed",
-    12: "incident_diagnosed",
-    16: "attempt_started",
-}
+STRUCK = ("failure_seen", "generation_killed", "incident_diagnosed", "attempt_started")
 """Deaths that come on top of a rank's, as soon as the journal says so much of it."""
 
 
 @pytest.mark.timeout(600)
-def test_killing_the_supervisor_again_and_again_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths", [8, pytest.param(20, marks=pytest.mark.whole)])
+def test_killing_the_supervisor_again_and_again_loses_nothing(deaths: int, tmp_path: Path) -> None:
+    parts = len(STRUCK) + 1
+    struck = {deaths * part // parts: kind for part, kind in enumerate(STRUCK, start=1)}
     folder, run = tmp_path, driving.run_directory(tmp_path)
     moments = random.Random(20)
-    more = ("train.steps=100000", "checkpoint.every_steps=20")
+    more = (*driving.ENDLESS, "checkpoint.every_steps=20")
     process = driving.start(folder, *more)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 3, 120, process, folder)
-        for death in range(1, DEATHS + 1):
-            if death in STRUCK:
-                strike(run, process, folder, until=STRUCK[death])
+        for death in range(1, deaths + 1):
+            if death in struck:
+                strike(run, process, folder, until=struck[death])
+            elif death == deaths:
+                train_on(5, run, process, folder)  # all live: the next one adopts them
             else:
                 # Some deaths come while agents dial in or a generation starts, some in the middle
                 # of training.
@@ -50,7 +49,7 @@ def test_killing_the_supervisor_again_and_again_loses_nothing(tmp_path: Path) ->
         assert driving.finish(process, folder, 120) == 75, driving.tail(folder)
 
         kinds = driving.kinds(run)
-        assert kinds.count("supervisor_started") == DEATHS + 1
+        assert kinds.count("supervisor_started") == deaths + 1
         assert "agents_adopted" in kinds
         [stopped] = driving.of_kind(run, "run_stopped")
         assert no_two_generations_trained_at_once(run, at_least=len(STRUCK) + 1)
@@ -98,8 +97,7 @@ def no_two_generations_trained_at_once(run: RunDirectory, at_least: int) -> bool
 @pytest.mark.timeout(180)
 def test_a_node_that_dies_with_the_supervisor_costs_what_the_chronicle_says(tmp_path: Path) -> None:
     folder, run = tmp_path, driving.run_directory(tmp_path)
-    endless = "train.steps=100000"
-    process = driving.start(folder, endless)
+    process = driving.start(folder, *driving.ENDLESS)
     try:
         driving.wait_for(lambda: driving.newest_step(run) >= 16, 120, process, folder)
         process.send_signal(signal.SIGKILL)
@@ -111,7 +109,7 @@ def test_a_node_that_dies_with_the_supervisor_costs_what_the_chronicle_says(tmp_
                 os.kill(pid, signal.SIGKILL)
         known = driving.newest_step(run)
 
-        process = driving.start(folder, endless)
+        process = driving.start(folder, *driving.ENDLESS)
         driving.wait_for(lambda: "incident_closed" in driving.kinds(run), 120, process, folder)
         process.send_signal(signal.SIGINT)
         assert driving.finish(process, folder, 60) == 75, driving.tail(folder)

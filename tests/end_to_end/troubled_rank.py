@@ -7,6 +7,7 @@ Which trouble is in the environment, `TROUBLE`, a JSON object:
   phase at that step or later.
 - `slow_save`: `[step, seconds]`: the save at that step (null: the first) takes so much longer, but
   moves.
+- `wrong`: `[rank, step]`: the rank computes something else at that step, once, without a word.
 - `deaf`: true: a rank whose peers died does not notice, as on NCCL; it spins until it is killed.
 - `markers`: a folder; what has happened once is marked there and does not happen again.
 """
@@ -16,14 +17,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
 from opt_train.checkpoint import background
+from opt_train.data.batches import MicroBatch
 from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Phase
 from opt_train.protocol.framing import Message
-from opt_train.train import fact_pipe, rank, saves, warm
+from opt_train.train import fact_pipe, loop, rank, saves, warm
+from opt_train.train.training import Training
 
 TROUBLE: dict[str, Any] = json.loads(os.environ["TROUBLE"])
 BEGUN: list[Begin] = []
@@ -69,6 +73,19 @@ def slow(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_slowly
 
 
+def wrong(take_step: Callable[..., None]) -> Callable[..., None]:
+    where, step = TROUBLE["wrong"]
+
+    def take_another(run: Training, micro_batches: list[MicroBatch], *more: Any) -> None:
+        if (run.context.begin.rank, run.state.step) == (where, step) and once("wrong"):
+            micro_batches = [
+                replace(batch, tokens=batch.tokens.flip(dims=(1,))) for batch in micro_batches
+            ]
+        take_step(run, micro_batches, *more)
+
+    return take_another
+
+
 def deaf(run_rank: Callable[..., int]) -> Callable[..., int]:
     def run_deaf(*arguments: Any) -> int:
         try:
@@ -92,11 +109,20 @@ def remembering(run_rank: Callable[..., int]) -> Callable[..., int]:
     return run_and_remember
 
 
-if __name__ == "__main__":
+import_everything = warm.import_everything
+
+
+def main() -> None:
     fact_pipe.FactPipe.publish = pausing(fact_pipe.FactPipe.publish)  # type: ignore[method-assign]
     if "slow_save" in TROUBLE:
         saves.save_checkpoint = background.save = slow(background.save)
+    if "wrong" in TROUBLE:
+        loop.take_step = wrong(loop.take_step)
     if TROUBLE.get("deaf"):
         rank.run_rank = deaf(rank.run_rank)
     rank.run_rank = remembering(rank.run_rank)
     warm.main()
+
+
+if __name__ == "__main__":
+    main()

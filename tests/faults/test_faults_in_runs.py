@@ -24,7 +24,7 @@ from tests.train.rig import tensors_in
 
 STEPS, EVERY = 60, 5
 LONG = 240
-"""Steps of a run that must outlast two seconds of trouble, however fast the machine."""
+"""Steps of a run that must outlast three seconds of trouble, however fast the machine."""
 SMALL = (
     f"train.steps={STEPS}",
     f"checkpoint.every_steps={EVERY}",
@@ -185,15 +185,14 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
     run = start(f"train.steps={LONG}")
     run.wait_for_step(8)
     shim.set(Rule(fault, f"{run.run.path}/*", calls, times=0))
-    time.sleep(2)
-    struck = {fired.path.rpartition("/")[2] for fired in shim.fired()}
+    # On a slow machine nothing is due for the journal for a while.
+    run.wait_for(lambda: any("journal." in Path(fired.path).name for fired in shim.fired()))
+    time.sleep(3)
     shim.set()
     run.ends()
     for event in run.events("save_abandoned"):
         assert strerror(fault) in event.why
     assert run.events("failure_seen") == []
-    heads = {name for name in struck if name.startswith(".journal.head.")}
-    assert heads or struck & {"journal.jsonl", "journal.lock"}, struck
     assert max((event.seconds for event in run.events("journal_stalled")), default=0) > 1
     assert run.newest_commit() == LONG
     verify(run.run)
@@ -201,7 +200,7 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("what", "seconds"), [("checkpoints", 20.0), ("the run directory", 60.0)])
+@pytest.mark.parametrize(("what", "seconds"), [("checkpoints", 20.0), ("the run directory", 30.0)])
 def test_a_file_system_that_stands_still_is_waited_for(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, what: str, seconds: float
 ) -> None:
@@ -262,7 +261,7 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [8.0, 60.0])
+@pytest.mark.parametrize("seconds", [LATE_SECONDS - 2.0, 60.0])
 def test_a_manifest_that_ranks_see_late_costs_steps_and_nothing_else(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, seconds: float
 ) -> None:

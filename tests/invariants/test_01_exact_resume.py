@@ -25,7 +25,7 @@ LINE = (
 @pytest.mark.timeout(300)
 # So many that a test which is kept waiting for a second does not find a run done that it wants to
 # kill in one of its first thirty.
-@pytest.mark.parametrize("steps", [50, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [50, pytest.param(80, marks=pytest.mark.whole)])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, steps: int) -> None:
     config = tiny_config(tmp_path, steps=steps)
     config = replace(config, checkpoint=CheckpointConfig(every_steps=5))

@@ -22,7 +22,8 @@ from opt_train.protocol.commands import Begin
 from opt_train.protocol.exits import DONE, RANK_BAD_CONFIG
 from opt_train.protocol.facts import ExitNotice, InForce, Metrics
 from opt_train.protocol.framing import Message
-from opt_train.train import rank
+from opt_train.protocol.orders import LedgerEntry, ScaleEmbeddingGradient, SetLossScale
+from opt_train.train import rank, resume
 from opt_train.train.orders import NoOrders, StopSignals
 from tests.train.rig import World, begin_alone, sha256_of, tiny_config
 
@@ -198,7 +199,9 @@ def test_difference_in_the_clip_stops_the_run_and_is_named(
 ) -> None:
     """As if the ledger had tightened the clip and the rank had not heard of it: here the
     expectation is what moves."""
-    monkeypatch.setattr(rank, "in_force", lambda *arguments: {**in_force(*arguments), "clip": 0.3})
+    monkeypatch.setattr(
+        resume, "in_force", lambda *arguments: {**in_force(*arguments), "clip": 0.3}
+    )
     assert_stopped(saved, group, tmp_path, "clip: expected 0.3, in force 1.0")
 
 
@@ -208,6 +211,24 @@ def test_nothing_planted_stops_nothing(
     code, facts = go_on(saved, group, tmp_path)
     assert code == DONE
     assert [fact.line["step"] for fact in facts if isinstance(fact, Metrics)] == [3, 4]
+
+
+def test_scales_that_an_order_sets_at_the_very_step_are_in_force_and_not_the_saved_ones(
+    saved: tuple[RunConfig, Path], group: Any, tmp_path: Path
+) -> None:
+    config, _ = saved
+    ledger = (
+        LedgerEntry(2, SetLossScale(1, "", 64.0, 0.125, window_steps=3)),
+        LedgerEntry(2, ScaleEmbeddingGradient(2, "", 0.5)),
+    )
+    code, facts = go_on(saved, group, tmp_path, ledger=ledger, order_number=2)
+    assert code == DONE
+    [fact] = [fact for fact in facts if isinstance(fact, InForce)]
+    assert differences(in_force(config, ledger, 2), fact.values) == []
+    names = ("loss_scale", "loss_scale_floor", "loss_scale_window_steps", "embedding_gradient")
+    assert [fact.values[name] for name in names] == [64.0, 0.125, 3, 0.5]
+    lines = [fact.line for fact in facts if isinstance(fact, Metrics)]
+    assert [(line["loss_scale"], line["loss_scale_floor"]) for line in lines] == [(64.0, 0.125)] * 2
 
 
 def assert_stopped(saved: tuple[RunConfig, Path], group: Any, folder: Path, named: str) -> None:
@@ -220,7 +241,9 @@ def assert_stopped(saved: tuple[RunConfig, Path], group: Any, folder: Path, name
     assert not [fact for fact in facts if isinstance(fact, Metrics)], "it trained"
 
 
-def go_on(saved: tuple[RunConfig, Path], group: Any, folder: Path) -> tuple[int, list[Message]]:
+def go_on(
+    saved: tuple[RunConfig, Path], group: Any, folder: Path, **changes: Any
+) -> tuple[int, list[Message]]:
     """Resume from the checkpoint in this process, as the only rank; its exit code and what it
     told."""
     config, checkpoint = saved
@@ -231,5 +254,6 @@ def go_on(saved: tuple[RunConfig, Path], group: Any, folder: Path) -> tuple[int,
         checkpoint=str(checkpoint),
         manifest_sha256=sha256_of(checkpoint / manifest.MANIFEST),
     )
+    begin = replace(begin, **changes)
     facts: list[Message] = []
     return rank.run_rank(begin, facts.append, NoOrders(), StopSignals(), group), facts

@@ -18,7 +18,7 @@ from tests.train.rig import ROOT, World, run_script, tiny_config
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.parametrize("steps", [600, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [600, pytest.param(2500, marks=pytest.mark.whole)])
 def test_many_steps_and_every_rank_records_the_same(tmp_path: Path, steps: int) -> None:
     program = ROOT / "tests/train/step_stats_ranks.py"
     records = run_script(program, 4, str(steps), folder=tmp_path)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from opt_train.optim.adamw import put_in_force, really_in_force
 from opt_train.optim.clip import clip, local_part
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
+from opt_train.optim.outlier_guard import HISTORY
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Engine, EngineSpec, loss_of
 from opt_train.parallel.layout import Layout
@@ -226,3 +228,43 @@ def test_step_waits_for_the_device_at_one_place_alone(
     run.stats.receive(before=run.state.step)
     assert run.stats.newest is not None
     assert None not in dataclasses.asdict(run.stats.newest).values()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_outlier_changes_nothing_and_is_no_overflow(
+    precision: PrecisionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the weights, nor the loss scale, nor what the next outlier is measured by."""
+    run = one_rank(tmp_path, precision)
+    for _ in range(2):
+        take_step(run, *read_batch(run))
+    run.stats.receive(before=run.state.step)
+    state, scale = run.state, run.context.loss_scale.to_json()
+    norm, loss = state.accepted_norms[-1], state.accepted_losses[-1]
+    run.context.guard.restore([norm] * HISTORY, [loss] * HISTORY, 0)
+    before, updates = everything(run.engine), state.updates
+    forward_backward = run.engine.forward_backward
+
+    def spoiled(*arguments: Any) -> Any:
+        sums = forward_backward(*arguments)
+        for parameter in run.engine.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(64.0)  # which fp16 holds
+        return sums
+
+    monkeypatch.setattr(run.engine, "forward_backward", spoiled)
+    take_step(run, *read_batch(run))
+    run.stats.receive(before=run.state.step)
+    assert run.stats.newest is not None
+    assert run.stats.newest.refused
+    assert not run.stats.newest.overflow
+    assert everything(run.engine) == before
+    assert (state.updates, state.refused_in_row, state.floor_steps) == (updates, 1, 0)
+    assert (state.accepted_norms[-1], state.accepted_losses[-1]) == (norm, loss)
+    assert run.context.loss_scale.to_json()["scale"] == scale["scale"]
+    monkeypatch.undo()
+    take_step(run, *read_batch(run))
+    take_step(run, *read_batch(run))
+    run.stats.receive(before=run.state.step)
+    assert state.refused_in_row == 0
+    assert run.stats.newest.update_ratio > 0

@@ -22,16 +22,17 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.config.run_config import RunConfig
-from opt_train.data.batches import Batches, TokenStream
+from opt_train.data.batches import Batches
 from opt_train.data.order import SampleOrder
+from opt_train.data.token_stream import TokenStream
 from opt_train.parallel.layout import Layout
 from opt_train.protocol.commands import Begin
 from opt_train.run.fold import fold
 from opt_train.run.state import RunState
 from opt_train.train.config import TrainConfig
-from opt_train.train.metrics import MetricsSource, metrics_line
 from opt_train.train.state import TrainState
-from opt_train.train.step_stats import StepStats
+from opt_train.train.stats.metrics import MetricsSource, metrics_line
+from opt_train.train.stats.step_stats import StepStats
 
 LIVES = 80
 SEQUENCE = 2
@@ -173,6 +174,7 @@ class Life:
                 state=state,
                 stats=stats,
                 learning_rate=1e-3,
+                samples=(stats.step + 1) * self.config.train.global_batch,
                 device=torch.device("cpu"),
             )
             self.lines[name, stats.step + 1] = metrics_line(source)

@@ -5,8 +5,8 @@ import pytest
 from opt_logbook.record.events import AttemptStarted, NodeFailed, RunHalted
 
 from opt_train.protocol.exits import PERSON_MUST_DECIDE
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 
 
 def poisoned(step: int, line: str) -> World:

@@ -3,9 +3,9 @@ does not move."""
 
 from opt_logbook.record.events import FailureSeen, IncidentDiagnosed
 
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.inputs import ClusterObserved
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
 
 
 def a_run() -> World:

@@ -260,6 +260,23 @@ def test_dawdlers_and_silent_ones_do_not_keep_others_out(
     play(scene())
 
 
+def test_a_crowd_that_stands_silent_at_the_door_makes_room(
+    run: RunDirectory, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many strangers as have room kept every agent out until their time was over."""
+    monkeypatch.setattr(server, "STRANGERS_MAX", 16)
+
+    async def scene() -> None:
+        async with SupervisorEnd(run, transport=transport) as listener:
+            silent = [await connect(listener) for _ in range(64)]
+            async with asyncio.timeout(2):
+                honest = await join(listener)
+            assert all(await asyncio.gather(*(is_cut_off(c) for c in silent[:40])))
+            await still_serves(listener, honest)
+
+    play(scene())
+
+
 def test_a_newer_connection_of_a_node_replaces_the_older(run: RunDirectory, transport: str) -> None:
     async def scene() -> None:
         async with SupervisorEnd(run, transport=transport) as listener:

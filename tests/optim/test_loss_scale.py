@@ -215,3 +215,43 @@ def test_keys_that_cannot_be_are_refused(key: str, message: str) -> None:
     precision = "bf16" if key.startswith("weights") else "fp16"
     with pytest.raises(BadInput, match=message):
         compose([f"precision={precision}", f"precision.{key}"])
+
+
+def test_a_scale_that_is_ordered_counts_anew_and_keeps_its_floor() -> None:
+    scale = LossScale(METASEQ, CPU)
+    after(scale, *[True] * 4)
+    assert (scale.scale.item(), scale.window_steps) == (0.25, 16)
+    values = {"loss_scale": 64.0, "loss_scale_floor": 8.0, "loss_scale_window_steps": 3}
+    scale.put_in_force(values)
+    scale.put_in_force(values)  # the same step again
+    assert (scale.scale.item(), scale.window_steps) == (64.0, 3)
+    # 3 good steps double it and the window; five overflows end at the floor.
+    floor = {"loss_scale_floor": 8.0}
+    scale.put_in_force(floor)
+    assert after(scale, False, False, False) == [64, 64, 128]
+    assert after(scale, *[True] * 5) == [64, 32, 16, 8, 8]
+    again = LossScale(METASEQ, CPU)
+    again.restore(json.loads(json.dumps(scale.to_json())))
+    again.put_in_force(floor)
+    assert after(again, True, False) == after(scale, True, False)
+    # A floor that is raised lifts the scale to it.
+    scale.put_in_force({"loss_scale_floor": 1024.0})
+    assert scale.scale.item() == 1024.0
+
+
+def test_putting_a_scale_in_force_waits_for_nothing() -> None:
+    scale = LossScale(METASEQ, CPU)
+    with Syncs() as syncs:
+        scale.put_in_force({"loss_scale": 64.0, "loss_scale_floor": 8.0})
+    assert syncs.seen == []
+
+
+def test_a_fixed_scale_is_what_is_in_force() -> None:
+    policy = policy_of(PrecisionConfig(compute="fp16", loss_scale="fixed", loss_scale_initial=8.0))
+    scale = LossScale(policy, CPU)
+    scale.put_in_force({"loss_scale": 256.0, "loss_scale_floor": 256.0})
+    assert after(scale, True, False) == [256, 256]
+    again = LossScale(policy, CPU)
+    again.restore(scale.to_json())
+    again.put_in_force({"loss_scale": 8.0, "loss_scale_floor": 8.0})
+    assert again.scale.item() == 8.0, "before the order it was another"

@@ -1,8 +1,10 @@
 """The LR by step, at every corner of its line."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from opt_train.config.run_config import RunConfig
 from opt_train.optim.config import OptimConfig
@@ -34,10 +36,51 @@ def test_decay_is_linear_to_the_floor_and_stays() -> None:
     assert learning_rate(OPTIM, 5000, 200) == pytest.approx(0.1)
 
 
+def test_cosine_is_that_of_torch() -> None:
+    optim = replace(OPTIM, schedule="cosine")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    by_torch = torch.optim.lr_scheduler.CosineAnnealingLR(
+        torch.optim.SGD([weight], lr=1.0), T_max=100, eta_min=0.1
+    )
+    for step in range(9, 110):
+        [expected] = by_torch.get_last_lr()
+        assert learning_rate(optim, step, 200) == pytest.approx(expected, rel=1e-9)
+        weight.grad = torch.zeros(1)
+        by_torch.optimizer.step()
+        by_torch.step()
+    assert learning_rate(optim, 150, 200) == pytest.approx(0.1)
+
+
+def test_wsd_stays_at_the_peak_and_decays_at_the_end() -> None:
+    optim = replace(OPTIM, schedule="wsd", cooldown_steps=20)
+    rates = [learning_rate(optim, step, 200) for step in range(200)]
+    assert rates[9:90] == [1.0] * 81
+    assert rates[99] == pytest.approx(0.55), "half way between batches 89 and 109"
+    assert rates[109:] == [pytest.approx(0.1)] * 91
+
+
+def test_a_cooldown_branched_off_has_the_rates_of_the_stable_part_before_it() -> None:
+    """The same checkpoint may be cooled down at any length: up to there all have trained alike."""
+    long = replace(OPTIM, schedule="wsd", decay_steps=1000, cooldown_steps=100)
+    branch = replace(long, decay_steps=600)
+    assert all(learning_rate(long, s, 1000) == learning_rate(branch, s, 1000) for s in range(500))
+    assert learning_rate(branch, 600, 1000) == pytest.approx(0.1)
+
+
+def test_constant_stays() -> None:
+    optim = replace(OPTIM, schedule="constant")
+    rates = [learning_rate(optim, step, 200) for step in range(300)]
+    assert rates[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert rates[9:] == [1.0] * 291
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 10, 20])
-def test_short_runs_divide_by_nothing(warmup: int) -> None:
+def test_short_runs_divide_by_nothing(warmup: int, schedule: str) -> None:
     """A run no longer than its warm-up must not divide by zero or rise above the peak."""
-    optim = OptimConfig(lr=1.0, warmup_steps=warmup, decay_steps=0)
+    optim = OptimConfig(
+        lr=1.0, warmup_steps=warmup, decay_steps=0, schedule=schedule, cooldown_steps=5
+    )
     rates = [learning_rate(optim, step, 10) for step in range(12)]
     assert all(0.0 < rate <= 1.0 for rate in rates)
 
@@ -52,6 +95,7 @@ def test_in_force_is_what_the_configuration_says() -> None:
         "weight_decay": 0.1,
         "clip": 1.0,
         "loss_scale": 1.0,
+        "embedding_gradient": 1.0,
         "samples": 24,
     }
 

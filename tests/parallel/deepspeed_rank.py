@@ -4,6 +4,13 @@
 from opt_train.train import warm
 from tests.parallel import deepspeed_on_cpu
 
-if __name__ == "__main__":
+import_everything = warm.import_everything
+
+
+def main() -> None:
     deepspeed_on_cpu.apply()
     warm.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from opt_train.checkpoint.restore import restore
 from opt_train.checkpoint.tensors import MODEL as MODEL_PREFIX
 from opt_train.data.batches import MicroBatch
 from opt_train.optim.adamw import put_in_force, really_in_force
-from opt_train.optim.clip import clip
+from opt_train.optim.clip import clip, multiply
 from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.parallel.engine import Engine, EngineSpec, MeasuresLayers
 from opt_train.parallel.layout import Layout
@@ -160,12 +160,24 @@ def curve(trainer: Trainer) -> dict[str, Any]:
 def layers(trainer: Trainer) -> dict[str, Any]:
     """The world's squares of the layers' norms."""
     trainer.backward(50)
-    grad_norm = trainer.engine.grad_norm(torch.tensor(trainer.tokens, dtype=torch.float64))
+    tokens = torch.tensor(trainer.tokens, dtype=torch.float64)
+    grad_norm = trainer.engine.grad_norm(tokens)
+    embedding = grad_norm.embedding_squares
+    assert embedding is not None
+    dist.all_reduce(embedding)
+    multiply(trainer.engine.embedding_gradients(), 0.5)
+    halved = trainer.engine.grad_norm(tokens)
+    multiply(trainer.engine.embedding_gradients(), 2.0)
     assert isinstance(trainer.engine, MeasuresLayers)
     squares = trainer.engine.layer_squares(grad_norm.divisor)
     dist.all_reduce(squares)
     trainer.update()
-    return {"squares": squares.tolist(), "norm": float(grad_norm.norm)}
+    return {
+        "squares": squares.tolist(),
+        "norm": float(grad_norm.norm),
+        "embedding": float(embedding),
+        "halved": float(halved.norm),
+    }
 
 
 def waits(trainer: Trainer) -> dict[str, Any]:

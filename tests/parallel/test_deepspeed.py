@@ -164,6 +164,10 @@ def test_norms_of_layers_are_fsdp2s(reports: ReportsOf, form: str, name: str) ->
     for mine, theirs in zip(found["squares"], expected["squares"], strict=True):
         assert mine == pytest.approx(theirs, rel=tolerance)
     assert sum(found["squares"][0]) == pytest.approx(found["norm"] ** 2, rel=1e-5)
+    assert found["embedding"] == pytest.approx(found["squares"][0][0], rel=1e-6)
+    # Half of it is a quarter of its square.
+    halved = found["norm"] ** 2 - 0.75 * found["embedding"]
+    assert found["halved"] ** 2 == pytest.approx(halved, rel=1e-5)
 
 
 @pytest.mark.parametrize(("form", "name"), in_forms(SHORT, CASES))
@@ -223,7 +227,7 @@ def test_checkpoints_go_from_fsdp2_and_back(reports: ReportsOf, form: str, name:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_compiled_blocks_follow_the_textbook(tmp_path: Path, reference: dict[str, Any]) -> None:
     check_same(
         run(tmp_path, "deepspeed", Case(stage=2, world=2, ways={"compile": True}), "curve")[0][

@@ -148,7 +148,7 @@ def test_is_fsdp2_in_every_precision(
     assert both["fairscale"]["losses"][-1] < both["fairscale"]["losses"][0] - 0.03 or overflows
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(("precision", "accumulate"), UNEVEN)
 def test_is_near_fsdp2_where_sums_round_otherwise(
     reports: ReportsOf, precision: str, accumulate: str
@@ -236,7 +236,7 @@ def test_norms_of_layers_are_fsdp2s(reports: ReportsOf, form: str, world: int) -
         assert mine == pytest.approx(reference, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
     (curves, *_) = (
         found["recomputed"]

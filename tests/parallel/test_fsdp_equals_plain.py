@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from opt_train.config.run_config import RunConfig
-from opt_train.data.batches import Batches, open_split
+from opt_train.data.batches import Batches
 from opt_train.data.order import Cursor
+from opt_train.data.token_stream import open_split
 from opt_train.model.decoder import OPT
 from opt_train.model.init import initialise
 from opt_train.optim.schedule import learning_rate

@@ -36,7 +36,7 @@ SHORT = [PLAIN[number] for number in (0, 3, 4, 7, 8, 11)]
 SHORT_STEPS = 5
 """A wrong gradient shows in the first norm, a wrong update in the second loss. More show what adds
 up, and that takes the whole form."""
-STEPS_OF_FORMS = (SHORT_STEPS, pytest.param(STEPS, marks=pytest.mark.slow))
+STEPS_OF_FORMS = (SHORT_STEPS, pytest.param(STEPS, marks=pytest.mark.whole))
 INDUCTOR = "torch._inductor.compile_fx"
 RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
 
@@ -152,7 +152,7 @@ def test_layout_follows_the_textbook(
     check_same(four_ranks(form)[name], reference, steps)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [name_of(*case) for case in COMPILED])
 def test_compiled_layout_follows_the_textbook(
     name: str, four_ranks_compiled: dict[str, Any], reference: dict[str, Any]

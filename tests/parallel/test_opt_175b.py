@@ -129,7 +129,7 @@ def test_two_micro_batches_fit_too(few_layers: list[dict[str, Any]]) -> None:
     check_fits(recipe("175b", f"train.micro_batch={HALF}"), *few_layers[2:])
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_several_micro_batches_fit_too(micro_batch: int) -> None:
     config = recipe("175b", f"train.micro_batch={micro_batch}")
@@ -144,7 +144,7 @@ def check_fits(config: RunConfig, shallow: dict[str, Any], deeper: dict[str, Any
     assert planned(config).configured.peak.total == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_two_depths_tell_of_all_layers(rehearsal: Rehearsal) -> None:
     whole, short = rehearsal("whole"), rehearsal("short")
     assert short["peak"] == pytest.approx(whole["peak"], rel=1e-3)

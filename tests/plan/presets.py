@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
-from opt_train.cli.plan import UNREAD
+from opt_train.cli.jobs import UNREAD
 from opt_train.config.compose import compose
 from opt_train.config.run_config import RunConfig
 from opt_train.plan.plan import Plan, plan_of

@@ -19,7 +19,7 @@ from opt_train.plan.comparison import (
 from opt_train.plan.memory import MODES
 from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 ALONE = ("cluster.nodes=1", "cluster.slots_per_node=1")
 
@@ -63,9 +63,16 @@ def in_mode(config: RunConfig, mode: str) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, activation_checkpointing=mode))
 
 
+CASES = [pytest.param(name, mode, marks=pytest.mark.whole) for name in VARIANTS for mode in MODES]
+"""tests/cli/test_plan.py compares a smaller model in every mode."""
+
+
 @pytest.fixture(scope="module")
-def rehearsals() -> dict[tuple[str, str], dict[str, Any]]:
-    keys = [(name, mode) for name in VARIANTS for mode in MODES]
+def rehearsals(request: pytest.FixtureRequest) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of what the chosen tests ask for, all at once."""
+    chosen = [item for item in request.session.items if item.path == request.path]
+    asked = [getattr(item, "callspec", None) for item in chosen]
+    keys = sorted({(spec.params["name"], spec.params["mode"]) for spec in asked if spec})
     answers = rehearsed(
         [with_layers(in_mode(VARIANTS[name], mode), 3) for name, mode in keys], seconds=580
     )
@@ -79,17 +86,21 @@ def rows(name: str, mode: str, rehearsal: dict[str, Any]) -> list[Comparison]:
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "another width, split" not in name])
+@pytest.mark.parametrize(
+    ("name", "mode"), [case for case in CASES if "another width, split" not in case.values[0]]
+)
 def test_no_figure_differs_by_five_percent(name: str, mode: str, rehearsals: Any) -> None:
     differing = [row for row in rows(name, mode, rehearsals[name, mode]) if not row.agrees]
     assert differing == []
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_a_cpu_does_in_another_way_is_told_with_its_reason(mode: str, rehearsals: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode"), [case for case in CASES if "another width, split" in case.values[0]]
+)
+def test_what_a_cpu_does_in_another_way_is_told_with_its_reason(
+    name: str, mode: str, rehearsals: Any
+) -> None:
     """torch's CPU group makes an all_to_all of all_gathers, and says so itself."""
-    name = "an embedding of another width, split"
     config = VARIANTS[name]
     differing = [row for row in rows(name, mode, rehearsals[name, mode]) if not row.agrees]
     assert {row.what.partition(",")[0] for row in differing} == {
@@ -110,6 +121,7 @@ def test_a_difference_without_a_known_reason_is_not_explained_away() -> None:
     )
 
 
+@pytest.mark.whole
 def test_parameters_are_those_of_the_model_that_is_built(rehearsals: Any) -> None:
     for (name, _), rehearsal in rehearsals.items():
         assert planned(with_layers(VARIANTS[name], 3)).parameters == rehearsal["parameters"]

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opt_train.data.batches import Batches, TokenStream
+from opt_train.data.batches import Batches
 from opt_train.data.order import Cursor
+from opt_train.data.token_stream import TokenStream
 from opt_train.plan.batch import Batch
 from opt_train.plan.refusals import refusals
 from tests.plan.presets import planned, recipe

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opt_train.config.run_config import RunConfig
 from tests.plan.presets import recipe, with_layers
 from tests.train.rig import environment
 
@@ -23,12 +24,18 @@ CONFIGS = [
 CONFIGS.append(with_layers(recipe("125m", "parallel.compile=false"), 3))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "configs",
+    [
+        pytest.param(CONFIGS[1::4], id="some", marks=pytest.mark.slow),
+        pytest.param(CONFIGS, id="all", marks=pytest.mark.whole),
+    ],
+)
 @pytest.mark.timeout(300)
-def test_the_peak_is_that_of_torchs_tracker() -> None:
+def test_the_peak_is_that_of_torchs_tracker(configs: list[RunConfig]) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
-        input=json.dumps([asdict(config) for config in CONFIGS]),
+        input=json.dumps([asdict(config) for config in configs]),
         capture_output=True,
         text=True,
         env=environment(),
@@ -36,6 +43,6 @@ def test_the_peak_is_that_of_torchs_tracker() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     peaks = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(peaks) == len(CONFIGS)
-    for config, peak in zip(CONFIGS, peaks, strict=True):
+    assert len(peaks) == len(configs)
+    for config, peak in zip(configs, peaks, strict=True):
         assert peak["ours"] == pytest.approx(peak["torch"], rel=0.001), config.model.name

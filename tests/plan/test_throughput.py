@@ -3,7 +3,7 @@
 import pytest
 
 from opt_train.plan.throughput import GPUS, recomputed_flops_per_token
-from opt_train.train.metrics import PEAK_FLOPS
+from opt_train.train.stats.metrics import PEAK_FLOPS
 from tests.plan.presets import planned, recipe
 
 

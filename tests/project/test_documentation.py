@@ -34,7 +34,9 @@ GENERATED = (
     "docs/configuration.md",
     "docs/architecture.md",
     "docs/causes.md",
+    "docs/stability.md",
     "docs/metrics.md",
+    "docs/journal.md",
 )
 
 

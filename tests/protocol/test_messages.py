@@ -394,6 +394,8 @@ USUAL: tuple[Message, ...] = (
     facts.SnapshotTaken(10**9, (facts.MemoryFile(FILES[0], 10**12, "ab" * 32, 10**6),) * 2, WIDEST),
     facts.SaveFailed(10**9, "No space left on device: " + FOLDER * 3),
     facts.OrderObeyed(10**6, 10**9),
+    facts.RolledBack(10**9, "9999.9999", 10**6),
+    facts.Probed(10**6, 10**9, (10**13,) * 32, (WIDEST,) * 32, (10**5,) * facts.ODD_RANKS_MAX),
     ExitNotice(81, 10**9, "x" * 2000, 10**6, "corrupt_checkpoint"),
 )
 

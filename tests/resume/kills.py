@@ -275,7 +275,7 @@ def compare_checkpoints(whole: Path, killed: Path) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise Difference(
-                f"tensor {name[1]} in {name[0]} has other bits, or is in one of the two alone"
+                f"tensor {name[0]} at {name[1]} has other bits, or is in one of the two alone"
             )
     if len(expected) < 50:
         raise Difference(f"only {len(expected)} tensors were compared")

@@ -1,6 +1,6 @@
-"""A run that goes on under other code than it began with is two experiments told as one: it is
-refused like a changed training key. Run 12.47 of OPT-175B trained with a dependency that somebody
-had upgraded by accident."""
+"""A run that goes on under other code than it began with is two experiments told as one: where the
+installation is what trains, it is refused like a changed training key. Run 12.47 of OPT-175B
+trained with a dependency that somebody had upgraded by accident."""
 
 import shutil
 from collections.abc import Callable
@@ -14,10 +14,15 @@ from opt_logbook.record.run_directory import RunDirectory
 import opt_train
 from opt_train.config.compose import compose
 from opt_train.run import lineage
-from opt_train.run.code_state import package_versions
+from opt_train.run.code.code_state import package_versions
 from tests import command
 
-SMALL = (*command.SMALL, "train.steps=6", "supervisor.orphan_seconds=4")
+SMALL = (
+    *command.SMALL,
+    "train.steps=6",
+    "supervisor.orphan_seconds=4",
+    "cluster.code=installed",
+)
 
 STEP = "opt_train/train/step.py"
 """A file that decides what is computed."""

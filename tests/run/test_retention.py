@@ -25,9 +25,9 @@ from opt_train.run.checkpoint import path_of_save
 from opt_train.run.fold import fold
 from opt_train.run.retention import dispensable, kept, referred
 from opt_train.run.state import RunState
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Effect, RetireCheckpoint
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
 
 EVERY = 10
 
@@ -257,12 +257,12 @@ def test_milestones_and_young_ones_stay_in_a_whole_run() -> None:
     world = World(make_config(steps=30, milestone_every_steps=9))
     world.start_supervisor()
     world.run()
-    assert [int(path[-8:]) for path in sorted(world.disk)] == [9, 18, 27, 30]
+    assert [int(path[-8:]) for path in sorted(world.storage.disk)] == [9, 18, 27, 30]
 
     world = World(make_config(steps=30, keep_hours=20 / 3600))
     world.start_supervisor()
     world.run()
-    assert [int(path[-8:]) for path in sorted(world.disk)] == [21, 24, 27, 30]
+    assert [int(path[-8:]) for path in sorted(world.storage.disk)] == [21, 24, 27, 30]
 
 
 def test_a_run_that_rested_for_a_week_loses_nothing_by_it() -> None:
@@ -300,21 +300,23 @@ def test_a_removal_that_a_death_cut_short_is_ended_by_the_next_supervisor(count:
     world.until_step(count + 4)
     world.kill_supervisor()
     world.config = make_config(steps=60, every_steps=1, keep=2)
-    left = dict(world.disk)
-    carry_out = world._do
+    left = dict(world.storage.disk)
+    carry_out = world.perform
 
     def but_remove_nothing(effect: Effect) -> None:
         if not isinstance(effect, RetireCheckpoint):
             carry_out(effect)
 
     # It dies when all is on record and nothing removed.
-    world._do = but_remove_nothing  # type: ignore[method-assign]
+    world.perform = but_remove_nothing  # type: ignore[method-assign]
     world.start_supervisor()
     world.until(CheckpointRetired, count)
     world.kill_supervisor()
-    assert set(left) <= set(world.disk)
-    world._do = carry_out  # type: ignore[method-assign]
+    assert set(left) <= set(world.storage.disk)
+    world.perform = carry_out  # type: ignore[method-assign]
     world.start_supervisor()
     world.second()
     on_record = {c.path for c in world.replayed.checkpoints}
-    assert not [path for path in world.disk if path not in on_record and int(path[-8:]) < count]
+    assert not [
+        path for path in world.storage.disk if path not in on_record and int(path[-8:]) < count
+    ]

@@ -9,7 +9,6 @@ from opt_logbook.record.events import (
     FailureSeen,
     LineageOpened,
     OrderGiven,
-    ReplacementBegan,
     RunCreated,
     RunFinished,
     RunHalted,
@@ -17,6 +16,8 @@ from opt_logbook.record.events import (
     SupervisorStarted,
     TrainingBegan,
 )
+from opt_logbook.record.node_events import GrowthBegan, ReplacementBegan
+from opt_logbook.record.stability_events import RollbackBegan
 
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.fold import HANDLERS, fold
@@ -31,12 +32,21 @@ from opt_train.run.state import (
     next_stage,
     trigger_of,
 )
-from tests.supervisor.histories import run_history
+from opt_train.simulation.histories import run_history
 
 STARTS = {SupervisorStarted, LineageOpened, AttemptStarted}
 """What starts a run: a supervisor, a person's new lineage, a standalone `train`."""
 MOVES = {RunCreated, AttemptStarted, TrainingBegan, AttemptEnded, FailureSeen, OrderGiven}
-MOVES |= {ReplacementBegan, RunFinished, RunStopped, RunHalted, LineageOpened, SupervisorStarted}
+MOVES |= {
+    ReplacementBegan,
+    RollbackBegan,
+    GrowthBegan,
+    RunFinished,
+    RunStopped,
+    RunHalted,
+    LineageOpened,
+    SupervisorStarted,
+}
 
 
 def kind_of(trigger: Trigger) -> type[Event]:

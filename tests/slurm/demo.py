@@ -58,7 +58,7 @@ def main() -> int:
         environment = fake_nvml.build(folder / "nvml") | {"OMP_NUM_THREADS": "1"}
         with SlurmLab(folder / "slurm", nodes=NODES, service_nodes=1, gpus=1) as slurm:
             for number in range(1, NODES + 1):
-                fake_nvml.set_values(slurm.disk(f"n{number}"), count=1)
+                fake_nvml.set_values(slurm.disk(f"n{number}"), f"n{number}", count=1)
             print(slurm.run("sinfo"), flush=True)
             said = slurm.run(
                 *(opt_train, "submit", *OVERRIDES), cwd=Path.cwd(), environment=environment
@@ -82,7 +82,7 @@ def show(slurm: SlurmLab, run: RunDirectory) -> int:
         (
             "=== GPU 0 of n1 reports an uncontained ECC error",
             lambda: has_begun(run, 2) and driving.newest_step(run) >= 40,
-            lambda: fake_nvml.set_values(slurm.disk("n1"), count=1, gpu0_ecc=1),
+            lambda: fake_nvml.set_values(slurm.disk("n1"), "n1", count=1, gpu0_ecc=1),
         ),
     ]
     while time.monotonic() < deadline:

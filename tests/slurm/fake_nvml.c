@@ -18,6 +18,8 @@ static long long get(const char *key, long long dflt) {
 static long long dget(dev d, const char *key, long long dflt) {
     char k[64]; snprintf(k, sizeof k, "%ld.%s", d->idx, key); return get(k, dflt);
 }
+/* Of the GPU, in all nodes: "node" is theirs. */
+static long long number(dev d) { return 100 * get("node", 0) + d->idx; }
 #define GUARD(d) do { while (dget(d, "hang", 0)) usleep(10000); if (!inited) return UNINIT; if (dget(d, "lost", 0)) return LOST; } while (0)
 ret nvmlInitWithFlags(unsigned f) { (void)f; inited = 1; return get("init_rc", OK); }
 ret nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
@@ -30,7 +32,15 @@ ret nvmlDeviceGetHandleByIndex_v2(unsigned i, dev *d) {
     devs[i].idx = i; while (dget((dev)&devs[i], "hang", 0)) usleep(10000); *d = (dev)&devs[i]; return dget(*d, "lost", 0) ? LOST : OK;
 }
 ret nvmlDeviceGetIndex(dev d, unsigned *i) { *i = d->idx; return OK; }
-ret nvmlDeviceGetUUID(dev d, char *s, unsigned n) { snprintf(s, n, "GPU-fake-%04ld", d->idx); return OK; }
+ret nvmlDeviceGetUUID(dev d, char *s, unsigned n) { snprintf(s, n, "GPU-fake-%04lld", number(d)); return OK; }
+ret nvmlDeviceGetSerial(dev d, char *s, unsigned n) {
+    GUARD(d); if (dget(d, "no_serial", 0)) return NOSUPPORT; snprintf(s, n, "13225%08lld", number(d)); return OK;
+}
+struct pci { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; };
+ret nvmlDeviceGetPciInfo_v3(dev d, struct pci *p) {
+    GUARD(d); memset(p, 0, sizeof *p); p->bus = 0x3b + d->idx;
+    snprintf(p->bus_id, sizeof p->bus_id, "00000000:%02X:00.0", p->bus); return OK;
+}
 ret nvmlDeviceGetName(dev d, char *s, unsigned n) { (void)d; snprintf(s, n, "NVIDIA FAKE"); return OK; }
 ret nvmlDeviceGetTemperature(dev d, int sensor, unsigned *t) { (void)sensor; GUARD(d); *t = dget(d, "temp", 40); return OK; }
 ret nvmlDeviceGetTotalEccErrors(dev d, int type, int counter, u64 *n) {   /* type 0 corrected, 1 uncorrected */

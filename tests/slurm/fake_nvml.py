@@ -18,8 +18,11 @@ def build(folder: Path) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": str(folder)}
 
 
-def set_values(disk: Path, **values: int) -> None:
-    """What the library of a node answers from now on: ``count=1``, ``gpu0_ecc=1``."""
+def set_values(disk: Path, node: str = "", **values: int) -> None:
+    """What the library of a node answers from now on: ``count=1``, ``gpu0_ecc=1``. The GPUs of
+    `node`, ``n3``, have UUIDs and serial numbers of their own."""
+    if node:
+        values["node"] = int(node.removeprefix("n"))
     lines = (
         f"{key.removeprefix('gpu').replace('_', '.', 1)} {value}\n" for key, value in values.items()
     )

@@ -56,7 +56,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs={cpus} RealMemory=4000 {gres}State=UNKNOWN
 PartitionName=main Nodes=n[1-{main}] Default=YES MaxTime=INFINITE State=UP
-{service}"""
+{topology}{service}"""
 
 
 def missing() -> str:
@@ -91,16 +91,18 @@ class SlurmLab:
         cpus: int = 2,
         kill_wait: int = 120,
         slurmd_timeout: int = 10,
+        topology: str = "",
     ) -> None:
         """Nodes ``n1`` to ``nN`` of the partition ``main``, and behind them `service_nodes` of the
         partition ``service``, for jobs of one CPU.
 
         `gpus` are what Slurm believes a node to have; `slurmd_timeout` is after how many seconds of
-        silence Slurm calls a node down.
+        silence Slurm calls a node down. `topology` are lines of a topology.conf, of a tree.
         """
         self.folder = folder
         self._nodes = nodes + service_nodes
         self._gpus = gpus
+        self._topology = topology
         self._values = {
             "kill_wait": kill_wait,
             "slurmd_timeout": slurmd_timeout,
@@ -109,6 +111,7 @@ class SlurmLab:
             "service": f"PartitionName=service Nodes=n[{nodes + 1}-{self._nodes}] State=UP\n"
             if service_nodes
             else "",
+            "topology": "TopologyPlugin=topology/tree\n" if topology else "",
             "gres": f"Gres=gpu:{gpus} " if gpus else "",
         }
         self._environment = {
@@ -125,6 +128,8 @@ class SlurmLab:
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(folder=self.folder, nodes=self._nodes, **self._values)
         )
+        if self._topology:
+            (self.folder / "topology.conf").write_text(self._topology)
         for number in range(self._gpus):
             (self.folder / f"nvidia{number}").touch()
         if self._gpus:
@@ -215,6 +220,12 @@ class SlurmLab:
     def boot_node(self, node: str) -> None:
         """Start a killed node again."""
         self.run(str(SCRIPT), "boot", str(self.folder), node, f"10.77.0.{node.removeprefix('n')}")
+
+    def restart_controller(self, seconds: float) -> None:
+        """End slurmctld, and start it again after so many seconds."""
+        self.run(
+            *("sh", "-c", 'kill "$(cat /run/slurmctld.pid)"; sleep "$0"; slurmctld', str(seconds))
+        )
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says, as JobState=COMPLETED, Restarts=1, ExitCode=0:0 and so

@@ -116,13 +116,13 @@ def test_the_signal_before_the_time_limit_saves_queues_the_job_again_and_it_fini
     )
     assert verify(site.run) == []
     assert site.left_behind() == []
-    assert f"job {site.job} is queued again" in site.output()
+    assert f"queueing job {site.job} again" in site.output()
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
     """scancel's TERM looks like the time limit's, and `scontrol requeue` revives even a job that is
     being cancelled."""
-    site.submit("train.steps=3000")
+    site.submit(*driving.ENDLESS)
     site.wait_for(lambda: driving.newest_step(site.run) >= 12)
     site.slurm.run("scancel", site.job)
     site.wait_for(lambda: site.state() not in ("RUNNING", "COMPLETING"))

@@ -16,7 +16,7 @@ pytestmark = [
 def test_at_the_time_limit_of_its_nodes_a_run_saves_and_goes_on_with_others(site: Site) -> None:
     site.submit(
         "cluster.nodes=2",
-        "train.steps=100000",
+        *driving.ENDLESS,
         "cluster.slurm.time_limit=00:02:00",
         "cluster.slurm.stop_before_seconds=80",
     )
@@ -35,12 +35,15 @@ def test_at_the_time_limit_of_its_nodes_a_run_saves_and_goes_on_with_others(site
 
 
 def test_a_drained_node_is_replaced_when_its_work_is_saved(site: Site) -> None:
-    site.submit("cluster.nodes=2", "cluster.buffer_nodes=1", "train.steps=100000")
+    site.submit("cluster.nodes=2", "cluster.buffer_nodes=1", *driving.ENDLESS)
     site.wait_for(lambda: driving.newest_step(site.run) >= 12)
     site.slurm.run("scontrol", "update", "nodename=n2", "state=drain", "reason=new DIMM")
     site.wait_for(lambda: len(driving.of_kind(site.run, "training_began")) == 2)
     first, second = driving.of_kind(site.run, "attempt_started")
-    assert (first.event.nodes, second.event.nodes) == (("n1", "n2"), ("n1", "n3"))
+    # Which node stands by Slurm says: one may still be in the hands of the test before.
+    assert first.event.nodes == ("n1", "n2")
+    assert second.event.nodes[0] == "n1"
+    assert second.event.nodes[1] not in first.event.nodes
     noted = driving.of_kind(site.run, "finding_noted")[0].event
     assert noted.evidence[0].text == "drained: new DIMM"
     assert driving.of_kind(site.run, "failure_seen") == []

@@ -1,35 +1,21 @@
 """The supervisor's job is killed, loses its node, is cut off, is cancelled for good: there is never
 a second allocation nor a second generation, and in the end no node is forgotten."""
 
-import contextlib
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from opt_logbook.record.verify import verify
 
 from tests.end_to_end import driving
-from tests.slurm.site import UNABLE, Site
+from tests.slurm.site import UNABLE, Site, supervisors
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
     pytest.mark.timeout(600),
 ]
-
-
-def supervisors(site: Site) -> list[int]:
-    """Pids of the run's supervisors, as the machine around the namespaces sees them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            is_one = {b"run", b"cluster=slurm"} <= set(words) and not words[0].endswith(b"bash")
-            if is_one and (path / "cwd").resolve() == site.folder:
-                found.append(int(path.name))
-    return found
 
 
 def test_ranks_train_on_without_their_supervisor(site: Site) -> None:
@@ -44,10 +30,16 @@ def test_ranks_train_on_without_their_supervisor(site: Site) -> None:
         )
         before = driving.newest_step(site.run)
         site.wait_for(lambda: driving.newest_step(site.run) > before, what=what)
-        assert len(site.allocations()) == 1, what
+        assert len(site.allocations(running=True)) == 1, what
         assert len(driving.of_kind(site.run, "attempt_started")) == 1, what
 
-    site.submit("cluster.nodes=2", "train.steps=100000", "supervisor.orphan_seconds=90")
+    # One buffer node more than there is: what is asked for waits in the queue all the time.
+    site.submit(
+        "cluster.nodes=2",
+        "cluster.buffer_nodes=3",
+        *driving.ENDLESS,
+        "supervisor.orphan_seconds=90",
+    )
     site.wait_for(lambda: driving.newest_step(site.run) >= 12)
 
     [pid] = supervisors(site)
@@ -58,6 +50,9 @@ def test_ranks_train_on_without_their_supervisor(site: Site) -> None:
     site.slurm.cut_node(first)  # longer than Slurm's patience: the job begins again elsewhere
     wait_until_adopted("cut off")
     site.slurm.plug_node(first)
+    # Its slurmd ends the old job for minutes yet, and one that begins there again is held
+    # (docs/operations.md): an admin looks at such a node before it is used again.
+    site.slurm.run("scontrol", "update", f"nodename={first}", "state=drain", "reason=cut off")
     site.wait_for(lambda: len(supervisors(site)) == 1, what="the one that was cut off stays")
 
     second = site.node_of(site.job)

@@ -1,7 +1,7 @@
 """A run that has been started in the virtual world, and how it ended."""
 
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 
 
 def a_run(**changes: object) -> World:

@@ -4,9 +4,9 @@ import pytest
 from opt_logbook.record.events import AttemptStarted, CheckpointCommitted, SaveAbandoned
 
 from opt_train.protocol.facts import SavedFile, ShardsSaved
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Append, Effect, RetireCheckpoint
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
 
 
 def removed(world: World) -> list[str]:
@@ -35,7 +35,7 @@ def test_a_failed_save_gives_its_space_back(fault: int) -> None:
     last."""
     world = World()
     world.start_supervisor()
-    world.fail_commits = fault
+    world.storage.fail_commits = fault
     world.run()
     assert [abandoned.path for abandoned in world.events(SaveAbandoned)] == [
         "checkpoints/1.00/step-00000003"
@@ -60,17 +60,17 @@ def test_a_supervisor_that_died_before_removing_it_is_made_up_for() -> None:
     path = half_a_save(world, 4)
     world.kill_rank(1)
     assert world.core is not None
-    carry_out = world._do
+    carry_out = world.perform
 
     def die_behind_it(effect: Effect) -> None:
         carry_out(effect)
         if isinstance(effect, Append) and isinstance(effect.entry.event, SaveAbandoned):
             world.lives = 0
 
-    world._do = die_behind_it  # type: ignore[method-assign]  # a death at one certain effect
+    world.perform = die_behind_it  # type: ignore[method-assign]  # a death at one certain effect
     while world.core is not None:
         world.second()
-    world._do = carry_out  # type: ignore[method-assign]
+    world.perform = carry_out  # type: ignore[method-assign]
     assert removed(world) == []
     world.start_supervisor()
     assert removed(world) == [path]
@@ -83,14 +83,14 @@ def test_what_nobody_could_tell_of_is_cleared_before_the_next_attempt() -> None:
     world = World()
     world.start_supervisor()
     world.until_step(4)
-    world.disk["checkpoints/1.00/step-00000004"] = ""
+    world.storage.disk["checkpoints/1.00/step-00000004"] = ""
     world.kill_supervisor()
     for node in world.names:
         world.lose_node(node)
-        world.down.pop(node)
+        world.scheduler.down.pop(node)
     world.start_supervisor()
     world.run()
-    assert world.cleared == ["checkpoints/1.00/step-00000004"]
+    assert world.storage.cleared == ["checkpoints/1.00/step-00000004"]
     assert [entry.step for entry in world.entries(AttemptStarted)] == [0, 3]
 
 

@@ -12,10 +12,12 @@ from opt_train.protocol.facts import (
     AgentState,
     Heartbeat,
     Metrics,
+    NodeFinding,
     NumberedFact,
     Phase,
     Progress,
     RankFact,
+    RolledBack,
     SnapshotTaken,
     Store,
     Warm,
@@ -23,12 +25,12 @@ from opt_train.protocol.facts import (
 from opt_train.protocol.framing import Message
 from opt_train.run.attempt import Attempt
 from opt_train.run.state import RunState
+from opt_train.simulation.world import World
 from opt_train.supervisor.inputs import FactReceived, Now
 from opt_train.supervisor.rules.acknowledgements import SETTLED, acknowledge, is_settled
 from opt_train.supervisor.rules.context import Context
-from tests.supervisor.world import World
 
-UNNUMBERED = {Warm, Phase, Progress, SnapshotTaken, Metrics, AgentState, Heartbeat}
+UNNUMBERED = {Warm, Phase, Progress, SnapshotTaken, RolledBack, Metrics, AgentState, Heartbeat}
 """What a rank says for its agent alone, what may be lost, and what an agent says whole each
 time."""
 WRAPPERS = {RankFact, NumberedFact}
@@ -72,3 +74,12 @@ def test_a_fact_that_nobody_knows_is_kept_and_logged_once(caplog: pytest.LogCapt
     assert [record.getMessage().count("'later'") for record in caplog.records] == [1]
     (decision,) = acknowledge(context)
     assert decision.number == 1, "what lies behind it is kept too"  # type: ignore[union-attr]
+
+
+def test_a_finding_is_a_fact_that_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    """An ECC error was logged as something that means nothing here."""
+    context = a_context(RunState())
+    with caplog.at_level(logging.WARNING, "opt_train"):
+        finding = NodeFinding("gpu_ecc", "uncontained", permanent=True, confidence=1.0)
+        context.view.apply_input(FactReceived("n0", 1, finding), Now(1.0, 1.0), context.state)
+    assert caplog.records == []

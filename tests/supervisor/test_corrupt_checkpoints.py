@@ -12,8 +12,8 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE
+from opt_train.simulation.world import World
 from tests.supervisor.started import a_run, code_of
-from tests.supervisor.world import World
 
 STEP_6 = "checkpoints/1.00/step-00000006"
 FLIPPED = "shard-00002-model-00001-of-00001.safetensors has a wrong checksum"
@@ -22,7 +22,7 @@ FLIPPED = "shard-00002-model-00001-of-00001.safetensors has a wrong checksum"
 def run_with_flipped(why: str = FLIPPED, **changes: object) -> World:
     """To the end of a run, one rank of which dies when step 6 is its newest checkpoint: `why`."""
     world = a_run(**changes).until_step(7)
-    world.flipped[STEP_6] = why
+    world.storage.flipped[STEP_6] = why
     world.kill_rank(0)
     return world.run()
 
@@ -54,7 +54,7 @@ def test_a_chain_of_corrupt_checkpoints_uses_up_no_budget() -> None:
     world = a_run(steps=40, every_steps=2, keep=20, restarts_without_progress=2).until_step(33)
     saved = [entry.event.path for entry in world.entries(CheckpointCommitted)]
     assert len(saved) > 14
-    world.flipped = dict.fromkeys(saved[-14:], FLIPPED)
+    world.storage.flipped = dict.fromkeys(saved[-14:], FLIPPED)
     world.kill_rank(0)
     world.run(2000)
     assert [event.path for event in world.events(CheckpointRejected)] == saved[-14:][::-1]
@@ -68,7 +68,7 @@ def test_budgets_that_other_causes_have_used_up_do_not_end_the_search() -> None:
     for attempts, text in enumerate(("", "ZeroDivisionError: by zero", "No space left on device")):
         world.until(AttemptStarted, attempts + 1).until_step(7)
         if attempts == 2:
-            world.flipped[STEP_6] = FLIPPED
+            world.storage.flipped[STEP_6] = FLIPPED
         world.kill_rank(0, code=1 if text else None, text=text)
     world.run()
     causes = [event.cause for event in world.events(IncidentDiagnosed)]
@@ -78,7 +78,7 @@ def test_budgets_that_other_causes_have_used_up_do_not_end_the_search() -> None:
 
 def test_when_every_checkpoint_is_corrupt_a_person_is_asked() -> None:
     world = a_run().until_step(7)
-    world.flipped = dict.fromkeys(world.disk, FLIPPED)
+    world.storage.flipped = dict.fromkeys(world.storage.disk, FLIPPED)
     world.kill_rank(0)
     world.run()
     assert len(world.events(CheckpointRejected)) == 2

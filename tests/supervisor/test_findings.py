@@ -1,8 +1,6 @@
 """A probe's finding, from the fact to what becomes of the node: nothing need fail for a sick node
 to leave, and where the robot is on a leash nothing happens but the journal's line."""
 
-from dataclasses import replace
-
 import pytest
 from opt_logbook.record.events import (
     AttemptEnded,
@@ -13,19 +11,20 @@ from opt_logbook.record.events import (
     IncidentDiagnosed,
     NodeFailed,
     NodePromoted,
-    ReplacementBegan,
     RunFinished,
     RunHalted,
 )
+from opt_logbook.record.node_events import ReplacementBegan
 
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE
 from opt_train.protocol.facts import NodeFinding
 from opt_train.run.state import Stage
+from opt_train.simulation.world import World
+from opt_train.supervisor.modes import Mode
 from opt_train.supervisor.rules import responses
 from opt_train.supervisor.rules.node_fitness import is_unfit
-from opt_train.supervisor.rules.responses import RESPONSES, Action, Mode
+from opt_train.supervisor.rules.responses import RESPONSES, Action
 from tests.supervisor.started import a_run, code_of
-from tests.supervisor.world import World
 
 
 def test_an_uncontained_error_replaces_the_node_now() -> None:
@@ -69,7 +68,7 @@ def test_a_pending_remap_replaces_the_node_at_the_next_checkpoint_and_nothing_fa
 
 def test_a_node_that_an_admin_drains_is_replaced_at_the_next_checkpoint() -> None:
     world = a_run(steps=30).until_step(4)
-    world.draining["n1"] = "new DIMM"
+    world.scheduler.draining["n1"] = "new DIMM"
     world.run()
     (noted,) = world.events(FindingNoted)
     assert (noted.node, noted.cause, noted.detail, noted.blame) == (
@@ -84,7 +83,7 @@ def test_a_node_that_an_admin_drains_is_replaced_at_the_next_checkpoint() -> Non
 
 def test_a_buffer_node_that_an_admin_drains_takes_nobodys_place() -> None:
     world = a_run(steps=30).until_step(4)
-    world.draining["n2"] = "new DIMM"
+    world.scheduler.draining["n2"] = "new DIMM"
     world.until_step(8)
     assert world.events(NodeFailed) == [NodeFailed("n2", 0, "preemption")]
     world.run()
@@ -163,12 +162,10 @@ def test_a_node_that_is_found_unfit_before_the_start_does_not_begin(detail: str)
 @pytest.mark.parametrize("detail", ["uncontained", "contained", "remap_pending"])
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_where_the_robot_may_not_act_nothing_happens_but_the_journal_s_line(
-    mode: Mode, detail: str, node: str, monkeypatch: pytest.MonkeyPatch
+    mode: Mode, detail: str, node: str
 ) -> None:
     """Invariant 14."""
-    leashed = {row: replace(response, mode=mode) for row, response in RESPONSES.items()}
-    monkeypatch.setattr(responses, "RESPONSES", leashed)
-    world = a_run(steps=20).until_step(4)
+    world = a_run(steps=20, modes=f"gpu_ecc={mode}").until_step(4)
     world.publish_finding(node, "gpu_ecc", detail)
     world.run()
     (noted,) = world.events(FindingNoted)

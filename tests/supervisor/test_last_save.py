@@ -10,7 +10,7 @@ from opt_logbook.record.events import (
 )
 
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE
-from tests.supervisor.world import World
+from opt_train.simulation.world import World
 
 
 def test_steps_whose_last_save_was_not_committed_are_done_again() -> None:
@@ -19,7 +19,7 @@ def test_steps_whose_last_save_was_not_committed_are_done_again() -> None:
     world = World()
     world.start_supervisor()
     world.until(CheckpointCommitted, 2)
-    world.fail_commits = 1
+    world.storage.fail_commits = 1
     world.run()
     assert [entry.step for entry in world.entries(SaveAbandoned)] == [9]
     assert [ended.outcome for ended in world.events(AttemptEnded)] == ["failed", "finished"]
@@ -37,7 +37,7 @@ def test_a_last_save_that_never_succeeds_is_for_a_person() -> None:
     world = World()
     world.start_supervisor()
     world.until(CheckpointCommitted, 2)
-    world.fail_commits = 100
+    world.storage.fail_commits = 100
     world.run()
     assert world.events(RunFinished) == []
     assert "storage" in world.events(RunHalted)[0].question

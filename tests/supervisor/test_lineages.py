@@ -3,9 +3,9 @@
 from opt_logbook.record.events import AttemptStarted, LineageOpened, RunFinished
 
 from opt_train.protocol.exits import DONE
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Show
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
 
 
 def test_a_finished_run_goes_on_under_a_new_lineage() -> None:

@@ -2,17 +2,15 @@
 done in a mode that only watches."""
 
 import re
-from dataclasses import replace
 
 import pytest
 
-from opt_train.diagnosis.causes import DRAIN, Cause, EccDetail
+from opt_train.diagnosis.causes import DETAILS, Cause
 from opt_train.supervisor.config import SupervisorConfig
-from opt_train.supervisor.rules import responses
+from opt_train.supervisor.modes import Mode
 from opt_train.supervisor.rules.responses import (
     RESPONSES,
     Action,
-    Mode,
     Response,
     finding_sentence,
     respond,
@@ -30,14 +28,13 @@ def test_every_cause_has_a_response_for_any_detail() -> None:
 def test_every_detail_with_a_response_of_its_own_is_one_that_something_reports() -> None:
     """A misspelt detail would never be found, and the cause's row be taken in silence."""
     details = {(cause, detail) for cause, detail in RESPONSES if detail}
-    of_ecc = {(Cause.GPU_ECC, detail) for detail in EccDetail}
-    assert details == of_ecc | {(Cause.PREEMPTION, DRAIN)}
+    assert details == {(cause, detail) for cause, known in DETAILS.items() for detail in known}
 
 
 def test_the_detail_goes_before_the_cause_and_an_unknown_label_has_a_response() -> None:
-    assert response_to("gpu_ecc", "remap_pending").action is Action.REPLACE_AT_CHECKPOINT
-    assert response_to("gpu_ecc", "of another driver").action is Action.REPLACE_NOW
-    assert response_to("of another version", "") == RESPONSES[Cause.UNKNOWN, ""]
+    assert response_to("gpu_ecc", "remap_pending", CONFIG).action is Action.REPLACE_AT_CHECKPOINT
+    assert response_to("gpu_ecc", "of another driver", CONFIG).action is Action.REPLACE_NOW
+    assert response_to("of another version", "", CONFIG) == RESPONSES[Cause.UNKNOWN, ""]
 
 
 def test_hardware_is_replaced_and_configuration_is_for_a_person() -> None:
@@ -89,12 +86,11 @@ def test_a_failed_run_waits_for_no_checkpoint() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.ADVISE])
 def test_a_failed_run_waits_for_a_person_where_the_robot_may_not_act(
-    mode: Mode, monkeypatch: pytest.MonkeyPatch
+    mode: Mode,
 ) -> None:
     """Invariant 14: the journal says what would have been done."""
-    leashed = {row: replace(response, mode=mode) for row, response in RESPONSES.items()}
-    monkeypatch.setattr(responses, "RESPONSES", leashed)
-    remedy = respond("gpu_lost", "fell off the bus", "n1", 1, 1, True, CONFIG)
+    leashed = SupervisorConfig(modes=f"gpu_lost={mode}")
+    remedy = respond("gpu_lost", "fell off the bus", "n1", 1, 1, True, leashed)
     assert remedy.action is Action.HALT
     assert f"in mode {mode}" in remedy.sentence
     assert "take n1 out" in remedy.sentence
@@ -117,7 +113,7 @@ def test_a_failed_run_waits_for_a_person_where_the_robot_may_not_act(
 def test_what_is_done_about_a_finding(
     cause: str, detail: str, permanent: bool, action: Action
 ) -> None:
-    assert response_to_finding(cause, detail, permanent=permanent).action is action
+    assert response_to_finding(cause, detail, CONFIG, permanent=permanent).action is action
 
 
 @pytest.mark.parametrize("action", Action)

@@ -23,11 +23,11 @@ from opt_logbook.record.events import (
 from opt_train.optim.in_force import in_force
 from opt_train.protocol.commands import Begin, Kill, Leave
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Append, FenceNode, Send, Show, WriteMetrics
 from opt_train.supervisor.inputs import ManifestCommitted, MetricsReceived
-from tests.supervisor.actors import make_config
 from tests.supervisor.started import a_run, code_of
-from tests.supervisor.world import World
 
 
 def test_an_undisturbed_run_finishes_and_says_so_once() -> None:
@@ -37,10 +37,10 @@ def test_an_undisturbed_run_finishes_and_says_so_once() -> None:
     (started,) = world.events(AttemptStarted)
     assert (started.nodes, started.buffer, started.world_size) == (("n0", "n1"), ("n2",), 2)
     (finished,) = world.events(RunFinished)
-    assert finished.loss == 5.0 - 0.1 * 9
+    assert finished.loss == 8.0 * (8 + 5) ** -0.2, "of the last batch, with the weights before it"
     assert abs(finished.validation_perplexity - 7.389056) < 1e-5
     assert [e.step for e in world.entries(CheckpointCommitted)] == [3, 6, 9]
-    assert sorted(step for _, step in world.metrics) == list(range(1, 10))
+    assert sorted(step for _, step in world.storage.metrics) == list(range(1, 10))
     assert world.events(TrainingBegan)[0].seconds == 4.0
 
 
@@ -155,7 +155,7 @@ def test_a_halted_run_goes_on_with_more_nodes_and_not_with_the_failed_one() -> N
 
 def test_a_bad_checkpoint_is_passed_over_for_the_one_before() -> None:
     world = a_run().until_step(7)
-    world.disk["checkpoints/1.00/step-00000006"] = "rank0.safetensors has another sha256"
+    world.storage.disk["checkpoints/1.00/step-00000006"] = "rank0.safetensors has another sha256"
     world.kill_rank(0)
     world.run()
     (rejected,) = world.entries(CheckpointRejected)
@@ -167,7 +167,7 @@ def test_a_bad_checkpoint_is_passed_over_for_the_one_before() -> None:
 def test_never_silently_from_scratch() -> None:
     """With every checkpoint bad the run asks, it does not start at step 0."""
     world = a_run().until_step(7)
-    world.disk = dict.fromkeys(world.disk, "truncated")
+    world.storage.disk = dict.fromkeys(world.storage.disk, "truncated")
     world.kill_rank(0)
     world.run()
     assert len(world.events(AttemptStarted)) == 1
@@ -178,16 +178,16 @@ def test_unreadable_checkpoints_are_tried_again_once_a_person_has_mended_the_sto
     """A file system that answered ESTALE while the run looked at all of them would have been the
     end of it."""
     world = a_run().until_step(7)
-    whole, world.disk = (
-        dict(world.disk),
-        dict.fromkeys(world.disk, "cannot be read: Stale file handle"),
+    whole, world.storage.disk = (
+        dict(world.storage.disk),
+        dict.fromkeys(world.storage.disk, "cannot be read: Stale file handle"),
     )
     world.kill_rank(0)
     world.run()
     world.start_supervisor()
     world.run()
     assert len(world.events(RunHalted)) == 2, "it is not mended yet"
-    world.disk = whole
+    world.storage.disk = whole
     world.start_supervisor()
     world.run()
     assert [entry.step for entry in world.entries(AttemptStarted)] == [0, 6]
@@ -271,7 +271,7 @@ def test_a_commit_told_again_after_a_supervisors_death_happens_once() -> None:
 def test_a_failed_commit_and_a_failed_save_are_abandoned_and_training_goes_on() -> None:
     for fault in (1, -1):
         world = a_run()
-        world.fail_commits = fault
+        world.storage.fail_commits = fault
         world.run()
         (abandoned,) = world.events(SaveAbandoned)
         assert "No space left on device" in abandoned.why
@@ -285,7 +285,7 @@ def test_a_manifest_that_lands_after_its_attempt_is_journalled_and_not_restored(
     world = a_run().until_step(5)
     world.kill_rank(0)
     world.until(TrainingBegan, 2)
-    world.disk["checkpoints/1.00/step-00000005"] = ""
+    world.storage.disk["checkpoints/1.00/step-00000005"] = ""
     late = ManifestCommitted("checkpoints/1.00/step-00000005", "1.00", 5, "", "sha", 10, 2, 0.1)
     world.feed(late)
     world.feed(late)
@@ -298,7 +298,7 @@ def test_a_manifest_that_lands_after_its_attempt_is_journalled_and_not_restored(
 def test_retention_keeps_the_newest_two_and_what_this_attempt_restored() -> None:
     world = a_run(steps=16).run()
     assert [c.path[-2:] for c in world.events(CheckpointRetired)] == ["03", "06", "09", "12"]
-    assert sorted(world.disk) == [
+    assert sorted(world.storage.disk) == [
         "checkpoints/1.00/step-00000015",
         "checkpoints/1.00/step-00000016",
     ]
@@ -413,7 +413,7 @@ def test_a_buffer_node_that_dies_is_out_without_an_incident() -> None:
 def test_a_stranger_is_told_to_leave() -> None:
     """An agent of another allocation that knows the secret still has no place here."""
     world = a_run().until_step(2)
-    world._start_agent("n9")
+    world.start_agent("n9")
     world.second()
     world.second()
     assert any(
@@ -436,3 +436,20 @@ def test_times_in_the_journal_are_milliseconds() -> None:
     world = a_run().run()
     entries = [e.entry for e in world.effects if isinstance(e, Append)]
     assert all(entry.time == round(entry.time, 3) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "waits"),
+    [
+        (None, "", False),
+        (1, "torch.OutOfMemoryError: CUDA out of memory.", False),
+        # A probe may yet say what is behind it.
+        (1, "", True),
+    ],
+)
+def test_what_is_certain_is_not_waited_for(code: int | None, text: str, waits: bool) -> None:
+    world = a_run(settle_seconds=8.0).until_step(4)
+    world.kill_rank(1, code=code, text=text)
+    world.until(IncidentDiagnosed)
+    seen, diagnosed = world.entries(FailureSeen)[0], world.entries(IncidentDiagnosed)[0]
+    assert (diagnosed.time - seen.time >= 8.0) == waits

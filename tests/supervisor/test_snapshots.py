@@ -23,6 +23,8 @@ from opt_train.protocol.facts import AgentState, Fetched, SnapshotFiles
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import MEMORY, Checkpoint, path_of_save
 from opt_train.run.state import RunState
+from opt_train.simulation.actors import make_config
+from opt_train.simulation.world import World
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Send
 from opt_train.supervisor.inputs import AgentConnected, Now
@@ -33,8 +35,6 @@ from opt_train.supervisor.rules.snapshots import (
     own_names,
     partners,
 )
-from tests.supervisor.actors import make_config
-from tests.supervisor.world import World
 
 HELD: dict[str, object] = {"memory_every_steps": 3, "every_steps": 12, "steps": 24}
 
@@ -167,7 +167,7 @@ def test_the_ring_holds_what_the_key_says_and_agents_hold_nothing_else() -> None
     assert memory == sorted(memory)
     world.second()
     assert len(held_everywhere(world)) <= 4, "those, and one that is on its way"
-    assert world.events(CheckpointRetired)[0].path == "memory/1.00/step-00000003"
+    assert world.events(CheckpointRetired)[0].path == "memory/1.00/step-00000000"
     finished(world)
     assert not world.agents
 
@@ -359,7 +359,7 @@ def test_partners_are_in_other_domains(nodes: int, size: int, expected: str) -> 
     assert world.core is not None
     names = tuple(f"n{k}" for k in range(nodes))
     attempt = Attempt("1.00", 1, 0, names, nodes)
-    view = ClusterView(world.config.supervisor, Now(0.0, 0.0))
+    view = ClusterView(world.config, Now(0.0, 0.0), names)
     situation = Context(
         replace(RunState(), attempt=attempt), view, world.config, world.core.identity
     )

@@ -14,6 +14,7 @@ from opt_logbook.record.events import (
 
 from opt_train.protocol.exits import DONE, STOPPED
 from opt_train.protocol.facts import ExitNotice
+from opt_train.run.state import NODES_END
 from opt_train.supervisor.inputs import InboxReceived
 from tests.supervisor.started import a_run, code_of
 
@@ -114,3 +115,13 @@ def test_ranks_that_leave_with_75_by_themselves_are_a_stop_not_a_failure() -> No
     world.run(20)
     assert world.events(FailureSeen) == []
     assert world.events(RunStopped)[0].by == "SIGTERM"
+
+
+@pytest.mark.parametrize(("by", "goes_on"), [(NODES_END, True), ("a person", False)])
+def test_only_a_stop_that_is_no_persons_leaves_another_one_waiting(by: str, goes_on: bool) -> None:
+    """A person's stop that was taken for a second one was lost, and the run went on with others."""
+    world = a_run(steps=60).until_step(4)
+    assert world.core is not None
+    assert not world.core.goes_on_after_stop
+    world.ask_stop(by)
+    assert world.core.goes_on_after_stop is goes_on

@@ -9,10 +9,10 @@ from opt_logbook.record.events import CheckpointCommitted, Entry, Event, Unknown
 
 from opt_train.run.fold import HANDLERS, fold
 from opt_train.run.state import RunState
+from opt_train.simulation.histories import run_history
 from opt_train.supervisor import effects, inputs
 from opt_train.supervisor.config import SupervisorConfig
 from opt_train.supervisor.phase_timeouts import PhaseTimeouts
-from tests.supervisor.histories import run_history
 
 CONFIG = SupervisorConfig()
 

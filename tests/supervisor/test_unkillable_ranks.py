@@ -4,8 +4,8 @@ must not."""
 from opt_logbook.record.events import AttemptEnded, IncidentDiagnosed, NodePromoted
 
 from opt_train.protocol.exits import DONE
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import FenceNode
-from tests.supervisor.world import World
 
 
 def test_a_rank_that_sigkill_does_not_end_does_not_hold_the_run_for_ever() -> None:

@@ -76,7 +76,8 @@ class Server:
         self._socket, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.codes: dict[int, int] = {}
         self._pids: list[int] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        packages = os.pathsep.join((str(ROOT), str(ROOT / "logbook")))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages}
         # Its output is nobody's: a reader of the test session's must not wait for it.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.train.forked", str(far.fileno()), *imports],

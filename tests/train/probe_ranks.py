@@ -25,9 +25,9 @@ from opt_train.parallel.layout import Layout
 from opt_train.parallel.make_engine import make_engine
 from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes
-from opt_train.train.stats_reducer import StatsReducer
+from opt_train.train.stats.reducer import StatsReducer
+from opt_train.train.stats.step_stats import RankStats, StepStats
 from opt_train.train.step import Readback
-from opt_train.train.step_stats import RankStats, StepStats
 from tests.parallel.layout_ranks import MODEL, VALUES, share
 from tests.train.leave import leave_with
 
@@ -44,6 +44,7 @@ def probed_of(stats: StepStats) -> dict[str, Any]:
         "layer_grad_norms": stats.layer_grad_norms,
         "layer_weight_norms": stats.layer_weight_norms,
         "attention_logit_max": stats.attention_logit,
+        "attention_logit": stats.sampled_logit,
         "gemm_tflops": stats.gemm_tflops,
     }
 

@@ -358,15 +358,19 @@ def sha256_of(path: Path) -> str:
 
 
 def tensors_in(folder: Path) -> dict[tuple[str, str], str]:
-    """Hash of each tensor in a checkpoint's shards, by file and name. (A file's header has no fixed
-    order.)"""
+    """Hash of each tensor in a checkpoint's shards, by its name and its place in the whole.
+
+    Neither by file nor the file's own hash: a header has no fixed order, and what all ranks have
+    alike is written by any of them.
+    """
     hashes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "numpy") as shard:
+            places = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in shard.keys():  # noqa: SIM118  it is no dictionary
-                hashes[path.name, name] = hashlib.sha256(
-                    shard.get_tensor(name).tobytes()
-                ).hexdigest()
+                key = name, json.dumps(places.get(name))
+                assert key not in hashes, f"{name} is twice in {folder}"
+                hashes[key] = hashlib.sha256(shard.get_tensor(name).tobytes()).hexdigest()
     return hashes
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from opt_train.optim.clip import clip, global_norm
 from opt_train.protocol.framing import to_line
 from opt_train.train.orders import ControlPipe, StopSignals
-from opt_train.train.stats_reducer import StatsReducer
-from opt_train.train.step_stats import RankStats, StepStats
+from opt_train.train.stats.reducer import StatsReducer
+from opt_train.train.stats.step_stats import RankStats, StepStats
 from tests.train.leave import leave_with
 from tests.train.lr_factor import LrFactor
 

@@ -4,8 +4,6 @@ one, to the bit."""
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +17,12 @@ from opt_train.optim.in_force import in_force
 from opt_train.optim.loss_scale import LossScale
 from opt_train.optim.loss_scale_policy import policy_of
 from opt_train.parallel.config import PrecisionConfig
-from opt_train.train.rank import report_in_force
-from opt_train.train.resume import CannotStart, load_loss_scale
+from opt_train.train.resume import (
+    CannotStart,
+    load_loss_scale,
+    report_in_force,
+    saved_loss_scale,
+)
 from opt_train.train.state import TrainState
 from tests.train.rig import World, tensors_in, tiny_config
 
@@ -107,12 +109,8 @@ def test_loss_scale_that_is_not_the_checkpoints_stops_the_run() -> None:
     manifest = Manifest(
         "1.00", 0, {}, {"loss_scale": {**scale.to_json(), "scale": 32.0}}, "", "", {}
     )
-    dataset: Any = SimpleNamespace(fingerprint="ab")
+    saved = saved_loss_scale(manifest)
     with pytest.raises(CannotStart, match=r"loss_scale: expected 32\.0, in force 4\.0"):
-        report_in_force(
-            config, (), optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
-        )
+        report_in_force(config, optimizer, scale, TrainState(), saved, "ab", {}, lambda fact: None)
     load_loss_scale(scale, manifest)
-    report_in_force(
-        config, (), optimizer, scale, TrainState(), manifest, dataset, lambda fact: None
-    )
+    report_in_force(config, optimizer, scale, TrainState(), saved, "ab", {}, lambda fact: None)

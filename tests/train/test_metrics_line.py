@@ -24,9 +24,9 @@ from opt_train.protocol.commands import Begin
 from opt_train.protocol.facts import Metrics
 from opt_train.protocol.framing import MAX_FACT_BYTES
 from opt_train.train.fact_pipe import fitting_line
-from opt_train.train.metrics import METRICS, MetricsSource, metrics_line
 from opt_train.train.state import TrainState
-from opt_train.train.step_stats import (
+from opt_train.train.stats.metrics import METRICS, MetricsSource, metrics_line
+from opt_train.train.stats.step_stats import (
     COLUMNS,
     Packed,
     RankStats,
@@ -58,7 +58,9 @@ def source(
         state=state,
         stats=stats,
         learning_rate=learning_rate,
+        samples=(stats.step + 1) * config.train.global_batch,
         device=device,
+        loss_scale_floor=2.0**-5,
     )
 
 
@@ -82,10 +84,16 @@ def published(config: RunConfig, norms: list[float]) -> bytes:
         step_seconds=LONG,
         data_seconds=LONG,
         memory_bytes=80 << 30,
+        embedding_squares=0.123456 * LONG**2,
         layer_grad_squares=squares,
         layer_weight_squares=squares,
         attention_logit=123.456789,
+        sampled_logit=LONG,
         gemm_tflops=(123.456789,) * 992,
+        sequences=992,
+        token_entropies=LONG,
+        equal_labels=LONG,
+        duplicates=LONG,
     )
     assert stats.loss == stats.activation_norm == LONG, "of full length"
     begin = Begin(1, "12.43", "n0", 0, 0, 992, 0, "", 0, "", "", "", None, None, 0)
@@ -97,9 +105,9 @@ def published(config: RunConfig, norms: list[float]) -> bytes:
 @pytest.mark.parametrize(
     ("norms", "most"),
     [
-        pytest.param([1.2345678e-05, 123.45678] * 49, 2600, id="ordinary"),
-        pytest.param([1.2345678e-05] * 98, 3000, id="small"),
-        pytest.param([float("inf"), float("-inf")] * 49, 3100, id="not finite"),
+        pytest.param([1.2345678e-05, 123.45678] * 49, 2850, id="ordinary"),
+        pytest.param([1.2345678e-05] * 98, 3250, id="small"),
+        pytest.param([float("inf"), float("-inf")] * 49, 3400, id="not finite"),
     ],
 )
 def test_opt_175bs_line_with_every_probe_fits_the_pipe(
@@ -169,6 +177,10 @@ def test_what_ranks_pack_is_what_the_world_unpacks() -> None:
             layer_weight_squares=(4.0, 5.0, 6.0 * rank),
             attention_logit=-1.0 - rank,
             gemm_tflops=(0.5 + rank,),
+            sequences=2.0,
+            token_entropies=1.5 * rank,
+            equal_labels=0.5 + rank,
+            duplicates=float(rank == 2),
         )
         for rank in range(3)
     ]
@@ -194,6 +206,10 @@ def test_what_ranks_pack_is_what_the_world_unpacks() -> None:
         layer_weight_squares=(12.0, 15.0, 18.0),
         attention_logit=-1.0,
         gemm_tflops=(0.5, 1.5, 2.5),
+        sequences=6.0,
+        token_entropies=4.5,
+        equal_labels=4.5,
+        duplicates=1.0,
     )
     for own in ranks:
         stats = unpack(9, own, 3, Packed(sums, maxima))
@@ -210,6 +226,11 @@ def test_a_metrics_line_keeps_its_published_keys(opt_175b: RunConfig) -> None:
         *("tokens_per_second", "mfu", "step_seconds", "data_seconds", "memory_bytes"),
         *("layer_grad_norms", "layer_weight_norms", "attention_logit_max", "gemm_tflops_min"),
         *("gemm_tflops_median", "gemm_slowest_rank", "journal_head"),
+        *("batch_token_entropy", "batch_equal_labels", "batch_duplicates", "batch_repeats"),
+        *("replay_differs", "replay_rank"),
+        "embedding_grad_ratio",
+        "loss_scale_floor",
+        *("update_ratio", "attention_logit", "clip_factor"),
     }
 
 

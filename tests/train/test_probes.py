@@ -17,7 +17,13 @@ from torch import Tensor
 
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.data.batches import MicroBatch
-from opt_train.model.attention_logit import note_largest_logits
+from opt_train.model.attention_logit import (
+    SAMPLE,
+    WHOLE,
+    Extent,
+    note_largest_logits,
+    note_logits,
+)
 from opt_train.model.decoder import OPT, Attention
 from opt_train.model.init import initialise
 from opt_train.optim.per_layer_norms import LayerSquares
@@ -25,7 +31,7 @@ from opt_train.parallel.engine import Engine
 from opt_train.parallel.layout import Layout
 from opt_train.train.config import TrainConfig
 from opt_train.train.probes import Probes, noting_logits
-from opt_train.train.step_stats import RankStats, pack, step_metrics, unpack
+from opt_train.train.stats.step_stats import RankStats, pack, step_metrics, unpack
 from tests.parallel.layout_ranks import MODEL, VALUES, global_batch, share
 from tests.parallel.test_layouts import INDUCTOR
 from tests.train.probe_ranks import STEPS
@@ -59,7 +65,7 @@ CASES = [(world, case) for world, cases in WORLDS.items() for case in cases]
 SHORT = ("plain", "dropout, recomputed", "fp16", "two shards", "padded", "HSDP", "tensor")
 IN_FORMS = [
     pytest.param(form, *case, marks=marks, id=f"{form}-{case[1][0]}")
-    for form, marks in (("short", ()), ("whole", pytest.mark.slow))
+    for form, marks in (("short", ()), ("whole", pytest.mark.whole))
     for case in CASES
     if form == "whole" or case[1][0] in SHORT
 ]
@@ -163,6 +169,9 @@ def textbook(released_350m: bool, data_world: int) -> list[dict[str, Any]]:
                 "layer_grad_norms": by_layer(model, of_gradients=True),
                 "layer_weight_norms": by_layer(model, of_gradients=False),
                 "attention_logit_max": largest_logit(model, sequences),
+                "attention_logit": largest_logit(
+                    model, torch.cat([first.tokens[:1] for first in firsts if first.weights[0] > 0])
+                ),
                 "grad_norm": norm([p.grad for p in model.parameters() if p.grad is not None]),
             }
         )
@@ -191,7 +200,8 @@ def test_probes_agree_with_plain_pytorch(form: str, world: int, case: Any, seen:
     tolerance = 0.02 if precision else 2e-5
     reference = textbook(changes == RELEASED_350M, Layout(*degrees).data_world)
     for number, (stats, expected) in enumerate(zip(steps, reference, strict=True), start=1):
-        assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
+        for kind in ("grad_norm", "attention_logit"):
+            assert stats[kind] == pytest.approx(expected[kind], rel=tolerance)
         if number not in (1, 3):
             assert all(stats[kind] is None for kind in KINDS)
             continue
@@ -227,7 +237,7 @@ def test_a_logit_that_is_no_number_reaches_every_rank_as_infinity() -> None:
     """A maximum over ranks may lose a NaN."""
     own = RankStats(attention_logit=math.nan)
     packed = pack(own, 0, 1)
-    assert packed.maxima[-1:] == [math.inf]
+    assert math.inf in packed.maxima
     assert step_metrics(unpack(0, own, 1, packed))["attention_logit_max"] == math.inf
 
 
@@ -245,6 +255,25 @@ def test_logits_in_slices_are_those_of_the_whole_matrix(monkeypatch: pytest.Monk
     expected = torch.where(causal, logits, -math.inf).amax(dim=(1, 2, 3))
     torch.testing.assert_close(largest, expected)
     assert float(largest[0]) < float(logits[0].max())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_sample_is_of_every_few_positions_of_the_first_sequence(
+    monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    monkeypatch.setattr("opt_train.model.attention_logit.SAMPLED_QUERIES", 4)
+    monkeypatch.setattr(Extent, "is_whole", whole)
+    query, key = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+    query[0, 1, 5] *= 100  # between two of the sample
+    largest = torch.full((2, 2), -math.inf)
+    note_logits(largest, query, key)
+    logits = query @ key.transpose(-1, -2) / math.sqrt(8)
+    causal = torch.where(torch.ones(10, 10, dtype=torch.bool).tril(), logits, -math.inf)
+    sample = causal[0, :, [9, 6, 3, 0]].max()
+    torch.testing.assert_close(largest[SAMPLE], torch.tensor([float(sample), -math.inf]))
+    expected = causal.amax(dim=(1, 2, 3)) if whole else torch.full((2,), -math.inf)
+    torch.testing.assert_close(largest[WHOLE], expected)
+    assert float(sample) < float(causal[0].max())
 
 
 def test_logits_beyond_the_range_of_fp16_are_seen() -> None:

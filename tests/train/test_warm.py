@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from opt_train.checkpoint import manifest
-from opt_train.data.batches import ValidationSet, open_split
+from opt_train.data.batches import ValidationSet
+from opt_train.data.token_stream import open_split
 from opt_train.optim.schedule import learning_rate
 from opt_train.protocol.exits import STOPPED
 from opt_train.protocol.facts import (

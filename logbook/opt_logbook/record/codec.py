@@ -14,6 +14,10 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args, get_origin, get_type_hints
 
+from opt_logbook.record import (  # noqa: F401 - their kinds are read too
+    node_events,
+    stability_events,
+)
 from opt_logbook.record.events import Entry, Event, Unknown
 
 GENESIS = "0" * 64
@@ -224,6 +228,8 @@ def _typed(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not an object")
         return {k: _typed(v, get_args(hint)[1]) for k, v in value.items()}
+    if type(None) in get_args(hint):
+        return None if value is None else _typed(value, get_args(hint)[0])
     if is_dataclass(hint) and isinstance(hint, type):
         known = _schema(hint)
         # What a newer version added inside such an object is dropped; only the line's own new

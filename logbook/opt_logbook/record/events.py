@@ -7,27 +7,14 @@ read.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
+
+from opt_logbook.record.event import Event as Event  # noqa: PLC0414 - with its kinds
+from opt_logbook.record.hardware import GpuIdentity
 
 HELD_OUT = "validation"
 """The validation set that every run has: the part of its corpus that is held out. Others have names
 of their own."""
-
-
-class Event:
-    """Base of the kinds; `registry` maps a line's `kind` to its class."""
-
-    kind: ClassVar[str]
-    # In the order of this file, which is that of docs/journal.md.
-    registry: ClassVar[dict[str, type["Event"]]] = {}
-
-    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # dataclass(slots=True) makes the class a second time; the later one, which is the one in
-        # use, wins.
-        if kind or "kind" in cls.__dict__:
-            cls.kind = kind or cls.__dict__["kind"]
-            Event.registry[cls.kind] = cls
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +58,12 @@ class RunCreated(Event, kind="run_created"):
     """Validation perplexity of a unigram model of the training tokens: the bar a trained model must
     clear."""
     learning_rate: float = 0.0
+    ledger_of: str = ""
+    """The run directory whose ledger it trains under from the start."""
+    ledger: tuple[Mapping[str, Any], ...] = ()
+    """The lasting orders of that one, each with the `step` that it holds from."""
+    ledger_difference: tuple[str, ...] = ()
+    """What is not as there and changes the weights: `key: there -> here`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +75,8 @@ class LineageOpened(Event, kind="lineage_opened"):
     difference: tuple[str, ...] = ()
     """What is not as in the lineage before: `key: old -> new`, `package: old -> new`, `code: file
     changed`; empty for the first lineage."""
+    code_sha256: str = ""
+    """Of the sources copied into `code/<lineage>/`, from which agents and ranks run."""
 
     @property
     def steps(self) -> int | None:
@@ -104,6 +99,9 @@ class SupervisorStarted(Event, kind="supervisor_started"):
     pid: int
     version: str
     resumed: bool
+    code_difference: tuple[str, ...] = ()
+    """How the supervisor's own code differs from the lineage's, with which ranks train: `code: file
+    changed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +140,24 @@ class RunHalted(Event, kind="run_halted"):
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class HoldBegan(Event, kind="hold_began"):
+    """A person holds the run: it saves and stops, and no attempt begins until `hold_ended`."""
+
+    by: str
+    reason: str = ""
+    asked: float = 0.0
+    """Unix seconds at which it was asked for, which may be long before somebody led the run and
+    could journal it; 0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldEnded(Event, kind="hold_ended"):
+    """A person has taken the hold back: whoever starts the run goes on."""
+
+    by: str
+
+
 # Nodes --------------------------------------------------------------------------------------------
 
 
@@ -156,7 +172,7 @@ class NodeJoined(Event, kind="node_joined"):
 
 @dataclass(frozen=True, slots=True)
 class NodeFailed(Event, kind="node_failed"):
-    """The node is out for the rest of the run."""
+    """The node is out, for the rest of the run unless `node_returned` says otherwise."""
 
     node: str
     incident: int
@@ -169,6 +185,17 @@ class NodePromoted(Event, kind="node_promoted"):
 
     node: str
     replaces: str
+    incident: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceVacated(Event, kind="place_vacated"):
+    """No buffer node is left for the place of `node`: the run goes on with fewer nodes, at the same
+    global batch. The place is filled again by `node_promoted`, which `replaces` the same node."""
+
+    node: str
+    nodes: int
+    """How many are left to train."""
     incident: int
 
 
@@ -191,17 +218,8 @@ class FindingNoted(Event, kind="finding_noted"):
     """``act``: the action is carried out. ``observe`` or ``advise``: this line is all."""
     response: str
     """What the supervisor does about it, or would have done, one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplacementBegan(Event, kind="replacement_began"):
-    """The ranks are ended, a checkpoint having been committed, so that a buffer node takes the
-    place of one that was found unfit. Nothing has failed."""
-
-    generation: int
-    node: str
-    cause: str
-    detail: str
+    gpu: GpuIdentity | None = None
+    """The one it is about; null: it is of no single GPU, or not known which."""
 
 
 # Attempts -----------------------------------------------------------------------------------------
@@ -232,6 +250,9 @@ class AttemptStarted(Event, kind="attempt_started"):
     packages: Mapping[str, str] = field(default_factory=dict)
     difference: tuple[str, ...] = ()
     """Operational keys changed since the attempt before: `key: old -> new`."""
+    rollback: int = 0
+    """The order by which its ranks, those of the attempt before, went back in place; 0: they are
+    new processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +261,15 @@ class InForceReported(Event, kind="in_force"):
     they should be."""
 
     values: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of NCCL, libfabric, UCX and gloo, as the first rank has them."""
+    environment_difference: tuple[str, ...] = ()
+    """What of them is not as in the attempt before, `NAME: old -> new`, and what is not alike on
+    all ranks, `rank 3: NAME: first rank's -> its`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each part of the start took the slowest rank: `read` (configuration, data's and
+    checkpoint's manifests), `rendezvous`, `verify` (the checkpoint), `build` (the model), `load`
+    (what was saved)."""
 
 
 @dataclass(frozen=True, slots=True)

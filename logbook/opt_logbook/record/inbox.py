@@ -69,14 +69,7 @@ def waiting(run: RunDirectory) -> list[Dropped]:
     """The messages that wait, oldest first; they stay until they are removed. What is no message is
     set aside."""
     messages: list[Dropped] = []
-    try:
-        names = sorted(os.listdir(run.inbox))
-    except (FileNotFoundError, NotADirectoryError):
-        return messages
-    for name in names:
-        path = run.inbox / name
-        if name.startswith(".") or name == REFUSED:
-            continue
+    for path in _files(run):
         try:
             messages.append(Dropped(path, _read(path)))
         except FileNotFoundError:
@@ -89,6 +82,26 @@ def waiting(run: RunDirectory) -> list[Dropped]:
         except (ValueError, RecursionError):
             _refuse(run, path)
     return messages
+
+
+def peek(run: RunDirectory) -> list[dict[str, Any]]:
+    """The messages that wait, oldest first, for whoever is not the writer of the journal and
+    changes nothing."""
+    messages: list[dict[str, Any]] = []
+    for path in _files(run):
+        # What is no message, or is gone by now, is the writer's to deal with.
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            messages.append(_read(path))
+    return messages
+
+
+def _files(run: RunDirectory) -> list[Path]:
+    """What lies in the inbox, oldest first, partial files apart."""
+    try:
+        names = sorted(os.listdir(run.inbox))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [run.inbox / name for name in names if not name.startswith(".") and name != REFUSED]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,16 +3,23 @@
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from opt_logbook.record import events, node_events, stability_events
 from opt_logbook.record.events import Event
+
+MODULES = [module.__name__ for module in (events, node_events, stability_events)]
 
 
 def kinds_table() -> str:
-    """Markdown: every kind of journal line with its fields, in the order of `events.py`."""
+    """Markdown: every kind of journal line with its fields, in the order of `events.py`, then of
+    `node_events.py` and `stability_events.py`."""
     parts = []
-    for kind, cls in Event.registry.items():
+    # Whoever imported one of them first does not decide.
+    for kind, cls in sorted(
+        Event.registry.items(), key=lambda item: MODULES.index(item[1].__module__)
+    ):
         hints = get_type_hints(cls)
         items = []
         for field in fields(cls):  # type: ignore[arg-type]  # every registered kind is a dataclass
@@ -37,11 +44,10 @@ def _paragraph(cls: type) -> str:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"list of {_type_name(get_args(hint)[0])}"
+    if type(None) in get_args(hint):
+        return f"{_type_name(get_args(hint)[0])}; or null"
     if get_origin(hint) is not None:
         return "object"
-    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
-    return names.get(hint, f"`{hint.__name__}`: file, line, text")
-
-
-if __name__ == "__main__":
-    print(kinds_table(), end="")
+    if is_dataclass(hint) and isinstance(hint, type):
+        return f"`{hint.__name__}`: {', '.join(part.name for part in fields(hint))}"
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}[hint]

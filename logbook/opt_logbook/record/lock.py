@@ -127,6 +127,14 @@ class Lock:
         """Whether the file, read again, still names this process and this leader."""
         return holder_of(self._run) == self._holder
 
+    def touch(self) -> None:
+        """Show that its process lives, to whoever sees the file change and cannot see the process.
+
+        Raises:
+            OSError: the file is not there, or its file system cannot.
+        """
+        os.utime(self._run.lock)
+
     def release(self) -> None:
         """Give the lock back.
 

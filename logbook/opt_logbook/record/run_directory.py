@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "supervisor.json"
 
     @property
+    def status(self) -> Path:
+        """What the supervisor shows at its terminal, JSON, replaced by rename when it changes."""
+        return self.path / "status.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics"
 

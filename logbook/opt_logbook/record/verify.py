@@ -171,6 +171,21 @@ def _verify_metrics(
 def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Defect]:
     """Every checkpoint that should still be there has the manifest that was committed. Its shards
     are not read here."""
+    committed = _committed_checkpoints(reading)
+    found = {path: _wrong_with_manifest(run, path, committed[path]) for path in committed}
+    if any(found.values()):
+        # A live run may have given it up since the journal was read, which is on record before its
+        # files go.
+        committed = _committed_checkpoints(read(run.journal))
+    return [
+        Defect(f"{path}/{MANIFEST}", 0, what)
+        for path, what in found.items()
+        if what and path in committed
+    ]
+
+
+def _committed_checkpoints(reading: Reading) -> dict[str, tuple[int, str]]:
+    """Journal line and manifest's sha256 of each checkpoint that should be there, by its path."""
     expected: dict[str, tuple[int, str]] = {}
     for entry in reading.entries:
         match entry.event:
@@ -192,25 +207,19 @@ def _verify_checkpoints(run: RunDirectory, reading: Reading) -> list[Defect]:
                 }
             case _:
                 pass
-    defects: list[Defect] = []
-    for path, (seq, sha256) in expected.items():
-        # Hashed and not parsed: a line that verifies is no proof of who wrote it, and neither is
-        # its path.
-        manifest = run.path / path / MANIFEST
-        try:
-            found = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        except OSError:
-            defects.append(
-                Defect(
-                    f"{path}/{MANIFEST}", 0, f"is missing, though journal line {seq} committed it"
-                )
-            )
-            continue
-        if found != sha256:
-            defects.append(
-                Defect(f"{path}/{MANIFEST}", 0, f"is not what journal line {seq} committed")
-            )
-    return defects
+    return expected
+
+
+def _wrong_with_manifest(run: RunDirectory, path: str, committed: tuple[int, str]) -> str:
+    """What is wrong with the manifest of the checkpoint at `path`; empty: nothing."""
+    seq, sha256 = committed
+    # Hashed and not parsed: a line that verifies is no proof of who wrote it, and neither is its
+    # path.
+    try:
+        found = hashlib.sha256((run.path / path / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return f"is missing, though journal line {seq} committed it"
+    return "" if found == sha256 else f"is not what journal line {seq} committed"
 
 
 def _relative(run: RunDirectory, path: Path) -> str:

@@ -1,10 +1,11 @@
 """Sentences about one attempt, and about the lines of the journal that belong to no incident."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opt_logbook.record import events as kinds
+from opt_logbook.record import node_events, stability_events
 from opt_logbook.record.codec import to_json_value
 from opt_logbook.record.events import Entry
 from opt_logbook.record.run_directory import tier_of
@@ -175,15 +176,17 @@ def _lines(recorded: Iterable[Recorded[Any]]) -> tuple[int, ...]:
     return tuple(one.line for one in recorded)
 
 
-def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kind
+def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912, PLR0915  a table, one line a kind
     """The sentence for the line, without its time; empty where an incident has it."""
     match entry.event:
         case kinds.LineageOpened(lineage=lineage, difference=difference):
             changes = f", changing {listed(difference)}" if difference else ""
             return f"lineage {lineage} was opened{changes}."
-        case kinds.SupervisorStarted(host=host, pid=pid, version=version, resumed=resumed):
+        case kinds.SupervisorStarted(host=host, pid=pid, version=version, resumed=resumed) as began:
             again = "took over the run where the journal left it" if resumed else "began the run"
-            return f"a supervisor (version {version}, process {pid} on {host}) {again}."
+            differs = began.code_difference
+            own = f", with code that is not the lineage's ({listed(differs)})" if differs else ""
+            return f"a supervisor (version {version}, process {pid} on {host}) {again}{own}."
         case kinds.AgentsAdopted(generation=generation, nodes=nodes):
             return (
                 f"generation {generation} was found training on {listed_briefly(nodes)} and "
@@ -196,6 +199,8 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             return f"{node} was taken out ({cause})."
         case kinds.GenerationKilled(incident=0, killed=killed):
             return f"all ranks were ended, {killed} of them by force."
+        case kinds.NodePromoted(node=node, replaces=replaces) if node == replaces:
+            return f"{node} trained again, in the place it had."
         case kinds.NodePromoted(incident=0, node=node, replaces=replaces):
             return f"{node} took the place of {replaces}."
         case kinds.NodeFailed() | kinds.GenerationKilled() | kinds.NodePromoted():
@@ -204,15 +209,46 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
             what = f"{CAUSES.get(cause, cause)} ({detail or cause})"
             seen = f", {entry.event.evidence[0].text}" if entry.event.evidence else ""
             return f"a finding on {node}: {what}{seen}: {sentence(response)}"
-        case kinds.ReplacementBegan(node=node):
+        case kinds.PlaceVacated(node=node, nodes=count):
+            return (
+                f"no buffer node was left for the place of {node}: the run went on with "
+                f"{many(count, 'node')} at the same global batch."
+            )
+        case node_events.GrowthBegan(nodes=nodes):
+            return (
+                f"all ranks were ended to go on with {listed_briefly(nodes)} too; nothing failed."
+            )
+        case node_events.LemonNoted(node=node, why=why):
+            return f"{node} is a repeat offender: {sentence(why)}"
+        case node_events.LemonCleared(node=node):
+            return f"{node} is no repeat offender any more."
+        case node_events.LemonPassedOver(node=node, by=other):
+            return f"{node}, a repeat offender, was passed over: {other} took its place."
+        case node_events.NodeReturned(node=node, tests=tests):
+            return f"{node} passed its preflight ({many(tests, 'test')}) and stood by again."
+        case node_events.ActionWithheld(response=response):
+            return sentence(response)
+        case node_events.ReplacementBegan(node=node):
             return f"all ranks are ended to take {node} out; nothing has failed."
-        case kinds.InForceReported(values=values):
+        case stability_events.InstabilitySeen(number=number, what=what, response=response):
+            return f"instability {number}: {what}; {response}."
+        case stability_events.InstabilityClosed(number=number, outcome=outcome, what=what):
+            judged = "what was done about it has helped" if outcome == "helped" else outcome
+            return f"instability {number}, {judged}: {what}."
+        case stability_events.DataProbed(what=what) | stability_events.ReplayCompared(what=what):
+            return f"{what}."
+        case stability_events.BatchSources() as read:
+            return _sources(read, entry.step or 0)
+        case stability_events.RollbackBegan(order=order):
+            return f"all ranks are ended to go back as order {order} wants it; nothing has failed."
+        case kinds.InForceReported(values=values, environment_difference=differs):
+            changed = f" What ranks talk by has changed: {'; '.join(differs)}." if differs else ""
             return (
                 "the values in force were read back from the ranks and are as they should be: "
-                f"{_pairs(values)}."
+                f"{_pairs(values)}.{changed}"
             )
-        case kinds.OrderGiven(number=number, order=order, reason=reason):
-            return f"order {number}, {order}: {sentence(reason)}"
+        case kinds.OrderGiven(number=number, order=order, reason=reason, parameters=values):
+            return f"order {number}, {_in_words(order, values)}: {sentence(reason)}"
         case kinds.OrderEnded(number=number, outcome=outcome):
             before = f" before step {entry.step:,}" if entry.step is not None else ""
             return f"order {number} was {outcome}{before}."
@@ -241,6 +277,11 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         case kinds.RunStopped(by=by, saved_step=saved):
             state = f"saved at step {saved:,}" if saved >= 0 else "nothing was saved"
             return f"the run was stopped by {by}; {state}."
+        case kinds.HoldBegan(by=by, reason=reason):
+            why = f": {sentence(reason)}" if reason else "."
+            return f"{by} put a hold on the run, to train no more until it is resumed{why}"
+        case kinds.HoldEnded(by=by):
+            return f"{by} took the hold back."
         case kinds.RunHalted(question=question, cause=cause):
             return f"the run halted ({cause}); a person must decide: {sentence(question)}"
         case kinds.RunFinished(tokens=tokens, seconds=seconds):
@@ -250,6 +291,49 @@ def _sentence_of(entry: Entry) -> str:  # noqa: PLR0912  a table, one line a kin
         # A kind without a sentence of its own is shown all the same: no line may go unseen.
         case other:
             return f"{other.kind}: {_pairs(to_json_value(other))}."
+
+
+def _sources(read: stability_events.BatchSources, step: int) -> str:
+    """Which documents the batch of an alarm had."""
+    named = [
+        f"{known.source or f'document {known.document:,}'} ({known.share:.1%})"
+        for known in read.sources
+    ]
+    if (others := read.documents - len(named)) > 0:
+        named.append(f"{many(others, 'more document')}")
+    what = f"the batch of step {step:,}, at the alarm {read.alarm}, had"
+    return f"{what} {many(read.documents, 'document')}: {listed(named)}."
+
+
+def _in_words(order: str, values: Mapping[str, Any]) -> str:
+    """What an order does, as far as this version knows."""
+    match order:
+        case "scale_lr":
+            return f"the learning rate times {values.get('factor')}"
+        case "set_clip":
+            return f"gradients clipped to the norm {values.get('clip')}"
+        case "set_loss_scale":
+            parts = [
+                f"the loss scale set to {values['scale']:g}" if values.get("scale") else "",
+                f"the loss scale's floor at {values['floor']:g}" if values.get("floor") else "",
+            ]
+            return " and ".join(part for part in parts if part)
+        case "scale_embedding_gradient":
+            return f"the embedding's gradient times {values.get('factor')}"
+        case "skip_samples":
+            after = values.get("after", 0)
+            when = f" {many(after, 'step')} later" if after else ""
+            return f"the next {many(values.get('samples', 0), 'sample')} left out{when}"
+        case "roll_back":
+            text = f"back to step {values.get('step', 0):,}"
+            changes = values.get("changes") or ()
+            others = (
+                _in_words(str(change.get("kind", "")), change)
+                for change in changes
+                if isinstance(change, Mapping)
+            )
+            return ", with ".join([text, *others])
+    return f"{order} {_pairs(values)}".strip()
 
 
 def _pairs(values: Any) -> str:

@@ -3,13 +3,15 @@ code."""
 
 from opt_logbook.record.events import (
     JournalDamaged,
+    RunCreated,
     RunFinished,
     RunHalted,
     RunStopped,
     SupervisorStarted,
 )
-from opt_logbook.story.format import CAUSES, clock, duration, many, moment, sentence, short
-from opt_logbook.story.records import IncidentRecord, Story
+from opt_logbook.story.format import CAUSES, clock, duration, listed, many, moment, sentence, short
+from opt_logbook.story.instabilities import describe_instabilities
+from opt_logbook.story.records import IncidentRecord, Recorded, Story
 from opt_logbook.story.sentences import Sentence
 
 INCIDENTS_SHOWN_ONE_BY_ONE = 6
@@ -20,7 +22,8 @@ def summarize(story: Story) -> tuple[tuple[Sentence, ...], ...]:
     """Paragraphs: what ran and how it ended, what broke, what it cost."""
     if not story.reading.entries:
         return ((Sentence("The journal has no entries yet: there is nothing to tell."),),)
-    paragraphs = [_what_ran(story), *_what_broke(story), _what_it_cost(story)]
+    unstable = describe_instabilities(story, _end_time(story))
+    paragraphs = [_what_ran(story), *_what_broke(story), *unstable, _what_it_cost(story)]
     return tuple(tuple(sentences) for sentences in paragraphs if sentences)
 
 
@@ -38,6 +41,8 @@ def _what_ran(story: Story) -> list[Sentence]:
                 (story.created.line,),
             )
         )
+    if story.created and story.created.event.ledger_of:
+        sentences.append(_whose_ledger(story.created))
     if story.created and story.aimed:
         lineage = story.aimed.event.lineage
         sentences.append(
@@ -87,6 +92,19 @@ def _what_ran(story: Story) -> list[Sentence]:
             )
             sentences.append(Sentence(text, (story.reading.entries[-1].seq,)))
     return sentences
+
+
+def _whose_ledger(created: Recorded[RunCreated]) -> Sentence:
+    event = created.event
+    first = min((int(known.get("step", 0)) for known in event.ledger), default=0)
+    orders = f"{many(len(event.ledger), 'order')}, the first behind step {first:,}"
+    if not event.ledger:
+        orders = "no order"
+    alike = "What decides its weights is as it was there."
+    if event.ledger_difference:
+        alike = f"Its weights are others all the same: {listed(event.ledger_difference)}."
+    text = f"It trains under the ledger of {event.ledger_of} from the start: {orders}. {alike}"
+    return Sentence(text, (created.line,))
 
 
 def _what_broke(story: Story) -> list[list[Sentence]]:

@@ -23,7 +23,7 @@ from typing import Any
 from opt_train.diagnosis.causes import Cause, EccDetail
 from opt_train.host import signals
 from opt_train.host.processes import die_with_parent
-from opt_train.protocol.facts import LogLine, NodeFinding
+from opt_train.protocol.facts import GpusSeen, LogLine, NodeFinding, NodeGpu
 
 READ_SECONDS = 1.0
 DEADLINE_SECONDS = 15.0
@@ -56,6 +56,13 @@ class GpuState:
     remap_pending: bool | None = None
     remap_failed: bool | None = None
     lost: bool = False
+    serial: str = ""
+    pci: str = ""
+
+    @property
+    def gpu(self) -> NodeGpu:
+        """Which one it is."""
+        return NodeGpu(self.index, self.uuid, self.serial, self.pci)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +85,27 @@ class GpuReading:
 def findings_between(before: GpuReading | None, now: GpuReading) -> Iterator[NodeFinding]:
     """What `now` says that `before` did not. `before` None: the first reading."""
     known = {gpu.index: gpu for gpu in before.gpus} if before is not None else {}
-    names = {gpu.index: f"GPU {gpu.index} ({gpu.uuid})" for gpu in now.gpus}
+    by_index = {gpu.index: gpu for gpu in now.gpus}
     for index, xid in now.xids:
+        gpu = by_index.get(index, GpuState(index))
         if xid not in XID_MEANING:
-            log.warning("%s: Xid %d", names.get(index, f"GPU {index}"), xid)
+            log.warning("%s: Xid %d", _name(gpu), xid)
             continue
         cause, detail = XID_MEANING[xid]
         permanent = detail != EccDetail.CONTAINED
-        text = f"{names.get(index, f'GPU {index}')}: Xid {xid}"
-        yield _finding(cause, detail, text, permanent=permanent)
+        was = known.get(index, gpu)
+        yield _finding(cause, detail, f"Xid {xid}", was, gpu, permanent=permanent)
     explained = {index for index, xid in now.xids if xid in (94, 95)}
     for gpu in now.gpus:
         was = known.get(gpu.index, GpuState(gpu.index))
-        name = names[gpu.index]
         if gpu.lost and not was.lost:
-            yield _finding(Cause.GPU_LOST, "lost", f"{name}: NVML calls it lost")
+            yield _finding(Cause.GPU_LOST, "lost", "NVML calls it lost", was, gpu)
         if gpu.remap_pending and not was.remap_pending:
-            yield _finding(
-                Cause.GPU_ECC, EccDetail.REMAP_PENDING, f"{name}: a row waits to be remapped"
-            )
+            text = "a row waits to be remapped"
+            yield _finding(Cause.GPU_ECC, EccDetail.REMAP_PENDING, text, was, gpu)
         if gpu.remap_failed and not was.remap_failed:
-            yield _finding(
-                Cause.GPU_ECC, EccDetail.REMAP_FAILED, f"{name}: a row could not be remapped"
-            )
+            text = "a row could not be remapped"
+            yield _finding(Cause.GPU_ECC, EccDetail.REMAP_FAILED, text, was, gpu)
         grown = (
             was.ecc_uncorrected is not None
             and gpu.ecc_uncorrected is not None
@@ -108,16 +113,48 @@ def findings_between(before: GpuReading | None, now: GpuReading) -> Iterator[Nod
         )
         # Where an Xid says whether the error was contained, its word is better than the counter's.
         if grown and gpu.index not in explained:
-            text = (
-                f"{name}: volatile uncorrectable ECC errors "
-                f"{was.ecc_uncorrected} -> {gpu.ecc_uncorrected}"
-            )
-            yield _finding(Cause.GPU_ECC, EccDetail.UNCONTAINED, text)
+            errors = f"{was.ecc_uncorrected} -> {gpu.ecc_uncorrected}"
+            text = f"volatile uncorrectable ECC errors {errors}"
+            yield _finding(Cause.GPU_ECC, EccDetail.UNCONTAINED, text, was, gpu)
 
 
-def _finding(cause: Cause, detail: str, text: str, *, permanent: bool = True) -> NodeFinding:
-    evidence = (LogLine("nvml", 0, text),)
-    return NodeFinding(cause, detail, permanent=permanent, confidence=0.95, evidence=evidence)
+def _finding(
+    cause: Cause,
+    detail: str,
+    text: str,
+    was: GpuState,
+    gpu: GpuState,
+    *,
+    permanent: bool = True,
+) -> NodeFinding:
+    evidence = (
+        LogLine("nvml", 0, f"{_name(gpu)}: {text}"),
+        LogLine("nvml", 0, _counters(was, gpu)),
+    )
+    return NodeFinding(
+        cause, detail, permanent=permanent, confidence=0.95, evidence=evidence, gpu=gpu.gpu
+    )
+
+
+def _name(gpu: GpuState) -> str:
+    return f"GPU {gpu.index} ({gpu.uuid})" if gpu.uuid else f"GPU {gpu.index}"
+
+
+def _counters(was: GpuState, gpu: GpuState) -> str:
+    """What an admin asks for: all counters of the GPU, before and after."""
+    values = (
+        ("uncorrectable ECC errors", was.ecc_uncorrected, gpu.ecc_uncorrected),
+        ("row waits to be remapped", was.remap_pending, gpu.remap_pending),
+        ("row could not be remapped", was.remap_failed, gpu.remap_failed),
+    )
+    said = (f"{name} {_shown(before)} -> {_shown(after)}" for name, before, after in values)
+    return f"GPU {gpu.index}, before -> after: {', '.join(said)}"
+
+
+def _shown(value: int | bool | None) -> str:
+    if value is None:
+        return "unknown"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def carried_over(before: GpuReading | None, now: GpuReading) -> GpuReading:
@@ -135,12 +172,17 @@ def carried_over(before: GpuReading | None, now: GpuReading) -> GpuReading:
 
 
 class GpuProbe:
-    """Watches until cancelled; `publish` takes each finding."""
+    """Watches until cancelled; `publish` takes each finding, and which GPUs there are."""
 
-    def __init__(self, publish: Callable[[NodeFinding], None]) -> None:
+    def __init__(self, publish: Callable[[NodeFinding | GpusSeen], None]) -> None:
         self._publish = publish
         self.last: GpuReading | None = None
         """What was read last."""
+
+    @property
+    def gpus(self) -> tuple[NodeGpu, ...]:
+        """The GPUs of the node, as far as they were read."""
+        return tuple(state.gpu for state in self.last.gpus) if self.last is not None else ()
 
     async def run(self) -> None:
         while await self._watch_once():
@@ -163,7 +205,10 @@ class GpuProbe:
                 for finding in findings_between(self.last, now):
                     log.error("%s: %s", finding.cause, finding.evidence[0].text)
                     self._publish(finding)
-                self.last = now
+                # A GPU is exchanged while its node is down, but a driver may count them late.
+                before, self.last = self.gpus, now
+                if self.gpus != before:
+                    self._publish(GpusSeen(self.gpus))
         except TimeoutError:
             text = f"NVML has not answered for {DEADLINE_SECONDS:g} s"
             log.error("%s", text)
@@ -222,6 +267,7 @@ class Nvml:
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             remapped = self._known(nvml.nvmlDeviceGetRemappedRows, handle)
+            pci = self._known(nvml.nvmlDeviceGetPciInfo, handle)
             return GpuState(
                 index,
                 self._known(nvml.nvmlDeviceGetUUID, handle) or "",
@@ -231,6 +277,9 @@ class Nvml:
                 ),
                 bool(remapped[2]) if remapped is not None else None,
                 bool(remapped[3]) if remapped is not None else None,
+                # Boards for consumers have none.
+                serial=_text(self._known(nvml.nvmlDeviceGetSerial, handle)),
+                pci=_text(pci.busId) if pci is not None else "",
             )
         except nvml.NVMLError_GpuIsLost:
             return GpuState(index, lost=True)
@@ -242,6 +291,11 @@ class Nvml:
             raise
         except self._nvml.NVMLError:  # not supported by this GPU, or by this driver
             return None
+
+
+def _text(value: str | bytes | None) -> str:
+    """As some versions of the binding answer, and others."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value or ""
 
 
 def main() -> int:

@@ -13,9 +13,12 @@ from opt_train.protocol.facts import (
     ExitNotice,
     Fetched,
     GenerationGone,
+    GpusSeen,
     InForce,
     NodeFinding,
     OrderObeyed,
+    PreflightEnded,
+    Probed,
     RankExited,
     RankFact,
     SaveFailed,
@@ -39,7 +42,7 @@ def acknowledge(s: Context) -> list[Decision]:
     """Let agents forget what is durable, in order: a fact that still matters holds back those
     behind it."""
     decisions: list[Decision] = []
-    for node in sorted(s.view.pending):
+    for node in sorted(s.view.to_settle & s.view.pending):
         view = s.view.node(node)
         upto = view.acknowledged
         for number, fact in sorted(view.facts.items()):
@@ -68,7 +71,8 @@ def is_settled(s: Context, fact: Message) -> bool:
 
 
 def _always(s: Context, live: Attempt, fact: Message) -> bool:
-    """It answers a command, which is sent again if need be, and so is the answer."""
+    """It answers a command, which is sent again if need be, and so is the answer; or it is part of
+    what every agent tells on connecting."""
     return True
 
 
@@ -106,6 +110,10 @@ def _when_validation_is_measured(s: Context, live: Attempt, fact: Validation) ->
     return (fact.name, fact.step) in s.state.validations
 
 
+def _when_probe_is_on_record(s: Context, live: Attempt, fact: Probed) -> bool:
+    return fact.order <= s.state.probed
+
+
 SETTLED: Mapping[type[Message], IsSettled] = {
     Store: _when_training,
     InForce: _when_in_force,
@@ -113,6 +121,7 @@ SETTLED: Mapping[type[Message], IsSettled] = {
     ShardsSaved: _when_save_is_settled,
     SaveFailed: _when_save_is_settled,
     OrderObeyed: _when_order_is_ended,
+    Probed: _when_probe_is_on_record,
     ExitNotice: _when_over,
     RankExited: _when_over,
     Stacks: _when_over,
@@ -120,6 +129,8 @@ SETTLED: Mapping[type[Message], IsSettled] = {
     SnapshotStored: _when_snapshot_is_settled,
     Fetched: _always,
     NodeFinding: _when_noted,
+    PreflightEnded: _always,
+    GpusSeen: _always,
 }
 """Every fact that an agent numbers, whether its own or its rank's -> when it is settled while the
 attempt lives."""

@@ -21,19 +21,20 @@ from opt_train.protocol.facts import Store
 from opt_train.protocol.orders import SaveAndStop
 from opt_train.run.attempt import Attempt
 from opt_train.run.checkpoint import Checkpoint
-from opt_train.run.code_state import CodeState
+from opt_train.run.code.code_state import CodeState
 from opt_train.run.entries import (
     attempt_started,
     run_finished,
     training_began,
     validation_measured,
 )
+from opt_train.run.fabric_settings import settings_apart, settings_difference
 from opt_train.run.state import OBEYED, REPLACED, WITHDRAWN
 from opt_train.supervisor.effects import ClearUncommitted, InspectCheckpoint, Send
-from opt_train.supervisor.rules import snapshots
+from opt_train.supervisor.rules import preflights, snapshots
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
-from opt_train.supervisor.rules.nodes import close_incidents, halt, is_warm
+from opt_train.supervisor.rules.nodes import close_incidents, halt
 
 BUFFER_SECONDS = 5.0
 """How long the first attempt waits for nodes that only stand by."""
@@ -48,6 +49,8 @@ def verify(s: Context) -> list[Decision]:
     """The newest good checkpoint of the live chain is read again before it is used; a bad one is
     passed over."""
     wanted = s.state.newest_good()
+    if wanted is None and s.state.rollback is not None:
+        return []  # to the beginning, as it was ordered and is on record
     if wanted is None:
         # Snapshots come and go: a run that has lost them all, and has saved nothing, begins again.
         rejected = [c for c in s.state.chain() if c.rejected and not c.is_with_agents]
@@ -77,11 +80,16 @@ def start(s: Context) -> list[Decision]:
     if wanted is not None and not _is_ready(s, wanted):
         return []
     places = s.places()
+    # Whoever is not there ends the question: of 2,000 nodes that dial in each asks it anew.
+    if not all(s.view.node(n).connected for n in places):
+        return []
     # Fencing makes harmless what an old rank writes; it gives back none of the GPU memory that the
     # new rank in its slot needs.
-    if not all(s.view.node(n).connected and is_warm(s, n) for n in places) or _old_ranks_live(s):
+    if not all(s.is_warm(n) for n in places) or _old_ranks_live(s):
         return []
-    buffers = [n for n in s.identity.nodes if n not in places and s.is_usable(n)]
+    if any(preflights.is_awaited(s, n) for n in places):
+        return []
+    buffers = [n for n in s.nodes if n not in places and s.is_usable(n)]
     ready = [n for n in buffers if s.view.node(n).connected]
     # Only the first attempt waits for buffer nodes: later each second here is one of downtime.
     first = s.state.attempt is None
@@ -89,13 +97,15 @@ def start(s: Context) -> list[Decision]:
         return []
     incident = s.state.incident
     last = s.state.attempt
+    # Ranks that obeyed a rollback and died of something before that was known have had it.
+    reserved = s.state.rollback.generation if s.state.rollback is not None else 0
     # Keys change between two lives of the supervisor, by a person: an automatic restart differs in
     # nothing.
     news = last is None or last.leader != s.state.leader
     started = attempt_started(
         wanted,
         CodeState(s.identity.git_commit, s.identity.git_dirty, s.identity.packages),
-        generation=max(s.state.generation, s.view.highest_generation) + 1,
+        generation=max(s.state.generation, s.view.highest_generation, reserved) + 1,
         nodes=places,
         buffer=tuple(ready),
         world_size=len(places) * s.config.cluster.slots_per_node,
@@ -136,10 +146,13 @@ def _reason(s: Context) -> str:
     incident = s.state.incident
     if incident is not None:
         return f"recovery from incident {incident.number}: {incident.cause or incident.seen.what}"
+    if s.state.rollback is not None:
+        order = s.state.rollback
+        return f"rollback to step {order.step}: {order.reason}"
     if s.state.attempt is None:
         return "first start"
     if s.state.attempt.outcome == REPLACED:
-        return "a node was replaced after a checkpoint; nothing had failed"
+        return "a node was replaced or added after a checkpoint; nothing had failed"
     return "resumed"
 
 
@@ -149,19 +162,24 @@ def _reason(s: Context) -> str:
 def begin_ranks(s: Context) -> list[Decision]:
     """Rank 0 first; when it has reported where its store listens, all others."""
     attempt = s.attempt
-    if attempt.began or attempt.leader != s.state.leader:
+    # Those that have gone back in place were begun long ago, as others.
+    if attempt.began or attempt.rollback or attempt.leader != s.state.leader:
         return []
     generation = s.generation
     store = generation.store
     decisions: list[Decision] = []
+    wanted = attempt.world_size if store is not None else 1
+    # When all were begun, only a command that was lost is left to see to: that has time.
+    if len(generation.begun) >= wanted and not s.view.watching:
+        return []
     # Rank 0 binds its store to port 0 and reports what it got: a guessed port may be taken, and
     # then every rank of the generation dies of it.
-    for rank in range(attempt.world_size if store is not None else 1):
+    for rank in range(wanted):
         node, slot = attempt.place_of(rank)
         view = s.view.node(node)
         if not view.connected or rank in generation.exits or generation.was_running(rank):
             continue
-        if generation.was_begun(rank) and not view.caught_up:
+        if rank in generation.begun and not view.caught_up:
             continue  # it may have run and ended while its agent was out of reach
         begin = _begin(s, attempt, rank, node, slot, store)
         if not s.view.was_sent(Send(node, begin), within=BEGIN_AGAIN_SECONDS):
@@ -178,6 +196,10 @@ def _begin(
     checkpoint = str(run.path / attempt.checkpoint) if attempt.checkpoint else None
     if saved is not None and saved.is_with_agents:
         checkpoint = snapshots.folder_on(s, saved, node)
+    probe = s.state.probe
+    # A state from behind the one that was to look has been trained on what is to be looked at.
+    if probe is not None and attempt.start_step > probe.step:
+        probe = None
     return Begin(
         generation=attempt.generation,
         attempt=attempt.name,
@@ -195,6 +217,8 @@ def _begin(
         manifest_sha256=attempt.manifest_sha256 or None,
         order_number=s.state.settled_order,
         ledger=s.state.ledger,
+        probe=probe.probe if probe is not None else (),
+        probe_order=probe.number if probe is not None else 0,
     )
 
 
@@ -204,15 +228,24 @@ def adopt(s: Context) -> list[Decision]:
     attempt = s.attempt
     if attempt.leader == s.state.leader or attempt.lineage != s.state.lineage:
         return []
-    ended = s.generation.exits
-    running = {
-        slot.rank for node, slot in s.running(attempt.generation) if s.view.node(node).connected
-    }
     # All or none: with one rank unaccounted for, the others may be in a collective that it will
     # never join.
-    if any(rank not in running and rank not in ended for rank in range(attempt.world_size)):
+    if not all(_is_accounted_for(s, attempt, rank) for rank in range(attempt.world_size)):
         return []
     return [Record(AgentsAdopted(attempt.generation, attempt.nodes))]
+
+
+def _is_accounted_for(s: Context, attempt: Attempt, rank: int) -> bool:
+    """It runs where it should, on a node that is connected, or has ended."""
+    node, slot = attempt.place_of(rank)
+    view = s.view.node(node)
+    shown = view.slots.get(slot)
+    runs = shown is not None and (shown.stage, shown.generation, shown.rank) == (
+        "running",
+        attempt.generation,
+        rank,
+    )
+    return (runs and view.connected) or rank in s.generation.exits
 
 
 def report_in_force(s: Context) -> list[Decision]:
@@ -224,7 +257,13 @@ def report_in_force(s: Context) -> list[Decision]:
     # runs (12.35 to 12.37) tested nothing: so each rank reads back what it has.
     if attempt.in_force or len(reported) < attempt.world_size:
         return []
-    return [Record(InForceReported(reported[0]), step=attempt.start_step)]
+    environments = s.generation.environments
+    before = s.state.fabric_settings
+    changed = settings_difference(before, environments[0]) if before is not None else ()
+    apart = settings_apart(environments)
+    seconds = s.generation.start_seconds
+    event = InForceReported(reported[0], environments[0], (*changed, *apart), seconds)
+    return [Record(event, step=attempt.start_step)]
 
 
 def begin_training(s: Context) -> list[Decision]:

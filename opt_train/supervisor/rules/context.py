@@ -8,10 +8,11 @@ from math import inf
 from opt_logbook.record.events import Event
 
 from opt_train.config.run_config import RunConfig
+from opt_train.diagnosis.causes import Cause
 from opt_train.protocol.commands import Kill
 from opt_train.protocol.facts import SlotState
 from opt_train.run.attempt import Attempt
-from opt_train.run.state import RunState
+from opt_train.run.state import VACANT, RunState
 from opt_train.supervisor.cluster_view import ClusterView
 from opt_train.supervisor.effects import Effect, FenceNode, Send
 from opt_train.supervisor.generation_view import GenerationView
@@ -93,26 +94,85 @@ class Context:
     def places(self) -> tuple[str, ...]:
         """The nodes that train, or should: those named first in the allocation, or what took their
         places."""
-        chosen = []
-        for node in self.identity.nodes[: self.config.cluster.nodes]:
-            place = node
-            while place in self.state.replacements:
-                place = self.state.replacements[place]
-            chosen.append(place)
-        return tuple(chosen)
+        if not self.state.replacements and not self.state.vacated:
+            return self.identity.nodes[: self.config.cluster.nodes]
+        return tuple(now for _, now in self._occupied() if now != VACANT)
+
+    def vacant_places(self) -> list[str]:
+        """The last node of each place that nothing has taken since, in the order of places."""
+        if not self.state.vacated and not self.state.replacements:
+            return []
+        return [last for last, now in self._occupied() if now == VACANT]
+
+    def _occupied(self) -> Iterator[tuple[str, str]]:
+        """Of each place the last node that was in it, and who is: the same, or `VACANT`."""
+        first = self.identity.nodes[: self.config.cluster.nodes]
+        replaced, vacated = self.state.replacements, self.state.vacated
+        taken = {node for node in first if node not in replaced and node not in vacated}
+        for place in first:
+            last = replaced.get(place, place)
+            if last != place and last in taken:
+                # What took its place in an earlier allocation is another one of those first now.
+                yield place, VACANT
+            elif place in vacated:
+                yield last, VACANT
+            else:
+                taken.add(last)
+                yield last, last
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node of the run: those that this supervisor began with, then what has come."""
+        return self.view.allocation
+
+    def out_places(self) -> list[str]:
+        """The places whose nodes can train no more, in the order of places."""
+        failed = self.state.failed_nodes
+        # Sets, as this is asked at each input of thousands of nodes.
+        if failed.isdisjoint(places := self.places()) and self.view.members.issuperset(places):
+            return []
+        return [place for place in places if not self.is_usable(place)]
 
     def is_usable(self, node: str) -> bool:
-        return node in self.identity.nodes and not self.state.has_failed(node)
+        return node in self.view.members and not self.state.has_failed(node)
 
-    def buffer_nodes(self) -> list[str]:
-        """Buffer nodes that could take a place, those that are connected first."""
+    def cause_of_loss(self, node: str, cause: str = Cause.NODE_FAILURE) -> str:
+        """What `node` is taken out for, of which `cause` is known: a node that the scheduler took
+        back has not failed."""
+        taken_back = cause == Cause.NODE_FAILURE and self.view.node(node).taken_back
+        return Cause.PREEMPTION if taken_back else cause
+
+    def buffer_nodes(self, place: str = "") -> list[str]:
+        """Buffer nodes that could take a place: those that are connected first, repeat offenders
+        last, and then those nearest in the network to the node whose `place` it is."""
         places = set(self.places())
         free = [
             n
-            for n in self.identity.nodes
+            for n in self.nodes
             if n not in places and not is_unfit(self.state, n) and not self.view.is_down(n)
         ]
-        return sorted(free, key=lambda n: not self.view.node(n).connected)
+        return sorted(free, key=lambda n: self.preference(n, place))
+
+    def preference(self, node: str, place: str) -> tuple[bool, bool, int]:
+        """The less, the sooner `node` takes the place of the node `place`."""
+        far = self.identity.topology.distance(node, place)
+        return not self.view.node(node).connected, node in self.state.lemons, far
+
+    def is_warm(self, node: str) -> bool:
+        """Every slot of the node has a warm rank, and nothing runs there."""
+        # Without a warm rank in every slot one import of torch (7 to 10 s on a busy core) would
+        # hold up all other ranks; from a warm one the first step takes 0.2 to 0.9 s (measured).
+        slots = self.view.node(node).slots
+        return all(
+            k in slots
+            and slots[k].stage != "running"
+            and (slots[k].spare or slots[k].stage == "warm")
+            for k in range(self.config.cluster.slots_per_node)
+        )
+
+    def ready_buffers(self) -> list[str]:
+        """Buffer nodes that could train at once."""
+        return [n for n in self.buffer_nodes() if self.view.node(n).connected and self.is_warm(n)]
 
     # Generations ----------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ from opt_train.supervisor.rules.node_fitness import interrupting
 from opt_train.supervisor.rules.nodes import halt
 from opt_train.supervisor.rules.responses import Action, Remedy, respond
 
+SURE = 0.8
+"""A diagnosis of this confidence needs no evidence beyond the ends of all ranks."""
+
 
 def failure(s: Context, node: str, rank: int, what: str, sign: str) -> list[Decision]:
     """The first confirmed sign of an incident. Killing follows from the stage."""
@@ -48,7 +51,7 @@ def detect_node_down(s: Context) -> list[Decision]:
     """The cluster says that a node is gone whose ranks had not all left."""
     attempt = s.attempt
     ended = s.generation.exits
-    for place, node in enumerate(attempt.nodes):
+    for place, node in enumerate(attempt.nodes if s.view.called_down else ()):
         if not s.view.is_down(node):
             continue
         slots = attempt.slots_per_node
@@ -83,7 +86,7 @@ def detect_difference(s: Context) -> list[Decision]:
     if attempt.in_force or not reported:
         return []
     expected = in_force(s.config, s.state.ledger, attempt.start_step)
-    for rank, values in sorted(reported.items()):
+    for rank, values in s.generation.in_force_variants:
         wrong = differences(expected, values)
         if wrong:
             return failure(
@@ -117,18 +120,30 @@ def kill(s: Context) -> list[Decision]:
 def conclude_kill(s: Context) -> list[Decision]:
     """All ranks are gone from every node, and their last facts have had time to arrive."""
     attempt = s.attempt
-    # The log of the root may arrive behind the complaints of its victims: a diagnosis made at once
-    # would blame the loudest.
     failing = s.state.stage is Stage.FAILING
-    if attempt.killed or (
-        failing and s.view.age(s.view.stage_since) < s.config.supervisor.settle_seconds
-    ):
+    if attempt.killed or not all(s.is_gone(n, attempt.generation) for n in attempt.nodes):
         return []
-    if not all(s.is_gone(node, attempt.generation) for node in attempt.nodes):
+    if failing and not _has_settled(s):
         return []
     killed = sum(exited.killed_by_agent for _, exited in s.generation.exits.values())
     number = s.state.incident.number if failing and s.state.incident else 0
     return [Record(GenerationKilled(attempt.generation, number, killed), step=s.step)]
+
+
+def _has_settled(s: Context) -> bool:
+    """Whether nothing that is still to come would change the diagnosis."""
+    # The log of the root may arrive behind the complaints of its victims, and a probe may look
+    # later still: a diagnosis made at once would blame the loudest.
+    if s.view.age(s.view.stage_since) >= s.config.supervisor.settle_seconds:
+        return True
+    incident = s.state.incident
+    # The end of every rank is here, with the end of its log, or its node is down and says no more.
+    down = {node for node in s.attempt.nodes if s.view.is_down(node)}
+    ended = all(
+        rank in s.generation.exits or s.attempt.place_of(rank)[0] in down
+        for rank in range(s.attempt.world_size)
+    )
+    return ended and incident is not None and diagnosis_of(s, incident).confidence >= SURE
 
 
 def identify(s: Context) -> list[Decision]:
@@ -218,7 +233,8 @@ def follow(s: Context) -> list[Decision]:
     if remedy.action is Action.REPLACE_NOW and culprit and not s.state.has_failed(culprit):
         # On record first: a supervisor that dies before the fence does not hand the node back
         # (invariant 8). The cloud of OPT-175B handed out the same bad node again and again.
-        return [Record(NodeFailed(culprit, incident.number, incident.cause)), FenceNode(culprit)]
+        cause = s.cause_of_loss(culprit, incident.cause)
+        return [Record(NodeFailed(culprit, incident.number, cause)), FenceNode(culprit)]
     return []
 
 

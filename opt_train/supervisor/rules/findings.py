@@ -9,19 +9,20 @@ the attempt ends as `replaced`, and the run assembles again without the node. `t
 the door of all that stand by or assemble.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from opt_logbook.record.events import (
     AttemptEnded,
     Evidence,
     FindingNoted,
     NodeFailed,
-    ReplacementBegan,
 )
+from opt_logbook.record.hardware import GpuIdentity
+from opt_logbook.record.node_events import ReplacementBegan
 
 from opt_train.diagnosis.causes import DRAIN, Cause, blame_of
 from opt_train.protocol.facts import LogLine, NodeFinding
-from opt_train.run.state import REPLACED, RunState
+from opt_train.run.state import REPLACED, ROLLED_BACK, RunState
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
 from opt_train.supervisor.rules.context import Context, Decision, Record
@@ -33,34 +34,33 @@ from opt_train.supervisor.rules.node_fitness import (
     is_unusable,
     taken_out_by,
 )
-from opt_train.supervisor.rules.nodes import is_warm
 from opt_train.supervisor.rules.responses import finding_sentence, response_to_finding
 
 
 def note(s: Context) -> list[Decision]:
     """Journal each finding that is news. First among the rules: what is acknowledged is noted."""
-    for node in sorted(s.view.pending):
-        if node not in s.identity.nodes:
+    for node in sorted(s.view.to_settle & s.view.pending):
+        if node not in s.view.members:
             continue
         for fact in s.view.node(node).facts.values():
             if isinstance(fact, NodeFinding):
-                noted = _event(node, fact)
+                noted = finding_noted(s, node, fact)
                 # One at a time: two equal findings in the queue of a node are one line, since the
                 # second look finds the first in the journal.
-                if not _is_known(s.state, noted):
+                if not is_known(s.state, noted):
                     return [_record(s, noted)]
     return []
 
 
 def note_drain(s: Context) -> list[Decision]:
     """Journal each node that an admin wants back: a finding of the cluster's own."""
-    for node in s.identity.nodes:
+    for node in s.nodes if s.view.draining else ():
         if not s.view.node(node).draining or s.state.has_failed(node):
             continue
         evidence = (LogLine("cluster", 0, f"drained: {s.view.node(node).draining}"),)
         drained = NodeFinding(Cause.PREEMPTION, DRAIN, permanent=True, confidence=1.0)
-        noted = _event(node, replace(drained, evidence=evidence))
-        if not _is_known(s.state, noted):
+        noted = finding_noted(s, node, replace(drained, evidence=evidence))
+        if not is_known(s.state, noted):
             return [_record(s, noted)]
     return []
 
@@ -69,8 +69,11 @@ def _record(s: Context, noted: FindingNoted) -> Record:
     return Record(noted, step=s.step if s.state.attempt is not None else None)
 
 
-def _event(node: str, finding: NodeFinding) -> FindingNoted:
-    response = response_to_finding(finding.cause, finding.detail, permanent=finding.permanent)
+def finding_noted(s: Context, node: str, finding: NodeFinding) -> FindingNoted:
+    """The line that journals `finding` about `node`, with what will be done about it."""
+    response = response_to_finding(
+        finding.cause, finding.detail, s.config.supervisor, permanent=finding.permanent
+    )
     return FindingNoted(
         node=node,
         cause=finding.cause,
@@ -82,10 +85,11 @@ def _event(node: str, finding: NodeFinding) -> FindingNoted:
         action=response.action,
         mode=response.mode,
         response=finding_sentence(node, response),
+        gpu=GpuIdentity(**asdict(finding.gpu)) if finding.gpu is not None else None,
     )
 
 
-def _is_known(state: RunState, event: FindingNoted) -> bool:
+def is_known(state: RunState, event: FindingNoted) -> bool:
     """Whether the journal has it already: a probe that looks every few seconds publishes a
     condition as often, and it is one line. What has passed may happen again in another attempt."""
     current = state.attempt.name if state.attempt is not None else ""
@@ -105,7 +109,7 @@ def _key(event: FindingNoted) -> tuple[object, ...]:
 
 def detect_finding(s: Context) -> list[Decision]:
     """A node that trains was found in a state that ends the attempt, though no rank has failed."""
-    for node in s.attempt.nodes:
+    for node in s.attempt.nodes if s.state.findings else ():
         for finding in interrupting(s.state, node):
             event = finding.event
             detail = f" ({event.detail})" if event.detail else ""
@@ -123,29 +127,28 @@ def begin_replacement(s: Context) -> list[Decision]:
     the ranks are ended."""
     attempt = s.attempt
     leaving = s.generation.exits
-    if not attempt.began or leaving or s.step >= s.config.train.steps:
+    if not s.state.findings or not attempt.began or leaving or s.step >= s.config.train.steps:
         return []  # ranks that are at their end anyway are let go
     for node in attempt.nodes:
         finding = due_for_replacement(s.state, node)
-        if finding is not None and _ready_buffers(s):
+        if finding is not None and s.ready_buffers():
             event = finding.event
             began = ReplacementBegan(attempt.generation, node, event.cause, event.detail)
             return [Record(began, step=s.step)]
     return []
 
 
-def _ready_buffers(s: Context) -> list[str]:
-    return [node for node in s.buffer_nodes() if s.view.node(node).connected and is_warm(s, node)]
-
-
 def end_replaced(s: Context) -> list[Decision]:
     """The ranks are gone. A manifest that is being written is waited for, it may be the newest."""
     if not s.attempt.killed or saves_in_flight(s):
         return []
+    outcome, why = REPLACED, "a node was replaced or added before it was complete"
+    if s.state.rollback is not None:
+        outcome, why = ROLLED_BACK, "it lies beyond the step that is gone back to"
     return [
-        *abandon_unfinished(s, "a node was replaced before it was complete"),
+        *abandon_unfinished(s, why),
         *report_dropped(s),
-        Record(AttemptEnded(s.attempt.generation, REPLACED), step=s.step),
+        Record(AttemptEnded(s.attempt.generation, outcome), step=s.step),
     ]
 
 
@@ -154,11 +157,13 @@ def end_replaced(s: Context) -> list[Decision]:
 
 def take_out_unfit_buffers(s: Context) -> list[Decision]:
     """A node that stands by and is unfit is out: it takes nobody's place."""
-    places = s.places()
+    if not s.state.findings:
+        return []
+    places = set(s.places())
     training = s.state.live.nodes if s.state.live is not None else ()
     return [
         _out(s, node)
-        for node in s.identity.nodes
+        for node in s.nodes
         if node not in places
         and node not in training
         and is_unfit(s.state, node)
@@ -172,6 +177,8 @@ def take_out_unfit_places(s: Context) -> list[Decision]:
     One that could wait for a checkpoint, or for the next attempt, is out only if there is a buffer
     node for it: it still trains, and a run that stands still until a person comes is worse.
     """
+    if not s.state.findings:
+        return []
     places = s.places()
     vacant = sum(s.state.has_failed(node) for node in places)
     connected = [node for node in s.buffer_nodes() if s.view.node(node).connected]

@@ -43,8 +43,9 @@ from opt_train.supervisor.rules.context import (
 from opt_train.supervisor.rules.failures import failure
 from opt_train.supervisor.training_view import is_first
 
-FRESH_SECONDS = 5.0
-"""A heartbeat comes every second; what is older than this shows nothing of now."""
+FRESH_HEARTBEATS = 3
+FRESH_SECONDS_MIN = 5.0
+"""What is older than this, and than so many heartbeats, shows nothing of now."""
 MISSING_SECONDS = 5.0
 """An agent reports a rank's end at once; a rank that is not there for this long has ended
 unseen."""
@@ -113,7 +114,8 @@ def _silent_peer(
 
 def _is_fresh(s: Context, node: str) -> bool:
     view = s.view.node(node)
-    return view.connected and s.view.age(view.slots_at) <= FRESH_SECONDS
+    fresh = max(FRESH_SECONDS_MIN, FRESH_HEARTBEATS * s.config.cluster.heartbeat_seconds)
+    return view.connected and s.view.age(view.slots_at) <= fresh
 
 
 def is_over(s: Context, node: str, rank: SlotState) -> bool:
@@ -160,8 +162,12 @@ def watch_missing(s: Context) -> list[Decision]:
     generation = attempt.generation
     ended = s.generation.exits
     taking_over = attempt.leader != s.state.leader
-    for rank in range(attempt.world_size):
+    # Ranks are numbered node by node, so they are looked at in order; most nodes lack none.
+    lacking = {node for node in attempt.nodes if s.view.node(node).absent_since}
+    for rank in range(attempt.world_size if lacking else 0):
         node, slot = attempt.place_of(rank)
+        if node not in lacking:
+            continue
         view = s.view.node(node)
         absent = view.absent_since.get(slot)
         if rank in ended or not (view.connected and view.caught_up) or absent is None:

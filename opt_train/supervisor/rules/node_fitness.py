@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from opt_train.run.finding import NotedFinding
 from opt_train.run.state import RunState
-from opt_train.supervisor.rules.responses import AT_LEISURE, Action, Mode
+from opt_train.supervisor.modes import Mode
+from opt_train.supervisor.rules.responses import AT_LEISURE, Action
 
 TAKES_OUT = AT_LEISURE | {Action.REPLACE_NOW}
 INTERRUPTS = frozenset({Action.RESTART, Action.REPLACE_NOW, Action.HALT})

@@ -5,13 +5,19 @@ from opt_logbook.record.events import (
     NodeFailed,
     NodeJoined,
     NodePromoted,
+    PlaceVacated,
     RunHalted,
 )
 
+from opt_train.diagnosis.causes import Cause
 from opt_train.protocol.commands import Kill, Leave
 from opt_train.run.state import Stage
 from opt_train.supervisor.effects import FenceNode, Send
+from opt_train.supervisor.modes import Mode, mode_of
 from opt_train.supervisor.rules.context import REPEAT_SECONDS, Context, Decision, Record
+from opt_train.supervisor.rules.leash import withhold
+from opt_train.supervisor.rules.responses import in_mode
+from opt_train.supervisor.rules.returns import is_on_trial
 
 LEAVE_AGAIN_SECONDS = 10.0
 
@@ -21,7 +27,7 @@ def join(s: Context) -> list[Decision]:
     new = [
         node
         for node in sorted(s.view.connected_now)
-        if node not in s.state.nodes and node in s.identity.nodes
+        if node not in s.state.nodes and node in s.view.members
     ]
     places = s.places() if new else ()
     return [
@@ -36,63 +42,68 @@ def join(s: Context) -> list[Decision]:
 
 def lose_buffers(s: Context) -> list[Decision]:
     """A node that stands by and goes down is out, without an incident: nothing was lost."""
-    if not s.view.watching:
+    if not s.view.watching or not s.view.called_down:
         return []
-    places = s.places()
-    return [
-        Record(NodeFailed(node, incident=0, cause="node_failure"))
-        for node in s.identity.nodes
+    places = set(s.places())
+    down = [
+        node
+        for node in s.nodes
         if node not in places
         and s.is_usable(node)
         and s.view.is_down(node)
         and (s.state.live is None or node not in s.state.live.nodes)
     ]
+    mode = mode_of(Cause.NODE_FAILURE, "", s.config.supervisor)
+    if down and mode is not Mode.ACT:
+        return withhold(s, "take_out", tuple(down), f"take {', '.join(down)} out", mode)
+    return [Record(NodeFailed(node, incident=0, cause=s.cause_of_loss(node))) for node in down]
 
 
 def fail_unreachable(s: Context) -> list[Decision]:
     """While nothing trains: a node that should and is down, or does not come in time, is out."""
     incident = s.state.incident
     patience = s.config.supervisor.join_seconds
+    late = s.view.age(s.view.stage_since) > patience
     decisions: list[Decision] = []
-    for node in s.places():
+    for node in s.places() if late or s.view.called_down else ():
         view = s.view.node(node)
         if not s.is_usable(node):
             continue
-        late = s.view.age(s.view.stage_since) > patience
         if s.view.is_down(node) or (late and not view.connected):
             # Fenced before it is given up: whatever lives there may come back when the network
             # does.
             decisions.append(FenceNode(node))
-        elif not (late and s.view.age(view.connected_at) > patience and not is_warm(s, node)):
+        elif not (late and s.view.age(view.connected_at) > patience and not s.is_warm(node)):
             continue
-        decisions.append(
-            Record(NodeFailed(node, incident.number if incident else 0, "node_failure"))
-        )
+        failed = NodeFailed(node, incident.number if incident else 0, s.cause_of_loss(node))
+        decisions.append(Record(failed))
+    mode = mode_of(Cause.NODE_FAILURE, "", s.config.supervisor)
+    if decisions and mode is not Mode.ACT:
+        return halt(s, _absence_question(decisions, mode), Cause.NODE_FAILURE)
     return decisions
 
 
+def _absence_question(decisions: list[Decision], mode: Mode) -> str:
+    failures = (d.event for d in decisions if isinstance(d, Record))
+    out = ", ".join(event.node for event in failures if isinstance(event, NodeFailed))
+    would = in_mode(f"take {out} out and put buffer nodes in the places", mode)
+    return f"{out} should train, and did not come or went down; {would}. Start again without."
+
+
 def promote_buffers(s: Context) -> list[Decision]:
-    """A buffer node takes the place of a node that is out; without one a person must decide."""
-    for place in s.places():
-        if s.is_usable(place):
-            continue
+    """A buffer node takes the place of a node that is out."""
+    for place in s.out_places():
         incident = s.state.incident
-        buffer_nodes = s.buffer_nodes()
-        if buffer_nodes:
+        buffer_nodes = s.buffer_nodes(place)
+        if not buffer_nodes:
+            return []
+        number, node = incident.number if incident else 0, buffer_nodes[0]
+        if node in s.vacant_places():  # it stands in one place, and has one already
             return [
-                Record(
-                    NodePromoted(
-                        buffer_nodes[0], replaces=place, incident=incident.number if incident else 0
-                    )
-                )
+                Record(NodePromoted(node, replaces=node, incident=number)),
+                Record(PlaceVacated(place, len(s.places()), number)),
             ]
-        # OPT-175B lost five hosts at once with a buffer of four, and went on with eighteen.
-        more = s.config.cluster.buffer_nodes + 1
-        question = (
-            f"{place} is out and no buffer node is left to take its place; "
-            f"start again with cluster.buffer_nodes={more}, or on healthy nodes."
-        )
-        return halt(s, question, incident.cause if incident and incident.cause else "node_failure")
+        return [Record(NodePromoted(node, replaces=place, incident=number))]
     return []
 
 
@@ -113,39 +124,29 @@ def close_incidents(s: Context, outcome: str) -> list[Decision]:
     return decisions
 
 
-def is_warm(s: Context, node: str) -> bool:
-    """Every slot of the node has a warm rank, and nothing runs there."""
-    # Without a warm rank in every slot one import of torch (7 to 10 s on a busy core) would hold up
-    # all other ranks; from a warm one the first step takes 0.2 to 0.9 s (measured).
-    slots = s.view.node(node).slots
-    wanted = range(s.config.cluster.slots_per_node)
-    return all(
-        k in slots and slots[k].stage != "running" and (slots[k].spare or slots[k].stage == "warm")
-        for k in wanted
-    )
-
-
 def evict(s: Context) -> list[Decision]:
     """Ranks of another generation than the one in charge are killed; nodes that are out, or
     strangers, leave."""
     if not s.view.watching and s.state.stage not in (Stage.ASSEMBLING, Stage.RECOVERING):
         return []
-    live = s.state.live
+    live, rollback = s.state.live, s.state.rollback
+    known = {live.generation} if live is not None else set()
+    if live is not None and rollback is not None:
+        # Some may have gone back already, and the word of it is on its way.
+        known.add(rollback.generation)
     decisions: list[Decision] = []
+    usable = s.view.members - s.state.failed_nodes
     for node, view in s.view.nodes.items():
         if not view.connected:
             continue
-        if not s.is_usable(node) and (live is None or node not in live.nodes):
+        is_out = node not in usable and (live is None or node not in live.nodes)
+        if is_out and not is_on_trial(s, node):
             if not s.view.was_sent(Send(node, LEAVE), within=LEAVE_AGAIN_SECONDS):
                 decisions.append(Send(node, LEAVE))
             continue
         # Slurm lets the tasks of a cut node run on after it has marked it DOWN: when the cable is
         # back, so are they, with an older generation.
-        strange = [
-            slot.generation
-            for slot in view.slots.values()
-            if slot.stage == "running" and (live is None or slot.generation != live.generation)
-        ]
+        strange = view.running - known
         if not strange:
             continue
         kill = Kill(generation=max(strange), stacks=False)

@@ -4,15 +4,38 @@ An order that the ranks do not agree on in time is withdrawn, and the generation
 know which ranks would still take it. A stop then goes on by force; any other order has failed, and
 the run restarts without it. What was not obeyed when ranks die of something else stays in the
 queue and is relayed to the next generation.
+
+A rollback comes about in any case. Ranks that have a snapshot of its step in their own memory go
+back in place: they are another attempt and generation from one step to the next, and `follow_back`
+journals it with the fact that says so. Where they have none, they are ended (`begin_rollback`), and
+where they die before they obey, they are dead: every restart while the order is outstanding begins
+at its step or before (`RunState.newest_good`), and so has obeyed it.
 """
 
-from opt_logbook.record.events import AttemptEnded, OrderEnded, OrderGiven, RunStopped
+from opt_logbook.record.events import (
+    AttemptEnded,
+    OrderEnded,
+    OrderGiven,
+    RunStopped,
+)
+from opt_logbook.record.stability_events import RollbackBegan
 
 from opt_train.protocol.commands import Relay
 from opt_train.protocol.exits import DONE, PERSON_MUST_DECIDE, STOPPED
-from opt_train.protocol.orders import Order, parameters_of
+from opt_train.protocol.orders import Order, RollBack, SaveAndStop, parameters_of
 from opt_train.run.checkpoint import MEMORY
-from opt_train.run.state import OBEYED, REPLACED, SUPERSEDED, WITHDRAWN, OrderRecord, Stage
+from opt_train.run.code.code_state import CodeState
+from opt_train.run.entries import attempt_started
+from opt_train.run.hold import HOLD_OF, refusal
+from opt_train.run.state import (
+    OBEYED,
+    REPLACED,
+    ROLLED_BACK,
+    SUPERSEDED,
+    WITHDRAWN,
+    OrderRecord,
+    Stage,
+)
 from opt_train.supervisor.effects import Finish, Send
 from opt_train.supervisor.rules.attempts import report_dropped
 from opt_train.supervisor.rules.checkpoints import abandon_unfinished, saves_in_flight
@@ -31,6 +54,16 @@ def order_given(order: Order) -> OrderGiven:
     return OrderGiven(order.number, order.kind, order.reason, parameters_of(order))
 
 
+def obey_hold(s: Context) -> list[Decision]:
+    """A person holds the run: ranks that may live are asked to save and stop."""
+    hold = s.state.hold
+    # As a rule and not at once with the request: whoever takes over in between gives it too.
+    if hold is None or s.state.live is None or s.state.stop_wanted is not None:
+        return []
+    stop = SaveAndStop(s.state.orders_given + 1, f"{HOLD_OF}{hold.by}")
+    return [Record(order_given(stop))]
+
+
 def is_withdrawn(s: Context) -> bool:
     stop = s.state.stop_wanted
     return stop is not None and stop.outcome == WITHDRAWN
@@ -41,8 +74,68 @@ def report_obedience(s: Context) -> list[Decision]:
     return [
         Record(OrderEnded(order.number, OBEYED), step=s.view.obeyed[order.number])
         for order in s.state.outstanding_orders
-        if order.number in s.view.obeyed
+        if order.number in s.view.obeyed and not isinstance(order.order, RollBack)
     ]
+
+
+def report_rollback(s: Context) -> list[Decision]:
+    """The attempt begins where a rollback wanted it to, or before."""
+    order = s.state.rollback
+    if order is None or s.attempt.generation < order.generation:
+        return []
+    return [Record(OrderEnded(order.number, OBEYED), step=s.attempt.start_step)]
+
+
+def follow_back(s: Context, number: int) -> list[Decision]:
+    """The ranks have obeyed order `number`: if it is the rollback, they are another attempt. To be
+    journalled with the very input that says so, as the next may be a line of its metrics."""
+    order, live = s.state.rollback, s.state.live
+    if order is None or order.number != number or live is None:
+        return []
+    # Ranks that are being ended are ended all the same, and the next ones begin there.
+    if s.state.stage not in (Stage.STARTING, Stage.TRAINING, Stage.STOPPING):
+        return []
+    if live.generation >= order.generation:
+        return []
+    identity = s.identity
+    started = attempt_started(
+        s.state.newest_good(),
+        CodeState(identity.git_commit, identity.git_dirty, identity.packages),
+        generation=order.generation,
+        nodes=live.nodes,
+        world_size=live.world_size,
+        reason=f"rollback to step {order.step}: {order.reason}",
+        config_sha256=identity.config_sha256,
+        rollback=number,
+    )
+    # In this order: a supervisor that dies in between finds ranks that it does not know, ends them,
+    # and begins again where the order wants it.
+    return [
+        *abandon_unfinished(s, "the ranks had gone back before it was complete"),
+        Record(AttemptEnded(live.generation, ROLLED_BACK), step=s.step),
+        Record(started, step=order.step, attempt=order.attempt),
+        Record(OrderEnded(number, OBEYED), step=order.step),
+    ]
+
+
+def begin_rollback(s: Context) -> list[Decision]:
+    """A rollback is ordered whose snapshot the ranks do not have: they are ended to begin again."""
+    order, attempt = s.state.rollback, s.attempt
+    if order is None or not attempt.began or s.generation.exits or _is_in_memory(s, order):
+        return []
+    return [Record(RollbackBegan(attempt.generation, order.number), step=s.step)]
+
+
+def _is_in_memory(s: Context, order: RollBack) -> bool:
+    """Whether the ranks that run now have taken a snapshot of the step that is gone back to, which
+    is whole."""
+    target = s.state.newest_good()
+    return (
+        target is not None
+        and target.tier == MEMORY
+        and target.step == order.step
+        and target.attempt in s.attempt.lived_as
+    )
 
 
 def withdraw(s: Context) -> list[Decision]:
@@ -72,6 +165,7 @@ def fail_late_order(s: Context) -> list[Decision]:
     withdrawn = [
         Record(OrderEnded(order.number, WITHDRAWN), step=s.step)
         for order in s.state.outstanding_orders
+        if not isinstance(order.order, RollBack)
     ]
     return [*withdrawn, *failure(s, node, 0, what, "hang")]
 
@@ -98,6 +192,8 @@ def relay(s: Context) -> list[Decision]:
         return []
     decisions: list[Decision] = []
     for record in s.state.outstanding_orders:
+        if isinstance(record.order, RollBack) and not _is_in_memory(s, record.order):
+            continue
         # To rank 0 alone: four ranks that each read a pipe of their own obeyed 19 to 20 of 20
         # orders at different steps. With the number in the step stats none did (measured).
         command = Relay(s.attempt.generation, record.order)
@@ -118,36 +214,37 @@ def end_stopped(s: Context) -> list[Decision]:
 
 
 def rest(s: Context) -> list[Decision]:
-    """A stop is wanted, or the ranks stopped of themselves, and nothing lives: the run comes to
-    rest."""
-    stop = s.state.stop_wanted
+    """A stop is wanted, a person holds the run, or the ranks stopped of themselves, and nothing
+    lives: the run comes to rest."""
+    stop, hold = s.state.stop_wanted, s.state.hold
     last = s.state.attempt
     by_themselves = s.state.stage is Stage.STOPPING
-    if s.state.live is not None or (stop is None and not by_themselves):
+    if s.state.live is not None or (stop is None and hold is None and not by_themselves):
         return []
+    # A hold is no stop that a start could countermand.
     if (
         stop is not None
+        and hold is None
         and last is not None
-        and last.outcome in ("failed", REPLACED)
+        and last.outcome in ("failed", REPLACED, ROLLED_BACK)
         and _began_anew(s, stop)
     ):
         return [Record(OrderEnded(stop.number, SUPERSEDED))]
     decisions: list[Decision] = [
         Record(OrderEnded(order.number, WITHDRAWN)) for order in s.state.outstanding_orders
     ]
-    # The memory of agents goes with them, so what is in it alone was not saved.
-    saved = max(
-        (c.step for c in s.state.chain() if not c.rejected and c.tier != MEMORY), default=-1
-    )
-    return [*decisions, *close_incidents(s, "stopped"), Record(RunStopped(_stopped_by(s), saved))]
+    stopped = RunStopped(_stopped_by(s), s.state.saved_for_later)
+    return [*decisions, *close_incidents(s, "stopped"), Record(stopped)]
 
 
 def _stopped_by(s: Context) -> str:
     """Who asked for the stop; of ranks that stopped of themselves, what they gave as their
     reason."""
-    stop, last = s.state.stop_wanted, s.state.attempt
+    stop, last, hold = s.state.stop_wanted, s.state.attempt, s.state.hold
     if stop is not None:
         return stop.reason
+    if hold is not None:
+        return f"{HOLD_OF}{hold.by}"
     notices = s.view.generation(last.generation).notices if last is not None else {}
     return next((t.reason for t in notices.values() if t.reason), "the scheduler")
 
@@ -186,6 +283,8 @@ def final_effect(s: Context) -> Finish:
     saved = (
         f"saved at step {state.saved_step}" if state.saved_step >= 0 else "nothing was saved yet"
     )
+    if state.hold is not None:
+        return Finish(STOPPED, f"{saved}; {refusal(state.hold, s.identity.run_directory)}")
     return Finish(
         STOPPED, f"stopped by {state.stopped_by}; {saved}; start the same command again to go on"
     )

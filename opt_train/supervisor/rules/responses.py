@@ -14,16 +14,24 @@ its detail first, and then without.
 | drain | training goes on; the next attempt begins without the node | the same |
 | halt | ranks are killed, a person must decide | a person must decide |
 
-Every response has a `Mode` (invariant 14, the robot is on a leash). How often a restart is worth
-while is the restart budget (restart_budget.py).
+Every response has a `Mode` (modes.py), which a user sets. How often a restart is worth while is the
+restart budget (restart_budget.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from opt_train.diagnosis.causes import DRAIN, Cause, EccDetail, cause_named
+from opt_train.diagnosis.causes import (
+    DRAIN,
+    Cause,
+    CorruptionDetail,
+    EccDetail,
+    StorageDetail,
+    cause_named,
+)
 from opt_train.supervisor.config import SupervisorConfig
+from opt_train.supervisor.modes import Mode, mode_of
 from opt_train.supervisor.rules.restart_budget import is_used_up, restart_budget
 
 
@@ -46,17 +54,6 @@ class Action(StrEnum):
     """Stop for a person."""
 
 
-class Mode(StrEnum):
-    """How far the supervisor may go by itself. In the first two the journal says what would have
-    been done; a run that has failed then waits for a person."""
-
-    OBSERVE = "observe"
-    """For a response that is being tried out: it is only recorded."""
-    ADVISE = "advise"
-    """The record is a recommendation to whoever reads the chronicle."""
-    ACT = "act"
-
-
 @dataclass(frozen=True, slots=True)
 class Response:
     """The response to a cause, or to one detail of it."""
@@ -67,6 +64,7 @@ class Response:
     escalates: bool = False
     """The last restart of the budget replaces the node that the diagnosis names."""
     mode: Mode = Mode.ACT
+    """Not the table's: the configuration says it."""
 
 
 RESPONSES: Mapping[tuple[Cause, str], Response] = {
@@ -81,6 +79,11 @@ RESPONSES: Mapping[tuple[Cause, str], Response] = {
     (Cause.GPU_LOST, ""): Response(Action.REPLACE_NOW),
     (Cause.GPU_FAULT, ""): Response(Action.REPLACE_NOW),
     (Cause.SILENT_CORRUPTION, ""): Response(Action.REPLACE_NOW),
+    (Cause.SILENT_CORRUPTION, CorruptionDetail.DISAGREES): Response(Action.REPLACE_NOW),
+    # What it has spoilt was given up, and the steps since are right as far as they can be compared.
+    (Cause.SILENT_CORRUPTION, CorruptionDetail.NOT_REPRODUCED): Response(
+        Action.REPLACE_AT_CHECKPOINT
+    ),
     (Cause.NODE_FAILURE, ""): Response(Action.REPLACE_NOW),
     (Cause.STRAGGLER, ""): Response(Action.REPLACE_NOW),
     # A bug of a kernel, mostly; bad memory looks the same, so the last try is on another node.
@@ -95,6 +98,7 @@ RESPONSES: Mapping[tuple[Cause, str], Response] = {
     (Cause.HANG, ""): Response(Action.RESTART, escalates=True),
     (Cause.KILLED, ""): Response(Action.RESTART, escalates=True),
     (Cause.STORAGE, ""): Response(Action.RESTART),
+    (Cause.STORAGE, StorageDetail.NODE_DISK): Response(Action.REPLACE_AT_CHECKPOINT),
     (Cause.CORRUPT_CHECKPOINT, ""): Response(Action.RESTART),
     # A restart reads the same bytes.
     (Cause.DATA, ""): Response(Action.HALT),
@@ -116,11 +120,12 @@ RESPONSES: Mapping[tuple[Cause, str], Response] = {
 none of their own. In the order of docs/causes.md."""
 
 
-def response_to(cause: str, detail: str) -> Response:
-    """The row of `cause` with `detail`, else of `cause`; of `unknown` for a label of another
-    version."""
+def response_to(cause: str, detail: str, config: SupervisorConfig) -> Response:
+    """The row of `cause` with `detail`, else of `cause`, in the mode that `config` has for it; of
+    `unknown` for a label of another version."""
     known = cause_named(cause)
-    return RESPONSES.get((known, detail)) or RESPONSES[known, ""]
+    row = RESPONSES.get((known, detail)) or RESPONSES[known, ""]
+    return replace(row, mode=mode_of(known, detail, config))
 
 
 # Findings -----------------------------------------------------------------------------------------
@@ -130,13 +135,15 @@ AT_LEISURE = frozenset({Action.REPLACE_AT_CHECKPOINT, Action.DRAIN})
 """Actions that can wait, as what they answer does not endanger the training of now."""
 
 
-def response_to_finding(cause: str, detail: str, *, permanent: bool) -> Response:
+def response_to_finding(
+    cause: str, detail: str, config: SupervisorConfig, *, permanent: bool
+) -> Response:
     """What is done about a probe's finding.
 
     A finding that gives no cause changes nothing (invariant 11: what cannot be read is unknown),
     and what has passed is no reason to take a node out at leisure.
     """
-    response = response_to(cause, detail)
+    response = response_to(cause, detail, config)
     if cause_named(cause) in GIVES_NO_REASON:
         return Response(Action.NOTE)
     if response.action in AT_LEISURE and not permanent:
@@ -158,13 +165,14 @@ _FINDING_SENTENCES: Mapping[Action, str] = {
 def finding_sentence(node: str, response: Response) -> str:
     """What is done about a finding on `node`, or, in another mode than `act`, would have been."""
     sentence = _FINDING_SENTENCES[response.action].format(node=node)
-    return _in_mode(sentence, response)
+    return sentence if response.action is Action.NOTE else in_mode(sentence, response.mode)
 
 
-def _in_mode(sentence: str, response: Response) -> str:
-    if response.mode is Mode.ACT or response.action is Action.NOTE:
+def in_mode(sentence: str, mode: Mode) -> str:
+    """What is done, or, in another mode than `act`, would have been."""
+    if mode is Mode.ACT:
         return sentence
-    return f"nothing is done in mode {response.mode}; it would be: {sentence}"
+    return f"nothing is done in mode {mode}; it would be: {sentence}"
 
 
 # Incidents ----------------------------------------------------------------------------------------
@@ -199,7 +207,7 @@ def respond(
         strikes_in_all: the same over all causes.
         buffer_is_ready: a buffer node could take the place of `node`.
     """
-    response = response_to(cause, detail)
+    response = response_to(cause, detail, config)
     detail = detail.rstrip(".")  # a rank's own reason may be a sentence already
     if response.action is Action.HALT:
         question = f"{cause}: {detail}. Mend it, then start the run again."
@@ -213,7 +221,7 @@ def respond(
         f"{cause}: {detail}. In mode {response.mode} nothing is done about it; it would be: "
         f"{remedy.sentence}. Do it, then start the run again."
     )
-    return Remedy(Action.HALT, _in_mode(remedy.sentence, response), question)
+    return Remedy(Action.HALT, in_mode(remedy.sentence, response.mode), question)
 
 
 def _used_up(

@@ -79,8 +79,9 @@ def commit(s: Context) -> list[Decision]:
         }
         every = s.config.checkpoint.node_every_steps
         # The memory of agents ends with the run: the last snapshot goes on to the disks, whatever
-        # its step.
-        onward = every and (step % every == 0 or s.state.stage is Stage.STOPPING)
+        # its step. What a run begins with is made anew faster than it is read.
+        is_due = every > 0 and step > 0 and step % every == 0
+        onward = is_due or (every > 0 and s.state.stage is Stage.STOPPING)
         paths = (path, *([path_of_save(attempt.name, step, NODE)] if onward else []))
         seconds = max(part.seconds for part in parts.values())
         decisions.append(CommitSnapshot(paths, attempt.name, step, files, state or {}, seconds))
@@ -149,6 +150,8 @@ def drop(s: Context) -> list[Decision]:
     Of an agent that has just dialled in, the facts that say what may become one are still on their
     way.
     """
+    if s.view.inventory.is_empty:
+        return []
     wanted = (
         {c.path for c in s.state.checkpoints}
         | s.view.committing.keys()
@@ -244,7 +247,7 @@ def own_names(attempt: Attempt) -> dict[str, tuple[str, ...]]:
 def partners(s: Context, attempt: Attempt) -> Mapping[str, str]:
     """Who holds each node's copy: the next node of another failure domain, else the next; alone,
     the node itself."""
-    return _partners(attempt.nodes, s.identity.nodes, s.config.cluster.nodes_per_domain)
+    return _partners(attempt.nodes, s.nodes, s.config.cluster.nodes_per_domain)
 
 
 # Asked with every input, and the same for as long as the nodes are.

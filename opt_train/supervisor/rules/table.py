@@ -19,12 +19,17 @@ from opt_train.supervisor.rules import (
     failures,
     findings,
     hangs,
+    lemons,
     nodes,
     orders,
+    preflights,
+    returns,
     snapshots,
     status,
+    world_size,
 )
 from opt_train.supervisor.rules.context import Context, Decision
+from opt_train.supervisor.rules.stability import alarms, data_probes, learning_rate, replays
 
 Rule = Callable[[Context], list[Decision]]
 
@@ -34,6 +39,11 @@ RECEIVE: tuple[Rule, ...] = (
     findings.note_drain,
     checkpoints.conclude,
     nodes.join,
+    orders.obey_hold,
+    world_size.start_arrived,
+    world_size.request_missing,
+    lemons.share,
+    lemons.note,
 )
 SAVE: tuple[Rule, ...] = (checkpoints.abandon_failed, checkpoints.commit, snapshots.commit)
 HOLD: tuple[Rule, ...] = (snapshots.copy_to_partners, snapshots.pass_on)
@@ -42,6 +52,8 @@ REPORT: tuple[Rule, ...] = (
     attempts.report_in_force,
     attempts.begin_training,
     attempts.report_validation,
+    data_probes.report,
+    replays.report,
     attempts.close_recovered,
 )
 # From certain to inferred: how a process ended, what the cluster knows, who is absent, who does not
@@ -53,7 +65,14 @@ SIGNS: tuple[Rule, ...] = (
     hangs.watch_hang,
     hangs.watch_silence,
 )
-KEEP: tuple[Rule, ...] = (nodes.lose_buffers, findings.take_out_unfit_buffers, nodes.evict)
+RETURN: tuple[Rule, ...] = (returns.take_back, returns.begin_trial, returns.test)
+KEEP: tuple[Rule, ...] = (
+    nodes.lose_buffers,
+    findings.take_out_unfit_buffers,
+    *RETURN,
+    nodes.evict,
+    preflights.ask,
+)
 
 GATHER: tuple[Rule, ...] = (
     orders.rest,
@@ -63,12 +82,18 @@ GATHER: tuple[Rule, ...] = (
     nodes.lose_buffers,
     nodes.fail_unreachable,
     nodes.promote_buffers,
+    world_size.go_on_with_fewer,
+    world_size.fill_places,
+    lemons.pass_over,
+    *RETURN,
     nodes.evict,
+    preflights.ask,
     attempts.verify,
     attempts.start,
 )
 TRAIN: tuple[Rule, ...] = (
     orders.report_obedience,
+    orders.report_rollback,
     *REPORT,
     *SAVE,
     *HOLD,
@@ -78,6 +103,13 @@ TRAIN: tuple[Rule, ...] = (
     *SIGNS,
     findings.detect_finding,
     findings.begin_replacement,
+    world_size.begin_growth,
+    data_probes.pass_bad_data,
+    alarms.close_handed_over,
+    alarms.judge,
+    alarms.respond,
+    learning_rate.give_back,
+    orders.begin_rollback,
     attempts.begin_ranks,
     orders.fail_late_order,
     orders.relay,
@@ -85,12 +117,14 @@ TRAIN: tuple[Rule, ...] = (
 )
 STOP: tuple[Rule, ...] = (
     orders.report_obedience,
+    orders.report_rollback,
     *REPORT,
     *SAVE,
     *HOLD,
     checkpoints.retire,
     failures.detect_unsaved_end,
     attempts.end_by_itself,
+    alarms.close_handed_over,
     orders.withdraw,
     *SIGNS,
     orders.relay,

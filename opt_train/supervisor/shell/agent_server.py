@@ -7,7 +7,7 @@ its old connection is dead, and the supervisor may not have noticed yet.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from opt_train.link.connection import Connection, LinkRefused
 from opt_train.link.endpoint import Endpoint
@@ -32,16 +32,14 @@ from opt_train.supervisor.inputs import (
     MetricsReceived,
 )
 
-LEASE_SECONDS = 1.0
-"""Between two renewals of the agents' lease."""
 SILENCE_SECONDS = 30.0
-"""An agent's heart beats every second; a link that was silent this long is dropped, and the agent
-dials again."""
+"""An agent's heart beats every few seconds; a link that was silent this long is dropped, and the
+agent dials again."""
 ADMISSION_SECONDS = 3 * HANDSHAKE_SECONDS
 """For the handshake and the agent's state, which may be long."""
 STRANGERS_MAX = 1024
-"""Connections that have not proved themselves yet; more are closed at the door. All agents of a
-large run may dial at once when a supervisor comes back."""
+"""Connections that have not proved themselves yet; for more, the oldest of them are closed. All
+agents of a large run may dial at once when a supervisor comes back."""
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +54,15 @@ class AgentServer:
         leader: int,
         nodes: Collection[str],
         handle_input: Callable[[Input], None],
+        lease_seconds: float = 1.0,
     ) -> None:
+        """`lease_seconds`: between two renewals of the agents' lease."""
         self._endpoint = endpoint
         self._secret = secret
         self._leader = leader
-        self._nodes = frozenset(nodes)
+        self._nodes = set(nodes)
         self._handle_input = handle_input
+        self._lease_seconds = lease_seconds
         self._current: dict[str, Connection] = {}
         self._renewing: asyncio.Task[None] | None = None
         self._listener = AuthenticatedListener(
@@ -70,6 +71,10 @@ class AgentServer:
             admission_seconds=ADMISSION_SECONDS,
             strangers_max=STRANGERS_MAX,
         )
+
+    def allow(self, nodes: Iterable[str]) -> None:
+        """Let the agents of `nodes` in, too: the cluster has handed them out."""
+        self._nodes.update(nodes)
 
     async def start(self) -> Endpoint:
         """Listen, and renew every agent's lease from now on. Returns the endpoint to publish."""
@@ -142,7 +147,7 @@ class AgentServer:
 
     async def _renew_leases(self) -> None:
         while True:
-            await asyncio.sleep(LEASE_SECONDS)
+            await asyncio.sleep(self._lease_seconds)
             for node in tuple(self._current):
                 self.send(node, LeaderLease(self._leader))
 

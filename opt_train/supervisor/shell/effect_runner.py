@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,8 +34,10 @@ from opt_train.supervisor.effects import (
     FenceNode,
     Finish,
     InspectCheckpoint,
+    RequestNodes,
     RetireCheckpoint,
     Send,
+    ShareOffences,
     Show,
     StartAgent,
     WriteMetrics,
@@ -45,6 +48,8 @@ from opt_train.supervisor.inputs import (
     JournalWasStalled,
     ManifestCommitted,
 )
+from opt_train.supervisor.shell.lemon_record import LemonRecord
+from opt_train.supervisor.shell.metrics_backlog import MetricsBacklog
 
 STALL_SECONDS = 1.0
 RETRY_SECONDS_MAX = 10.0
@@ -78,6 +83,7 @@ class EffectRunner:
         links: Links,
         cluster: Cluster,
         checkpoints: CheckpointKeeper,
+        lemons: LemonRecord,
         feed: Callable[[Input], None],
         show: Callable[[Show], None],
         add_line: Callable[[str], None],
@@ -85,10 +91,16 @@ class EffectRunner:
     ) -> None:
         """`feed` takes answers for the core, `add_line` sentences for a person, `durable` each
         entry once journalled."""
-        self._journal, self._metrics, self._links = journal, metrics, links
-        self._cluster, self._checkpoints = cluster, checkpoints
+        self._journal, self._links = journal, links
+        self._metrics = MetricsBacklog(metrics, lambda: str(journal.head))
+        self._cluster, self._checkpoints, self._lemons = cluster, checkpoints, lemons
         self._feed, self._show, self._add_line, self._durable = feed, show, add_line, durable
         self._queue: asyncio.Queue[Effect | Callable[[], object]] = asyncio.Queue()
+        self._sent_in_vain: dict[str, int] = {}
+        """Node -> how many of the queue's next effects for its agent were meant for a connection
+        that is no more."""
+        self._to_send: Counter[str] = Counter()
+        """Node -> effects for its agent in the queue."""
         # One thread, so that lines stand in the order in which they were decided.
         self._appending = ThreadPoolExecutor(1, thread_name_prefix="append")
         self._working = ThreadPoolExecutor(4, thread_name_prefix="work")
@@ -98,15 +110,25 @@ class EffectRunner:
         self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
         self._node_locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics_lost = 0
 
     def queue(self, effects: list[Effect]) -> None:
         """Queue effects. What a person sees does not wait behind the journal."""
         for effect in effects:
             if isinstance(effect, Show):
                 self._show(effect)
-            else:
-                self._queue.put_nowait(effect)
+                continue
+            if isinstance(effect, Send | AcknowledgeFact):
+                self._to_send[effect.node] += 1
+            self._queue.put_nowait(effect)
+
+    def forget_sends(self, node: str) -> None:
+        """The node's agent has a new connection: what waits for the journal and was to be sent to
+        it is lost with the older one.
+
+        To be called before the core learns of the connection. A `Begin` that came by it would
+        begin ranks of which the core believes, by what the agent told it, that they do not run.
+        """
+        self._sent_in_vain[node] = self._to_send[node]
 
     def then(self, call: Callable[[], object]) -> None:
         """Call `call` when everything taken so far is done, entries durable."""
@@ -126,10 +148,20 @@ class EffectRunner:
                 # The barrier. A kill that is sent before its line is durable may be forgotten by a
                 # crash, and the successor would adopt a generation that is half dead.
                 await self._append(effect.entry)
-            else:
+            elif not self._is_in_vain(effect):
                 self._perform(effect)
 
-    def _perform(self, effect: Effect | Callable[[], object]) -> None:
+    def _is_in_vain(self, effect: Effect | Callable[[], object]) -> bool:
+        if not isinstance(effect, Send | AcknowledgeFact):
+            return False
+        self._to_send[effect.node] -= 1
+        lost = self._sent_in_vain.get(effect.node, 0)
+        self._sent_in_vain[effect.node] = max(0, lost - 1)
+        return lost > 0
+
+    def _perform(  # noqa: PLR0912 - one case an effect
+        self, effect: Effect | Callable[[], object]
+    ) -> None:
         """Everything that nobody waits for."""
         match effect:
             case Send(node, command):
@@ -138,9 +170,11 @@ class EffectRunner:
                 self._links.send(node, Acknowledge(number))
             case WriteMetrics(attempt, line):
                 # The appending thread keeps it behind what was journalled before.
-                self._appending.submit(self._write_metrics, attempt, dict(line))
+                self._appending.submit(self._metrics.write, attempt, dict(line))
             case StartAgent(node):
                 self._spawn(self._on_node(node, partial(self._cluster.start_agent, node)))
+            case RequestNodes(count, failed):
+                self._spawn(self._on_node("cluster", partial(self._cluster.request, count, failed)))
             case FenceNode(node):
                 self._spawn(self._on_node(node, partial(self._cluster.fence, node)))
             case InspectCheckpoint(path, sha256):
@@ -151,6 +185,9 @@ class EffectRunner:
                 self._spawn(
                     self._answer(partial(self._commit_snapshot, effect, self._journal.head.hash))
                 )
+            case ShareOffences(run, created, offences):
+                write = partial(self._lemons.write, run, created, offences)
+                self._spawn(self._on_node("the record of repeat offenders", write))
             case RetireCheckpoint(path):
                 self._removing.submit(self._checkpoints.retire, path)
             case ClearUncommitted(attempts, kept):
@@ -210,16 +247,6 @@ class EffectRunner:
             command = replace(command, journal_head=self._journal.head.hash)
         if not self._links.send(node, command):
             log.info("%s is not connected: %s forgotten", node, command.kind)
-
-    def _write_metrics(self, attempt: str, line: dict[str, Any]) -> None:
-        try:
-            self._metrics.append(attempt, line, str(self._journal.head))
-        except (OSError, ValueError, TypeError) as error:
-            self._metrics_lost += 1
-            # At the first, second, fourth, eighth: a dead file system must not fill the log as
-            # well.
-            if self._metrics_lost.bit_count() == 1:
-                log.error("%d metrics lines could not be written: %s", self._metrics_lost, error)
 
     async def _on_node(self, node: str, work: Callable[[], object]) -> None:
         # One thing at a time on a node, in order; other nodes do not wait for a fence that hangs.

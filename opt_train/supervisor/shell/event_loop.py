@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,9 +33,14 @@ from opt_train.link.address import Address, publish, read_address
 from opt_train.link.endpoint import remove_endpoint
 from opt_train.protocol.commands import Leave
 from opt_train.protocol.exits import PERSON_MUST_DECIDE, TERMINATED
+from opt_train.protocol.interventions import INTERVENE
 from opt_train.run.checkpoint_keeper import CheckpointKeeper
-from opt_train.supervisor.effects import Effect, Finish
+from opt_train.run.hold import HOLD, RESUME
+from opt_train.run.report.live_status import publish_status
+from opt_train.run.state import NODES_END
+from opt_train.supervisor.effects import Effect, Finish, Show
 from opt_train.supervisor.inputs import (
+    AgentConnected,
     AgentDisconnected,
     ClusterObserved,
     Identity,
@@ -45,21 +51,29 @@ from opt_train.supervisor.inputs import (
     Tick,
 )
 from opt_train.supervisor.shell.agent_server import AgentServer
+from opt_train.supervisor.shell.batch_reader import alarm_of, read_batch
 from opt_train.supervisor.shell.effect_runner import EffectRunner
+from opt_train.supervisor.shell.lemon_record import LemonRecord
 from opt_train.supervisor.shell.status_line import StatusLine
 
 TICK_SECONDS = 0.2
+SHOW_SECONDS = 1.0
+"""Between two files that say what is shown."""
 INBOX_SECONDS = 0.5
 OBSERVE_SECONDS = 1.0
 LOCK_SECONDS = 5.0
 DYING_SECONDS = 0.1
 """From the end of a dying agent's link to the end of its process; then the cluster is asked at
 once."""
-NODES_END = "the time limit of the nodes"
-"""Who stopped a run whose nodes the scheduler takes back."""
 LEAVE_SECONDS = 8.0
 """Agents that have not left by then are fenced."""
-_TEXTS = {"note": ("author", "text"), "stop": ("by",)}
+_TEXTS = {
+    "note": ("author", "text"),
+    "stop": ("by",),
+    HOLD: ("by", "reason"),
+    RESUME: ("by",),
+    INTERVENE: ("by", "why"),
+}
 """What may lie in the inbox: kind and the texts it must have."""
 
 log = logging.getLogger(__name__)
@@ -75,8 +89,12 @@ class Core(Protocol):
     def begin(self, now: Now) -> list[Effect]:
         """What to do first."""
 
-    def handle(self, input_: Input, now: Now, /) -> list[Effect]:
-        """What to do about an input."""
+    def handle_all(self, inputs: Sequence[Input], now: Now, /) -> list[Effect]:
+        """What to do about inputs, in the order in which they came."""
+
+    @property
+    def goes_on_after_stop(self) -> bool:
+        """Whether the run stops, and is then taken up again by itself."""
 
 
 class EventLoop:
@@ -94,12 +112,14 @@ class EventLoop:
         identity: Identity,
         status: StatusLine,
         secret: bytes,
+        lemons: LemonRecord,
+        lease_seconds: float = 1.0,
     ) -> None:
         self._run, self._lock, self._cluster, self._plan = run, lock, cluster, plan
         self._core, self._identity, self._status = core, identity, status
         self._endpoint = cluster.make_endpoint()
         self._server = AgentServer(
-            self._endpoint, secret, identity.leader, identity.nodes, self.feed
+            self._endpoint, secret, identity.leader, identity.nodes, self.feed, lease_seconds
         )
         self._effects = EffectRunner(
             journal,
@@ -107,11 +127,15 @@ class EventLoop:
             self._server,
             cluster,
             CheckpointKeeper(run, lock, identity.config_sha256),
+            lemons,
             self.feed,
-            status.show,
+            self._show,
             status.add_line,
             self._durable,
         )
+        self._shown: Show | None = None
+        self._arrived: list[Input] = []
+        """Inputs that the core is given at the next turn of the loop."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._broken: BaseException | None = None
         self._over = asyncio.Event()
@@ -142,18 +166,32 @@ class EventLoop:
         return finish
 
     def feed(self, input_: Input) -> None:
-        """Give `input_` to the core, and queue what it wants done."""
+        """Give `input_` to the core, together with all that arrives in this turn of the loop."""
         if self._over.is_set():
             return
+        # Where thousands of agents dial in at once, one decision serves all that has come; where
+        # little comes, each input has its own, and none waits.
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._decide)
+        self._arrived.append(input_)
+        if isinstance(input_, AgentDisconnected):
+            self._lost_link.set()
+
+    def _decide(self) -> None:
+        """Have the core decide on what has arrived, and queue what it wants done."""
+        inputs, self._arrived = self._arrived, []
+        if self._over.is_set() or not inputs:
+            return
         try:
-            self._effects.queue(self._core.handle(input_, _now()))
-            fault = self._plan.due(input_)
+            for input_ in inputs:
+                if isinstance(input_, AgentConnected):
+                    self._effects.forget_sends(input_.node)
+            self._effects.queue(self._core.handle_all(inputs, _now()))
+            faults = [fault for fault in map(self._plan.due, inputs) if fault is not None]
         except Exception as error:
             self._break(error)
             return
-        if isinstance(input_, AgentDisconnected):
-            self._lost_link.set()
-        if fault is not None:
+        for fault in faults:
             self._start(asyncio.to_thread(self._plan.do, fault, self._cluster))
 
     # Supervising ----------------------------------------------------------------------------------
@@ -169,18 +207,20 @@ class EventLoop:
         loop = asyncio.get_running_loop()
         for number in signals.ASK_TO_STOP:
             loop.add_signal_handler(number, partial(self.feed, StopAsked(number.name)))
+        loop.add_signal_handler(signal.SIGINT, self._asked_by_hand)
         if self._cluster.outlives_supervisor:
             loop.add_signal_handler(signal.SIGTERM, self._leave_ranks)
         running = self._start(self._effects.run())
         self._effects.queue(self._core.begin(_now()))
         if self.recalled is not None:
-            self._effects.queue(self._core.handle(self.recalled, _now()))
+            self._effects.queue(self._core.handle_all((self.recalled,), _now()))
         self._effects.then(
             lambda: self._start(self._observe())
         )  # agents that were just started are seen as such
         self._start(self._tick())
         self._start(self._read_inbox())
         self._start(self._watch_lock())
+        self._start(self._publish_shown())
         over = self._start(self._over.wait())
         await asyncio.wait((running, over), return_when=asyncio.FIRST_COMPLETED)
         if self._broken is not None:
@@ -188,6 +228,21 @@ class EventLoop:
         finish: Finish = running.result()
         log.info("finished with code %d: %s", finish.code, finish.message)
         return finish
+
+    def _asked_by_hand(self) -> None:
+        """Stop the run. Where it stops by itself, to go on with other nodes, the wish is left in
+        the inbox, for whoever takes it up again."""
+        if self._core.goes_on_after_stop:
+            self._start(self._keep_stop())
+        else:
+            self.feed(StopAsked(signal.SIGINT.name))
+
+    async def _keep_stop(self) -> None:
+        message = {"kind": "stop", "by": signal.SIGINT.name}
+        try:
+            await asyncio.to_thread(inbox.drop, self._run, message)
+        except OSError as error:
+            log.error("the run goes on with other nodes: the stop cannot be kept (%s)", error)
 
     def _leave_ranks(self) -> None:
         """End this supervisor and nothing else: the next one adopts the ranks, or the agents end
@@ -205,10 +260,12 @@ class EventLoop:
         while True:
             # Off the loop: a cluster's controller may answer late, and the leases go on meanwhile.
             seen = await asyncio.to_thread(self._cluster.observe)
+            self._server.allow(seen)
             states = {node: view.state for node, view in seen.items()}
             reasons = {node: view.reason for node, view in seen.items() if view.reason}
             draining = {node: view.draining for node, view in seen.items() if view.draining}
-            self.feed(ClusterObserved(states, reasons, draining))
+            taken_back = frozenset(node for node, view in seen.items() if view.taken_back)
+            self.feed(ClusterObserved(states, reasons, draining, taken_back))
             if self._cluster.ends_soon and not stopping:
                 stopping = True
                 self.feed(StopAsked(NODES_END))
@@ -218,25 +275,50 @@ class EventLoop:
                     await self._lost_link.wait()
                     await asyncio.sleep(DYING_SECONDS)
 
+    def _show(self, show: Show) -> None:
+        self._shown = show
+        self._status.show(show)
+
+    async def _publish_shown(self) -> None:
+        published: Show | None = None
+        while True:
+            shown = self._shown
+            if shown is not None and shown != published:
+                published = shown
+                # On a full disk whoever looks sees what was shown before.
+                with contextlib.suppress(OSError):
+                    values = asdict(shown)
+                    await asyncio.to_thread(
+                        publish_status, self._run, self._identity.leader, values
+                    )
+            await asyncio.sleep(SHOW_SECONDS)
+
     async def _watch_lock(self) -> None:
         """A supervisor that was cut off may have been succeeded, and have nothing to journal that
-        would tell it so: it would stay for ever."""
+        would tell it so: it would stay for ever. And agents that it does not reach see by the lock
+        that somebody leads."""
         while True:
             await asyncio.sleep(LOCK_SECONDS)
             # A file system that cannot be read says nothing.
             with contextlib.suppress(OSError):
                 if not await asyncio.to_thread(self._lock.is_mine):
                     raise LockLost(f"{self._run.lock} names another process")
+                await asyncio.to_thread(self._lock.touch)
 
     async def _read_inbox(self) -> None:
         while True:
             for dropped in await asyncio.to_thread(self._waiting_messages):
                 if dropped.path in self._fed:
                     continue
+                # A person's stop ends the run for good: it is for whoever takes it up again.
+                if dropped.message["kind"] == "stop" and self._core.goes_on_after_stop:
+                    continue
                 self._fed.add(dropped.path)
                 texts = _TEXTS.get(dropped.message["kind"], ("",))
                 if all(isinstance(dropped.message.get(text), str) for text in texts):
                     self.feed(InboxReceived(dropped.message))
+                    # Now: what comes of it must be queued in front of its removal.
+                    self._decide()
                 else:
                     log.warning("%s is no message a supervisor takes", dropped.path.name)
                 # It is removed when what came of it is durable; a supervisor that dies before that
@@ -267,6 +349,18 @@ class EventLoop:
         rendering = self._rendering is not None and self._rendering.returncode is None
         if isinstance(entry.event, IncidentClosed) and not rendering:
             self._start(self._render())
+        if (alarm := alarm_of(entry)) and entry.step is not None:
+            self._start(self._read_batch(entry.attempt, entry.step, alarm))
+
+    async def _read_batch(self, attempt: str, step: int, alarm: str) -> None:
+        try:
+            read = await read_batch(self._run, attempt, step, alarm)
+        # For a reader's sake alone: nothing of it may end a supervisor.
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("the batch of step %d could not be read: %s", step, error)
+            return
+        if read is not None:
+            self.feed(read)
 
     async def _render(self) -> None:
         """Bring the chronicle up to date, in a process that gives way to the ranks."""

@@ -106,6 +106,8 @@ def describe(show: Show) -> str:
     if show.tokens_per_second is not None:
         parts.append(f"{show.tokens_per_second:,.0f} tokens/s")
     parts.append(f"nodes {show.active_nodes}+{show.buffer_nodes}")
+    if show.waiting_for:
+        parts.append(f"waiting for {show.waiting_for}")
     if show.last_incident:
         parts.append(f"last incident: {show.last_incident}")
     return printable("  ".join(parts))

@@ -19,7 +19,7 @@ from opt_train.agent.probes.gpu import (
     carried_over,
     findings_between,
 )
-from opt_train.protocol.facts import NodeFinding
+from opt_train.protocol.facts import GpusSeen, NodeFinding, NodeGpu
 from tests.slurm import fake_nvml
 
 HEALTHY = GpuState(0, "GPU-a", ecc_uncorrected=3, remap_pending=False, remap_failed=False)
@@ -93,10 +93,21 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     return made
 
 
-async def watch(until: Callable[[list[NodeFinding]], bool], change: Callable[[], None]) -> None:
-    """Run the probe; `change` once it has read, until `until` holds of what it published."""
+async def watch(
+    until: Callable[[list[NodeFinding]], bool], change: Callable[[], None]
+) -> list[GpusSeen]:
+    """Run the probe; `change` once it has read, until `until` holds of the findings it published.
+    Returns what it said of which GPUs there are."""
     published: list[NodeFinding] = []
-    probe = GpuProbe(published.append)
+    seen: list[GpusSeen] = []
+
+    def publish(fact: NodeFinding | GpusSeen) -> None:
+        if isinstance(fact, GpusSeen):
+            seen.append(fact)
+        else:
+            published.append(fact)
+
+    probe = GpuProbe(publish)
     running = asyncio.create_task(probe.run())
     try:
         async with asyncio.timeout(30):
@@ -109,6 +120,35 @@ async def watch(until: Callable[[list[NodeFinding]], bool], change: Callable[[],
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+    assert seen[-1].gpus == probe.gpus
+    return seen
+
+
+def test_a_finding_says_which_board_it_is_and_its_counters_before_and_after(
+    library: Library,
+) -> None:
+    found: list[NodeFinding] = []
+
+    def until(published: list[NodeFinding]) -> bool:
+        found[:] = published
+        return bool(published)
+
+    seen = asyncio.run(watch(until, lambda: library.answers(gpu1_ecc=2)))
+    bad = NodeGpu(1, "GPU-fake-0001", "1322500000001", "00000000:3C:00.0")
+    assert [fact.gpus for fact in seen] == [
+        (NodeGpu(0, "GPU-fake-0000", "1322500000000", "00000000:3B:00.0"), bad)
+    ]
+    assert found[0].gpu == bad
+    assert found[0].evidence[1].text == (
+        "GPU 1, before -> after: uncorrectable ECC errors 0 -> 2, row waits to be remapped "
+        "no -> no, row could not be remapped no -> no"
+    )
+
+
+def test_a_board_without_a_serial_number_is_known_by_the_rest(library: Library) -> None:
+    library.answers(gpu0_no_serial=1)
+    seen = asyncio.run(watch(bool, lambda: library.answers(gpu0_no_serial=1, gpu0_ecc=1)))
+    assert seen[0].gpus[0] == NodeGpu(0, "GPU-fake-0000", "", "00000000:3B:00.0")
 
 
 def test_an_ecc_error_is_read_through_nvidias_binding(library: Library) -> None:
@@ -176,6 +216,6 @@ def test_without_nvidias_library_there_is_nothing_to_watch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    published: list[NodeFinding] = []
+    published: list[NodeFinding | GpusSeen] = []
     asyncio.run(asyncio.wait_for(GpuProbe(published.append).run(), 30))
     assert published == []

@@ -3,9 +3,16 @@
 from pathlib import Path
 
 import pytest
-from opt_logbook.record.chain import check, read_bytes
+from opt_logbook.record.chain import Reading, check, read_bytes
 from opt_logbook.record.codec import GENESIS, encode
-from opt_logbook.record.events import Entry, FailureSeen, JournalDamaged, JournalRepaired, Note
+from opt_logbook.record.events import (
+    CheckpointRetired,
+    Entry,
+    FailureSeen,
+    JournalDamaged,
+    JournalRepaired,
+    Note,
+)
 from opt_logbook.record.journal import Journal, read
 from opt_logbook.record.lock import Lock
 from opt_logbook.record.run_directory import RunDirectory
@@ -182,6 +189,24 @@ def test_verify_names_what_is_missing_or_contradicts(demo: RunDirectory) -> None
     }
     demo.journal.unlink()
     assert [str(finding) for finding in verify(demo)] == ["journal.jsonl: is missing"]
+
+
+def test_a_checkpoint_that_goes_while_its_run_is_read_is_not_missing(
+    demo: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = "checkpoints/1.02/step-00000150"
+
+    def read_and_retire(path: Path) -> Reading:
+        """What a live run does between the reading of its journal and that of its manifests."""
+        monkeypatch.undo()
+        reading = read(path)
+        with Lock.acquire(demo) as lock, Journal.open(demo, lock) as journal:
+            journal.append(Entry(1795356999.0, "1.02", 150, CheckpointRetired(gone)))
+        (demo.path / gone / "manifest.json").unlink()
+        return reading
+
+    monkeypatch.setattr("opt_logbook.record.verify.read", read_and_retire)
+    assert verify(demo) == []
 
 
 def committed(run: RunDirectory, step: int) -> int:

@@ -5,17 +5,10 @@ import re
 from pathlib import Path
 
 from opt_logbook.record.inbox import MESSAGE_BYTES_MAX
-from opt_logbook.record.kinds_table import kinds_table
 from opt_logbook.record.lock import Holder
 from opt_logbook.record.run_directory import RunDirectory
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "journal.md").read_text()
-
-
-def test_the_kinds_in_the_document_are_those_of_the_code() -> None:
-    assert DOCUMENT.endswith(kinds_table()), (
-        "run: python -m opt_logbook.record.kinds_table, and put it at the document's end"
-    )
 
 
 def test_the_line_shown_as_an_example_has_the_keys_of_a_real_one(demo: RunDirectory) -> None:

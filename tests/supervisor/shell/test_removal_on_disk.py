@@ -88,6 +88,7 @@ def perform(
             nobody,
             nobody,
             keeper,
+            nobody,
             inputs.append,
             nobody,
             nobody,

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import MetricsReceived, Tick
 from opt_train.supervisor.shell.status_line import StatusLine, describe
-from tests.supervisor.world import World
 
 pytestmark = pytest.mark.timeout(30)
 

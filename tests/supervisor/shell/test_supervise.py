@@ -30,6 +30,7 @@ from opt_train.supervisor.inputs import (
     Input,
     JournalWasStalled,
     Now,
+    StopAsked,
     Tick,
 )
 from opt_train.supervisor.shell import start as shell
@@ -177,6 +178,35 @@ def test_what_lies_in_the_inbox_is_journalled_at_once_and_then_removed(run: RunD
     assert len(core.received_at(InboxReceived)) == 1, "the core was told what is no message"
     assert core.received_at(InboxReceived)[0] - dropped[0] < 3.0
     assert [p.name for p in run.inbox.iterdir()] == ["refused"]
+
+
+def test_a_stop_waits_while_the_run_stops_to_go_on_by_itself(run: RunDirectory) -> None:
+    core = TinyCore(run, steps=60, step_seconds=0.02)
+    core.goes_on_after_stop = True
+    inbox.drop(run, {"kind": "stop", "by": "ada"})
+    run_shell(run, core)
+    assert core.received_at(InboxReceived) == []
+    assert [dropped.message["kind"] for dropped in inbox.waiting(run)] == ["stop"]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_ctrl_c_is_not_lost_while_the_run_stops_to_go_on_by_itself(
+    run: RunDirectory, goes_on: bool
+) -> None:
+    interrupted = []
+
+    def react(input_: Input, now: Now) -> list[Effect] | None:
+        if isinstance(input_, HeartbeatReceived) and not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    core = TinyCore(run, react, steps=60, step_seconds=0.02)
+    core.goes_on_after_stop = goes_on
+    run_shell(run, core)
+    stops = [dropped.message for dropped in inbox.waiting(run)]
+    assert stops == ([{"kind": "stop", "by": "SIGINT"}] if goes_on else [])
+    assert bool(core.received_at(StopAsked)) is not goes_on
 
 
 def test_an_inbox_that_cannot_be_read_leaves_nobody_without_a_supervisor(run: RunDirectory) -> None:

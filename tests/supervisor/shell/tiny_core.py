@@ -2,7 +2,7 @@
 what it heard."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from opt_logbook.record.events import Entry, Note, SupervisorStarted
@@ -52,6 +52,7 @@ class TinyCore:
         self.identity: Identity | None = None
         self.is_new = True
         self.exited: set[str] = set()
+        self.goes_on_after_stop = False
 
     def __call__(self, config: Any, state: Any, identity: Identity) -> "TinyCore":
         self.identity = identity
@@ -65,6 +66,9 @@ class TinyCore:
         )
         created = [entry(now, self.identity.created)] if self.is_new else []
         return [*created, entry(now, started), StartAgent("node-1")]
+
+    def handle_all(self, inputs: Sequence[Input], now: Now) -> list[Effect]:
+        return [effect for input_ in inputs for effect in self.handle(input_, now)]
 
     def handle(self, input_: Input, now: Now) -> list[Effect]:
         self.inputs.append((time.monotonic(), input_))
