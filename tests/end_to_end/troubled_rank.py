@@ -8,6 +8,7 @@ Which trouble is in the environment, `TROUBLE`, a JSON object:
 - `slow_save`: `[step, seconds]`: the save at that step (null: the first) takes so much longer, but
   moves.
 - `wrong`: `[rank, step]`: the rank computes something else at that step, once, without a word.
+- `rests`: seconds that the rank rests before each step, so that steps are a measure of time.
 - `deaf`: true: a rank whose peers died does not notice, as on NCCL; it spins until it is killed.
 - `markers`: a folder; what has happened once is marked there and does not happen again.
 """
@@ -86,6 +87,14 @@ def wrong(take_step: Callable[..., None]) -> Callable[..., None]:
     return take_another
 
 
+def resting(take_step: Callable[..., None]) -> Callable[..., None]:
+    def rest_and_take_step(*arguments: Any) -> None:
+        time.sleep(TROUBLE["rests"])
+        take_step(*arguments)
+
+    return rest_and_take_step
+
+
 def deaf(run_rank: Callable[..., int]) -> Callable[..., int]:
     def run_deaf(*arguments: Any) -> int:
         try:
@@ -118,6 +127,8 @@ def main() -> None:
         saves.save_checkpoint = background.save = slow(background.save)
     if "wrong" in TROUBLE:
         loop.take_step = wrong(loop.take_step)
+    if "rests" in TROUBLE:
+        loop.take_step = resting(loop.take_step)
     if TROUBLE.get("deaf"):
         rank.run_rank = deaf(rank.run_rank)
     rank.run_rank = remembering(rank.run_rank)

@@ -343,14 +343,19 @@ class World:
         return dict(self.ranks[rank].published(InForce)[-1].values)
 
     def logs(self) -> str:
-        return "\n".join(
-            f"--- {rank.log.name}\n{rank.log.read_text()[-3000:]}" for rank in self.ranks
-        )
+        return "\n".join(f"--- {rank.log.name}\n{ends_of(rank.log)}" for rank in self.ranks)
 
     def kill(self) -> None:
         """SIGKILL all ranks at once, as a lost machine would."""
         for rank in self.ranks:
             kill_group(rank.process)
+
+
+def ends_of(log: Path, most: int = 3000) -> str:
+    """A log, of a long one its beginning and its end: what a fatal signal was stands first, what
+    Python raised stands last."""
+    text = log.read_text()
+    return text if len(text) <= 2 * most else f"{text[:most]}\n[...]\n{text[-most:]}"
 
 
 def sha256_of(path: Path) -> str:
