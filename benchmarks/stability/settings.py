@@ -132,6 +132,8 @@ class Run:
     def sick(self) -> dict[str, Any]:
         """What the rank is told (`sick_rank.SICK`)."""
         told: dict[str, Any] = {"peer": self.control if self.control in PEERS else ""}
+        if self.control == OURS:
+            told["step_seconds"] = STEP_SECONDS
         if self.family and self.family.sickness:
             first = self.family.begins(self.steps)
             length = round(self.family.length * self.steps)
@@ -141,6 +143,10 @@ class Run:
         return told
 
 
+STEP_SECONDS = 0.02
+"""What a step takes at least where the supervisor acts. One of a model this small takes 8 ms, and
+what is trained until an answer of half a second has come would measure how small the model is: a
+step of OPT-125M on a GPU takes longer than this."""
 ALONE, SKIP_STEP, ZCLIP, OURS = "alone", "skip-step", "zclip", "ours"
 PEERS = (SKIP_STEP, ZCLIP)
 _LEFT_ALONE = (

@@ -137,6 +137,8 @@ class SnapshotTaken(Message, kind="snapshot_taken"):
     step: int
     files: tuple[MemoryFile, ...]
     seconds: float
+    is_last: bool = False
+    """The ranks stop at this step: it is worth more than the ones before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +375,7 @@ class SnapshotStored(Message, kind="snapshot_held"):
     seconds: float
     state: Mapping[str, Any] | None = None
     """Of rank 0: its `state.json`."""
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

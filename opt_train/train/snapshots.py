@@ -35,6 +35,8 @@ class MemorySnapshots:
         """By step, of the snapshots that are here: what is no tensor."""
         self.under_way: Snapshot | None = None
         """Being taken, or taken and not published yet."""
+        self.stopping = False
+        """The ranks stop at the boundary that they are at."""
 
     def take_if_due(self, state: TrainState) -> None:
         """Begin a snapshot where `checkpoint.memory_every_steps` says so."""
@@ -107,4 +109,5 @@ class MemorySnapshots:
         except CheckpointError as error:
             log_line(f"{error}; training goes on")
             return
-        self._context.publish(SnapshotTaken(snapshot.step, files, snapshot.seconds))
+        is_last = self.stopping and snapshot.step == self._context.state.step
+        self._context.publish(SnapshotTaken(snapshot.step, files, snapshot.seconds, is_last))

@@ -88,6 +88,8 @@ class Training:
     def obey(self) -> ExitNotice | None:
         """Do what the stats received so far ask for; an `ExitNotice` ends training. The same on
         every rank."""
+        # Before the snapshot of this very boundary may be published: it is the last one then.
+        self.snapshots.stopping = bool(self.stats.stop_votes)
         self.snapshots.end_if_taken()
         self.checkpoints.end_if_written()
         if self.state.floor_steps >= self.config.train.max_nonfinite_steps:

@@ -391,7 +391,9 @@ USUAL: tuple[Message, ...] = (
     Metrics(LINE),
     facts.Validation("pile/" + "validation" * 6, 10**9, WIDEST, 10**12),
     ShardsSaved(10**9, FOLDER, tuple(SavedFile(path, 10**12, "ab" * 32) for path in FILES), WIDEST),
-    facts.SnapshotTaken(10**9, (facts.MemoryFile(FILES[0], 10**12, "ab" * 32, 10**6),) * 2, WIDEST),
+    facts.SnapshotTaken(
+        10**9, (facts.MemoryFile(FILES[0], 10**12, "ab" * 32, 10**6),) * 2, 1.0, True
+    ),
     facts.SaveFailed(10**9, "No space left on device: " + FOLDER * 3),
     facts.OrderObeyed(10**6, 10**9),
     facts.RolledBack(10**9, "9999.9999", 10**6),

@@ -255,6 +255,22 @@ def test_who_asks_for_a_stop_gets_a_snapshot_first(tmp_path: Path) -> None:
     assert kinds.index(SnapshotTaken) < kinds.index(ShardsSaved)
 
 
+@pytest.mark.usefixtures("world")
+def test_the_snapshot_of_the_step_that_a_signal_stops_at_is_the_last_one(tmp_path: Path) -> None:
+    """Also where it is one of those of every so many steps, which was begun before anybody saw that
+    the ranks stop."""
+    agent = Agent.of(tmp_path / "run", with_snapshots(tiny_config(tmp_path, steps=100), 1))
+    for _ in range(4):
+        agent.step()
+        agent.run.snapshots.take_if_due(agent.run.state)
+    agent.run.signals.received = "SIGTERM"
+    leaving = train(agent.run)
+    assert leaving.code == STOPPED
+    taken = [fact for fact in agent.facts if isinstance(fact, SnapshotTaken)]
+    assert [fact.step for fact in taken] == [*range(1, leaving.step + 1)]
+    assert [fact.step for fact in taken if fact.is_last] == [leaving.step]
+
+
 def commit(files: Mapping[str, bytes], step: int, folder: Path, config_sha256: str) -> Path:
     """The supervisor's part; all files in one folder."""
     folder.mkdir(parents=True)

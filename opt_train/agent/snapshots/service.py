@@ -148,6 +148,7 @@ class SnapshotService:
                 files=tuple(SavedFile(file.path, file.bytes, file.sha256) for file in taken.files),
                 seconds=taken.seconds,
                 state=self._state(path, taken) if begin.rank == 0 else None,
+                is_last=taken.is_last,
             )
             # A state that the supervisor could not read would cost the link: read it here first.
             parse(to_line(NumberedFact(0, fact)))

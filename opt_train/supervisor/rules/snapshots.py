@@ -81,7 +81,9 @@ def commit(s: Context) -> list[Decision]:
         # The memory of agents ends with the run: the last snapshot goes on to the disks, whatever
         # its step. What a run begins with is made anew faster than it is read.
         is_due = every > 0 and step > 0 and step % every == 0
-        onward = is_due or (every > 0 and s.state.stage is Stage.STOPPING)
+        # Ranks that were asked by a signal of their own stop before anybody here knows.
+        is_last = s.state.stage is Stage.STOPPING or any(p.is_last for p in parts.values())
+        onward = is_due or (every > 0 and is_last)
         paths = (path, *([path_of_save(attempt.name, step, NODE)] if onward else []))
         seconds = max(part.seconds for part in parts.values())
         decisions.append(CommitSnapshot(paths, attempt.name, step, files, state or {}, seconds))
