@@ -13,7 +13,7 @@ class StabilityConfig:
 
     key_kind: ClassVar = OPERATIONAL
 
-    mode: Annotated[str, Choices("observe", "advise", "act")] = "advise"
+    mode: Annotated[str, Choices("observe", "advise", "act")] = "act"
     """How far the supervisor may go by itself when training is unstable. In ``observe`` and
     ``advise`` the journal says what it would have done; `supervisor.mode` holds it back further."""
     modes: str = ""

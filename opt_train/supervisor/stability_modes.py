@@ -11,9 +11,10 @@ from opt_train.run.instability import LR_CUT
 from opt_train.stability.ladder import LADDER, Rung
 from opt_train.supervisor.modes import Mode, read_pairs
 
-ADVISE_ONLY = frozenset({"falls_too_well", "plateau", "held_out_gap"})
+ADVISE_ONLY = frozenset({"falls_too_well", "plateau", "held_out_gap", "ceiling"})
 """Nothing is done about them unless `stability.modes` says so: that a loss falls well, or does not
-fall, is mostly no trouble at all."""
+fall, is mostly no trouble at all; and logits that have grown beyond their ceiling while training
+was well have cured nothing that was measured, as what is sick shows elsewhere too."""
 
 
 def mode_of(config: RunConfig, alarm: str, rung: str = "") -> Mode:
