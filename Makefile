@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH := torch==2.13.0
 JOBS ?= 2
-SLOW_JOBS ?= 4
+SLOW_JOBS ?= 3
 KILLS ?= 50
 SEED ?=
 SEEDS ?= 2000

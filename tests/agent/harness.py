@@ -150,7 +150,7 @@ class SupervisorEnd:
         await self.server.stop()
         remove_endpoint(self.endpoint)
 
-    async def until(self, found: Callable[[], T | None], seconds: float = 20.0) -> T:
+    async def until(self, found: Callable[[], T | None], seconds: float = 60.0) -> T:
         """Wait until `found()` is true, and return it."""
         deadline = time.monotonic() + seconds
         while not (value := found()):
@@ -184,7 +184,7 @@ class SupervisorEnd:
                 return input_.state.slots[slot]
         return None
 
-    async def fact(self, kind: type[T], seconds: float = 20.0) -> T:
+    async def fact(self, kind: type[T], seconds: float = 60.0) -> T:
         return await self.until(lambda: next(iter(self.facts(kind)), None), seconds)
 
     def acknowledge_all(self, node: str = "node-1") -> None:

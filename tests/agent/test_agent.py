@@ -32,8 +32,6 @@ from opt_train.supervisor.inputs import (
 from tests.agent.harness import SupervisorEnd, begin, leave, make_run, play, start_agent
 from tests.processes import processes_of
 
-pytestmark = pytest.mark.timeout(60)
-
 
 async def all_obeyed(listener: SupervisorEnd) -> None:
     """Commands are carried out in order: when this one is answered, those before it have been."""

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from opt_logbook.record.run_directory import RunDirectory
 
 from opt_train.agent.rank_process import RankProcess
@@ -16,8 +15,6 @@ from opt_train.host.processes import stat_of
 from opt_train.host.worker_thread import WorkerThread
 from tests.agent.harness import make_starter
 from tests.agent.snapshots.stores import content, play
-
-pytestmark = pytest.mark.timeout(90)
 
 
 def start(starter: RankStarter) -> RankProcess:

@@ -10,8 +10,6 @@ from opt_train.supervisor.inputs import FactReceived
 from tests.agent.harness import SupervisorEnd, begin, leave, play, start_agent
 from tests.agent.test_agent import all_obeyed
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_rank_that_goes_back_is_another_generation_and_still_dies_as_the_old(

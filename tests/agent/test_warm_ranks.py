@@ -15,8 +15,6 @@ from opt_train.protocol.facts import RankExited
 from opt_train.supervisor.inputs import MetricsReceived
 from tests.agent.harness import SupervisorEnd, begin, leave, make_starter, play, start_agent
 
-pytestmark = pytest.mark.timeout(90)
-
 
 def make_slot(
     run: RunDirectory, starter: RankStarter, changed: Callable[[], None] = lambda: None

@@ -65,7 +65,6 @@ def command_of(name: str) -> list[str]:
     "name",
     [pytest.param(name, marks=marks_of(name)) for name in RATIOS],
 )
-@pytest.mark.timeout(300)
 def test_a_benchmark_prints_its_ratio(name: str) -> None:
     done = subprocess.run(
         [sys.executable, *command_of(name), "--quick"],

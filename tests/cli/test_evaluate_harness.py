@@ -510,7 +510,6 @@ def test_a_mistake_is_one_sentence(
 
 
 @pytest.mark.whole  # the command reads the harness's list of 14,000 tasks
-@pytest.mark.timeout(400)
 def test_the_harness_own_command_says_the_same(
     beside: Path, by_hand: ByHand, tmp_path: Path
 ) -> None:

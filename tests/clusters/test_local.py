@@ -20,8 +20,6 @@ from opt_train.host.processes import NODE_MARK, bears_mark, is_alive, mark_of, s
 from tests.agent.harness import HERE, SupervisorEnd, begin
 from tests.processes import processes_of
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def cluster(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
@@ -30,7 +28,7 @@ def cluster(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
 
 
 def wait_for_agents(cluster: LocalCluster, *nodes: str) -> dict[str, int]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not all(cluster.agent_pid(node) for node in nodes):
         assert time.monotonic() < deadline, "agents did not register"
         time.sleep(0.02)

@@ -21,8 +21,6 @@ from tests.agent.harness import config_of, created
 from tests.clusters.simulated import SimulatedCluster
 from tests.supervisor.shell.tiny_core import TinyCore, entry
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.mark.parametrize("back_end", [LocalCluster, SimulatedCluster, SlurmCluster])
 def test_a_back_end_pays_every_duty_with_the_protocols_arguments(back_end: type) -> None:

@@ -225,7 +225,6 @@ recipe's."""
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("size", "changes"), [("opt-125m", ()), ("opt-175b", ("parallel.tensor=2",))]
 )

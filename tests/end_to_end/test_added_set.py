@@ -6,14 +6,12 @@ import shutil
 import signal
 from pathlib import Path
 
-import pytest
 from opt_logbook.record.events import RunFinished, ValidationMeasured
 
 from opt_train.data.manifest import DatasetManifest
 from tests.end_to_end import driving
 
 
-@pytest.mark.timeout(300)
 def test_a_set_added_to_a_run_is_measured_from_there_on(tmp_path: Path) -> None:
     web, data = tmp_path / "web.jsonl", tmp_path / "data"
     web.write_text(

@@ -4,12 +4,9 @@ is restored."""
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end import driving
 
 
-@pytest.mark.timeout(240)
 def test_a_corrupt_newest_checkpoint_is_rejected_and_the_one_before_restored(
     tmp_path: Path,
 ) -> None:

@@ -5,12 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end import driving
 
 
-@pytest.mark.timeout(180)
 def test_ranks_of_a_removed_run_do_not_live_beside_the_new_one(tmp_path: Path) -> None:
     process = driving.start(tmp_path, *driving.ENDLESS)
     run = driving.run_directory(tmp_path)

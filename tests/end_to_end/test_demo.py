@@ -16,7 +16,7 @@ from opt_logbook.record.run_directory import RunDirectory
 
 from tests.end_to_end import driving
 
-pytestmark = pytest.mark.timeout(700)  # whichever test comes first waits for the whole demo
+pytestmark = pytest.mark.timeout(1600)  # whichever test comes first waits for the whole demo
 
 CAUSE_OF = {"kill-node": "node_failure", "kill-rank": "killed", "stop-rank": "hang"}
 """What a diagnosis must arrive at without ever having seen the plan."""
@@ -30,7 +30,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
     try:

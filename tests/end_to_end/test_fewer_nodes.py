@@ -12,7 +12,6 @@ from tests.end_to_end import driving
 STEPS = 40
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.whole
 def test_losses_on_fewer_nodes_are_those_of_all_within_rounding(tmp_path: Path) -> None:
     overrides = ("cluster.nodes=3", "cluster.buffer_nodes=0", "cluster.min_nodes=2")

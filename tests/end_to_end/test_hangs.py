@@ -6,8 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end import driving
 
 QUICK = (
@@ -27,7 +25,6 @@ def troubled(folder: Path, **trouble: object) -> dict[str, str]:
     return {"TROUBLE": json.dumps({**trouble, "markers": str(markers)}), "PYTHONPATH": str(root)}
 
 
-@pytest.mark.timeout(300)
 def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
     pauses = [(1, "data", 12), (0, "step", 22), (1, "checkpoint", 40), (0, "evaluation", 45)]
     # A save beside training has no phase of its own to stop in.
@@ -49,7 +46,6 @@ def test_a_stopped_rank_is_found_and_its_phase_named(tmp_path: Path) -> None:
         driving.end(process, tmp_path)
 
 
-@pytest.mark.timeout(180)
 def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_moves(
     tmp_path: Path,
 ) -> None:
@@ -72,7 +68,6 @@ def test_a_checkpoint_ten_times_longer_than_its_limit_is_left_alone_while_it_mov
         driving.end(process, tmp_path)
 
 
-@pytest.mark.timeout(180)
 def test_ranks_die_together_though_the_survivors_notice_nothing(tmp_path: Path) -> None:
     # As on NCCL: the survivor spins and would never end by itself.
     process = driving.start(

@@ -5,8 +5,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end import driving
 
 
@@ -16,7 +14,6 @@ def ask(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(done, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.timeout(300)
 def test_a_held_run_saves_and_is_started_by_nobody_until_it_is_resumed(tmp_path: Path) -> None:
     run = driving.run_directory(tmp_path)
     process = driving.start(tmp_path, *driving.ENDLESS)
@@ -45,7 +42,6 @@ def test_a_held_run_saves_and_is_started_by_nobody_until_it_is_resumed(tmp_path:
         driving.end(process, tmp_path)
 
 
-@pytest.mark.timeout(300)
 def test_ranks_that_a_dead_supervisor_left_are_led_once_more_only_to_save(tmp_path: Path) -> None:
     run = driving.run_directory(tmp_path)
     process = driving.start(tmp_path, *driving.ENDLESS, "supervisor.orphan_seconds=60")

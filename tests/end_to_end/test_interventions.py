@@ -13,7 +13,6 @@ from tests.end_to_end import driving
 EVERY = 20
 
 
-@pytest.mark.timeout(300)
 def test_an_intervention_holds_from_its_step_on_in_every_attempt(tmp_path: Path) -> None:
     process = driving.start(
         tmp_path, "train.steps=100000", f"checkpoint.every_steps={EVERY}", "optim.decay_steps=1000"

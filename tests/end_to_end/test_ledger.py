@@ -60,7 +60,6 @@ def again(folder: Path, *overrides: str) -> RunDirectory:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_ledger_of_a_disturbed_run_gives_its_surviving_line(tmp_path: Path) -> None:
     before = disturbed(tmp_path / "before")
     [back] = [e for e in driving.of_kind(before, "attempt_started") if e.event.rollback]

@@ -14,7 +14,6 @@ from tests.end_to_end import driving
 ONE_NODE = ("cluster.nodes=1", "cluster.buffer_nodes=0", "train.global_batch=4")
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.slow
 def test_agents_of_the_lineage_before_are_ended_first(tmp_path: Path) -> None:
     run = driving.run_directory(tmp_path)

@@ -28,7 +28,6 @@ def go_back(run: RunDirectory, step: int, why: str, *more: str) -> str:
     return asked.stdout
 
 
-@pytest.mark.timeout(300)
 def test_a_run_goes_back_in_its_own_processes(tmp_path: Path) -> None:
     process = driving.start(
         tmp_path,
@@ -77,7 +76,6 @@ def test_a_run_goes_back_in_its_own_processes(tmp_path: Path) -> None:
         driving.end(process, tmp_path)
 
 
-@pytest.mark.timeout(300)
 def test_a_result_that_does_not_come_again_is_blamed_on_its_node(tmp_path: Path) -> None:
     process = driving.start(
         tmp_path,

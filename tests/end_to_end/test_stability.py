@@ -70,7 +70,6 @@ def answers(run: RunDirectory) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_learning_rate_that_jumps_is_lowered_by_as_much(tmp_path: Path) -> None:
     run = ends_well(tmp_path, {"rate": [200, 30.0]})
     assert answers(run) == [("update_jump", "replay"), ("update_jump", "lower_lr")]
@@ -87,7 +86,6 @@ def test_a_learning_rate_that_jumps_is_lowered_by_as_much(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_learning_rate_too_high_from_the_start_is_put_right_from_the_beginning(
     tmp_path: Path,
 ) -> None:
@@ -114,7 +112,6 @@ def test_a_learning_rate_too_high_from_the_start_is_put_right_from_the_beginning
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_data_that_is_garbage_is_passed_over(tmp_path: Path) -> None:
     """In one go: what was gone back to finds the end of it before anything is trained on again."""
     first, last = 200, 225
@@ -138,7 +135,6 @@ def test_data_that_is_garbage_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_labels_that_are_the_inputs_are_named_and_passed_over(tmp_path: Path) -> None:
     """The loss falls on them: whoever watches it alone sees nothing wrong."""
     run = ends_well(tmp_path, {"labels": [200, 209]})
@@ -161,7 +157,6 @@ def test_labels_that_are_the_inputs_are_named_and_passed_over(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_what_cannot_be_put_right_is_saved_as_it_was_before_and_handed_over(tmp_path: Path) -> None:
     process = started(tmp_path, {"rate": [200, 0.01]})
     try:
@@ -182,7 +177,6 @@ def test_what_cannot_be_put_right_is_saved_as_it_was_before_and_handed_over(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_loss_scale_that_has_collapsed_is_set_anew_in_place(tmp_path: Path) -> None:
     """In fp16, as the CPU computes it; what overflows is written into the gradients. Left alone the
     scale is 2^-24 behind it, and doubles once in 1,000 steps."""

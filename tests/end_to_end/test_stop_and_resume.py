@@ -4,7 +4,6 @@ nobody stopped."""
 import signal
 from pathlib import Path
 
-import pytest
 from safetensors.numpy import load_file
 
 from tests.end_to_end import driving
@@ -21,7 +20,6 @@ def last_checkpoint(run: driving.RunDirectory) -> dict[tuple[str, str], bytes]:
     }
 
 
-@pytest.mark.timeout(600)
 def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     enough = "train.steps=80"  # to be stopped in time, even by a test that is kept waiting

@@ -6,8 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end import driving
 from tests.end_to_end.test_hangs import troubled
 
@@ -41,7 +39,6 @@ def is_gpu_probe(pid: int) -> bool:
         return False
 
 
-@pytest.mark.timeout(300)
 def test_helpers_do_not_mind_them_from_birth_and_the_ranks_agree_to_stop(tmp_path: Path) -> None:
     # At every step, so that they stop at one whose snapshot was begun before anybody knew of it.
     more = ("checkpoint.memory_every_steps=1", "train.steps=100000", "sinks.tensorboard=true")
@@ -93,7 +90,6 @@ def test_helpers_do_not_mind_them_from_birth_and_the_ranks_agree_to_stop(tmp_pat
         driving.end(process, tmp_path)
 
 
-@pytest.mark.timeout(300)
 def test_a_grace_too_short_for_the_file_system_is_long_enough_for_the_nodes_disks(
     tmp_path: Path,
 ) -> None:

@@ -19,7 +19,6 @@ STRUCK = ("failure_seen", "generation_killed", "incident_diagnosed", "attempt_st
 """Deaths that come on top of a rank's, as soon as the journal says so much of it."""
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("deaths", [8, pytest.param(20, marks=pytest.mark.whole)])
 def test_killing_the_supervisor_again_and_again_loses_nothing(deaths: int, tmp_path: Path) -> None:
     parts = len(STRUCK) + 1
@@ -94,7 +93,6 @@ def no_two_generations_trained_at_once(run: RunDirectory, at_least: int) -> bool
     return all(earlier[1] < later[0] for earlier, later in pairwise(ordered))
 
 
-@pytest.mark.timeout(180)
 def test_a_node_that_dies_with_the_supervisor_costs_what_the_chronicle_says(tmp_path: Path) -> None:
     folder, run = tmp_path, driving.run_directory(tmp_path)
     process = driving.start(folder, *driving.ENDLESS)

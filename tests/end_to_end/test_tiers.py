@@ -40,7 +40,6 @@ def closed_step(run: driving.RunDirectory) -> int | None:
     return driving.of_kind(run, "failure_seen")[-1].step
 
 
-@pytest.mark.timeout(600)
 def test_a_restart_takes_the_newest_snapshot_that_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,8 +29,6 @@ from tests.agent.harness import HERE
 from tests.supervisor.shell.test_supervise import run_shell
 from tests.supervisor.shell.tiny_core import TinyCore
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def pulse(
     node: str, generation: int, rank: int, pid: int = 1, stage: str = "running"

@@ -137,7 +137,6 @@ def verify(run: RunDirectory) -> None:
     assert said.returncode == 0, said.stdout + said.stderr
 
 
-@pytest.mark.timeout(240)
 def test_a_save_that_a_full_disk_ends_is_on_record_and_costs_nothing_else(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed
 ) -> None:
@@ -169,7 +168,6 @@ def test_a_save_that_a_full_disk_ends_is_on_record_and_costs_nothing_else(
     assert run.final() == peace.final
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("fault", "calls"), [("ENOSPC", FILLING), ("EIO", KINDS)], ids=["full", "gone"]
 )
@@ -199,7 +197,6 @@ def test_a_run_directory_that_cannot_be_used_for_a_while_is_made_up_for(
     assert run.final() == long_peace.final
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("what", "seconds"), [("checkpoints", 20.0), ("the run directory", 30.0)])
 def test_a_file_system_that_stands_still_is_waited_for(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, what: str, seconds: float
@@ -220,7 +217,6 @@ def test_a_file_system_that_stands_still_is_waited_for(
     assert run.final() == peace.final
 
 
-@pytest.mark.timeout(300)
 def test_a_checkpoint_that_cannot_be_read_at_a_restart_is_passed_over_for_good(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed
 ) -> None:
@@ -245,7 +241,6 @@ def test_a_checkpoint_that_cannot_be_read_at_a_restart_is_passed_over_for_good(
     assert run.final() == peace.final
 
 
-@pytest.mark.timeout(300)
 def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed
 ) -> None:
@@ -260,7 +255,6 @@ def test_a_stale_handle_at_a_restart_loses_no_checkpoint(
     assert run.final() == peace.final
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("seconds", [LATE_SECONDS - 2.0, 60.0])
 def test_a_manifest_that_ranks_see_late_costs_steps_and_nothing_else(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed, seconds: float
@@ -293,7 +287,6 @@ def step_of(path: str) -> int:
     return int(path.rpartition("-")[2])
 
 
-@pytest.mark.timeout(240)
 def test_a_clock_that_jumps_retires_nothing_and_times_nobody_out(
     start: Callable[..., Disturbed], shim: Shim, peace: Undisturbed
 ) -> None:
@@ -312,7 +305,6 @@ def test_a_clock_that_jumps_retires_nothing_and_times_nobody_out(
     assert run.final() == peace.final
 
 
-@pytest.mark.timeout(300)
 def test_a_checkpoint_of_another_configuration_in_the_place_of_a_good_one_is_rejected(
     start: Callable[..., Disturbed], tmp_path: Path, peace: Undisturbed
 ) -> None:

@@ -22,7 +22,6 @@ LINE = (
 )
 
 
-@pytest.mark.timeout(300)
 # So many that a test which is kept waiting for a second does not find a run done that it wants to
 # kill in one of its first thirty.
 @pytest.mark.parametrize("steps", [50, pytest.param(80, marks=pytest.mark.whole)])

@@ -15,8 +15,6 @@ from opt_train.parallel.config import ParallelConfig, PrecisionConfig
 from opt_train.protocol.exits import RANK_UNSTABLE, STOPPED
 from tests.train.rig import ROOT, World, run_script, tiny_config
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.mark.parametrize("steps", [600, pytest.param(2500, marks=pytest.mark.whole)])
 def test_many_steps_and_every_rank_records_the_same(tmp_path: Path, steps: int) -> None:

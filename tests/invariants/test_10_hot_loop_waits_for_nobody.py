@@ -5,8 +5,6 @@ import fcntl
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from opt_train.checkpoint.config import CheckpointConfig
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.facts import ExitNotice, InForce, ShardsSaved
@@ -22,7 +20,6 @@ def small(folder: Path) -> RunConfig:
     return replace(config, model=model, checkpoint=CheckpointConfig(every_steps=50))
 
 
-@pytest.mark.timeout(200)
 def test_unread_pipe_changes_neither_losses_nor_progress(tmp_path: Path) -> None:
     config = small(tmp_path)
     heard_folder, deaf_folder = tmp_path / "heard", tmp_path / "deaf"

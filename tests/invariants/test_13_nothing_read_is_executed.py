@@ -28,8 +28,6 @@ from tests.processes import nothing_is_left  # noqa: F401 - an autouse fixture
 from tests.supervisor.shell.test_supervise import run_shell
 from tests.supervisor.shell.tiny_core import TinyCore
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:

@@ -27,7 +27,6 @@ from opt_train.supervisor.inputs import AgentConnected, AgentDisconnected, Heart
 from opt_train.supervisor.shell import agent_server as server
 from tests.agent.harness import SupervisorEnd
 
-pytestmark = pytest.mark.timeout(60)
 STATE = AgentState("node-1", 1, ())
 
 

@@ -16,8 +16,6 @@ from opt_train.parallel.layout import Layout
 from tests.forms import in_forms
 from tests.train.rig import ROOT, run_script
 
-pytestmark = pytest.mark.timeout(200)
-
 FP16: dict[str, Any] = {"compute": "fp16", "loss_scale_initial": 64.0}
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"compute": "fp32"},

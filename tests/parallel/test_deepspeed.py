@@ -25,8 +25,6 @@ from tests.parallel.layout_ranks import STEPS, VALUES
 from tests.parallel.test_layouts import check_same, textbook
 from tests.train.rig import ROOT, World, run_script, tensors_in, tiny_config
 
-pytestmark = pytest.mark.timeout(600)
-
 SCRIPT = ROOT / "tests/parallel/deepspeed_ranks.py"
 TOLERANCE = {"fp32": 5e-6, "bf16": 3e-4}
 """Of losses of engines that sum in other orders. In bf16 stage 3 also rounds a product before it

@@ -25,8 +25,6 @@ from tests.parallel.layout_ranks import GLOBAL_BATCH, STEPS
 from tests.parallel.test_layouts import INDUCTOR, SHORT_STEPS, check_same, textbook
 from tests.train.rig import ROOT, World, run_script, tensors_in, tiny_config
 
-pytestmark = pytest.mark.timeout(400)
-
 SCRIPT = ROOT / "tests/parallel/fairscale_ranks.py"
 WAYS = ["shards", "whole"]
 NARROW_STEPS = 10
@@ -261,7 +259,6 @@ def test_recomputing_and_compiling_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_run_saves_and_resumes(tmp_path: Path) -> None:
     """The real trainer: it validates and saves, is killed, goes on from there to the bit, and with
     FSDP2 nearly so."""

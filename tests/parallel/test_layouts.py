@@ -40,8 +40,6 @@ STEPS_OF_FORMS = (SHORT_STEPS, pytest.param(STEPS, marks=pytest.mark.whole))
 INDUCTOR = "torch._inductor.compile_fx"
 RELEASED_350M = {"layer_norm": "post", "embed_dim": 32}
 
-pytestmark = pytest.mark.timeout(400)
-
 
 Case = tuple[Sequence[int], str, str, bool]
 

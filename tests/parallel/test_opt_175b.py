@@ -20,8 +20,6 @@ DEPTHS = (3, 4)
 HALF = 4
 """Sequences in a micro-batch, of the eight of a rank."""
 
-pytestmark = pytest.mark.timeout(600)
-
 
 Rehearsal = Callable[[str], dict[str, Any]]
 

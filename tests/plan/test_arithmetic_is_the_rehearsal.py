@@ -19,8 +19,6 @@ from opt_train.plan.comparison import (
 from opt_train.plan.memory import MODES
 from tests.plan.presets import SIZES, planned, recipe, rehearsed, with_layers
 
-pytestmark = pytest.mark.timeout(600)
-
 ALONE = ("cluster.nodes=1", "cluster.slots_per_node=1")
 
 VARIANTS = {

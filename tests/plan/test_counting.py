@@ -31,7 +31,6 @@ CONFIGS.append(with_layers(recipe("125m", "parallel.compile=false"), 3))
         pytest.param(CONFIGS, id="all", marks=pytest.mark.whole),
     ],
 )
-@pytest.mark.timeout(300)
 def test_the_peak_is_that_of_torchs_tracker(configs: list[RunConfig]) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],

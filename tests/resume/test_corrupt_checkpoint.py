@@ -80,7 +80,6 @@ def trained(killed: Path, tmp_path: Path, starter: Starter) -> Trained:
     return Trained(tmp_path, starter)
 
 
-@pytest.mark.timeout(120)
 def test_one_rank_finds_a_flipped_byte_and_all_go_on_with_the_checkpoint_before(
     trained: Trained,
 ) -> None:
@@ -104,7 +103,6 @@ def test_one_rank_finds_a_flipped_byte_and_all_go_on_with_the_checkpoint_before(
     assert driving.newest_step(trained.run) == STEPS
 
 
-@pytest.mark.timeout(120)
 def test_with_every_checkpoint_corrupt_nobody_begins_anew(trained: Trained) -> None:
     saved = trained.committed()
     for checkpoint in saved:

@@ -24,7 +24,6 @@ place of a float."""
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_fewer_ranks_read_the_same_batches(tmp_path: Path) -> None:
     whole, shrinking = tmp_path / "whole", tmp_path / "shrinking"
     words = (

@@ -27,7 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kills")
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "precision",
     [

@@ -54,7 +54,6 @@ NOISE: tuple[Callable[[World, random.Random], None], ...] = (
 )
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("steps", [1000, pytest.param(10_000, marks=pytest.mark.whole)])
 def test_no_noise_is_taken_for_a_failure(steps: int) -> None:
     draw = random.Random(0)

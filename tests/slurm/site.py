@@ -74,7 +74,7 @@ class Site:
         self.job = answer.split(" as job ")[1].split(";")[0]
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 120, what: str = "") -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + driving.PATIENCE * seconds
         while not condition():
             logs = [*self.run.submit.glob("*.log"), *self.run.nodes.glob("*/agent.log")]
             assert time.monotonic() < deadline, "\n".join(

@@ -15,7 +15,6 @@ from tests.slurm.site import CONTAINER, UNABLE, Site
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
-    pytest.mark.timeout(300),
 ]
 
 

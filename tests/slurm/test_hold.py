@@ -10,7 +10,6 @@ from tests.slurm.site import UNABLE, Site
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
-    pytest.mark.timeout(600),
 ]
 
 

@@ -18,7 +18,6 @@ UNABLE = missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
-    pytest.mark.timeout(600),
 ]
 
 

@@ -14,7 +14,6 @@ from tests.slurm.site import UNABLE, Site, supervisors
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
-    pytest.mark.timeout(600),
 ]
 
 

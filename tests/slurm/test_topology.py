@@ -12,7 +12,6 @@ from tests.slurm.slurm_lab import SlurmLab
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(UNABLE), reason=UNABLE),
-    pytest.mark.timeout(300),
 ]
 
 WIRED = "SwitchName=s0 Nodes=n[1,3]\nSwitchName=s1 Nodes=n[2,4]\nSwitchName=top Switches=s[0-1]\n"

@@ -290,15 +290,18 @@ class World:
     def wait(
         self, until: Callable[[], bool], what: str, reading: Sequence[Rank] | None = None
     ) -> None:
-        """Read facts until `until()`; fail with the logs' ends after a minute, or if a rank dies
-        unexpectedly."""
+        """Read facts until `until()`; fail with the logs' ends after a minute without any, or if a
+        rank dies unexpectedly."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         readers = self.ranks if reading is None else reading
+        known = -1
         while not until():
             select.select([rank.facts_fd for rank in readers], [], [], 0.05)
             ended = [rank.process.poll() is not None for rank in self.ranks]
             for rank in readers:
                 rank.read()
+            if (count := sum(len(rank.facts) for rank in readers)) > known:
+                known, deadline = count, time.monotonic() + DEADLINE_SECONDS
             assert time.monotonic() < deadline, f"{what} did not come:\n{self.logs()}"
             if all(ended) and not until():
                 raise AssertionError(f"all ranks ended before {what}:\n{self.logs()}")

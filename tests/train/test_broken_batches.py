@@ -5,13 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from opt_train.config.run_config import RunConfig
 from opt_train.protocol.exits import RANK_BAD_CONFIG
 from tests.train.rig import World, tiny_config
-
-pytestmark = pytest.mark.timeout(120)
 
 
 def with_tokens(config: RunConfig, token: int, every: int) -> None:

@@ -49,7 +49,6 @@ def trained(
     return world, {step: line["loss"] for step, line in world.ranks[0].metrics.items()}
 
 
-@pytest.mark.timeout(200)
 def test_fp16_follows_fp32_while_its_scale_grows(tmp_path: Path) -> None:
     _, expected = trained(
         tmp_path / "fp32", small(tmp_path / "fp32", PrecisionConfig(compute="fp32")), 1
@@ -66,7 +65,6 @@ def test_fp16_follows_fp32_while_its_scale_grows(tmp_path: Path) -> None:
         }
 
 
-@pytest.mark.timeout(200)
 def test_resumed_run_equals_the_uninterrupted_one_with_its_scale(tmp_path: Path) -> None:
     """The checkpoint lies in the middle of the scaler's window: the count goes on, too."""
     config = small(tmp_path, EFFICIENT)

@@ -30,8 +30,6 @@ ORDERS = (
     SetClip(3, "tighter", 0.3),
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def saved(folder: Path, step: int = STEPS) -> Path:
     return folder / "run" / "checkpoints" / "1.00" / f"step-{step:08d}"
@@ -101,7 +99,6 @@ def ratio_of(norms: list[float]) -> float:
     return norms[0] / math.hypot(*norms[1:])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -281,7 +281,6 @@ def test_mfu_is_that_of_the_formula_and_null_for_another_peak(
     assert line["mfu"] == pytest.approx(2048 / 16.0 * flops_a_token / peak, rel=0.01)
 
 
-@pytest.mark.timeout(200)
 def test_a_worlds_lines_are_those_of_hugging_face_and_torch(tmp_path: Path) -> None:
     """Two ranks, five steps; without dropout, which the two would draw differently."""
     config = tiny_config(tmp_path, steps=5)

@@ -72,8 +72,6 @@ IN_FORMS = [
 
 KINDS = ("layer_grad_norms", "layer_weight_norms", "attention_logit_max", "gemm_tflops")
 
-pytestmark = pytest.mark.timeout(400)
-
 
 Seen = Callable[[str], dict[str, list[dict[str, Any]]]]
 

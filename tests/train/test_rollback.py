@@ -25,8 +25,6 @@ from opt_train.train.validation import odd_ones
 from tests.train.rig import World, tensors_in, tiny_config
 
 STEPS, EVERY = 40, 5
-pytestmark = pytest.mark.timeout(120)
-
 FP16 = PrecisionConfig(compute="fp16", loss_scale_window_steps=8)
 
 

@@ -9,8 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from opt_train.checkpoint import manifest
 from opt_train.data.batches import ValidationSet
 from opt_train.data.token_stream import open_split
@@ -29,8 +27,6 @@ from opt_train.protocol.orders import LedgerEntry, SaveAndStop
 from opt_train.run.ledger import to_json
 from tests.train.lr_factor import LrFactor
 from tests.train.rig import ROOT, Rank, World, environment, tiny_config
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def wait_for_exit(rank: Rank) -> int:

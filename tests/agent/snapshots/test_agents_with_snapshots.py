@@ -33,8 +33,6 @@ from tests.agent.snapshots.stores import (
     play,
 )
 
-pytestmark = pytest.mark.timeout(90)
-
 
 async def fetched(listener: SupervisorEnd, node: str, command: Fetch) -> Fetched:
     """The next answer to `command`."""

@@ -41,8 +41,6 @@ from tests.agent.snapshots.stores import (
     put,
 )
 
-pytestmark = pytest.mark.timeout(90)
-
 
 def in_process(
     scene: Callable[[SnapshotService, list[Message]], Coroutine[Any, Any, None]],

@@ -28,8 +28,6 @@ from tests.agent.snapshots.stores import (
     store_in,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

@@ -44,7 +44,6 @@ from tests.agent.snapshots.stores import (
     store_in,
 )
 
-pytestmark = pytest.mark.timeout(60)
 SECRET = secrets.token_bytes(32)
 DATA = content(1)
 STALL_SECONDS = 0.5

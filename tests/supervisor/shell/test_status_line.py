@@ -8,14 +8,10 @@ import select
 import threading
 import time
 
-import pytest
-
 from opt_train.simulation.world import World
 from opt_train.supervisor.effects import Show
 from opt_train.supervisor.inputs import MetricsReceived, Tick
 from opt_train.supervisor.shell.status_line import StatusLine, describe
-
-pytestmark = pytest.mark.timeout(30)
 
 
 def show(step: int = 120, stage: str = "training", incident: str = "") -> Show:

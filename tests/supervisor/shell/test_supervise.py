@@ -39,8 +39,6 @@ from tests.agent.harness import HERE, begin, config_of, created, make_run
 from tests.processes import processes_of
 from tests.supervisor.shell.tiny_core import TinyCore, entry
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(autouse=True)
 def _ranks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +55,7 @@ def notes(run: RunDirectory) -> list[str]:
     return [e.event.text for e in journal.read(run.journal).entries if isinstance(e.event, Note)]
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(found: Callable[[], Any], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, "waited in vain"
