@@ -115,12 +115,12 @@ def format_cores(cores: Collection[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def bind(pid: int, cores: Collection[int]) -> None:
-    """Have the process `pid` run on `cores` alone, and every thread that it will start; none: leave
-    it as it is. A process that is gone, or may not, is left alone."""
+def bind(cores: Collection[int]) -> None:
+    """Have this thread run on `cores` alone, and every one that it will start; none, or where the
+    kernel forbids it: leave it as it is."""
     if cores:
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(pid, cores)
+            os.sched_setaffinity(0, cores)
 
 
 def _read(path: Path) -> str:

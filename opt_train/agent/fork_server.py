@@ -22,8 +22,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Never
+from typing import Any, Never
 
+from opt_train.agent.core_binding import bind, parse_cores
 from opt_train.host.processes import die_with_parent
 
 REQUEST_BYTES_MAX = 4096
@@ -64,7 +65,7 @@ def serve(arguments: Sequence[str]) -> Never:
 
 def answer(
     agent: socket.socket,
-    request: Mapping[str, int],
+    request: Mapping[str, Any],
     descriptors: Sequence[int],
     module: ModuleType,
     unfit: str,
@@ -76,6 +77,8 @@ def answer(
         # Held open here, they would hide the end of the agent, and of this process, from others.
         agent.close()
         os.close(let_go)
+        # Before it has other threads: they inherit it, and cannot be told of later.
+        bind(parse_cores(request["cores"]))
         become(module, descriptors, request["agent"], go, unfit)
 
     pid, code = fork_twice(be_the_rank)

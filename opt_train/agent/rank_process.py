@@ -14,7 +14,6 @@ import os
 import signal
 from collections.abc import Callable, Collection
 
-from opt_train.agent.core_binding import bind
 from opt_train.agent.rank_log import RankLog
 from opt_train.agent.rank_starter import RankStarter
 from opt_train.host.processes import stat_of
@@ -50,7 +49,7 @@ class RankProcess:
         self.returncode: int | None = None
         self.log = RankLog()
         self.ended = asyncio.Event()
-        self._on_fact, self._on_end, self._cores = on_fact, on_end, cores
+        self._on_fact, self._on_end = on_fact, on_end
         self._buffer = bytearray()
         self._skipping = False
         self._signals_sent: set[int] = set()
@@ -61,7 +60,7 @@ class RankProcess:
         control_read, control_write = os.pipe()
         self._pidfd = -1
         try:
-            starter.start(self.log.fileno(), facts_write, control_read, self._take_pid)
+            starter.start(self.log.fileno(), facts_write, control_read, self._take_pid, cores)
         except BaseException:
             os.close(facts_read)
             os.close(control_write)
@@ -80,8 +79,6 @@ class RankProcess:
             self._finish(code)
             return
         self.pid = pid
-        # At once: it has no threads yet, and those that it starts inherit it.
-        bind(pid, self._cores)
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError as error:

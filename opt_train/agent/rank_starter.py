@@ -7,9 +7,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from opt_train.agent.core_binding import format_cores
 from opt_train.agent.fork_server import REQUEST_BYTES_MAX
 from opt_train.agent.rank_log import LogCopies, RankLog
 from opt_train.host.processes import adopt_orphans, die_with_parent
@@ -41,12 +42,24 @@ class RankStarter:
         self._requests = 0
         self._answers: dict[int, Answer] = {}
 
-    def start(self, log_fd: int, facts_fd: int, control_fd: int, answer: Answer) -> None:
+    def start(
+        self,
+        log_fd: int,
+        facts_fd: int,
+        control_fd: int,
+        answer: Answer,
+        cores: Collection[int] = (),
+    ) -> None:
         """Ask for a rank that writes to the first two descriptors and reads the third; they may be
-        closed afterwards. `answer` is called once. Raises OSError if that cannot be done."""
+        closed afterwards. `answer` is called once. Raises OSError if that cannot be done.
+
+        Args:
+            cores: that it runs on; none: wherever the agent may.
+        """
         near = self._socket or self._start_server()
         self._requests += 1
-        request = json.dumps({"number": self._requests, "agent": os.getpid()}).encode()
+        asked = {"number": self._requests, "agent": os.getpid(), "cores": format_cores(cores)}
+        request = json.dumps(asked).encode()
         # Until all are answered, what is left without a parent on this node is this process's.
         adopt_orphans(True)
         self._answers[self._requests] = answer
