@@ -28,6 +28,8 @@ class Attempt:
     lived_as: tuple[str, ...] = ()
     """Every attempt that its processes have been, this one last: of these they may have
     snapshots."""
+    generations: tuple[int, ...] = ()
+    """What those began as."""
     in_force: bool = False
     """What is in force was read back and found right."""
     began: bool = False

@@ -227,7 +227,7 @@ def _attempt_is_over(
 
 def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunState:
     start = entry.step or 0
-    before = s.attempt.lived_as if event.rollback and s.attempt is not None else ()
+    before = s.attempt if event.rollback else None
     attempt = Attempt(
         name=entry.attempt,
         generation=event.generation,
@@ -242,7 +242,8 @@ def _attempt_started(s: RunState, entry: Entry, event: AttemptStarted) -> RunSta
         leader=s.leader,
         incident=event.incident,
         rollback=event.rollback,
-        lived_as=(*before, entry.attempt),
+        lived_as=(*(before.lived_as if before else ()), entry.attempt),
+        generations=(*(before.generations if before else ()), event.generation),
     )
     restored = tuple(
         replace(i, restored_step=start) if i.restored_step < 0 else i for i in s.open_incidents

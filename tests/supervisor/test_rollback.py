@@ -11,10 +11,14 @@ from opt_logbook.record.events import (
 )
 from opt_logbook.record.stability_events import RollbackBegan
 
+from opt_train.protocol.commands import Kill
+from opt_train.protocol.facts import Heartbeat
 from opt_train.protocol.interventions import INTERVENE
 from opt_train.protocol.orders import LedgerEntry, ScaleLr
+from opt_train.simulation.links import slots_of
 from opt_train.simulation.world import World
-from opt_train.supervisor.inputs import InboxReceived
+from opt_train.supervisor.effects import Send
+from opt_train.supervisor.inputs import HeartbeatReceived, InboxReceived, Tick
 from tests.supervisor.started import a_run
 
 LONG: dict[str, object] = {"memory_every_steps": 2, "every_steps": 4, "steps": 24, "memory_keep": 4}
@@ -67,6 +71,24 @@ def test_in_place_no_process_ends_and_the_changes_hold_from_there_on() -> None:
     ]
     assert world.events(FailureSeen) == []
     assert world.events(RunFinished)
+
+
+def test_an_agent_that_has_not_read_of_it_yet_keeps_its_rank() -> None:
+    """Rank 0's word may be here before another node's agent has read its own rank's."""
+    world = a_run(**LONG).until_step(11)
+    agents = list(world.agents.values())
+    before = {agent.node: Heartbeat(slots_of(world, agent)) for agent in agents}
+    ask(world, 9)
+    world.until(OrderEnded)
+    for node, heartbeat in before.items():
+        world.feed(HeartbeatReceived(node, heartbeat))
+    # What is watched for is looked at once a second.
+    world.now += 1.0
+    world.feed(Tick())
+    world.run()
+    assert not [e for e in world.effects if isinstance(e, Send) and isinstance(e.command, Kill)]
+    assert world.events(FailureSeen) == []
+    assert attempts(world) == [("1.00", 0, 1, ""), ("1.01", 8, 2, "memory")]
 
 
 def test_a_second_one_goes_back_to_a_snapshot_of_the_attempt_before() -> None:

@@ -130,7 +130,9 @@ def evict(s: Context) -> list[Decision]:
     if not s.view.watching and s.state.stage not in (Stage.ASSEMBLING, Stage.RECOVERING):
         return []
     live, rollback = s.state.live, s.state.rollback
-    known = {live.generation} if live is not None else set()
+    # Ranks that went back in place were others before, and are shown as those until their agents
+    # have read of it.
+    known = set(live.generations) if live is not None else set()
     if live is not None and rollback is not None:
         # Some may have gone back already, and the word of it is on its way.
         known.add(rollback.generation)
